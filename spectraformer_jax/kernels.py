@@ -1,0 +1,118 @@
+"""The exact kernels that feature maps estimate, and exact attention for them.
+
+`exact_attention` builds the T x S matrix. It is the oracle of the tests and the
+baseline of the study, not the way to train on long sequences.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax import checks
+from spectraformer_jax.registry import nearest
+from spectraformer_jax.typing import Array
+
+
+def softmax_kernel(x: Array, y: Array) -> Array:
+  """``exp(x . y)`` for x and y ``[..., H]``, broadcast -> ``[...]``."""
+  return jnp.exp(jnp.sum(x * y, axis=-1))
+
+
+def gaussian_kernel(x: Array, y: Array) -> Array:
+  """``exp(-|x - y|^2 / 2)`` for x and y ``[..., H]`` -> ``[...]``."""
+  return jnp.exp(-0.5 * jnp.sum(jnp.square(x - y), axis=-1))
+
+
+KERNELS: dict[str, Callable[[Array, Array], Array]] = {
+  "softmax": softmax_kernel,
+  "gaussian": gaussian_kernel,
+}
+
+
+def check_kernel(kernel: str) -> None:
+  """ValueError unless `kernel` names an exact kernel."""
+  if kernel not in KERNELS:
+    raise ValueError(f"Unknown kernel {kernel!r}.{nearest(kernel, KERNELS)}")
+
+
+def exact_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  kernel: str = "softmax",
+  scale: float | None = None,
+  is_causal: bool = False,
+  key_mask: Array | None = None,
+  segment_ids: Array | tuple[Array, Array] | None = None,
+) -> Array:
+  r"""Exact kernel attention, O(T S): the oracle.
+
+  .. math::
+    o_i = \sum_j K(x_i, y_j) v_j / \sum_j K(x_i, y_j),
+    \qquad x = s^{1/2} q,\; y = s^{1/2} k
+
+  with :math:`K(x, y) = e^{x \cdot y}` ("softmax") or
+  :math:`e^{-|x - y|^2 / 2}` ("gaussian"). The two are different layers: the
+  Gaussian one equals softmax attention with the key bias :math:`-|y|^2/2`.
+
+  Args:
+    query: ``[B, T, N, H]``, any float dtype.
+    key: ``[B, S, N, H]``.
+    value: ``[B, S, N, V]``.
+    kernel: "softmax" or "gaussian".
+    scale: s above; None means ``1 / sqrt(H)``.
+    is_causal: query i sees keys 0..i; needs T == S.
+    key_mask: ``[B, S]`` bool, True where a key may be seen.
+    segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
+      ``([B, T], [B, S])``; a query sees keys of its own segment only.
+
+  Returns:
+    ``[B, T, N, V]`` in value's dtype, computed in float32 at least. A query
+    that sees no key gives zeros.
+
+  Raises:
+    ValueError: shapes that do not agree, or an unknown kernel.
+
+  Example:
+    >>> q = jnp.ones((1, 3, 2, 4))
+    >>> exact_attention(q, q, q, is_causal=True).shape
+    (1, 3, 2, 4)
+  """
+  check_kernel(kernel)
+  checks.check_attention_inputs(query, key, value, is_causal=is_causal)
+  checks.check_key_mask(key_mask, key)
+  visible = visible_keys(query, key, is_causal, key_mask, segment_ids)
+  compute = jnp.promote_types(query.dtype, jnp.float32)
+  root = checks.split_scale(scale, query.shape[-1])
+  x, y = query.astype(compute) * root, key.astype(compute) * root
+  scores = jnp.einsum("btnh,bsnh->bnts", x, y, precision="highest")
+  if kernel == "gaussian":
+    # The query's own factor is the same for all its keys and cancels.
+    scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
+  scores = jnp.where(visible, scores, -jnp.inf)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+  weights = jnp.exp(scores - top)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  weights /= jnp.where(total > 0.0, total, 1.0)
+  out = jnp.einsum(
+    "bnts,bsnv->btnv", weights, value.astype(compute), precision="highest"
+  )
+  return out.astype(value.dtype)
+
+
+def visible_keys(query, key, is_causal, key_mask, segment_ids) -> Array:
+  """Bool, broadcastable to [B, N, T, S]: which key each query may see."""
+  num_queries, num_keys = query.shape[1], key.shape[1]
+  visible = jnp.ones((1, 1, num_queries, num_keys), bool)
+  if is_causal:
+    visible = jnp.tril(visible)
+  if key_mask is not None:
+    visible = visible & key_mask[:, None, None, :]
+  if segment_ids is not None:
+    query_ids, key_ids = checks.split_segment_ids(segment_ids, query, key)
+    same = query_ids[:, :, None] == key_ids[:, None, :]
+    visible = visible & same[:, None]
+  return visible

@@ -1,0 +1,20 @@
+"""Flax Linen modules: attention, encoder, classifier.
+
+Collections of a model: ``params`` (learnable, that of the feature maps
+included, under "feature_map"), ``random_features`` (the projections: random,
+redrawn by `redraw`, saved with the model) and, for components with
+statistics="ema", ``feature_stats`` (running statistics).
+"""
+
+from spectraformer_jax.nn.attention import SpectralSelfAttention
+from spectraformer_jax.nn.classifier import Classifier
+from spectraformer_jax.nn.encoder import Encoder, EncoderLayer
+from spectraformer_jax.nn.redraw import redraw
+
+__all__ = [
+  "Classifier",
+  "Encoder",
+  "EncoderLayer",
+  "SpectralSelfAttention",
+  "redraw",
+]

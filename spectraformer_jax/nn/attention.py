@@ -1,0 +1,173 @@
+"""Multi-head self-attention with a feature map, or exact."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.attention import spectral_attention
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.kernels import KERNELS, exact_attention
+from spectraformer_jax.registry import nearest
+from spectraformer_jax.typing import Array, FeatureVariables, PyTree
+
+ATTENTIONS = ("spectral", *KERNELS)
+
+# Running statistics keep this share of their value at each training step.
+STATS_DECAY = 0.99
+
+
+class SpectralSelfAttention(nn.Module):
+  """Multi-head self-attention, linear in the length.
+
+  Attributes:
+    num_heads: N.
+    head_dim: H.
+    feature_map: for attention="spectral"; see `sf.feature_map`.
+    attention: "spectral", or an exact kernel as a baseline through the same
+      module: "softmax" or "gaussian".
+    is_causal: position i sees positions 0..i.
+    share_projection: one weight matrix for all heads instead of one each.
+    dtype: of the dense layers; None takes that of the input.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> layer = sf.nn.SpectralSelfAttention(
+    ...   num_heads=2, head_dim=8, feature_map=sf.feature_map(
+    ...     "oprf", "orf", num_features=16))
+    >>> x = jnp.ones((1, 5, 16))
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> sorted(variables)
+    ['params', 'random_features']
+    >>> layer.apply(variables, x).shape
+    (1, 5, 16)
+  """
+
+  num_heads: int
+  head_dim: int
+  feature_map: FeatureMap | None = None
+  attention: str = "spectral"
+  is_causal: bool = False
+  share_projection: bool = False
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(
+    self, x: Array, mask: Array | None = None, *, deterministic: bool = True
+  ) -> Array:
+    """Attends.
+
+    Args:
+      x: ``[B, T, D]``.
+      mask: ``[B, T]`` bool, True at real positions; None for all.
+      deterministic: False in training: updates running statistics.
+
+    Returns:
+      ``[B, T, D]``.
+
+    Raises:
+      ValueError: unknown `attention`, or no `feature_map` where one is needed.
+    """
+    self._check()
+    heads = (self.num_heads, self.head_dim)
+    query, key, value = (
+      nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)
+      for name in ("query", "key", "value")
+    )
+    if self.attention == "spectral":
+      variables = self._feature_variables()
+      out = spectral_attention(
+        query,
+        key,
+        value,
+        feature_map=self.feature_map,
+        variables=variables,
+        stats=self._running_stats(variables, query, key, mask, deterministic),
+        is_causal=self.is_causal,
+        key_mask=mask,
+      )
+    else:
+      out = exact_attention(
+        query,
+        key,
+        value,
+        kernel=self.attention,
+        is_causal=self.is_causal,
+        key_mask=mask,
+      )
+    return nn.DenseGeneral(
+      x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out"
+    )(out)
+
+  def _check(self):
+    """ValueError for options that do not go together."""
+    if self.attention not in ATTENTIONS:
+      raise ValueError(
+        f"Unknown attention {self.attention!r}."
+        f"{nearest(self.attention, ATTENTIONS)}"
+      )
+    if (self.attention == "spectral") != (self.feature_map is not None):
+      raise ValueError(
+        f"attention={self.attention!r} with feature_map="
+        f"{self.feature_map and self.feature_map.info.name!r}: 'spectral' "
+        "needs a feature map, the exact kernels take none."
+      )
+
+  def _feature_variables(self) -> FeatureVariables:
+    """Learnable leaves from "params", drawn ones from "random_features"."""
+    fm = self.feature_map
+    sizes = {
+      "head_dim": self.head_dim,
+      "num_heads": 1 if self.share_projection else self.num_heads,
+    }
+    projection = self.variable(
+      "random_features",
+      "projection",
+      lambda: fm.init_projection(self.make_rng("features"), **sizes),
+    )
+    params = {}
+    shapes = jax.eval_shape(lambda: fm.init_params(jax.random.key(0), **sizes))
+    if jax.tree.leaves(shapes):
+      params = self.param(
+        "feature_map", lambda rng: fm.init_params(rng, **sizes)
+      )
+    return FeatureVariables(params, projection.value)
+
+  def _running_stats(
+    self, variables, query, key, mask, deterministic
+  ) -> PyTree:
+    """Stats of earlier batches; None where the map needs no running ones.
+
+    The step's own batch is counted after it is attended, so that no position
+    is influenced by later ones.
+    """
+    fm = self.feature_map
+    if getattr(fm.component, "statistics", None) != "ema":
+      return None
+    scale = float(self.head_dim) ** -0.25
+
+    def typical():
+      shape = (1, 1024, self.num_heads, self.head_dim)
+      x, y = jax.random.normal(jax.random.key(0), (2, *shape)) * scale
+      return fm.moments(variables, x, y)
+
+    running = self.variable("feature_stats", "moments", typical)
+    stats = fm.solve(running.value)
+    if not deterministic and not self.is_initializing():
+      new = fm.moments(
+        variables,
+        query.astype(jnp.float32) * scale,
+        key.astype(jnp.float32) * scale,
+        key_mask=mask,
+        query_mask=mask,
+      )
+      running.value = jax.tree.map(
+        lambda old, new: (
+          STATS_DECAY * old
+          + (1.0 - STATS_DECAY) * jnp.mean(new, axis=0, keepdims=True)
+        ),
+        running.value,
+        new,
+      )
+    return stats

@@ -1,0 +1,105 @@
+"""Pre-LayerNorm Transformer encoder."""
+
+from typing import Any
+
+import flax.linen as nn
+
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.attention import SpectralSelfAttention
+from spectraformer_jax.typing import Array
+
+
+class EncoderLayer(nn.Module):
+  """Attention and MLP, each behind a LayerNorm and beside a residual.
+
+  Attributes:
+    mlp_dim: hidden width of the MLP (GELU).
+    dropout_rate: after attention, and twice in the MLP.
+    num_heads, head_dim, feature_map, attention, is_causal, share_projection,
+      dtype: see `SpectralSelfAttention`.
+  """
+
+  num_heads: int = 2
+  head_dim: int = 32
+  mlp_dim: int = 128
+  feature_map: FeatureMap | None = None
+  attention: str = "spectral"
+  is_causal: bool = False
+  share_projection: bool = False
+  dropout_rate: float = 0.1
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(
+    self, x: Array, mask: Array | None = None, *, deterministic: bool = True
+  ) -> Array:
+    """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``."""
+
+    def drop(y):
+      return nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
+
+    y = nn.LayerNorm(dtype=self.dtype)(x)
+    y = SpectralSelfAttention(
+      num_heads=self.num_heads,
+      head_dim=self.head_dim,
+      feature_map=self.feature_map,
+      attention=self.attention,
+      is_causal=self.is_causal,
+      share_projection=self.share_projection,
+      dtype=self.dtype,
+      name="attention",
+    )(y, mask, deterministic=deterministic)
+    x = x + drop(y)
+    y = nn.LayerNorm(dtype=self.dtype)(x)
+    y = drop(nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(y)))
+    y = nn.Dense(x.shape[-1], dtype=self.dtype)(y)
+    return x + drop(y)
+
+
+class Encoder(nn.Module):
+  """A stack of `EncoderLayer` with a final LayerNorm.
+
+  Attributes:
+    num_layers: depth.
+    num_heads, head_dim, mlp_dim, feature_map, attention, is_causal,
+      share_projection, dropout_rate, dtype: see `EncoderLayer`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> encoder = sf.nn.Encoder(
+    ...   feature_map=sf.feature_map("posrf", "orf", num_features=16))
+    >>> x = jnp.ones((1, 5, 16))
+    >>> encoder.apply(encoder.init(jax.random.key(0), x), x).shape
+    (1, 5, 16)
+  """
+
+  num_layers: int = 2
+  num_heads: int = 2
+  head_dim: int = 32
+  mlp_dim: int = 128
+  feature_map: FeatureMap | None = None
+  attention: str = "spectral"
+  is_causal: bool = False
+  share_projection: bool = False
+  dropout_rate: float = 0.1
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(
+    self, x: Array, mask: Array | None = None, *, deterministic: bool = True
+  ) -> Array:
+    """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``."""
+    for index in range(self.num_layers):
+      x = EncoderLayer(
+        num_heads=self.num_heads,
+        head_dim=self.head_dim,
+        mlp_dim=self.mlp_dim,
+        feature_map=self.feature_map,
+        attention=self.attention,
+        is_causal=self.is_causal,
+        share_projection=self.share_projection,
+        dropout_rate=self.dropout_rate,
+        dtype=self.dtype,
+        name=f"layer_{index}",
+      )(x, mask, deterministic=deterministic)
+    return nn.LayerNorm(dtype=self.dtype, name="norm")(x)

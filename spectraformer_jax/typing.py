@@ -1,0 +1,68 @@
+"""Axis letters, array aliases and the records that modules hand each other.
+
+Axis letters, the same in every docstring and shape string of the package:
+
+====== =============================== ====== ==================================
+letter meaning                         letter meaning
+====== =============================== ====== ==================================
+``B``  batch                           ``V``  value dim
+``T``  query length                    ``M``  num_features: rows of W
+``S``  key and value length            ``F``  feature dim: M, 2M, ...
+``N``  heads                           ``C``  chunk size
+``H``  head dim
+====== =============================== ====== ==================================
+
+Arrays of attention are laid out as in ``jax.nn.dot_product_attention``:
+query ``[B, T, N, H]``, key ``[B, S, N, H]``, value ``[B, S, N, V]``.
+A PRNG key is called ``rng``; ``key`` is always attention's key.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+Params = dict[str, Any]
+Projection = dict[str, Any]
+Side = Literal["query", "key"]
+
+
+class WeightSample(NamedTuple):
+  """The rows of one weight matrix W and how much each of them counts.
+
+  A mean over rows is ``sum_m sign_m exp(log_weight_m) g(w_m) / M``.
+
+  Attributes:
+    w: rows, ``[M, H]`` float32.
+    log_weight: ``[M]`` float32, or None for equal weights (all zero).
+    sign: ``[M]`` of +1 and -1, or None for all +1.
+  """
+
+  w: Array
+  log_weight: Array | None = None
+  sign: Array | None = None
+
+
+class FeatureVariables(NamedTuple):
+  """What a feature map owns; every leaf has a leading head axis (N or 1).
+
+  Attributes:
+    params: learnable leaves; ``{}`` for approximators.
+    projection: random leaves: not learnt, redrawable, saved with the model.
+  """
+
+  params: Params
+  projection: Projection
+
+
+class LogFeatures(NamedTuple):
+  """Features kept apart from their size: ``factor * exp(log_magnitude)``.
+
+  Attributes:
+    log_magnitude: ``[..., F]``, or ``[..., 1]`` where all features share it.
+    factor: bounded factor ``[..., F]`` (a cosine, a sign), or None for 1.
+  """
+
+  log_magnitude: Array
+  factor: Array | None = None
