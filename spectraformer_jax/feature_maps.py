@@ -324,8 +324,8 @@ class FeatureMap:
       >>> v = fm.init(jax.random.key(0), head_dim=8)
       >>> x = jnp.full((1, 1, 8), 0.3)
       >>> phi = [fm.apply(v, x, side=side)[0, 0] for side in ("query", "key")]
-      >>> float(jnp.round(phi[0] @ phi[1] - fm.kernel(v, x, x)[0, 0], 4))
-      0.0
+      >>> bool(jnp.isclose(phi[0] @ phi[1], fm.kernel(v, x, x)[0, 0]))
+      True
     """
     out = self.log_features(variables, x, side=side, stats=stats)
     magnitude = jnp.exp(out.log_magnitude)
@@ -429,9 +429,9 @@ def _weigh_rows(
   size = log_magnitude.shape[-1] if factor is None else factor.shape[-1]
   copies = size // rows.w.shape[0]
   if rows.log_weight is not None:
-    log_magnitude += 0.5 * jnp.tile(rows.log_weight, copies)
+    log_magnitude += 0.5 * jnp.tile(rows.log_weight, copies)[None, :]
   if rows.sign is not None and side == "query":
-    sign = jnp.tile(rows.sign, copies)
+    sign = jnp.tile(rows.sign, copies)[None, :]
     factor = jnp.broadcast_to(sign, (*log_magnitude.shape[:-1], size)) * (
       1.0 if factor is None else factor
     )
@@ -576,3 +576,22 @@ def mismatch(component: Component, weight_matrix: WeightMatrix) -> str | None:
       f"components have finite variance with it, not {f.name!r}."
     )
   return None
+
+
+def list_feature_maps() -> tuple[tuple[str, str], ...]:
+  """Names (component, weight matrix) of all pairs that fit, sorted.
+
+  With default options each; an option can widen or narrow what fits.
+
+  Example:
+    >>> pairs = list_feature_maps()
+    >>> ("oprf", "orf") in pairs, ("oprf", "none") in pairs
+    (True, False)
+  """
+  matrices = {n: WEIGHT_MATRICES.build(n) for n in WEIGHT_MATRICES.names()}
+  return tuple(
+    (name, matrix_name)
+    for name in COMPONENTS.names()
+    for matrix_name, matrix in matrices.items()
+    if mismatch(COMPONENTS.build(name), matrix) is None
+  )

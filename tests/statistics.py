@@ -47,5 +47,8 @@ def estimates(feature_map, rng, pairs, num_draws, stats=None, variables=None):
 
 def standard_scores(samples, expected):
   """(mean - expected) in standard errors of the mean, per column."""
+  samples = samples.astype(np.float64)
   error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
-  return (samples.mean(axis=0) - expected) / np.maximum(error, 1e-7)
+  # Where an estimate is exact, float32 rounding of one value is what is left.
+  rounding = 1e-6 * np.abs(expected)
+  return (samples.mean(axis=0) - expected) / np.maximum(error, rounding)

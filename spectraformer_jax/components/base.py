@@ -40,6 +40,8 @@ class ComponentInfo:
     source: paper and equation.
     row_law: name of the law of the rows it needs; "none" if it has no rows.
     causal_safe: features of a token depend on that token alone.
+    weighs_norms: features weigh rows by their norm, so that rows whose norms
+      are not those of the row law bias the estimate.
   """
 
   name: str
@@ -55,6 +57,7 @@ class ComponentInfo:
   avoid: str = ""
   row_law: str = "gaussian"
   causal_safe: bool = True
+  weighs_norms: bool = False
 
 
 class ComponentState(NamedTuple):
@@ -155,6 +158,29 @@ class Component:
     """The exact kernel estimated, for x and y ``[..., H]`` -> ``[...]``."""
     raise NotImplementedError
 
+  def log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
+    r"""log E Z^2 of Z = phi(x) . phi(y) from a single row of the row law.
+
+    The relative variance of M independent rows is
+    ``(exp(log_second_moment - 2 log K) - 1) / M``.
+
+    Args:
+      x: ``[..., H]`` float32, scaled.
+      y: ``[..., H]`` float32, scaled; broadcast against x.
+      state: as in `log_features`.
+
+    Returns:
+      ``[...]`` float32.
+
+    Raises:
+      NotImplementedError: no formula is known.
+    """
+    raise NotImplementedError(
+      f"the second moment of component {self.info.name!r} is not known."
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelComponent(Component):
@@ -175,6 +201,19 @@ class KernelComponent(Component):
     """See `Component.kernel_value`."""
     del state
     return KERNELS[self.kernel](x, y)
+
+  def log_second_moment(self, x, y, state):
+    """See `Component.log_second_moment`."""
+    softmax = self.softmax_log_second_moment(x, y, state)
+    if self.kernel == "softmax":
+      return softmax
+    return softmax - 2.0 * (half_square(x) + half_square(y))[..., 0]
+
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
+    """`log_second_moment` for kernel="softmax"; the Gaussian one follows."""
+    return super().log_second_moment(x, y, state)
 
   def gaussian_shift(self, x: Array) -> Array:
     """``[T, 1]``: what turns a softmax log-feature into this kernel's one."""

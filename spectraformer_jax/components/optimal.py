@@ -132,7 +132,7 @@ class OPRF(DataDependent):
     inverse_rho = 1.0 / self.parameters(state, head_dim)["rho"]
     a = (1.0 - inverse_rho) / 8.0
     one_minus_4a = (1.0 + inverse_rho) / 2.0
-    row_term = a * jnp.sum(jnp.square(rows.w), axis=-1)
+    row_term = a * jnp.sum(jnp.square(rows.w), axis=-1)[None, :]
     log_scale = head_dim / 4.0 * jnp.log(one_minus_4a)
     exponent = jnp.sqrt(one_minus_4a) * project(x, rows.w) - half_square(x)
     return LogFeatures(log_scale + row_term + exponent + self.gaussian_shift(x))

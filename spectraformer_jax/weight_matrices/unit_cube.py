@@ -64,8 +64,8 @@ class MM(WeightMatrix):
     """See `WeightMatrix.draw`."""
     del law  # Gaussian only
     gaussian = jax.random.normal(rng, (num_rows, head_dim))
-    centred = gaussian - jnp.mean(gaussian, axis=0)
+    centred = gaussian - jnp.mean(gaussian, axis=0, keepdims=True)
     with jax.default_matmul_precision("highest"):
       q, r = jnp.linalg.qr(centred)
     signs = jnp.where(jnp.diagonal(r) < 0.0, -1.0, 1.0)
-    return {"w": jnp.sqrt(float(num_rows)) * q * signs}
+    return {"w": jnp.sqrt(float(num_rows)) * q * signs[None, :]}
