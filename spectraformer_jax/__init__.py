@@ -15,11 +15,18 @@ import importlib
 from spectraformer_jax import components, kernels, weight_matrices
 from spectraformer_jax._version import __version__
 from spectraformer_jax.attention import (
+  decode_step,
   implied_attention_weights,
+  init_state,
   spectral_attention,
 )
 from spectraformer_jax.components import list_components
-from spectraformer_jax.feature_maps import FeatureMap, compose, feature_map
+from spectraformer_jax.feature_maps import (
+  FeatureMap,
+  compose,
+  feature_map,
+  list_feature_maps,
+)
 from spectraformer_jax.kernels import exact_attention
 from spectraformer_jax.linear_attention import linear_attention
 from spectraformer_jax.typing import FeatureVariables, LogFeatures, WeightSample
@@ -33,12 +40,15 @@ __all__ = [
   "__version__",
   "components",
   "compose",
+  "decode_step",
   "exact_attention",
   "feature_map",
   "implied_attention_weights",
+  "init_state",
   "kernels",
   "linear_attention",
   "list_components",
+  "list_feature_maps",
   "list_weight_matrices",
   "nn",
   "spectral_attention",

@@ -1,18 +1,28 @@
-"""Spectral attention: a feature map, a stabiliser and linear attention."""
+"""Spectral attention: a feature map, and linear attention on it."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
-from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.linear_attention.api import attend
+from spectraformer_jax.feature_maps import FeatureMap, Prepared
+from spectraformer_jax.linear_attention.api import (
+  AttendOptions,
+  attend,
+  names_of,
+  start,
+)
+from spectraformer_jax.linear_attention.fused import Maps
+from spectraformer_jax.linear_attention.state import State
 from spectraformer_jax.typing import (
   Array,
   FeatureVariables,
   LogFeatures,
   PyTree,
+  Side,
 )
 
 
@@ -28,41 +38,52 @@ def spectral_attention(
   is_causal: bool = False,
   key_mask: Array | None = None,
   query_mask: Array | None = None,
+  segment_ids: Array | tuple[Array, Array] | None = None,
+  initial_state: State | None = None,
+  return_state: bool = False,
   chunk_size: int | None = None,
   implementation: str | Sequence[str] | None = None,
-) -> Array:
+) -> Array | tuple[Array, State]:
   r"""Random-feature attention, O(T): the kernel trick run backwards.
 
   Estimates :func:`exact_attention` for the kernel of `feature_map`: queries
   and keys are scaled once, mapped to features, and attended linearly. Features
-  are stabilised without approximation: each feature is shifted by its largest
-  log-magnitude over the visible keys, which the queries take back, and each
-  query by its largest one, which cancels.
+  are made chunk by chunk and never all exist; they are stabilised without
+  approximation by powers of two that cancel exactly.
 
   Args:
-    query: ``[B, T, N, H]``, any float dtype.
+    query: ``[B, T, N, H]``, any float dtype; N may be a multiple of the keys'
+      heads (grouped-query attention: query head n uses key head n // G).
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     feature_map: from `sf.feature_map` or `sf.compose`.
     variables: from ``feature_map.init(rng, head_dim=H, num_heads=N or 1)``.
     stats: data-dependent parameters; None computes them from `query` and `key`
       (over the visible positions, each example for itself) where the component
-      needs them and attention is not causal.
+      needs them and attention is neither causal nor packed.
     scale: of ``query . key``; None means ``1 / sqrt(H)``.
     is_causal: query i sees keys 0..i; needs T == S.
     key_mask: ``[B, S]`` bool, True where a key may be seen; acts on features.
+      What hidden keys and values hold has no influence, NaN included.
     query_mask: ``[B, T]`` bool: queries that count in the statistics; others
       give zeros. None: all give outputs, and where T == S statistics take
       `key_mask`, as self-attention needs.
-    chunk_size: see `linear_attention`.
-    implementation: see `linear_attention`.
+    segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
+      ``([B, T], [B, S])``; a query sees keys of its own segment only.
+    initial_state: of an earlier call with `return_state`: its keys come first.
+    return_state: also return the state after all keys, for `decode_step`.
+    chunk_size: positions in one chunk; None is a default for the backend.
+    implementation: "xla", "reference", a sequence tried in order, or None for
+      the best available.
 
   Returns:
-    ``[B, T, N, V]`` in value's dtype. A query that sees no key gives zeros.
+    ``[B, T, N, V]`` in value's dtype. A query that sees no key gives zeros and
+    zero gradients. With `return_state`, a pair with the `State`.
 
   Raises:
     ValueError: shapes that do not agree, a mask over query and key positions,
-      or causal attention with statistics of the whole sequence.
+      statistics that would look at the future or at other packed rows, or a
+      state together with segments.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -75,39 +96,171 @@ def spectral_attention(
   checks.check_attention_inputs(query, key, value, is_causal=is_causal)
   checks.check_key_mask(key_mask, key)
   checks.check_key_mask(query_mask, query, "query_mask")
-  _check_causal(feature_map, stats, is_causal)
-  root = checks.split_scale(scale, query.shape[-1])
-  x, y = (a.astype(jnp.float32) * root for a in (query, key))
-  if query_mask is not None:
-    x = jnp.where(query_mask[:, :, None, None], x, 0.0)
-  if key_mask is not None:
-    y = jnp.where(key_mask[:, :, None, None], y, 0.0)
-  if stats is None:
-    if query_mask is None and x.shape[1] == y.shape[1]:
-      query_mask_of_stats = key_mask
-    else:
-      query_mask_of_stats = query_mask
-    stats = feature_map.calibrate(
-      variables, x, y, key_mask=key_mask, query_mask=query_mask_of_stats
-    )
-  phi, psi = stabilise(
-    feature_map.log_features(variables, x, side="query", stats=stats),
-    feature_map.log_features(variables, y, side="key", stats=stats),
-    key_mask,
-  )
-  out = attend(
-    phi,
-    psi,
+  _check_statistics(feature_map, stats, is_causal, segment_ids)
+  feature_map.check_inputs(variables, key)
+  out, state = _spectral_attention(
+    query,
+    key,
     value,
-    is_causal=is_causal,
+    variables,
+    stats,
+    query_mask,
+    feature_map=feature_map,
+    root=checks.split_scale(scale, query.shape[-1]),
     key_mask=key_mask,
-    chunk_size=chunk_size,
-    implementation=implementation,
-    is_signed=not feature_map.info.positive,
+    options=AttendOptions(
+      is_causal=is_causal,
+      return_state=return_state,
+      chunk_size=chunk_size,
+      implementation=names_of(implementation),
+      is_signed=not feature_map.info.positive,
+    ),
+    segment_ids=segment_ids,
+    initial_state=initial_state,
+  )
+  return (out, state) if return_state else out
+
+
+# Jitted, so that calls outside of jit are compiled once as well.
+@functools.partial(jax.jit, static_argnames=("feature_map", "root", "options"))
+def _spectral_attention(
+  query,
+  key,
+  value,
+  variables,
+  stats,
+  query_mask,
+  *,
+  feature_map,
+  root,
+  key_mask,
+  options,
+  **kwargs,
+):
+  """`spectral_attention` on checked arguments."""
+  if query_mask is not None:
+    query = jnp.where(query_mask[:, :, None, None], query, 0)
+  if stats is None and feature_map.info.needs_stats:
+    stats = _calibrate(
+      feature_map, variables, query, key, key_mask, query_mask, root
+    )
+  out, state = attend(
+    _maps(feature_map, root),
+    feature_map.prepare(variables, stats),
+    query,
+    key,
+    value,
+    key_mask=key_mask,
+    options=options,
+    **kwargs,
   )
   if query_mask is not None:
     out = jnp.where(query_mask[:, :, None, None], out, 0)
-  return out
+  return out, state
+
+
+def init_state(
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  *,
+  batch_size: int,
+  num_heads: int,
+  head_dim: int,
+  value_dim: int | None = None,
+  stats: PyTree = None,
+) -> State:
+  """The state before the first token, for `decode_step`.
+
+  Args:
+    feature_map: from `sf.feature_map` or `sf.compose`.
+    variables: its variables.
+    batch_size: B.
+    num_heads: N of keys and values.
+    head_dim: H.
+    value_dim: V; None is H.
+    stats: data-dependent parameters, if the component needs them.
+
+  Returns:
+    A `State` of float32 zeros; its size does not grow as tokens come.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> fm = sf.feature_map("posrf", "orf", num_features=32)
+    >>> v = fm.init(jax.random.key(0), head_dim=8)
+    >>> state = init_state(fm, v, batch_size=1, num_heads=2, head_dim=8)
+    >>> x = jnp.ones((1, 1, 2, 8))
+    >>> out, state = decode_step(
+    ...   state, x, x, x, feature_map=fm, variables=v)
+    >>> out.shape, int(state.length)
+    ((1, 1, 2, 8), 1)
+  """
+  for name, size in (
+    ("batch_size", batch_size),
+    ("num_heads", num_heads),
+    ("head_dim", head_dim),
+  ):
+    checks.check_positive_int(name, size)
+  key = jax.ShapeDtypeStruct((batch_size, 1, num_heads, head_dim), jnp.float32)
+  return start(
+    _maps(feature_map, 1.0),
+    feature_map.prepare(variables, stats),
+    key,
+    value_dim or head_dim,
+    is_signed=not feature_map.info.positive,
+  )
+
+
+def decode_step(
+  state: State,
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree = None,
+  scale: float | None = None,
+) -> tuple[Array, State]:
+  """One more token: O(M V), whatever came before.
+
+  Args:
+    state: from `init_state`, `decode_step`, or ``spectral_attention(...,
+      is_causal=True, return_state=True)`` on the prompt.
+    query: ``[B, 1, N, H]``.
+    key: ``[B, 1, N, H]``.
+    value: ``[B, 1, N, V]``.
+    feature_map: see `spectral_attention`.
+    variables: the same as for the tokens before.
+    stats: the same as for the tokens before.
+    scale: see `spectral_attention`.
+
+  Returns:
+    ``[B, 1, N, V]`` in value's dtype, and the state with the token in it.
+
+  Raises:
+    ValueError: more than one token, or shapes that do not agree.
+
+  Example: see `init_state`.
+  """
+  if query.shape[1] != 1:
+    raise ValueError(
+      "decode_step takes one token, got query.shape="
+      f"{query.shape}; use spectral_attention(is_causal=True, "
+      "initial_state=state, return_state=True) for more."
+    )
+  return spectral_attention(
+    query,
+    key,
+    value,
+    feature_map=feature_map,
+    variables=variables,
+    stats=stats,
+    scale=scale,
+    is_causal=True,
+    initial_state=state,
+    return_state=True,
+    chunk_size=1,
+  )
 
 
 def implied_attention_weights(
@@ -140,51 +293,85 @@ def implied_attention_weights(
   return jnp.swapaxes(out, 1, 2)
 
 
-def stabilise(
-  query: LogFeatures, key: LogFeatures, key_mask: Array | None
-) -> tuple[Array, Array]:
-  """Features of bounded size whose attention equals the naive one, exactly.
+@dataclasses.dataclass(frozen=True)
+class _OneSide:
+  """A feature map of one side, for unscaled inputs; hashable, so static."""
 
-  Each feature is shifted by its maximum over the visible keys of its example
-  and head, compensated on the query; then each query by its own maximum. Both
-  cancel in the ratio, so no gradient flows through them. For a positive map
-  that is not causal every normalizer is at least 1.
+  feature_map: FeatureMap
+  root: float
+  side: Side
 
-  Args:
-    query: log-features ``[B, T, N, F]``.
-    key: log-features ``[B, S, N, F]``.
-    key_mask: ``[B, S]`` bool or None.
-
-  Returns:
-    query features ``[B, T, N, F]`` and key features ``[B, S, N, F]``, float32;
-    hidden keys are 0.
-  """
-  key_log = key.log_magnitude
-  if key_mask is not None:
-    key_log = jnp.where(key_mask[:, :, None, None], key_log, -jnp.inf)
-  shift = jnp.max(key_log, axis=1, keepdims=True)
-  shift = jax.lax.stop_gradient(jnp.where(jnp.isfinite(shift), shift, 0.0))
-  query_log = query.log_magnitude + shift
-  top = jax.lax.stop_gradient(jnp.max(query_log, axis=-1, keepdims=True))
-  phi, psi = jnp.exp(query_log - top), jnp.exp(key_log - shift)
-  if query.factor is not None:
-    phi, psi = query.factor * phi, key.factor * psi
-  return phi, psi
+  def __call__(
+    self, prepared: Prepared, x: Array, position: Array
+  ) -> LogFeatures:
+    """Features of one chunk ``[B, N, C, H]`` of any dtype, in float32."""
+    if self.feature_map.component.info.positional:
+      position = jnp.asarray(position)[None, None]
+      state = prepared.state._replace(position=position)
+      prepared = prepared._replace(state=state)
+    x = x.astype(jnp.float32) * self.root
+    return self.feature_map.prepared_features(prepared, x, side=self.side)
 
 
-def _check_causal(feature_map, stats, is_causal) -> None:
-  """ValueError for a causal call whose statistics would see the future."""
+def _maps(feature_map: FeatureMap, root: float) -> Maps:
+  """Both sides of a feature map."""
+  return Maps(
+    _OneSide(feature_map, root, "query"), _OneSide(feature_map, root, "key")
+  )
+
+
+def _calibrate(
+  feature_map, variables, query, key, key_mask, query_mask, root
+) -> PyTree:
+  """Statistics of visible positions; grouped queries count with their key."""
+  batch, length, all_heads, head_dim = query.shape
+  groups = all_heads // key.shape[2]
+  if query_mask is None and length == key.shape[1]:
+    query_mask = key_mask
+  if groups > 1:
+    query = query.reshape(batch, length, -1, groups, head_dim)
+    query = jnp.moveaxis(query, 3, 2).reshape(batch, -1, *key.shape[2:])
+    if query_mask is not None:
+      query_mask = jnp.repeat(query_mask, groups, axis=1)
+  return feature_map.calibrate(
+    variables,
+    query.astype(jnp.float32) * root,
+    key.astype(jnp.float32) * root,
+    key_mask=key_mask,
+    query_mask=query_mask,
+  )
+
+
+def _check_statistics(feature_map, stats, is_causal, segment_ids) -> None:
+  """ValueError where features would depend on what a query must not see."""
   component = feature_map.component
-  if not is_causal:
-    return
-  if not component.info.causal_safe:
+  name = component.info.name
+  if is_causal and not component.info.causal_safe:
     raise ValueError(
-      f"component {component.info.name!r} cannot be causal: its features "
-      "depend on other positions."
+      f"component {name!r} cannot be causal: its features depend on other "
+      "positions."
     )
-  if component.needs_stats and stats is None:
+  if segment_ids is not None and component.info.positional:
     raise ValueError(
-      f"is_causal=True with component {component.info.name!r} would compute "
-      "statistics from the whole sequence and leak the future: build it with "
-      "statistics='ema', 'learned' or 'constant', or pass stats."
+      f"component {name!r} counts positions of the whole row, so it cannot be "
+      "combined with segment_ids."
+    )
+  if stats is not None or not feature_map.info.needs_stats:
+    return
+  leak = None
+  if is_causal:
+    leak = "is_causal=True", "leak the future"
+  elif segment_ids is not None:
+    leak = "segment_ids", "mix packed rows"
+  if leak and component.needs_stats:
+    raise ValueError(
+      f"{leak[0]} with component {name!r} would compute statistics from the "
+      f"whole sequence and {leak[1]}: build it with statistics='ema', "
+      "'learned' or 'constant', or pass stats."
+    )
+  if leak:
+    raise ValueError(
+      f"{leak[0]} with weight matrix {feature_map.weight_matrix.info.name!r} "
+      f"would take its context from the whole sequence and {leak[1]}: build it "
+      "with context='learned', or pass stats."
     )

@@ -1,6 +1,6 @@
-"""Checks of attention's arguments, shared by every entry point.
+"""Checks and masks of attention's arguments, shared by every entry point.
 
-All of them look at static shapes only, so they run before any compilation.
+Checks look at static shapes only, so they run before any compilation.
 """
 
 import math
@@ -37,8 +37,13 @@ def check_attention_inputs(
     raise ValueError(f"query, key and value must share batch, {shapes}")
   if query.shape[3] != key.shape[3]:
     raise ValueError(f"query and key must share {depth}, {shapes}")
-  if not query.shape[2] == key.shape[2] == value.shape[2]:
-    raise ValueError(f"query, key and value must share heads, {shapes}")
+  if key.shape[2] != value.shape[2]:
+    raise ValueError(f"key and value must share heads, {shapes}")
+  if query.shape[2] % key.shape[2]:
+    raise ValueError(
+      "query heads must be a multiple of key heads (grouped-query "
+      f"attention), {shapes}"
+    )
   if key.shape[1] != value.shape[1]:
     raise ValueError(f"key and value must share length, {shapes}")
   if is_causal and query.shape[1] != key.shape[1]:
@@ -91,3 +96,18 @@ def split_scale(scale: float | None, head_dim: int) -> float:
   if not scale > 0:
     raise ValueError(f"scale must be positive, got {scale!r}.")
   return math.sqrt(scale)
+
+
+def visible_keys(query, key, is_causal, key_mask, segment_ids) -> Array:
+  """Bool, broadcastable to [B, N, T, S]: which key each query may see."""
+  num_queries, num_keys = query.shape[1], key.shape[1]
+  visible = jnp.ones((1, 1, num_queries, num_keys), bool)
+  if is_causal:
+    visible = jnp.tril(visible)
+  if key_mask is not None:
+    visible = visible & key_mask[:, None, None, :]
+  if segment_ids is not None:
+    query_ids, key_ids = split_segment_ids(segment_ids, query, key)
+    same = query_ids[:, :, None] == key_ids[:, None, :]
+    visible = visible & same[:, None]
+  return visible

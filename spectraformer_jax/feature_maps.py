@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from spectraformer_jax.components import (
   COMPONENTS,
   Component,
   ComponentState,
+  build_component,
 )
+from spectraformer_jax.heads import lead_with_batch, over_examples_and_heads
 from spectraformer_jax.typing import (
   Array,
   FeatureVariables,
@@ -53,6 +56,13 @@ class FeatureMapInfo:
   needs_stats: bool
 
 
+class Prepared(NamedTuple):
+  """Rows and component state per example and head; see `FeatureMap.prepare`."""
+
+  rows: WeightSample
+  state: ComponentState
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureMap:
   """phi(x) = f(W x, x): pure functions over explicit variables.
@@ -76,7 +86,7 @@ class FeatureMap:
       positive=f.info.positive and not w.info.signed,
       unbiased=w.info.marginals != "approximate",
       learnable=w.info.learnable,
-      needs_stats=f.needs_stats,
+      needs_stats=f.needs_stats or w.needs_stats,
     )
 
   @property
@@ -128,7 +138,7 @@ class FeatureMap:
       component_rng, matrix_rng = jax.random.split(rng)
       return _drop_empty(
         component=self.component.init(component_rng, head_dim),
-        rows=self.weight_matrix.init(matrix_rng, self.num_rows, head_dim),
+        rows=self._init_rows(matrix_rng, head_dim),
       )
 
     return jax.vmap(one_head)(jax.random.split(rng, num_heads))
@@ -151,7 +161,7 @@ class FeatureMap:
         component=self.component.draw(
           component_rng, self.num_features, head_dim
         ),
-        rows=self.weight_matrix.draw(matrix_rng, self.num_rows, head_dim, law),
+        rows=self._draw_rows(matrix_rng, head_dim, law),
       )
 
     drawn = jax.vmap(one_head)(jax.random.split(rng, num_heads))
@@ -235,11 +245,13 @@ class FeatureMap:
         ),
       )
 
-    query, key = (x.astype(jnp.float32) for x in (query, key))
-    head_axes, variables = _head_axes(variables)
-    over_heads = jax.vmap(one_head, in_axes=(head_axes, 1, 1, None, None))
-    over_batch = jax.vmap(over_heads, in_axes=(None, 0, 0, 0, 0))
-    moments = over_batch(variables, query, key, query_mask, key_mask)
+    query, key = (
+      jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (query, key)
+    )
+    masks = jax.tree.map(lambda mask: mask[:, None], (query_mask, key_mask))
+    moments = over_examples_and_heads(one_head)(
+      lead_with_batch(variables), query, key, *masks
+    )
     return jax.tree.map(jax.lax.stop_gradient, moments) or ()
 
   def solve(self, moments: PyTree) -> PyTree:
@@ -248,8 +260,8 @@ class FeatureMap:
       return ()
     stats = dict(moments)
     if "component" in moments:
-      over_heads = jax.vmap(self.component.solve)
-      stats["component"] = jax.vmap(over_heads)(moments["component"])
+      solve = over_examples_and_heads(self.component.solve)
+      stats["component"] = solve(moments["component"])
     return jax.tree.map(jax.lax.stop_gradient, stats)
 
   def log_features(
@@ -259,6 +271,7 @@ class FeatureMap:
     *,
     side: Side,
     stats: PyTree = None,
+    position: Array | int = 0,
   ) -> LogFeatures:
     """Features as ``factor * exp(log_magnitude)``, both float32.
 
@@ -267,6 +280,8 @@ class FeatureMap:
       x: ``[..., T, N, H]``, scaled, any float dtype.
       side: "query" or "key".
       stats: from `calibrate`; leading axes ``[B, N]``, either may be 1.
+      position: where in its sequence the first token of x stands; only maps
+        with ``component.info.positional`` look at it.
 
     Returns:
       `LogFeatures`: log_magnitude ``[..., T, N, F]`` or ``[..., T, N, 1]``,
@@ -277,6 +292,40 @@ class FeatureMap:
     """
     if side not in SIDES:
       raise ValueError(f"side must be one of {SIDES}, got {side!r}.")
+    self.check_inputs(variables, x)
+    flat = jnp.reshape(x, (-1, *x.shape[-3:]))
+    _check_stats(stats, flat)
+    prepared = self.prepare(variables, stats)
+    out = self.prepared_features(
+      prepared,
+      jnp.swapaxes(flat, 1, 2).astype(jnp.float32),
+      side=side,
+      position=position,
+    )
+    return jax.tree.map(
+      lambda leaf: jnp.swapaxes(leaf, 1, 2).reshape(
+        *x.shape[:-1], leaf.shape[-1]
+      ),
+      out,
+    )
+
+  def prepare(
+    self, variables: FeatureVariables, stats: PyTree = None
+  ) -> Prepared:
+    """All that features of any number of tokens need, computed once.
+
+    Args:
+      variables: from `init`.
+      stats: from `calibrate`; leading axes ``[B, N]``, either may be 1.
+
+    Returns:
+      `Prepared`; every leaf leads with ``[B or 1, N or 1]``. Gradients flow
+      through it to the learnable parameters.
+
+    Raises:
+      ValueError: the component or the weight matrix needs stats that are not
+        there.
+    """
     if self.component.needs_stats and not stats:
       raise ValueError(
         f"component {self.component.info.name!r} with statistics="
@@ -284,24 +333,45 @@ class FeatureMap:
         "variables, query, key), or build it with statistics='constant' or "
         "'learned'."
       )
-    self._check_x(variables, x)
-    flat = jnp.reshape(x, (-1, *x.shape[-3:])).astype(jnp.float32)
-    head_axes, variables = _head_axes(variables)
-    _check_stats(stats, flat)
-    stat_head_axes, stats = _squeeze(stats or {}, axis=1)
-    batch_axes, stats = _squeeze(stats, axis=0)
+    if self.weight_matrix.needs_stats and "rows" not in (stats or {}):
+      raise ValueError(
+        f"weight matrix {self.weight_matrix.info.name!r} needs the context of "
+        "a sequence: pass stats=fm.calibrate(variables, query, key), or build "
+        "it with context='learned'."
+      )
 
-    def one_head(variables, stats, x):
-      return self._log_features(variables, stats, x, side)
+    def one_head(variables, stats):
+      params, projection = variables
+      state = ComponentState(
+        params.get("component", {}),
+        jax.lax.stop_gradient(projection.get("component", {})),
+        stats.get("component", ()),
+      )
+      rows = self._rows(*variables, stats.get("rows", ()))
+      rows = self.component.realise_rows(rows, self.num_features, state)
+      return Prepared(rows, state)
 
-    over_heads = jax.vmap(
-      one_head, in_axes=(head_axes, stat_head_axes, 1), out_axes=1
+    return over_examples_and_heads(one_head)(
+      lead_with_batch(variables), stats or {}
     )
-    over_batch = jax.vmap(over_heads, in_axes=(None, batch_axes, 0))
-    out = over_batch(variables, stats, flat)
-    return jax.tree.map(
-      lambda leaf: jnp.reshape(leaf, (*x.shape[:-1], leaf.shape[-1])), out
-    )
+
+  def prepared_features(
+    self,
+    prepared: Prepared,
+    x: Array,
+    *,
+    side: Side,
+    position: Array | int = 0,
+  ) -> LogFeatures:
+    """`log_features` of x ``[B, N, T, H]`` float32 -> ``[B, N, T, F]``."""
+
+    def one_head(prepared, x):
+      rows, state = prepared
+      state = state._replace(position=position)
+      out = self.component.log_features(x, rows, side, state)
+      return _weigh_rows(out, rows, side, self.num_features)
+
+    return over_examples_and_heads(one_head)(prepared, x)
 
   def apply(
     self,
@@ -366,32 +436,54 @@ class FeatureMap:
     state = ComponentState(params, random, (stats or {}).get("component", ()))
     return self.component.kernel_value(x, y, state)
 
+  def _init_rows(self, rng, head_dim):
+    """Learnable leaves of the rows of one head, apart for each draw of W."""
+    draws = self.component.row_draws
+    num_rows = self.num_rows // draws
+    init = lambda rng: self.weight_matrix.init(rng, num_rows, head_dim)
+    if draws == 1:
+      return init(rng)
+    return jax.vmap(init)(jax.random.split(rng, draws))
+
+  def _draw_rows(self, rng, head_dim, law):
+    """Drawn leaves of the rows of one head."""
+    draws = self.component.row_draws
+    num_rows = self.num_rows // draws
+    draw = lambda rng: self.weight_matrix.draw(rng, num_rows, head_dim, law)
+    if draws == 1:
+      return draw(rng)
+    drawn = jax.vmap(draw)(jax.random.split(rng, draws))
+    return jax.tree.map(
+      lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])), drawn
+    )
+
   def _rows(self, params, projection, context=()) -> WeightSample:
     """Rows of one head, float32; the projection takes no gradient."""
+    params = params.get("rows", {})
     projection = jax.lax.stop_gradient(projection.get("rows", {}))
-    rows = self.weight_matrix.rows(params.get("rows", {}), projection, context)
+    make = lambda *leaves: self.weight_matrix.rows(*leaves, context)
+    draws = self.component.row_draws
+    if draws == 1:
+      rows = make(params, projection)
+    else:
+      projection = jax.tree.map(
+        lambda leaf: jnp.reshape(leaf, (draws, -1, *leaf.shape[1:])), projection
+      )
+      rows = jax.tree.map(
+        lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])),
+        jax.vmap(make)(params, projection),
+      )
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rows)
-
-  def _log_features(self, variables, stats, x, side) -> LogFeatures:
-    """One head of one example: the component's features, weighed by row."""
-    params, projection = variables
-    rows = self._rows(params, projection, stats.get("rows", ()))
-    state = ComponentState(
-      params.get("component", {}),
-      jax.lax.stop_gradient(projection.get("component", {})),
-      stats.get("component", ()),
-    )
-    out = self.component.log_features(x, rows, side, state)
-    return _weigh_rows(out, rows, side, self.num_features)
 
   def _check_sizes(self, head_dim: int, num_heads: int) -> None:
     """ValueError for sizes that this pair cannot make."""
     check_positive_int("head_dim", head_dim)
     check_positive_int("num_heads", num_heads)
     self.component.check(self.num_features, head_dim)
-    self.weight_matrix.check(self.num_rows, head_dim)
+    num_rows = self.num_rows // self.component.row_draws
+    self.weight_matrix.check(num_rows, head_dim)
 
-  def _check_x(self, variables: FeatureVariables, x: Array) -> None:
+  def check_inputs(self, variables: FeatureVariables, x: Array) -> None:
     """ValueError unless x has the head_dim and heads of the variables."""
     leaves = jax.tree.leaves(variables)
     if x.ndim < 3:
@@ -448,24 +540,6 @@ def _drop_empty(**parts) -> dict[str, PyTree]:
   return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
-def _head_axes(variables):
-  """Axes for vmap over heads; a single shared head is squeezed out."""
-  leaves = jax.tree.leaves(variables)
-  if not leaves or leaves[0].shape[0] > 1:
-    return 0 if leaves else None, variables
-  return None, jax.tree.map(lambda leaf: leaf[0], variables)
-
-
-def _squeeze(stats, *, axis):
-  """Axes for vmap, per leaf, for one leading axis of stats; size 1 is squeezed."""
-  axes = jax.tree.map(lambda leaf: None if leaf.shape[axis] == 1 else 0, stats)
-  squeezed = jax.tree.map(
-    lambda leaf: jnp.squeeze(leaf, axis) if leaf.shape[axis] == 1 else leaf,
-    stats,
-  )
-  return axes, squeezed
-
-
 def _check_stats(stats, x):
   """ValueError unless leaves of stats lead with [B, N] of x, or ones."""
   batch, heads = x.shape[0], x.shape[2]
@@ -510,7 +584,7 @@ def feature_map(
     True
   """
   return compose(
-    COMPONENTS.build(component, component_kwargs),
+    build_component(component, component_kwargs),
     WEIGHT_MATRICES.build(weight_matrix, weight_matrix_kwargs),
     num_features=num_features,
   )
@@ -537,6 +611,10 @@ def compose(
     ValueError: num_features is not a positive integer, or the pair does not
       fit (the message has the reason).
 
+  Warns:
+    UserWarning: once per pair, where the component weighs rows by their norms
+      (OPRF and its kin) and the norms of the matrix are not Gaussian.
+
   Example:
     >>> from spectraformer_jax import components, weight_matrices
     >>> f = components.OPRF(statistics="constant")
@@ -558,8 +636,27 @@ def compose(
 
 @functools.cache
 def _compose(component, weight_matrix, num_features) -> FeatureMap:
-  """Same arguments, same object."""
+  """Same arguments, same object; what there is to warn of is said once."""
+  warning = _norm_bias(component, weight_matrix)
+  if warning:
+    warnings.warn(warning, stacklevel=3)
   return FeatureMap(component, weight_matrix, num_features)
+
+
+def _norm_bias(component: Component, weight_matrix: WeightMatrix) -> str | None:
+  """What is wrong with this pair's row norms, in one line; None if nothing."""
+  f, w = component.info, weight_matrix.info
+  if not f.weighs_norms or w.learnable or w.marginals != "approximate":
+    return None
+  if getattr(weight_matrix, "norms", None) == "chi":
+    return None  # directions alone are approximate
+  return (
+    f"{f.name}-{w.name} is biased: the component weighs rows by "
+    f"exp(A|w|^2), and the row norms of weight matrix {w.name!r} are not those "
+    "of Gaussian rows. The bias grows exponentially in head_dim A^2 and does "
+    "not fall with num_features; matrices with exact marginals ('iid', 'orf', "
+    "'mm_chi') have none, and 'posrf' has far less."
+  )
 
 
 def mismatch(component: Component, weight_matrix: WeightMatrix) -> str | None:

@@ -83,7 +83,7 @@ def exact_attention(
   check_kernel(kernel)
   checks.check_attention_inputs(query, key, value, is_causal=is_causal)
   checks.check_key_mask(key_mask, key)
-  visible = visible_keys(query, key, is_causal, key_mask, segment_ids)
+  visible = checks.visible_keys(query, key, is_causal, key_mask, segment_ids)
   compute = jnp.promote_types(query.dtype, jnp.float32)
   root = checks.split_scale(scale, query.shape[-1])
   x, y = query.astype(compute) * root, key.astype(compute) * root
@@ -101,18 +101,3 @@ def exact_attention(
     "bnts,bsnv->btnv", weights, value.astype(compute), precision="highest"
   )
   return out.astype(value.dtype)
-
-
-def visible_keys(query, key, is_causal, key_mask, segment_ids) -> Array:
-  """Bool, broadcastable to [B, N, T, S]: which key each query may see."""
-  num_queries, num_keys = query.shape[1], key.shape[1]
-  visible = jnp.ones((1, 1, num_queries, num_keys), bool)
-  if is_causal:
-    visible = jnp.tril(visible)
-  if key_mask is not None:
-    visible = visible & key_mask[:, None, None, :]
-  if segment_ids is not None:
-    query_ids, key_ids = checks.split_segment_ids(segment_ids, query, key)
-    same = query_ids[:, :, None] == key_ids[:, None, :]
-    visible = visible & same[:, None]
-  return visible

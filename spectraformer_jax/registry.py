@@ -56,12 +56,28 @@ class Registry:
       )
     return self._factories[name]
 
-  def build(self, name: str, kwargs: Mapping[str, Any] | None = None) -> Any:
-    """Calls the factory called `name`, refusing keywords it does not take."""
+  def options(self, name: str) -> tuple[str, ...]:
+    """Keywords that the factory called `name` takes."""
+    return tuple(inspect.signature(self.get(name)).parameters)
+
+  def build(
+    self,
+    name: str,
+    kwargs: Mapping[str, Any] | None = None,
+    shared_options: tuple[str, ...] = (),
+  ) -> Any:
+    """Calls the factory called `name`, refusing keywords it does not take.
+
+    Args:
+      name: of an entry.
+      kwargs: for its factory.
+      shared_options: what the caller takes for every entry, for the message.
+    """
     factory = self.get(name)
-    known = inspect.signature(factory).parameters
+    takes = self.options(name)
     for keyword in kwargs or {}:
-      if keyword not in known:
+      if keyword not in takes:
+        known = (*takes, *shared_options)
         options = nearest(keyword, known) if known else " It takes none."
         raise ValueError(
           f"{self.kind} {name!r} has no option {keyword!r}.{options}"

@@ -4,6 +4,7 @@ One file per family of the taxonomy. To add one: a frozen dataclass with
 `info`, `log_features` and `kernel_value`, registered by name (CONTRIBUTING.md).
 """
 
+from spectraformer_jax.components.arc_cosine import ArcCosine, ReLU
 from spectraformer_jax.components.base import (
   COMPONENTS,
   Component,
@@ -11,21 +12,58 @@ from spectraformer_jax.components.base import (
   ComponentState,
   KernelComponent,
 )
+from spectraformer_jax.components.centred import Centred, build_component
 from spectraformer_jax.components.data_dependent import DataDependent
-from spectraformer_jax.components.optimal import OPRF
-from spectraformer_jax.components.positive import PosRF
+from spectraformer_jax.components.dense import SADERF
+from spectraformer_jax.components.dense_rotated import ADERF, ASDERF, SDERF
+from spectraformer_jax.components.deterministic import (
+  ELU1,
+  CosFormer,
+  Taylor2,
+)
+from spectraformer_jax.components.discrete import GeomRF, PoisRF
+from spectraformer_jax.components.discrete_plus import GeomRFPlus, PoisRFPlus
+from spectraformer_jax.components.gerf import GERF
+from spectraformer_jax.components.hybrid import HRF
+from spectraformer_jax.components.maclaurin import Maclaurin
+from spectraformer_jax.components.optimal import OPRF, OPRFHyperbolic
+from spectraformer_jax.components.positive import PosRF, PosRFHyperbolic
+from spectraformer_jax.components.rfa import RFA
+from spectraformer_jax.components.tensor_sketch import TensorSketch
 from spectraformer_jax.components.trigonometric import TrigRF
 
 __all__ = [
+  "ADERF",
+  "ASDERF",
   "COMPONENTS",
+  "ELU1",
+  "GERF",
+  "HRF",
   "OPRF",
+  "RFA",
+  "SADERF",
+  "SDERF",
+  "ArcCosine",
+  "Centred",
   "Component",
   "ComponentInfo",
   "ComponentState",
+  "CosFormer",
   "DataDependent",
+  "GeomRF",
+  "GeomRFPlus",
   "KernelComponent",
+  "Maclaurin",
+  "OPRFHyperbolic",
+  "PoisRF",
+  "PoisRFPlus",
   "PosRF",
+  "PosRFHyperbolic",
+  "ReLU",
+  "Taylor2",
+  "TensorSketch",
   "TrigRF",
+  "build_component",
   "list_components",
 ]
 

@@ -1,6 +1,7 @@
 """What a component function is: f in phi(x) = f(W x, x)."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ class ComponentInfo:
     source: paper and equation.
     row_law: name of the law of the rows it needs; "none" if it has no rows.
     causal_safe: features of a token depend on that token alone.
+    positional: they also depend on where it stands in its sequence.
     weighs_norms: features weigh rows by their norm, so that rows whose norms
       are not those of the row law bias the estimate.
   """
@@ -57,6 +59,7 @@ class ComponentInfo:
   avoid: str = ""
   row_law: str = "gaussian"
   causal_safe: bool = True
+  positional: bool = False
   weighs_norms: bool = False
 
 
@@ -67,11 +70,13 @@ class ComponentState(NamedTuple):
     params: learnable leaves from `Component.init`.
     random: drawn leaves from `Component.draw` (a second projection, phases).
     stats: data-dependent parameters from `Component.solve`, or ``()``.
+    position: where in its sequence the first token of x stands; None is 0.
   """
 
   params: Params
   random: Projection
   stats: PyTree
+  position: Array | int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,14 @@ class Component:
   def num_rows(self, num_features: int) -> int:
     """Rows of W that `num_features` features take."""
     return num_features
+
+  @property
+  def row_draws(self) -> int:
+    """Independent draws of W, of equal size, that the rows are stacked from.
+
+    More than one where features multiply rows: those of one draw are coupled.
+    """
+    return 1
 
   def check(self, num_features: int, head_dim: int) -> None:
     """Raises ValueError for sizes it cannot serve."""
@@ -138,6 +151,16 @@ class Component:
     del moments
     return ()
 
+  def realise_rows(
+    self, rows: WeightSample, num_features: int, state: ComponentState
+  ) -> WeightSample:
+    """The rows that `log_features` takes, from those the matrix made.
+
+    Done once for all tokens. For laws whose rows are stored as uniforms.
+    """
+    del num_features, state
+    return rows
+
   def log_features(
     self, x: Array, rows: WeightSample, side: Side, state: ComponentState
   ) -> LogFeatures:
@@ -145,7 +168,7 @@ class Component:
 
     Args:
       x: ``[T, H]`` float32, scaled.
-      rows: rows of W of this head.
+      rows: rows of W of this head, from `realise_rows`.
       side: "query" or "key".
       state: parameters, random leaves and stats of this head.
 
@@ -161,7 +184,7 @@ class Component:
   def log_second_moment(
     self, x: Array, y: Array, state: ComponentState
   ) -> Array:
-    r"""log E Z^2 of Z = phi(x) . phi(y) from a single row of the row law.
+    """Logarithm of E Z^2, Z = phi(x) . phi(y) from one row alone.
 
     The relative variance of M independent rows is
     ``(exp(log_second_moment - 2 log K) - 1) / M``.
@@ -235,6 +258,26 @@ def project(x: Array, rows: Array) -> Array:
 def half_square(x: Array) -> Array:
   """``|x|^2 / 2`` over the last axis, kept: ``[..., H] -> [..., 1]``."""
   return 0.5 * jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+
+
+def sized(values: Array) -> LogFeatures:
+  """Features ``[T, F]`` as the largest size in each row, and what is left."""
+  size = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+  size = jax.lax.stop_gradient(jnp.where(size > 0.0, size, 1.0))
+  return LogFeatures(jnp.log(size), values / size)
+
+
+def log_cosh(t: Array) -> Array:
+  """The logarithm of cosh t, without overflow."""
+  t = jnp.abs(t)
+  return t + jnp.log1p(jnp.exp(-2.0 * t)) - math.log(2.0)
+
+
+def angle(x: Array, y: Array) -> Array:
+  """The angle between x and y ``[..., H]``, accurate at 0 and pi, too."""
+  norm = lambda z: jnp.sqrt(jnp.sum(jnp.square(z), axis=-1, keepdims=True))
+  u, v = x * norm(y), y * norm(x)
+  return 2.0 * jnp.arctan2(norm(u - v), norm(u + v))[..., 0]
 
 
 def masked_mean(values: Array, mask: Array | None) -> Array:

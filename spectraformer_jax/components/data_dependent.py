@@ -29,11 +29,7 @@ class DataDependent(KernelComponent):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.statistics not in STATISTICS:
-      raise ValueError(
-        f"Unknown statistics {self.statistics!r}."
-        f"{nearest(self.statistics, STATISTICS)}"
-      )
+    check_statistics(self.statistics)
 
   @property
   def needs_stats(self):
@@ -55,3 +51,11 @@ class DataDependent(KernelComponent):
     if self.statistics == "learned":
       return self.from_params(state.params)
     return self.constant(head_dim)
+
+
+def check_statistics(statistics: str) -> None:
+  """ValueError unless `statistics` names a source of parameters."""
+  if statistics not in STATISTICS:
+    raise ValueError(
+      f"Unknown statistics {statistics!r}.{nearest(statistics, STATISTICS)}"
+    )

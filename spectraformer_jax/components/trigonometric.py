@@ -9,6 +9,7 @@ from spectraformer_jax.components.base import (
   ComponentInfo,
   KernelComponent,
   half_square,
+  log_cosh,
   project,
 )
 from spectraformer_jax.typing import LogFeatures
@@ -70,3 +71,9 @@ class TrigRF(KernelComponent):
     angles = project(x, rows.w)
     factor = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return LogFeatures(half_square(x) + self.gaussian_shift(x), factor)
+
+  def softmax_log_second_moment(self, x, y, state):
+    """See `KernelComponent.softmax_log_second_moment`."""
+    del state
+    square = jnp.sum(jnp.square(x - y), axis=-1)
+    return 2.0 * jnp.sum(x * y, axis=-1) + log_cosh(square)

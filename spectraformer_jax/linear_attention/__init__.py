@@ -1,8 +1,13 @@
-"""Attention on plain features: a dot product, so prefix sums do."""
+"""Attention on features: a dot product, so sums over keys are all it needs.
+
+`api` checks and chooses; `reference` is the quadratic oracle; `fused` maps and
+sums chunk by chunk (`chunks`, `state`); `segments` does packed rows.
+"""
 
 from spectraformer_jax.linear_attention.api import (
   IMPLEMENTATIONS,
   linear_attention,
 )
+from spectraformer_jax.linear_attention.state import State
 
-__all__ = ["IMPLEMENTATIONS", "linear_attention"]
+__all__ = ["IMPLEMENTATIONS", "State", "linear_attention"]

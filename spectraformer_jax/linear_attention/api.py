@@ -1,25 +1,22 @@
-"""The public call: checks, choice of implementation, masks, normalizer."""
+"""The public call, and what it shares with `spectral_attention`."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
-from spectraformer_jax.linear_attention import prefix_sum, reference
+from spectraformer_jax.linear_attention import (
+  chunks,
+  fused,
+  reference,
+  segments,
+)
+from spectraformer_jax.linear_attention.state import State, empty_state
 from spectraformer_jax.registry import nearest
-from spectraformer_jax.typing import Array
-
-Sums = Callable[..., tuple[Array, Array]]
-
-# In the order in which implementation=None tries them.
-IMPLEMENTATIONS: dict[str, Sums] = {
-  "xla": prefix_sum.sums,
-  "reference": reference.sums,
-}
-
-# A signed normalizer is kept this far from zero, relative to the same sum of
-# magnitudes: what float32 sums leave of a value that should be zero.
-SIGNED_FLOOR = 1e-6
+from spectraformer_jax.typing import Array, LogFeatures, PyTree
 
 
 def linear_attention(
@@ -29,9 +26,12 @@ def linear_attention(
   *,
   is_causal: bool = False,
   key_mask: Array | None = None,
+  segment_ids: Array | tuple[Array, Array] | None = None,
+  initial_state: State | None = None,
+  return_state: bool = False,
   chunk_size: int | None = None,
   implementation: str | Sequence[str] | None = None,
-) -> Array:
+) -> Array | tuple[Array, State]:
   r"""Normalized linear attention on features that exist already, O(T).
 
   .. math::
@@ -41,24 +41,30 @@ def linear_attention(
   signed map makes a normalizer cancel, `spectral_attention` guards it.
 
   Args:
-    query_features: phi, ``[B, T, N, F]``, any float dtype.
+    query_features: phi, ``[B, T, N, F]``, any float dtype; N may be a multiple
+      of the keys' heads (grouped-query attention).
     key_features: psi, ``[B, S, N, F]``.
     value: ``[B, S, N, V]``.
     is_causal: query i sees keys 0..i; needs T == S.
     key_mask: ``[B, S]`` bool, True where a key may be seen. Hidden keys and
       values may hold anything, NaN included.
-    chunk_size: positions in one chunk of the causal prefix sum; None is a
-      default. Changes speed and memory, not the result.
+    segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
+      ``([B, T], [B, S])``; a query sees keys of its own segment only.
+    initial_state: of an earlier call with `return_state`: its keys come first.
+    return_state: also return the state after all keys.
+    chunk_size: positions in one chunk; None is a default for the backend.
+      Changes speed and memory, not the result.
     implementation: "xla", "reference", a sequence tried in order, or None for
       the best available. Changes speed, not the result.
 
   Returns:
     ``[B, T, N, V]`` in value's dtype; sums are float32. A query that sees no
-    key gives zeros, and zero gradients.
+    key gives zeros, and zero gradients. With `return_state`, a pair with the
+    `State`.
 
   Raises:
     ValueError: shapes that do not agree, a mask over query and key positions,
-      or an unknown implementation.
+      a state together with segments, or an unknown implementation.
 
   References:
     Katharopoulos et al., Transformers are RNNs, 2020, equations 5 and 9
@@ -76,67 +82,235 @@ def linear_attention(
     is_causal=is_causal,
     depth="feature dim",
   )
-  checks.check_key_mask(key_mask, key_features)
-  return attend(
+  out, state = attend(
+    _PLAIN,
+    (),
     query_features,
     key_features,
     value,
-    is_causal=is_causal,
     key_mask=key_mask,
-    chunk_size=chunk_size,
-    implementation=implementation,
-    is_signed=False,
+    segment_ids=segment_ids,
+    initial_state=initial_state,
+    options=AttendOptions(
+      is_causal=is_causal,
+      return_state=return_state,
+      chunk_size=chunk_size,
+      implementation=names_of(implementation),
+      is_signed=False,
+    ),
+  )
+  return (out, state) if return_state else out
+
+
+def _plain(constants: PyTree, x: Array, position: Array) -> LogFeatures:
+  """Features that exist already."""
+  del constants, position
+  return LogFeatures(None, x.astype(jnp.float32))
+
+
+_PLAIN = fused.Maps(_plain, _plain)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendOptions:
+  """The static arguments of `attend`; see `linear_attention`.
+
+  Attributes:
+    is_signed: features can be negative: guard the normalizer.
+    is_causal, return_state, chunk_size, implementation: as there, with
+      implementation a tuple of names.
+  """
+
+  is_causal: bool
+  return_state: bool
+  chunk_size: int | None
+  implementation: tuple[str, ...]
+  is_signed: bool
+
+
+# Jitted, so that calls outside of jit are compiled once as well.
+@functools.partial(jax.jit, static_argnames=("maps", "options"))
+def attend(
+  maps: fused.Maps,
+  constants: PyTree,
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  key_mask: Array | None,
+  segment_ids: Array | tuple[Array, Array] | None,
+  initial_state: State | None,
+  options: AttendOptions,
+) -> tuple[Array, State | None]:
+  """Maps and attends.
+
+  Args:
+    maps: feature maps of the two sides, static.
+    constants: what the maps need; takes gradients.
+    query: ``[B, T, N G, H]``: G queries share a key head.
+    key: ``[B, S, N, H]``.
+    value: ``[B, S, N, V]``.
+    key_mask: see `linear_attention`.
+    segment_ids: see `linear_attention`.
+    initial_state: see `linear_attention`.
+    options: the rest.
+
+  Returns:
+    ``[B, T, N G, V]`` in value's dtype and the state after all keys (None
+    where segments leave no single one).
+  """
+  checks.check_key_mask(key_mask, key)
+  if options.chunk_size is not None:
+    checks.check_positive_int("chunk_size", options.chunk_size)
+  if segment_ids is not None:
+    segment_ids = checks.split_segment_ids(segment_ids, query, key)
+    if initial_state is not None or options.return_state:
+      raise ValueError(
+        "segment_ids cannot be combined with initial_state or return_state: "
+        "a state is the sum of one row."
+      )
+  run = IMPLEMENTATIONS[options.implementation[0]]
+  batch, length, all_heads, _ = query.shape
+  heads, value_dim = key.shape[2], value.shape[3]
+  if key_mask is not None:
+    visible = key_mask[:, :, None, None]
+    key, value = jnp.where(visible, key, 0), jnp.where(visible, value, 0)
+  if initial_state is None:
+    initial_state = start(maps, constants, key, value_dim, options.is_signed)
+  _check_state(initial_state, key, value_dim)
+  out, state = run(
+    maps,
+    constants,
+    initial_state,
+    query.reshape(batch, length, heads, all_heads // heads, -1),
+    key,
+    value.astype(jnp.float32),
+    key_mask,
+    segment_ids,
+    is_causal=options.is_causal,
+    chunk=options.chunk_size or fused.default_chunk(options.is_causal),
+  )
+  out = out.reshape(batch, length, all_heads, value_dim).astype(value.dtype)
+  return out, state
+
+
+def start(
+  maps: fused.Maps,
+  constants: PyTree,
+  key: Array,
+  value_dim: int,
+  is_signed: bool,
+) -> State:
+  """The state before any key, of the size that the maps need."""
+  batch, _, heads, dim = key.shape
+  one = jax.ShapeDtypeStruct((batch, heads, 1, dim), jnp.float32)
+  shapes = jax.eval_shape(maps.key, constants, one, 0)
+  sizes = [leaf.shape[-1] for leaf in jax.tree.leaves(shapes)]
+  exponent = shapes.log_magnitude
+  return empty_state(
+    batch,
+    heads,
+    max(sizes),
+    value_dim,
+    exponent_dim=1 if exponent is None else exponent.shape[-1],
+    is_signed=is_signed,
   )
 
 
-def attend(
-  query_features: Array,
-  key_features: Array,
-  value: Array,
+def _check_state(state: State, key: Array, value_dim: int) -> None:
+  """ValueError unless the state belongs to arrays of these sizes."""
+  batch, heads = key.shape[0], key.shape[2]
+  got = state.kv.shape
+  if (got[0], got[1], got[3]) != (batch, heads, value_dim):
+    raise ValueError(
+      "initial_state must have [batch, heads, features, value_dim] = "
+      f"[{batch}, {heads}, F, {value_dim}], got kv.shape={got}."
+    )
+
+
+def _xla(
+  maps,
+  constants,
+  state,
+  query,
+  key,
+  value,
+  keep,
+  segment_ids,
   *,
-  is_causal: bool,
-  key_mask: Array | None,
-  chunk_size: int | None,
-  implementation: str | Sequence[str] | None,
-  is_signed: bool,
-) -> Array:
-  """`linear_attention` on checked inputs; `is_signed` guards the normalizer."""
-  if chunk_size is not None:
-    checks.check_positive_int("chunk_size", chunk_size)
-  sums = choose(implementation)
-  phi, psi = (x.astype(jnp.float32) for x in (query_features, key_features))
-  values = value.astype(jnp.float32)
-  if key_mask is not None:
-    keep = key_mask[:, :, None, None]
-    psi, values = jnp.where(keep, psi, 0.0), jnp.where(keep, values, 0.0)
-  options = {"is_causal": is_causal, "chunk_size": chunk_size}
-  numerator, normalizer = sums(phi, psi, values, **options)
-  if is_signed:
-    # The same sums of magnitudes say how much of the normalizer cancelled.
-    ones = jnp.ones((*psi.shape[:3], 1), jnp.float32)
-    magnitude, _ = sums(jnp.abs(phi), jnp.abs(psi), ones, **options)
-    normalizer = guard_signed(normalizer, magnitude[..., 0])
-  sees_keys = normalizer != 0.0
-  out = numerator / jnp.where(sees_keys, normalizer, 1.0)[..., None]
-  out = jnp.where(sees_keys[..., None], out, 0.0)
-  return out.astype(value.dtype)
+  is_causal,
+  chunk,
+):
+  """The linear form in plain XLA."""
+  if segment_ids is not None:
+    out = segments.packed(
+      maps,
+      constants,
+      state,
+      query,
+      key,
+      value,
+      keep,
+      segment_ids,
+      is_causal=is_causal,
+      chunk=chunk,
+    )
+    return out, None
+  if is_causal:
+    return fused.causal(
+      maps, chunk, constants, state, query, key, value, keep, None
+    )
+  return fused.bidirectional(
+    maps, constants, state, query, key, value, keep, chunk=chunk
+  )
 
 
-def guard_signed(normalizer: Array, magnitude: Array) -> Array:
-  """Keeps a signed normalizer off zero: sign(0) is +1, no keys stay 0."""
-  floor = SIGNED_FLOOR * magnitude
-  sign = jnp.where(normalizer < 0.0, -1.0, 1.0)
-  return sign * jnp.maximum(jnp.abs(normalizer), floor)
+def _reference(
+  maps,
+  constants,
+  state,
+  query,
+  key,
+  value,
+  keep,
+  segment_ids,
+  *,
+  is_causal,
+  chunk,
+):
+  """The quadratic form: every feature and every weight exists."""
+  del chunk
+  visible = checks.visible_keys(query, key, is_causal, keep, segment_ids)
+  in_groups = jax.vmap(maps.query, in_axes=(None, 2, None), out_axes=2)
+  grouped = jnp.moveaxis(query, 1, 3)
+  by_head = [jnp.swapaxes(x, 1, 2) for x in (key, value)]
+  position = state.length
+  out = reference.attend(
+    in_groups(constants, grouped, position if is_causal else 0),
+    maps.key(constants, by_head[0], position),
+    by_head[1],
+    visible[:, :, None],
+    state=state,
+  )
+  keep = None if keep is None else keep[:, None, :, None]
+  after = chunks.add_keys(maps.key, constants, state, *by_head, position, keep)
+  after = after._replace(length=position + key.shape[1])
+  return jnp.moveaxis(out, 3, 1), after
 
 
-def choose(implementation: str | Sequence[str] | None) -> Sums:
-  """The first implementation asked for; ValueError for an unknown name."""
+# In the order in which implementation=None tries them.
+IMPLEMENTATIONS: dict[str, Callable] = {"xla": _xla, "reference": _reference}
+
+
+def names_of(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+  """The names asked for, in order; ValueError for an unknown one."""
   if implementation is None:
-    names = tuple(IMPLEMENTATIONS)
-  elif isinstance(implementation, str):
-    names = (implementation,)
-  else:
-    names = tuple(implementation)
+    return tuple(IMPLEMENTATIONS)
+  names = (
+    (implementation,)
+    if isinstance(implementation, str)
+    else tuple(implementation)
+  )
   if not names:
     raise ValueError("implementation must name at least one, got ().")
   for name in names:
@@ -144,4 +318,4 @@ def choose(implementation: str | Sequence[str] | None) -> Sums:
       raise ValueError(
         f"Unknown implementation {name!r}.{nearest(name, IMPLEMENTATIONS)}"
       )
-  return IMPLEMENTATIONS[names[0]]
+  return names

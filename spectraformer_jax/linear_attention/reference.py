@@ -1,36 +1,91 @@
 """The readable form: builds the T x S matrix. The oracle of the others."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.typing import Array
+from spectraformer_jax.linear_attention.state import (
+  KEY_EXPONENT,
+  State,
+  normalise,
+)
+from spectraformer_jax.typing import Array, LogFeatures
 
 
-def sums(
-  query_features: Array,
-  key_features: Array,
+def attend(
+  query: LogFeatures,
+  key: LogFeatures,
   value: Array,
+  visible: Array,
   *,
-  is_causal: bool,
-  chunk_size: int | None = None,
-) -> tuple[Array, Array]:
-  """Weighted sums over the keys each query sees, the quadratic way.
+  state: State,
+) -> Array:
+  """Attention with features that all exist, the quadratic way.
 
   Args:
-    query_features: ``[B, T, N, F]`` float32.
-    key_features: ``[B, S, N, F]`` float32, zero where hidden.
-    value: ``[B, S, N, V]`` float32.
-    is_causal: query i sees keys 0..i.
-    chunk_size: not used: nothing is chunked here.
+    query: features ``[B, N, G, T, F]`` of G groups of queries.
+    key: features ``[B, N, S, F]``.
+    value: ``[B, N, S, V]`` float32.
+    visible: bool, broadcastable to ``[B, N, G, T, S]``.
+    state: sums over keys that came before; every query sees them.
 
   Returns:
-    numerator ``[B, T, N, V]`` and normalizer ``[B, T, N]``.
+    ``[B, N, G, T, V]`` float32.
   """
-  del chunk_size
-  weights = jnp.einsum(
-    "btnf,bsnf->bnts", query_features, key_features, precision="highest"
-  )
-  if is_causal:
-    weights = jnp.tril(weights)
-  numerator = jnp.einsum("bnts,bsnv->btnv", weights, value, precision="highest")
-  normalizer = jnp.sum(weights, axis=-1)
-  return numerator, jnp.transpose(normalizer, (0, 2, 1))
+  phi, psi, old = stabilise(query, key, jnp.any(visible, (1, 2, 3)), state)
+
+  def weights(phi, psi):
+    products = jnp.einsum("bngtf,bnsf->bngts", phi, psi, precision="highest")
+    return jnp.where(visible, products, 0.0)
+
+  def of_state(phi, sums):
+    sums = sums * (old if sums.ndim == 3 else old[..., None])
+    return jnp.einsum("bngtf,bnf...->bngt...", phi, sums, precision="highest")
+
+  seen = weights(phi, psi)
+  numerator = jnp.einsum("bngts,bnsv->bngtv", seen, value, precision="highest")
+  numerator += of_state(phi, state.kv)
+  normalizer = jnp.sum(seen, axis=-1) + of_state(phi, state.total)
+  magnitude = None
+  if state.magnitude is not None:
+    magnitude = jnp.sum(weights(jnp.abs(phi), jnp.abs(psi)), axis=-1)
+    magnitude += of_state(jnp.abs(phi), state.magnitude)
+  return normalise(numerator, normalizer, magnitude)
+
+
+def stabilise(
+  query: LogFeatures, key: LogFeatures, key_mask: Array, state: State
+) -> tuple[Array, Array, Array]:
+  """Features of bounded size whose attention equals the naive one, exactly.
+
+  Each feature is shifted by its maximum over the visible keys of its example
+  and head, which the queries take back; then each query by its own maximum.
+  Both cancel in the ratio, so no gradient flows through them. For a positive
+  map that is not causal every normalizer is at least 1.
+
+  Args:
+    query: log-features ``[B, N, G, T, F]``.
+    key: log-features ``[B, N, S, F]``.
+    key_mask: ``[B, S]`` bool.
+    state: earlier sums, with an exponent of their own.
+
+  Returns:
+    query features, key features (0 where hidden), and the factor ``[B, N, F]``
+    that brings the sums of the state to the keys' shift.
+  """
+  if key.log_magnitude is None:
+    one = jnp.ones_like(state.total[..., :1])
+    hidden = ~key_mask[:, None, :, None]
+    return query.factor, jnp.where(hidden, 0.0, key.factor), one
+  key_log = jnp.where(key_mask[:, None, :, None], key.log_magnitude, -jnp.inf)
+  earlier = state.exponent * math.log(2.0)
+  shift = jnp.maximum(jnp.max(key_log, axis=2), earlier)
+  shift = jax.lax.stop_gradient(shift)
+  query_log = query.log_magnitude + shift[:, :, None, None]
+  top = jax.lax.stop_gradient(jnp.max(query_log, axis=-1, keepdims=True))
+  phi = jnp.exp(query_log - top)
+  psi = jnp.exp(key_log - shift[:, :, None])
+  if query.factor is not None:
+    phi, psi = query.factor * phi, key.factor * psi
+  return phi, psi, 2.0**-KEY_EXPONENT * jnp.exp(earlier - shift)

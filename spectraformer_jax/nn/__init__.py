@@ -1,4 +1,4 @@
-"""Flax Linen modules: attention, encoder, classifier.
+"""Flax Linen modules: attention, encoder, classifiers.
 
 Collections of a model: ``params`` (learnable, that of the feature maps
 included, under "feature_map"), ``random_features`` (the projections: random,
@@ -8,11 +8,13 @@ statistics="ema", ``feature_stats`` (running statistics).
 
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.classifier import Classifier
+from spectraformer_jax.nn.dual_classifier import DualClassifier
 from spectraformer_jax.nn.encoder import Encoder, EncoderLayer
 from spectraformer_jax.nn.redraw import redraw
 
 __all__ = [
   "Classifier",
+  "DualClassifier",
   "Encoder",
   "EncoderLayer",
   "SpectralSelfAttention",

@@ -3,16 +3,10 @@
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.nn.encoder import Encoder
-from spectraformer_jax.registry import nearest
+from spectraformer_jax.nn.sequence_encoder import encoder_of
 from spectraformer_jax.typing import Array
-
-POOLINGS = ("cls", "mean")
-
-_EMBED_INIT = nn.initializers.normal(0.02)
 
 
 class Classifier(nn.Module):
@@ -29,7 +23,7 @@ class Classifier(nn.Module):
       share_projection, dropout_rate, dtype: see `Encoder`.
 
   Example:
-    >>> import jax, spectraformer_jax as sf
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
     >>> model = sf.nn.Classifier(
     ...   vocab_size=32, num_classes=10, max_len=8,
     ...   feature_map=sf.feature_map("oprf", "orf", num_features=16))
@@ -73,57 +67,6 @@ class Classifier(nn.Module):
     Raises:
       ValueError: a sequence longer than `max_len`, or unknown `pooling`.
     """
-    self._check(tokens)
-    mask = jnp.arange(tokens.shape[1])[None, :] < length[:, None]
-    x = nn.Embed(
-      self.vocab_size,
-      self.embed_dim,
-      embedding_init=_EMBED_INIT,
-      dtype=self.dtype,
-      name="token_embedding",
-    )(tokens.astype(jnp.int32))
-    positions = self.param(
-      "position_embedding", _EMBED_INIT, (self.max_len, self.embed_dim)
-    )
-    x = x + positions[None, : tokens.shape[1]].astype(x.dtype)
-    if self.pooling == "cls":
-      token = self.param("cls_token", _EMBED_INIT, (1, 1, self.embed_dim))
-      token = jnp.broadcast_to(token, (x.shape[0], 1, self.embed_dim))
-      x = jnp.concatenate([token.astype(x.dtype), x], axis=1)
-      mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
-    x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
-    x = Encoder(
-      num_layers=self.num_layers,
-      num_heads=self.num_heads,
-      head_dim=self.head_dim,
-      mlp_dim=self.mlp_dim,
-      feature_map=self.feature_map,
-      attention=self.attention,
-      share_projection=self.share_projection,
-      dropout_rate=self.dropout_rate,
-      dtype=self.dtype,
-      name="encoder",
-    )(x, mask, deterministic=deterministic)
-    x = pool(x.astype(jnp.float32), mask, self.pooling)
+    x = encoder_of(self)(tokens, length, deterministic=deterministic)
     x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(x))
     return nn.Dense(self.num_classes, name="head_logits")(x)
-
-  def _check(self, tokens):
-    """ValueError for inputs and options that cannot be honoured."""
-    if self.pooling not in POOLINGS:
-      raise ValueError(
-        f"Unknown pooling {self.pooling!r}.{nearest(self.pooling, POOLINGS)}"
-      )
-    if tokens.shape[1] > self.max_len:
-      raise ValueError(
-        f"tokens.shape={tokens.shape} is longer than max_len={self.max_len}."
-      )
-
-
-def pool(x: Array, mask: Array, pooling: str) -> Array:
-  """``[B, T, D]`` -> ``[B, D]``: the first position, or the masked mean."""
-  if pooling == "cls":
-    return x[:, 0]
-  keep = mask[:, :, None]
-  total = jnp.sum(jnp.where(keep, x, 0.0), axis=1)
-  return total / jnp.maximum(jnp.sum(keep, axis=1), 1).astype(x.dtype)

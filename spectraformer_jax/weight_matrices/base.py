@@ -71,6 +71,11 @@ class WeightMatrix:
 
   info: ClassVar[WeightMatrixInfo]
 
+  @property
+  def needs_stats(self) -> bool:
+    """Whether `rows` cannot work without a context from `calibrate`."""
+    return False
+
   def check(self, num_rows: int, head_dim: int) -> None:
     """Raises ValueError, with the constraint, for sizes it cannot make."""
 

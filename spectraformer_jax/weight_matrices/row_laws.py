@@ -3,8 +3,9 @@
 A law is a distribution of one entry; entries of a row are independent under
 it. A matrix that couples rows works on uniforms and calls `from_uniform`; one
 that only makes Gaussian rows (orthogonal, structured, learned) refuses others.
-A law whose parameter comes from data (Poisson, geometric) is stored as the
-uniforms themselves: the component inverts the cdf once it knows the parameter.
+A law whose parameter comes from data (Poisson, geometric), and a hash, is
+stored as the bits of uniforms (`stored_uniforms`): the component inverts the
+cdf once it knows the parameter.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
+from spectraformer_jax import stored_uniforms
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
@@ -24,8 +26,9 @@ class RowLaw:
 
   Attributes:
     name: what components ask for.
-    sample: ``(rng, shape) -> float32``, independent entries.
-    from_uniform: entrywise inverse cdf, ``(0, 1) -> float32``.
+    sample: ``(rng, shape) -> float32`` (stored uniforms: int32), independent
+      entries.
+    from_uniform: entrywise inverse cdf, ``(0, 1) -> float32`` (or int32).
   """
 
   name: str
@@ -58,6 +61,10 @@ ROW_LAWS = {
       "rademacher",
       lambda rng, shape: jax.random.rademacher(rng, shape, jnp.float32),
       lambda u: jnp.where(u < 0.5, -1.0, 1.0).astype(jnp.float32),
+    ),
+    *(
+      RowLaw(name, stored_uniforms.draw, stored_uniforms.from_uniform)
+      for name in ("poisson", "geometric", "hash")
     ),
     RowLaw("none", _no_rows, _no_rows),
   )

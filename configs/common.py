@@ -1,0 +1,19 @@
+"""What the experiments share."""
+
+from ml_collections import ConfigDict
+
+from spectraformer_jax.train.config import default_config
+
+
+def base(task: str) -> ConfigDict:
+  """The paper's model and the official training settings, for `task`."""
+  config = default_config()
+  config.task.name = task
+  return config
+
+
+def check_variant(variant: str | None, known: tuple[str, ...] = ()) -> None:
+  """Refuses what follows the colon in --config=file.py:variant if unknown."""
+  if variant not in (None, *known):
+    options = f"known: {', '.join(known)}" if known else "it has none"
+    raise ValueError(f"Unknown variant {variant!r} of this config; {options}.")

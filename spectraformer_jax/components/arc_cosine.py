@@ -1,0 +1,257 @@
+"""Arc-cosine kernels: powers of the positive part of W x."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.components.base import (
+  COMPONENTS,
+  Component,
+  ComponentInfo,
+  angle,
+  project,
+  sized,
+)
+from spectraformer_jax.typing import Array
+
+ORDERS = (0, 1, 2)
+ROWS = ("gaussian", "none")
+
+
+def log_arc_cosine(x: Array, y: Array, order: int) -> Array:
+  r"""Log E relu(w.x)^n relu(w.y)^n over w ~ N(0, I), n = `order`.
+
+  .. math::
+    \frac{n!}{4\pi} |x|^n |y|^n \int_{t-\pi}^{\pi-t}
+      (\cos t + \cos\varphi)^n \, d\varphi
+
+  with t the angle between x and y (relu to the power 0 is a step).
+
+  Args:
+    x: ``[..., H]``.
+    y: ``[..., H]``, broadcast against x.
+    order: n, from 0 to 4.
+
+  Returns:
+    ``[...]``; -inf where the mean is 0.
+  """
+  # From pi - t, so that the mean is exactly 0 at t = pi.
+  rest = angle(x, -y)
+  cos, sin = -jnp.cos(rest), jnp.sin(rest)
+  # Integrals of cos^k over [t - pi, pi - t].
+  cosine_powers = (
+    2.0 * rest,
+    2.0 * sin,
+    rest - sin * cos,
+    2.0 * (sin - sin**3 / 3.0),
+    0.75 * rest - sin * cos - 0.25 * sin * cos * (2.0 * cos**2 - 1.0),
+  )
+  integral = sum(
+    math.comb(order, k) * cos ** (order - k) * cosine_powers[k]
+    for k in range(order + 1)
+  )
+  squares = jnp.sum(x**2, axis=-1) * jnp.sum(y**2, axis=-1)
+  scale = math.log(math.factorial(order) / (4.0 * math.pi))
+  sizes = 0.5 * order * jnp.log(jnp.where(squares > 0.0, squares, 1.0))
+  # Rounding must not make the integral negative near there.
+  log_mean = scale + sizes + jnp.log(jnp.maximum(integral, 0.0))
+  return jnp.where(squares > 0.0, log_mean, -jnp.inf)
+
+
+@COMPONENTS.register("arccos")
+@dataclasses.dataclass(frozen=True)
+class ArcCosine(Component):
+  r"""Arc-cosine features of order 0, 1 or 2.
+
+  .. math::
+    f(\omega, x) = \mathrm{relu}(\omega^\top x)^n, \qquad
+    K_1 = \frac{|x| |y|}{2\pi} (\sin t + (\pi - t) \cos t)
+
+  with t the angle between x and y. Order 0 is a step,
+  :math:`K_0 = (\pi - t)/2\pi`; order 2 gives :math:`K_2 = \frac{|x|^2 |y|^2}
+  {2\pi} (3 \sin t \cos t + (\pi - t)(1 + 2 \cos^2 t))`. The second moment of
+  one row is the kernel of twice the order. Not an estimate of softmax: the
+  kernel is flat, so its variance is low, and no order tells long keys from
+  short ones as the softmax does (order 0 sees directions alone, and no gradient
+  passes its step).
+
+  Features can all be zero: a query whose features meet no key's gives zeros, as
+  does x = 0.
+
+  Args:
+    order: n: 0, 1 or 2.
+
+  Raises:
+    ValueError: another order.
+
+  References:
+    Cho and Saul, Kernel Methods for Deep Learning, 2009, section 2.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("arccos", "orf", num_features=16,
+    ...                     component_kwargs={"order": 2})
+    >>> v = fm.init(jax.random.key(0), head_dim=4)
+    >>> x = jnp.eye(4)[0]
+    >>> round(float(fm.kernel(v, x, x)), 6)
+    1.5
+  """
+
+  order: int = 1
+
+  def __post_init__(self):
+    if self.order not in ORDERS:
+      raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}.")
+
+  @property
+  def info(self):
+    """Facts; formula depends on the order."""
+    return ComponentInfo(
+      name="arccos",
+      family="own kernel",
+      estimates=f"arc-cosine kernel of order {self.order}",
+      formula=("[w.x > 0]", "relu(w.x)", "relu(w.x)^2")[self.order],
+      positive=True,
+      features="M",
+      variance=f"K_{2 * self.order} / K_{self.order}^2 - 1",
+      cost="M comparisons and products",
+      good_for="attention without exponentials, at low variance",
+      avoid="approximating softmax attention"
+      + ("" if self.order else "; training, as no gradient passes the step"),
+      source="Cho and Saul 2009, section 2",
+    )
+
+  def log_features(self, x, rows, side, state):
+    """See `Component.log_features`."""
+    del side, state
+    projected = project(x, rows.w)
+    if self.order == 0:
+      return sized((projected > 0.0).astype(x.dtype))
+    return sized(jax.nn.relu(projected) ** self.order)
+
+  def kernel_value(self, x, y, state):
+    """See `Component.kernel_value`."""
+    del state
+    return jnp.exp(log_arc_cosine(x, y, self.order))
+
+  def log_second_moment(self, x, y, state):
+    """See `Component.log_second_moment`."""
+    del state
+    return log_arc_cosine(x, y, 2 * self.order)
+
+
+@COMPONENTS.register("relu")
+@dataclasses.dataclass(frozen=True)
+class ReLU(Component):
+  r"""ReLU features (Performer-ReLU), with W or without.
+
+  .. math::
+    f(\omega, x) = \mathrm{relu}(\omega^\top x) + \epsilon,
+    \qquad K = K_1(x, y) + \epsilon \frac{|x| + |y|}{\sqrt{2\pi}} + \epsilon^2
+
+  with :math:`K_1` the arc-cosine kernel of order 1 (:class:`ArcCosine`).
+  Without W each coordinate is a feature: :math:`K = \sum_l
+  (\mathrm{relu}(x_l) + \epsilon)(\mathrm{relu}(y_l) + \epsilon)`, with weight
+  matrix "none" and num_features=None. Not an estimate of softmax.
+
+  The :math:`\epsilon` keeps normalizers positive where all products of features
+  are zero; it mixes a nearly uniform attention in. With 0 a query whose
+  features meet no key's gives zeros.
+
+  Args:
+    rows: "gaussian", or "none" for no W.
+    epsilon: added to every feature.
+
+  Raises:
+    ValueError: unknown `rows`, or a negative epsilon.
+
+  References:
+    Choromanski et al., Rethinking Attention with Performers, 2021, section 4
+    and appendix (2009.14794); kernel: Cho and Saul 2009, section 2.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("relu", "none", num_features=None,
+    ...                     component_kwargs={"rows": "none"})
+    >>> v = fm.init(jax.random.key(0), head_dim=4)
+    >>> fm.apply(v, jnp.ones((3, 1, 4)), side="key").shape
+    (3, 1, 4)
+  """
+
+  rows: str = "gaussian"
+  epsilon: float = 1e-3
+
+  def __post_init__(self):
+    if self.rows not in ROWS:
+      raise ValueError(f"rows must be one of {ROWS}, got {self.rows!r}.")
+    check_epsilon(self.epsilon)
+
+  @property
+  def info(self):
+    """Facts; all but the name depend on `rows`."""
+    has_rows = self.rows != "none"
+    return ComponentInfo(
+      name="relu",
+      family="own kernel",
+      estimates=(
+        "arc-cosine kernel of order 1" if has_rows else "relu(x) . relu(y)"
+      ),
+      formula="relu(w.x) + epsilon" if has_rows else "relu(x) + epsilon",
+      positive=True,
+      features="M" if has_rows else "H",
+      variance="K_2 / K_1^2 - 1 (epsilon = 0)" if has_rows else "0",
+      cost="F comparisons",
+      good_for="trained attention without exponentials, at low variance",
+      avoid="approximating softmax attention",
+      source="2009.14794, section 4; Cho and Saul 2009, section 2",
+      row_law=self.rows,
+    )
+
+  def feature_dim(self, num_features, head_dim):
+    """See `Component.feature_dim`."""
+    return head_dim if self.rows == "none" else num_features
+
+  def log_features(self, x, rows, side, state):
+    """See `Component.log_features`."""
+    del side, state
+    projected = x if self.rows == "none" else project(x, rows.w)
+    return sized(jax.nn.relu(projected) + self.epsilon)
+
+  def kernel_value(self, x, y, state):
+    """See `Component.kernel_value`."""
+    del state
+    if self.rows == "none":
+      phi, psi = (jax.nn.relu(z) + self.epsilon for z in (x, y))
+      return jnp.sum(phi * psi, axis=-1)
+    means = (_norm(x) + _norm(y)) / math.sqrt(2.0 * math.pi)
+    mean = jnp.exp(log_arc_cosine(x, y, 1))
+    return mean + self.epsilon * means + self.epsilon**2
+
+  def log_second_moment(self, x, y, state):
+    """See `Component.log_second_moment`."""
+    if self.rows == "none":
+      return 2.0 * jnp.log(self.kernel_value(x, y, state))
+    # E[(a + e)^2 (b + e)^2] with a = relu(w.x), b = relu(w.y), by powers of e.
+    a, b, root = _norm(x), _norm(y), math.sqrt(2.0 * math.pi)
+    opening = jnp.square(1.0 + jnp.cos(angle(x, y)))
+    powers = (
+      jnp.exp(log_arc_cosine(x, y, 2)),
+      a * b * (a + b) * opening / root,
+      0.5 * (a**2 + b**2) + 4.0 * jnp.exp(log_arc_cosine(x, y, 1)),
+      2.0 * (a + b) / root,
+      1.0,
+    )
+    return jnp.log(sum(self.epsilon**n * term for n, term in enumerate(powers)))
+
+
+def check_epsilon(epsilon: float) -> None:
+  """ValueError unless `epsilon` can be added to a feature."""
+  if not epsilon >= 0:
+    raise ValueError(f"epsilon must not be negative, got {epsilon!r}.")
+
+
+def _norm(x: Array) -> Array:
+  """|x|, ``[..., H] -> [...]``."""
+  return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))

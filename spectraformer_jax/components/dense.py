@@ -1,0 +1,220 @@
+"""Dense-exponential features whose pre-map scales each coordinate."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.components.base import (
+  COMPONENTS,
+  ComponentInfo,
+  masked_mean,
+)
+from spectraformer_jax.components.optimal import (
+  OptimalPositive,
+  constant_rho,
+  logit,
+  optimal_rho,
+)
+from spectraformer_jax.typing import Array, Params, PyTree
+
+# Pre-maps stay within these scales, where float32 loses nothing.
+MIN_SCALE, MAX_SCALE = 1e-2, 1e2
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseExponential(OptimalPositive):
+  r"""Base of the dense-exponential components (DERF).
+
+  Queries are mapped to :math:`x' = G x` and keys to :math:`y' = G^{-T} y`,
+  which keeps every :math:`x \cdot y`, and rows are weighed by a diagonal A.
+  A rotation of the rows brings any symmetric A to this form. Subclasses say
+  which G is best for given moments; A then follows in closed form: one number,
+  or one per coordinate.
+
+  Parameters are "rho" (:math:`1/(1 - 8A)`, a scalar or ``[H]``) and the two
+  maps, "query_map" and "key_map": ``[H]`` where diagonal, else ``[H, H]``.
+  """
+
+  @property
+  def one_a(self) -> bool:
+    """Whether A is one number for all coordinates."""
+    raise NotImplementedError
+
+  def best_maps(self, moments: PyTree) -> tuple[Array, Array]:
+    """The best G and its inverse transpose for data with these moments."""
+    raise NotImplementedError
+
+  def init_maps(self, head_dim: int) -> Params:
+    """Learnable parameters of G, at the identity."""
+    raise NotImplementedError
+
+  def learned_maps(self, params: Params) -> tuple[Array, Array]:
+    """G and its inverse transpose from learnable parameters."""
+    raise NotImplementedError
+
+  def pre_map(self, x, side, parameters):
+    """See `OptimalPositive.pre_map`."""
+    name = f"{side}_map"
+    return apply_map(parameters[name], x) if name in parameters else x
+
+  def init(self, rng, head_dim):
+    """See `Component.init`: G and logit of rho if learned."""
+    del rng
+    if self.statistics != "learned":
+      return {}
+    start = logit(self.constant(head_dim)["rho"])
+    shape = () if self.one_a else (head_dim,)
+    return {
+      "rho_logit": jnp.broadcast_to(start, shape),
+      **self.init_maps(head_dim),
+    }
+
+  def solve(self, moments):
+    """See `Component.solve`."""
+    query_map, key_map = self.best_maps(moments)
+    # Mean square of each coordinate of x' + y', over all pairs.
+    spread = (
+      _mean_square(query_map, moments["query_square"])
+      + _mean_square(key_map, moments["key_square"])
+      + 2.0
+      * apply_map(query_map, moments["query_mean"])
+      * apply_map(key_map, moments["key_mean"])
+    )
+    # Rounding must not push a mean of squares below zero.
+    spread = jnp.maximum(spread, 0.0)
+    if self.one_a:
+      rho = optimal_rho(jnp.sum(spread), spread.shape[-1])
+    else:
+      rho = optimal_rho(spread, 1)
+    return {"rho": rho, "query_map": query_map, "key_map": key_map}
+
+  def constant(self, head_dim):
+    """See `DataDependent.constant`: isotropic data need no map."""
+    return {"rho": jnp.float32(constant_rho(head_dim))}
+
+  def from_params(self, params):
+    """See `DataDependent.from_params`."""
+    maps = dict(params)
+    rho = jax.nn.sigmoid(maps.pop("rho_logit"))
+    query_map, key_map = self.learned_maps(maps)
+    return {
+      "rho": rho,
+      "query_map": query_map,
+      "key_map": key_map,
+    }
+
+
+@COMPONENTS.register("saderf")
+@dataclasses.dataclass(frozen=True)
+class SADERF(DenseExponential):
+  r"""Simplified asymmetric dense-exponential random features (FAVOR#).
+
+  .. math::
+    f(\omega, x) = (1 - 4A)^{H/4}
+      \exp(A |\omega|^2 + \sqrt{1 - 4A}\, \omega^\top x' - |x'|^2/2),
+    \qquad x'_l = \psi_l x_l \text{ (queries)},\; x_l / \psi_l \text{ (keys)}
+
+  OPRF after each coordinate's scale is shared out evenly between queries and
+  keys: :math:`\psi_l = (\overline{y_l^2} / \overline{x_l^2})^{1/4}`. A is that
+  of OPRF for the mapped data, or, per dimension, the best one for each
+  coordinate. The Gaussian kernel takes :math:`|x|^2/2`, of the unmapped x, off
+  the exponent. The second moment of one row is
+
+  .. math::
+    \prod_l (1-4a_l)(1-8a_l)^{-1/2} \exp\Big(\sum_l
+      \tfrac{2(1-4a_l)}{1-8a_l} (x'_l + y'_l)^2 - |x'|^2 - |y'|^2\Big)
+
+  Args:
+    kernel: "softmax" or "gaussian".
+    statistics: where psi and A come from: "batch", "ema", "learned",
+      "constant" (psi = 1: OPRF).
+    per_dimension: one A per coordinate instead of one in all.
+
+  Raises:
+    ValueError: unknown kernel or statistics.
+
+  References:
+    Likhosherstov et al., FAVOR#, 2023, section 4 (2302.00787); per_dimension is
+    an extension.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("saderf", "orf", num_features=16)
+    >>> v = fm.init(jax.random.key(0), head_dim=4)
+    >>> x = jnp.arange(12.0).reshape(1, 3, 1, 4) / 12
+    >>> stats = fm.calibrate(v, 2 * x, x)
+    >>> stats["component"]["query_map"].round(3)
+    Array([[[0.707, 0.707, 0.707, 0.707]]], dtype=float32)
+  """
+
+  per_dimension: bool = False
+
+  info = ComponentInfo(
+    name="saderf",
+    family="dense exponential",
+    estimates="softmax or Gaussian kernel",
+    formula="(1-4A)^(H/4) exp(A|w|^2 + sqrt(1-4A) w.x' - |x'|^2/2), x' = psi x",
+    positive=True,
+    features="M",
+    variance=(
+      "prod (1-4a)(1-8a)^(-1/2) exp(2(1-4a)/(1-8a)(x'+y')^2 - x'^2 - y'^2)"
+      " / K^2 - 1"
+    ),
+    cost="F exponentials, H products",
+    good_for="queries and keys of different scale, at the price of oprf",
+    avoid="causal attention with statistics='batch'",
+    source="2302.00787, section 4",
+    weighs_norms=True,
+  )
+
+  @property
+  def one_a(self):
+    """See `DenseExponential.one_a`."""
+    return not self.per_dimension
+
+  def moments(self, query, key, query_mask, key_mask):
+    """See `Component.moments`; "square" is of each coordinate."""
+    return {
+      "query_square": masked_mean(jnp.square(query), query_mask),
+      "key_square": masked_mean(jnp.square(key), key_mask),
+      "query_mean": masked_mean(query, query_mask),
+      "key_mean": masked_mean(key, key_mask),
+    }
+
+  def best_maps(self, moments):
+    """See `DenseExponential.best_maps`."""
+    psi = balance(moments["query_square"], moments["key_square"])
+    return psi, 1.0 / psi
+
+  def init_maps(self, head_dim):
+    """See `DenseExponential.init_maps`."""
+    return {"log_psi": jnp.zeros((head_dim,), jnp.float32)}
+
+  def learned_maps(self, params):
+    """See `DenseExponential.learned_maps`."""
+    return jnp.exp(params["log_psi"]), jnp.exp(-params["log_psi"])
+
+
+def balance(query_square: Array, key_square: Array) -> Array:
+  """(key / query)^(1/4): the scale of queries that makes both squares equal."""
+  # Coordinates that are zero throughout must not divide by zero.
+  tiny = 1e-6 * jnp.mean(query_square + key_square) + 1e-30
+  ratio = (key_square + tiny) / (query_square + tiny)
+  return jnp.clip(ratio**0.25, MIN_SCALE, MAX_SCALE)
+
+
+def apply_map(linear: Array, x: Array) -> Array:
+  """The map ``[H]`` (diagonal) or ``[H, H]`` of ``[..., H]``."""
+  if linear.ndim == 2:
+    return jnp.einsum("...h,gh->...g", x, linear, precision="highest")
+  return x * jnp.reshape(linear, (1,) * (x.ndim - 1) + (-1,))
+
+
+def _mean_square(linear: Array, square: Array) -> Array:
+  """Mean square of each mapped coordinate: diagonal of G M G^T, ``[H]``."""
+  if linear.ndim == 2:
+    return jnp.einsum(
+      "gh,hk,gk->g", linear, square, linear, precision="highest"
+    )
+  return jnp.square(linear) * square

@@ -1,0 +1,235 @@
+"""Maps without a weight matrix: their kernel is exact."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.checks import check_positive_int
+from spectraformer_jax.components.arc_cosine import check_epsilon
+from spectraformer_jax.components.base import (
+  COMPONENTS,
+  Component,
+  ComponentInfo,
+  sized,
+)
+from spectraformer_jax.typing import LogFeatures
+
+
+@COMPONENTS.register("elu1")
+@dataclasses.dataclass(frozen=True)
+class ELU1(Component):
+  r"""ELU+1: the first linear attention.
+
+  .. math::
+    \phi(x)_l = \mathrm{elu}(q_l) + 1 = \begin{cases} q_l + 1 & q_l > 0 \\
+      e^{q_l} & q_l \le 0 \end{cases}, \qquad q = H^{1/4} x
+
+  on the unscaled vector q, as in the paper: the factor takes back the default
+  scale of attention (another scale acts in addition). Deterministic and
+  strictly positive, without W: weight matrix "none", num_features=None. Not an
+  estimate of softmax.
+
+  References:
+    Katharopoulos et al., Transformers are RNNs, 2020, equation 7 (2006.16236).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("elu1", "none", num_features=None)
+    >>> v = fm.init(jax.random.key(0), head_dim=16)
+    >>> x = jnp.array([0.5, -0.5] * 8)[None, None]
+    >>> [round(float(f), 3) for f in fm.apply(v, x, side="key")[0, 0, :2]]
+    [2.0, 0.368]
+  """
+
+  info = ComponentInfo(
+    name="elu1",
+    family="own kernel",
+    estimates="(elu(q) + 1) . (elu(k) + 1), exactly",
+    formula="elu(x_l H^(1/4)) + 1",
+    positive=True,
+    features="H",
+    variance="0",
+    cost="H exponentials",
+    good_for="a cheap trained baseline",
+    avoid="approximating softmax attention; small head_dim: it is all of F",
+    source="2006.16236, equation 7",
+    row_law="none",
+  )
+
+  def feature_dim(self, num_features, head_dim):
+    """See `Component.feature_dim`."""
+    return head_dim
+
+  def log_features(self, x, rows, side, state):
+    """See `Component.log_features`."""
+    del rows, side, state
+    return LogFeatures(_log_elu1(x))
+
+  def kernel_value(self, x, y, state):
+    """See `Component.kernel_value`."""
+    del state
+    return jnp.sum(jnp.exp(_log_elu1(x) + _log_elu1(y)), axis=-1)
+
+
+def _log_elu1(x):
+  """log(elu(q) + 1) at q = H^(1/4) x: never -inf."""
+  q = x.shape[-1] ** 0.25 * x
+  return jnp.where(q > 0.0, jnp.log1p(jnp.maximum(q, 0.0)), q)
+
+
+@COMPONENTS.register("cosformer")
+@dataclasses.dataclass(frozen=True)
+class CosFormer(Component):
+  r"""cosFormer: positive parts, weighed by the cosine of a distance.
+
+  .. math::
+    \phi(x, i) = [r \cos\tfrac{\pi i}{2 L}, r \sin\tfrac{\pi i}{2 L}],
+    \quad r = \mathrm{relu}(x) + \epsilon, \qquad
+    \phi(x, i) \cdot \phi(y, j) = r_x \cdot r_y
+      \cos\tfrac{\pi (i - j)}{2 L}
+
+  with L = `max_length`, fixed (a length that follows the data would let padding
+  change the output). All features are non-negative. Without W: weight matrix
+  "none", num_features=None. Not an estimate of softmax.
+
+  Queries and keys count positions from 0, whatever T and S are: use it where
+  both run along one axis, as in self-attention. A caller that maps a sequence
+  piece by piece passes the `position` of each piece. `kernel_value` is for
+  equal positions.
+
+  Args:
+    max_length: L, at least the longest sequence.
+    epsilon: added to r; 0 gives zeros for a query that meets no key.
+
+  Raises:
+    ValueError: a max_length that is not a positive integer, a negative epsilon;
+      when mapped, a sequence longer than max_length.
+
+  References:
+    Qin et al., cosFormer, 2022, cos-based re-weighting (2202.08791).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("cosformer", "none", num_features=None,
+    ...                     component_kwargs={"max_length": 4})
+    >>> v = fm.init(jax.random.key(0), head_dim=2)
+    >>> phi = fm.apply(v, jnp.ones((3, 1, 2)), side="key")[:, 0]
+    >>> [round(float(k), 3) for k in (phi @ phi[0]) / 2]
+    [1.0, 0.924, 0.707]
+  """
+
+  max_length: int = 4096
+  epsilon: float = 0.0
+
+  info = ComponentInfo(
+    name="cosformer",
+    family="own kernel",
+    estimates="relu(x) . relu(y) cos(pi (i - j) / 2L), exactly",
+    formula="[relu(x) cos(pi i/2L), relu(x) sin(pi i/2L)]",
+    positive=True,
+    features="2H",
+    variance="0",
+    cost="2H products",
+    good_for="trained attention that favours near positions",
+    avoid="sets, cross-attention of unrelated axes, unbounded length",
+    source="2202.08791, cos-based re-weighting",
+    row_law="none",
+    positional=True,
+  )
+
+  def __post_init__(self):
+    check_positive_int("max_length", self.max_length)
+    check_epsilon(self.epsilon)
+
+  def feature_dim(self, num_features, head_dim):
+    """See `Component.feature_dim`."""
+    return None if head_dim is None else 2 * head_dim
+
+  def log_features(self, x, rows, side, state):
+    """See `Component.log_features`."""
+    del rows, side
+    start = 0 if state.position is None else state.position
+    end = x.shape[0] + (start if isinstance(start, int) else 0)
+    if end > self.max_length:
+      raise ValueError(
+        f"component 'cosformer' has max_length={self.max_length}, got a "
+        f"sequence of length {end}: build it with a larger max_length."
+      )
+    position = start + jnp.arange(x.shape[0])
+    angles = position.astype(x.dtype) * (0.5 * math.pi / self.max_length)
+    r = jax.nn.relu(x) + self.epsilon
+    cosine, sine = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    return sized(jnp.concatenate([r * cosine, r * sine], axis=-1))
+
+  def kernel_value(self, x, y, state):
+    """See `Component.kernel_value`; at equal positions."""
+    del state
+    phi, psi = (jax.nn.relu(z) + self.epsilon for z in (x, y))
+    return jnp.sum(phi * psi, axis=-1)
+
+
+@COMPONENTS.register("taylor2")
+@dataclasses.dataclass(frozen=True)
+class Taylor2(Component):
+  r"""Second-order Taylor polynomial of the softmax kernel, exactly.
+
+  .. math::
+    \phi(x) = [1, x, \mathrm{vec}(x x^\top) / \sqrt 2], \qquad
+    \phi(x) \cdot \phi(y) = 1 + x \cdot y + (x \cdot y)^2 / 2 \ge 1/2
+
+  Deterministic, without W: weight matrix "none", num_features=None. Near the
+  softmax kernel for |x.y| well below 1; for large ones it grows like a square,
+  in both directions: a key opposite to the query counts as much as one along
+  it.
+
+  Features are signed, the kernel is not: normalizers never come near zero, so
+  the guard that attention puts on signed maps costs its doubled sums but no
+  bias.
+
+  References:
+    Arora et al., Simple linear attention language models balance the
+    recall-throughput tradeoff, 2024, the Taylor feature map (2402.18668).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("taylor2", "none", num_features=None)
+    >>> v = fm.init(jax.random.key(0), head_dim=4)
+    >>> phi = fm.apply(v, jnp.ones((1, 1, 4)) / 2, side="key")[0, 0]
+    >>> phi.shape, round(float(phi @ phi), 6)
+    ((21,), 2.5)
+  """
+
+  info = ComponentInfo(
+    name="taylor2",
+    family="own kernel",
+    estimates="1 + x.y + (x.y)^2/2, exactly",
+    formula="[1, x, vec(x x^T)/sqrt 2]",
+    positive=False,
+    features="1 + H + H^2",
+    variance="0",
+    cost="H^2 products",
+    good_for="small head_dim, where F = 1 + H + H^2 is affordable",
+    avoid="large scores: it grows in both directions",
+    source="2402.18668, Taylor feature map",
+    row_law="none",
+  )
+
+  def feature_dim(self, num_features, head_dim):
+    """See `Component.feature_dim`."""
+    return None if head_dim is None else 1 + head_dim + head_dim**2
+
+  def log_features(self, x, rows, side, state):
+    """See `Component.log_features`."""
+    del rows, side, state
+    squares = x[:, :, None] * x[:, None, :] * math.sqrt(0.5)
+    ones = jnp.ones((x.shape[0], 1), x.dtype)
+    flat = jnp.reshape(squares, (x.shape[0], -1))
+    return sized(jnp.concatenate([ones, x, flat], axis=-1))
+
+  def kernel_value(self, x, y, state):
+    """See `Component.kernel_value`."""
+    del state
+    score = jnp.sum(x * y, axis=-1)
+    return 1.0 + score + 0.5 * score**2

@@ -1,0 +1,357 @@
+"""Discretely induced features: monomials of random degrees."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import gammaln, i0e
+
+from spectraformer_jax import stored_uniforms
+from spectraformer_jax.components.base import (
+  COMPONENTS,
+  ComponentInfo,
+  masked_mean,
+  project,
+)
+from spectraformer_jax.components.data_dependent import DataDependent
+from spectraformer_jax.typing import Array, LogFeatures, PyTree
+
+# Below this a coordinate counts as zero: its logarithm is cut off there, and
+# its gradient is zero, so that neither is infinite.
+SMALLEST = 1e-30
+
+# Any rate is unbiased. The range keeps the events of the Poisson law above the
+# resolution of a stored uniform, and its quantiles under the table's size.
+RATE_RANGE = (1e-6, 32.0)
+POISSON_TABLE = 80
+
+P_RANGE = (1e-3, 1.0 - 1e-3)
+P_GRID = 64
+
+
+class Discrete(DataDependent):
+  """Base of PoisRF and GeomRF: products of powers x_l ** n_l.
+
+  Stored rows are uniforms; `counts` makes them the degrees n ``[M, H]`` once
+  the parameter of their law is known. They take no gradient.
+  """
+
+  def counts(self, uniform: Array, parameters: PyTree) -> Array:
+    """Degrees n ``[M, H]``, float32, from uniforms of that shape."""
+    raise NotImplementedError
+
+  def row_term(self, counts: Array, parameters: PyTree) -> Array:
+    """``[M]``: what makes the mean over n the kernel, as a log-factor."""
+    raise NotImplementedError
+
+  def shifted(self, x: Array, parameters: PyTree) -> tuple[Array, Array]:
+    """What the powers see of x, and the log-factor ``[..., 1]`` for that."""
+    del parameters
+    return x, jnp.zeros((*x.shape[:-1], 1), x.dtype)
+
+  def typical_moments(self, head_dim: int) -> PyTree:
+    """Moments of unit-variance, unscaled normal queries and keys."""
+    deviation = head_dim**-0.25
+    full = lambda value: jnp.full((head_dim,), value, jnp.float32)
+    return {
+      "query_square": full(deviation**2),
+      "key_square": full(deviation**2),
+      "query_size": full(deviation * math.sqrt(2.0 / math.pi)),
+      "key_size": full(deviation * math.sqrt(2.0 / math.pi)),
+      "query_mean": full(0.0),
+      "key_mean": full(0.0),
+      "least": full(-3.0 * deviation),
+    }
+
+  def constant(self, head_dim):
+    """See `DataDependent.constant`."""
+    return self.solve(self.typical_moments(head_dim))
+
+  def realise_rows(self, rows, num_features, state):
+    """See `Component.realise_rows`: uniforms to degrees."""
+    del num_features
+    parameters = self.parameters(state, rows.w.shape[-1])
+    counts = self.counts(stored_uniforms.to_uniform(rows.w), parameters)
+    return rows._replace(w=jax.lax.stop_gradient(counts))
+
+  def log_features(self, x, rows, side, state):
+    """See `Component.log_features`."""
+    del side
+    parameters = self.parameters(state, x.shape[-1])
+    powers, log_factor = self.shifted(x, parameters)
+    counts = rows.w
+    exponent = project(log_size(powers), counts)
+    exponent += self.row_term(counts, parameters)[None, :]
+    negative = (powers < 0.0).astype(x.dtype)
+    odd = project(negative, jnp.mod(counts, 2.0))
+    sign = 1.0 - 2.0 * jnp.mod(odd, 2.0)
+    return LogFeatures(exponent + log_factor + self.gaussian_shift(x), sign)
+
+  def pair_moment(self, product: Array, parameters: PyTree) -> Array:
+    """Log E Z^2 ``[...]`` for coordinate products x_l y_l ``[..., H]``."""
+    raise NotImplementedError
+
+  def softmax_log_second_moment(self, x, y, state):
+    """See `KernelComponent.softmax_log_second_moment`."""
+    parameters = self.parameters(state, x.shape[-1])
+    x, query_factor = self.shifted(x, parameters)
+    y, key_factor = self.shifted(y, parameters)
+    factor = 2.0 * (query_factor + key_factor)[..., 0]
+    return factor + self.pair_moment(x * y, parameters)
+
+
+def log_size(x: Array) -> Array:
+  """log|x|, cut off at `SMALLEST`, where the gradient is zero, too."""
+  size = jnp.abs(x)
+  large = size > SMALLEST
+  logarithm = jnp.log(jnp.where(large, size, 1.0))
+  return jnp.where(large, logarithm, math.log(SMALLEST))
+
+
+def poisson_counts(uniform: Array, rate: Array) -> Array:
+  """The Poisson(rate) quantiles of `uniform`, float32, by table.
+
+  N >= k where 1 - u is below the tail P(N >= k), which, unlike the cdf, is
+  summed without losing digits.
+  """
+  k = np.arange(POISSON_TABLE + 1, dtype=np.float32)
+  log_mass = k * jnp.log(rate) - rate - gammaln(k + 1.0)
+  tail = jnp.cumsum(jnp.exp(log_mass)[::-1])[::-1][1:]
+  tail = jnp.reshape(tail, (1,) * uniform.ndim + (-1,))
+  return jnp.sum((1.0 - uniform)[..., None] < tail, axis=-1, dtype=jnp.float32)
+
+
+def geometric_counts(uniform: Array, p: Array) -> Array:
+  """The quantiles of P(N = n) = p (1 - p)^n, n >= 0, float32."""
+  return jnp.floor(jnp.log1p(-uniform) / jnp.log1p(-p))
+
+
+def optimal_p(product: Array) -> Array:
+  r"""Minimiser of :math:`-H \log p + \sum_l \log I_0(2 m_l / \sqrt{1 - p})`.
+
+  A grid over the logit of p, and one parabola through the least value and its
+  neighbours.
+
+  Args:
+    product: m, ``[H]``, non-negative.
+  """
+  low, high = (math.log(p / (1.0 - p)) for p in P_RANGE)
+  grid = np.linspace(low, high, P_GRID, dtype=np.float32)
+  p = jax.nn.sigmoid(grid)
+  argument = 2.0 * product[None, :] / jnp.sqrt(1.0 - p)[:, None]
+  log_bessel = jnp.log(i0e(argument)) + argument
+  values = jnp.sum(log_bessel - jnp.log(p)[:, None], axis=-1)
+  index = jnp.clip(jnp.argmin(values), 1, P_GRID - 2)
+  before, here, after = (values[index + step] for step in (-1, 0, 1))
+  curvature = jnp.maximum(before - 2.0 * here + after, 1e-30)
+  offset = jnp.clip(0.5 * (before - after) / curvature, -1.0, 1.0)
+  step = (high - low) / (P_GRID - 1)
+  return jnp.clip(jax.nn.sigmoid(low + step * (index + offset)), *P_RANGE)
+
+
+@COMPONENTS.register("poisrf")
+@dataclasses.dataclass(frozen=True)
+class PoisRF(Discrete):
+  r"""Poisson random features (PoisRF).
+
+  .. math::
+    f(n, x) = e^{\lambda H / 2} \prod_l x_l^{n_l} \lambda^{-n_l / 2},
+    \qquad n_l \sim \mathrm{Poisson}(\lambda)
+
+  (softmax; the Gaussian kernel multiplies by :math:`e^{-|x|^2/2}`). Unbiased
+  for every rate. One row has second moment
+  :math:`\exp(\lambda H + \sum_l x_l^2 y_l^2 / \lambda)`; the mean of its log
+  over all pairs is least at :math:`\lambda = (\frac1H \sum_l
+  \mathrm{mean}_i x_{il}^2\, \mathrm{mean}_j y_{jl}^2)^{1/2}`, which
+  "batch" and "ema" take, within [1e-6, 32].
+
+  Features are signed, so the normalizer of attention can come out near zero or
+  negative; it is kept away from zero, which biases the output where that
+  happens and doubles the cost of the sums. Gradients contain n_l / x_l: finite,
+  but huge where a coordinate is tiny (zero below 1e-30). Rows depend on the
+  statistics: uniforms are stored, and inverted through the Poisson cdf, M H 80
+  comparisons a head.
+
+  Args:
+    kernel: "softmax" or "gaussian".
+    statistics: where the rate comes from: "batch", "ema", "learned" or
+      "constant". In the gradient of a learned rate the degrees count as
+      constants.
+
+  Raises:
+    ValueError: unknown kernel or statistics.
+
+  References:
+    Likhosherstov et al., Chefs' Random Tables, 2022, discretely induced
+    features (2205.15317);
+    the optimum over all pairs is not the paper's.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("poisrf", "iid", num_features=16)
+    >>> v = fm.init(jax.random.key(0), head_dim=4)
+    >>> x = jnp.ones((1, 3, 1, 4)) / 2
+    >>> stats = fm.calibrate(v, x, x)
+    >>> round(float(stats["component"]["rate"][0, 0]), 6)
+    0.25
+    >>> fm.apply(v, x, side="key", stats=stats).shape
+    (1, 3, 1, 16)
+  """
+
+  info = ComponentInfo(
+    name="poisrf",
+    family="discrete",
+    estimates="softmax or Gaussian kernel",
+    formula="exp(lam H/2) prod_l x_l^n_l lam^(-n_l/2), n_l ~ Poisson(lam)",
+    positive=False,
+    features="M",
+    variance="exp(lam H + sum_l x_l^2 y_l^2/lam) / K^2 - 1",
+    cost="H logarithms, a second projection for the signs, M exponentials",
+    good_for="kernel estimates at small norms",
+    avoid="attention and training: signed, and its gradients explode near 0",
+    source="2205.15317, discretely induced features",
+    row_law="poisson",
+  )
+
+  def init(self, rng, head_dim):
+    """See `Component.init`: log of the rate if learned."""
+    del rng
+    if self.statistics != "learned":
+      return {}
+    return {"log_rate": jnp.log(self.constant(head_dim)["rate"])}
+
+  def from_params(self, params):
+    """See `DataDependent.from_params`."""
+    return {"rate": jnp.clip(jnp.exp(params["log_rate"]), *RATE_RANGE)}
+
+  def moments(self, query, key, query_mask, key_mask):
+    """See `Component.moments`."""
+    return {
+      "query_square": masked_mean(jnp.square(query), query_mask),
+      "key_square": masked_mean(jnp.square(key), key_mask),
+    }
+
+  def solve(self, moments):
+    """See `Component.solve`."""
+    product = moments["query_square"] * moments["key_square"]
+    return {"rate": jnp.clip(jnp.sqrt(jnp.mean(product)), *RATE_RANGE)}
+
+  def counts(self, uniform, parameters):
+    """See `Discrete.counts`."""
+    return poisson_counts(uniform, parameters["rate"])
+
+  def row_term(self, counts, parameters):
+    """See `Discrete.row_term`."""
+    rate, head_dim = parameters["rate"], counts.shape[-1]
+    degree = jnp.sum(counts, axis=-1)
+    return 0.5 * (rate * head_dim - degree * jnp.log(rate))
+
+  def pair_moment(self, product, parameters):
+    """See `Discrete.pair_moment`."""
+    rate, head_dim = parameters["rate"], product.shape[-1]
+    return rate * head_dim + jnp.sum(jnp.square(product), axis=-1) / rate
+
+
+@COMPONENTS.register("geomrf")
+@dataclasses.dataclass(frozen=True)
+class GeomRF(Discrete):
+  r"""Geometric random features (GeomRF).
+
+  .. math::
+    f(n, x) = p^{-H/2} \prod_l x_l^{n_l} (1-p)^{-n_l/2} (n_l!)^{-1/2},
+    \qquad P(n_l = n) = p (1 - p)^n
+
+  (softmax; the Gaussian kernel multiplies by :math:`e^{-|x|^2/2}`). Unbiased
+  for every p in (0, 1). One row has second moment
+  :math:`p^{-H} \prod_l I_0(2 |x_l y_l| / \sqrt{1-p})`. "batch" and "ema" take
+  the p that minimises its log at :math:`|x_l y_l| = \mathrm{mean}_i |x_{il}|\,
+  \mathrm{mean}_j |y_{jl}|`, found on a grid over [0.001, 0.999]: exact for one
+  pair, a surrogate for a set (the exact mean would cost T S H).
+
+  Features are signed, so the normalizer of attention can come out near zero or
+  negative; it is kept away from zero, which biases the output where that
+  happens and doubles the cost of the sums. Gradients contain n_l / x_l: finite,
+  but huge where a coordinate is tiny (zero below 1e-30).
+
+  Args:
+    kernel: "softmax" or "gaussian".
+    statistics: where p comes from: "batch", "ema", "learned" or "constant". In
+      the gradient of a learned p the degrees count as constants.
+
+  Raises:
+    ValueError: unknown kernel or statistics.
+
+  References:
+    Likhosherstov et al., Chefs' Random Tables, 2022, discretely induced
+    features (2205.15317).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("geomrf", "iid", num_features=16)
+    >>> v = fm.init(jax.random.key(0), head_dim=4)
+    >>> x = jnp.ones((1, 3, 1, 4)) / 2
+    >>> stats = fm.calibrate(v, x, x)
+    >>> bool(0.7 < stats["component"]["p"][0, 0] < 0.9)
+    True
+  """
+
+  info = ComponentInfo(
+    name="geomrf",
+    family="discrete",
+    estimates="softmax or Gaussian kernel",
+    formula=(
+      "p^(-H/2) prod_l x_l^n_l (1-p)^(-n_l/2) n_l!^(-1/2), "
+      "P(n_l = n) = p (1-p)^n"
+    ),
+    positive=False,
+    features="M",
+    variance="p^-H prod_l I_0(2|x_l y_l|/sqrt(1-p)) / K^2 - 1",
+    cost="H logarithms, a second projection for the signs, M exponentials",
+    good_for="kernel estimates: less variance than posrf and poisrf",
+    avoid="attention and training: signed, and its gradients explode near 0",
+    source="2205.15317, discretely induced features",
+    row_law="geometric",
+  )
+
+  def init(self, rng, head_dim):
+    """See `Component.init`: logit of p if learned."""
+    del rng
+    if self.statistics != "learned":
+      return {}
+    p = self.constant(head_dim)["p"]
+    return {"p_logit": jnp.log(p) - jnp.log1p(-p)}
+
+  def from_params(self, params):
+    """See `DataDependent.from_params`."""
+    return {"p": jnp.clip(jax.nn.sigmoid(params["p_logit"]), *P_RANGE)}
+
+  def moments(self, query, key, query_mask, key_mask):
+    """See `Component.moments`."""
+    return {
+      "query_size": masked_mean(jnp.abs(query), query_mask),
+      "key_size": masked_mean(jnp.abs(key), key_mask),
+    }
+
+  def solve(self, moments):
+    """See `Component.solve`."""
+    return {"p": optimal_p(moments["query_size"] * moments["key_size"])}
+
+  def counts(self, uniform, parameters):
+    """See `Discrete.counts`."""
+    return geometric_counts(uniform, parameters["p"])
+
+  def row_term(self, counts, parameters):
+    """See `Discrete.row_term`."""
+    p, head_dim = parameters["p"], counts.shape[-1]
+    degree = jnp.sum(counts, axis=-1)
+    factorial = jnp.sum(gammaln(counts + 1.0), axis=-1)
+    return -0.5 * (head_dim * jnp.log(p) + degree * jnp.log1p(-p) + factorial)
+
+  def pair_moment(self, product, parameters):
+    """See `Discrete.pair_moment`."""
+    p, head_dim = parameters["p"], product.shape[-1]
+    argument = 2.0 * jnp.abs(product) / jnp.sqrt(1.0 - p)
+    log_bessel = jnp.log(i0e(argument)) + argument
+    return jnp.sum(log_bessel, axis=-1) - head_dim * jnp.log(p)

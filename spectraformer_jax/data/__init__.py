@@ -1,0 +1,68 @@
+"""Tasks as flat token arrays, and batches of them. Needs numpy alone.
+
+  >>> import tempfile
+  >>> from spectraformer_jax import data
+  >>> digits = data.load("digits", "train", cache_dir=tempfile.mkdtemp())
+  >>> batch = next(data.Batches(digits, 32, seed=0, train=True))
+  >>> batch["tokens"].shape, batch["tokens"].dtype.name
+  ((32, 64), 'uint8')
+
+A task is a function that returns a :class:`Source`, registered under its name
+in :data:`TASKS`; :func:`load` builds a split into the token cache once and maps
+it from there afterwards. ``docs/data.md`` tells how to add one. Tasks of Long
+Range Arena take files of the user from ``data_dir``; see ``docs/lra.md``.
+"""
+
+from spectraformer_jax.data import (
+  aan,
+  aclimdb,
+  cifar,
+  digits,
+  image,
+  listops,
+  listops_text,
+  listops_tsv,
+  lra_pickles,
+  pathfinder,
+  pathfinder_files,
+  pathx,
+  retrieval,
+  text,
+)
+from spectraformer_jax.data.batches import Batches
+from spectraformer_jax.data.cache import default_cache_dir
+from spectraformer_jax.data.dataset import Dataset, Facts
+from spectraformer_jax.data.hash_split import split_by_content
+from spectraformer_jax.data.prefetch import Prefetch
+from spectraformer_jax.data.source import SPLITS, Source
+from spectraformer_jax.data.tasks import TASKS, list_tasks, load
+from spectraformer_jax.data.writer import Writer
+
+__all__ = [
+  "SPLITS",
+  "TASKS",
+  "Batches",
+  "Dataset",
+  "Facts",
+  "Prefetch",
+  "Source",
+  "Writer",
+  "aan",
+  "aclimdb",
+  "cifar",
+  "default_cache_dir",
+  "digits",
+  "image",
+  "list_tasks",
+  "listops",
+  "listops_text",
+  "listops_tsv",
+  "load",
+  "lra_pickles",
+  "pathfinder",
+  "pathfinder_files",
+  "pathx",
+  "retrieval",
+  "split_by_content",
+  "text",
+]

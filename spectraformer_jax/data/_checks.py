@@ -1,0 +1,24 @@
+"""Argument checks of the data package, which must not import jax."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from spectraformer_jax.registry import nearest
+
+
+def check_int(name: str, number: Any, low: int) -> int:
+  """`number` as an int; ValueError unless it is one of at least `low`."""
+  try:
+    integer = operator.index(number)
+  except TypeError:
+    integer = low - 1
+  if integer < low or isinstance(number, bool):
+    raise ValueError(f"{name} must be an integer >= {low}, got {number!r}.")
+  return integer
+
+
+def check_choice(name: str, choice: Any, known: Iterable[str]) -> None:
+  """ValueError with the nearest known one unless `choice` is known."""
+  if choice not in known:
+    raise ValueError(f"Unknown {name} {choice!r}.{nearest(choice, known)}")

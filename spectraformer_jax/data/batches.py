@@ -1,0 +1,201 @@
+"""Batches of numpy arrays, in an order that (seed, epoch) alone decides."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from spectraformer_jax.data._checks import check_int
+from spectraformer_jax.data.dataset import Dataset
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches(Iterator[Batch]):
+  """Iterates over a dataset in batches that all have the same shape.
+
+  A batch holds, for b = global_batch / hosts rows:
+
+  * ``tokens`` [b, length]: ids, padded with 0 on the right; uint8, or uint16
+    where the vocabulary needs it. Padding is told by ``length``, never by id.
+  * ``length`` [b] int32: real tokens of each row.
+  * ``tokens_2``, ``length_2``: the second sequence, for pairs.
+  * ``label`` [b] int32.
+  * ``weight`` [b] float32: 1, or 0 for rows that only fill the last batch up.
+    Such a row repeats the last example, so that it is valid input.
+
+  Training goes on for ever, each epoch in a new order, and drops the
+  incomplete batch at the end of an epoch. Evaluation is one pass in the
+  order of the dataset which counts every example once.
+
+  Host h of H gets rows ``[h b, (h + 1) b)`` of every global batch, so the
+  global order does not depend on the number of hosts, nor does the state.
+
+  Args:
+    dataset: what to iterate over.
+    global_batch: rows over all hosts; a multiple of `hosts`.
+    seed: of the order, below 2**64; evaluation has no use for it.
+    train: endless and shuffled, or one pass in order.
+    host: this host's index.
+    hosts: how many there are.
+    state: where to go on, from :meth:`state`; None for the start.
+    pad_to_multiple: the padded length is ``dataset.length`` rounded up to a
+      multiple of this.
+
+  Raises:
+    ValueError: if a number is out of range, a training batch is larger than the
+      dataset, or the state belongs to other data, batch size or seed.
+
+  Example:
+    >>> toy = Dataset.from_sequences(
+    ...   [[1, 2], [3], [4]], [0, 1, 0], name="toy", vocab_size=5,
+    ...   num_classes=2, length=4)
+    >>> for batch in Batches(toy, 2, seed=0, train=False):
+    ...   print(batch["length"], batch["label"], batch["weight"])
+    [2 1] [0 1] [1. 1.]
+    [1 1] [0 0] [1. 0.]
+  """
+
+  def __init__(
+    self,
+    dataset: Dataset,
+    global_batch: int,
+    *,
+    seed: int,
+    train: bool,
+    host: int = 0,
+    hosts: int = 1,
+    state: Mapping[str, Any] | None = None,
+    pad_to_multiple: int = 1,
+  ):
+    self.dataset = dataset
+    self.global_batch = check_int("global_batch", global_batch, 1)
+    self.seed = check_int("seed", seed, 0)
+    self.train = train
+    self._host = check_int("host", host, 0)
+    hosts = check_int("hosts", hosts, 1)
+    if self._host >= hosts:
+      raise ValueError(f"host must be below hosts={hosts}, got {host}.")
+    if self.seed >= 2**64:
+      raise ValueError(f"seed must be below 2**64, got {seed}.")
+    if global_batch % hosts:
+      raise ValueError(
+        f"global_batch must be a multiple of hosts={hosts}, got {global_batch}."
+      )
+    if train and global_batch > len(dataset):
+      raise ValueError(
+        f"global_batch must be at most the {len(dataset)} training examples, "
+        f"got {global_batch}."
+      )
+    self._rows = global_batch // hosts
+    multiple = check_int("pad_to_multiple", pad_to_multiple, 1)
+    self.length = -(-dataset.length // multiple) * multiple
+    rounded = len(dataset) if train else len(dataset) + global_batch - 1
+    self.steps_per_epoch = rounded // global_batch
+    self._epoch, self._step = 0, 0
+    self._order, self._order_epoch = np.arange(len(dataset)), None
+    if state is not None:
+      self._restore(state)
+
+  def state(self) -> dict[str, Any]:
+    """What resumes after the batch returned last; json-able.
+
+    ``epoch`` and ``step`` (batches of the epoch already returned) say where;
+    ``seed``, ``global_batch`` and ``fingerprint`` are checked on resuming.
+    """
+    return {"epoch": self._epoch, "step": self._step} | self._identity()
+
+  def __next__(self) -> Batch:
+    if self._step == self.steps_per_epoch:
+      raise StopIteration
+    if self.train and self._order_epoch != self._epoch:
+      self._order = epoch_order(len(self.dataset), self.seed, self._epoch)
+      self._order_epoch = self._epoch
+    first = self._step * self.global_batch + self._host * self._rows
+    ranks = np.arange(first, first + self._rows)
+    last = len(self.dataset) - 1
+    batch = self._gather(self._order[np.minimum(ranks, last)])
+    batch["weight"] = (ranks <= last).astype(np.float32)
+    self._step += 1
+    if self.train and self._step == self.steps_per_epoch:
+      self._epoch, self._step = self._epoch + 1, 0
+    return batch
+
+  def _gather(self, indices: np.ndarray) -> Batch:
+    """The examples at these indices, padded."""
+    data = self.dataset
+    batch = {}
+    batch["tokens"], batch["length"] = self._pad(
+      data.tokens, data.offsets, indices
+    )
+    if data.pair:
+      batch["tokens_2"], batch["length_2"] = self._pad(
+        data.tokens_2, data.offsets_2, indices
+      )
+    batch["label"] = data.labels[indices]
+    return batch
+
+  def _pad(
+    self, tokens: np.ndarray, offsets: np.ndarray, indices: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [rows, length] and lengths [rows]."""
+    padded = np.zeros((len(indices), self.length), self.dataset.id_dtype)
+    starts, ends = offsets[indices], offsets[indices + 1]
+    lengths = (ends - starts).astype(np.int32)
+    # One slice per row: many times faster than a single fancy gather.
+    for row, start, end in zip(
+      padded, starts.tolist(), ends.tolist(), strict=True
+    ):
+      row[: end - start] = tokens[start:end]
+      if self.dataset.id_shift:
+        row[: end - start] += self.dataset.id_dtype.type(self.dataset.id_shift)
+    return padded, lengths
+
+  def _identity(self) -> dict[str, Any]:
+    """What a state must share with the iterator that resumes from it."""
+    return {
+      "seed": self.seed,
+      "global_batch": self.global_batch,
+      "fingerprint": self.dataset.fingerprint,
+    }
+
+  def _restore(self, state: Mapping[str, Any]) -> None:
+    """Goes to a saved place after checking that it means the same here."""
+    for name, here in self._identity().items():
+      if state.get(name) != here:
+        raise ValueError(
+          f"state must come from {name}={here!r} of dataset "
+          f"{self.dataset.name!r}, got {name}={state.get(name)!r}; order and "
+          "content would differ."
+        )
+    self._epoch = check_int("state['epoch']", state.get("epoch"), 0)
+    self._step = check_int("state['step']", state.get("step"), 0)
+    # A finished epoch is the start of the next one, or the end of evaluation.
+    last_step = self.steps_per_epoch - (1 if self.train else 0)
+    if self._step > last_step or (self._epoch and not self.train):
+      raise ValueError(
+        f"state must have step <= {last_step}, and epoch 0 unless train, got "
+        f"epoch={self._epoch}, step={self._step} for train={self.train}."
+      )
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+  """The order of an epoch: ranks of raw Philox words keyed by (seed, epoch).
+
+  The raw words are fixed by the algorithm, so the order is the same in every
+  version of numpy.
+
+  Args:
+    num_examples: how many there are.
+    seed: below 2**64.
+    epoch: below 2**64.
+
+  Returns:
+    A permutation of ``range(num_examples)``, int64.
+
+  Example:
+    >>> sorted(epoch_order(4, seed=0, epoch=1).tolist())
+    [0, 1, 2, 3]
+  """
+  words = np.random.Philox(key=np.array([seed, epoch], np.uint64))
+  return np.argsort(words.random_raw(num_examples), kind="stable")

@@ -1,0 +1,195 @@
+"""The token cache: each split of each task is built once and mapped after that.
+
+A split is a folder ``<cache>/<name>-<tokenizer>-<hash of the facts>/<split>/``:
+
+* ``tokens.npy``: all stored tokens, flat; read through a memory map.
+* ``offsets.npy``: int64, where each example starts and ends.
+* ``labels.npy``: int32.
+* ``tokens_2.npy``, ``offsets_2.npy``: for tasks of pairs.
+* ``meta.json``: format, facts, counts, fingerprint, tables of the baselines.
+
+It is written under a temporary name and renamed when complete. Of two processes
+that build the same split the first to finish wins and both use its folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from spectraformer_jax.data import baselines
+from spectraformer_jax.data._checks import check_choice
+from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.source import Progress, Source
+from spectraformer_jax.data.writer import Writer
+
+FORMAT = 1
+"""To be raised when the layout changes: older folders are then not found."""
+
+
+def default_cache_dir() -> pathlib.Path:
+  """``$SPECTRAFORMER_DATA``, or ``~/.cache/spectraformer_jax``."""
+  named = os.environ.get("SPECTRAFORMER_DATA")
+  return pathlib.Path(named or "~/.cache/spectraformer_jax").expanduser()
+
+
+def split_folder(
+  source: Source, split: str, cache_dir: str | os.PathLike | None = None
+) -> pathlib.Path:
+  """Where a split is kept, built or not."""
+  facts = json.dumps([FORMAT, source.facts()], sort_keys=True)
+  key = hashlib.sha256(facts.encode()).hexdigest()[:8]
+  root = pathlib.Path(cache_dir or default_cache_dir()).expanduser()
+  return root / f"{source.name}-{source.tokenizer}-{key}" / split
+
+
+def load_split(
+  source: Source,
+  split: str,
+  cache_dir: str | os.PathLike | None = None,
+  progress: Progress | None = None,
+) -> Dataset:
+  """Opens a split, after building it if the cache lacks it.
+
+  Args:
+    source: the task.
+    split: one of its splits.
+    cache_dir: root of the cache; None for :func:`default_cache_dir`.
+    progress: called while a split is built.
+
+  Returns:
+    The dataset, its tokens mapped from disk and checked against their hash. Its
+    baselines are fitted on the training split, which is built too.
+
+  Raises:
+    ValueError: if the task has no such split, or its folder is damaged.
+  """
+  check_choice("split", split, [s for group in source.passes for s in group])
+  folder = _ensure(source, split, cache_dir, progress)
+  training = _ensure(source, "train", cache_dir, progress)
+  with _damage_explained(training):
+    fitted = _read_meta(training)["tables"]
+  with _damage_explained(folder):
+    meta = _read_meta(folder)
+    figures = {
+      name: baselines.accuracy(fitted[name], table)
+      for name, table in meta["tables"].items()
+    }
+    dataset = _read_arrays(folder, source, split, figures)
+    if meta["facts"] != source.facts() or meta["split"] != split:
+      raise ValueError("meta.json describes another split")
+    if meta["fingerprint"] != dataset.fingerprint:
+      raise ValueError("the arrays do not match the fingerprint in meta.json")
+  return dataset
+
+
+def _ensure(source, split, cache_dir, progress) -> pathlib.Path:
+  """The folder of a split, built first if it is not there."""
+  folder = split_folder(source, split, cache_dir)
+  if not folder.exists():
+    (group,) = [group for group in source.passes if split in group]
+    _build(source, group, folder.parent, progress or (lambda done, total: None))
+  return folder
+
+
+def _build(
+  source: Source,
+  group: tuple[str, ...],
+  root: pathlib.Path,
+  progress: Progress,
+) -> None:
+  """Builds the splits of one pass beside their place, then moves them."""
+  unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+  folders = {split: root / f".{split}-{unique}" for split in group}
+  writers: dict[str, Writer] = {}
+  try:
+    for split, folder in folders.items():
+      folder.mkdir(parents=True)
+      writers[split] = Writer(folder, source)
+    source.write(writers, progress)
+    for split, writer in writers.items():
+      writer.finish()
+      writer.save_meta(_describe(source, split, folders[split]))
+    for split, folder in folders.items():
+      _publish(folder, root / split)
+  finally:
+    for writer in writers.values():
+      writer.close()
+    for folder in folders.values():
+      shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: pathlib.Path, destination: pathlib.Path) -> None:
+  """Renames a complete folder, unless another process was first."""
+  try:
+    folder.rename(destination)
+  except OSError:
+    if not destination.exists():
+      raise
+
+
+def _describe(
+  source: Source, split: str, folder: pathlib.Path
+) -> dict[str, Any]:
+  """The content of meta.json."""
+  dataset = _read_arrays(folder, source, split, {})
+  return {
+    "format": FORMAT,
+    "facts": source.facts(),
+    "split": split,
+    "num_examples": dataset.num_examples,
+    "num_tokens": len(dataset.tokens),
+    "longest": int(np.diff(dataset.offsets).max()),
+    "fingerprint": dataset.fingerprint,
+    "tables": baselines.count_labels(dataset, source.rules),
+  }
+
+
+def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
+  """Parses meta.json."""
+  return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+def _read_arrays(
+  folder: pathlib.Path, source: Source, split: str, figures: dict[str, float]
+) -> Dataset:
+  """The dataset whose arrays lie in a folder; hashes them."""
+  arrays = {}
+  for suffix in ("", "_2") if source.pair else ("",):
+    tokens = np.load(
+      folder / f"tokens{suffix}.npy", mmap_mode="r", allow_pickle=False
+    )
+    # A plain view of the map: slicing np.memmap itself is slow.
+    arrays[f"tokens{suffix}"] = np.asarray(tokens)
+    arrays[f"offsets{suffix}"] = np.load(
+      folder / f"offsets{suffix}.npy", allow_pickle=False
+    )
+  labels = np.load(folder / "labels.npy", allow_pickle=False)
+  return Dataset(
+    **source.facts(), split=split, labels=labels, baselines=figures, **arrays
+  )
+
+
+@contextlib.contextmanager
+def _damage_explained(folder: pathlib.Path) -> Iterator[None]:
+  """Turns what a broken file raises into one message that says what to do."""
+  try:
+    yield
+  except (
+    FileNotFoundError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise ValueError(
+      f"cache folder {folder} is damaged ({error}); delete it and it will be "
+      "built again."
+    ) from error

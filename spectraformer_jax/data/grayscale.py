@@ -1,0 +1,28 @@
+"""Colour to gray exactly as TensorFlow's ``rgb_to_grayscale`` for uint8."""
+
+import numpy as np
+
+
+def rgb_to_gray(
+  red: np.ndarray, green: np.ndarray, blue: np.ndarray
+) -> np.ndarray:
+  """Gray pixels, uint8, of the shape of each plane.
+
+  Every operation is in float32 and in TensorFlow's order: another order,
+  rounding or a fixed-point formula differs by one on some colours.
+
+  Args:
+    red: uint8, any shape.
+    green: like `red`.
+    blue: like `red`.
+
+  Example:
+    >>> planes = np.array([[255, 0], [0, 255], [0, 0]], np.uint8)
+    >>> rgb_to_gray(*planes).tolist()
+    [76, 149]
+  """
+  unit = np.float32(1 / 255)
+  total = np.zeros((), np.float32)
+  for plane, weight in ((red, 0.2989), (green, 0.587), (blue, 0.114)):
+    total = total + plane.astype(np.float32) * unit * np.float32(weight)
+  return (total * np.float32(255.5)).astype(np.uint8)

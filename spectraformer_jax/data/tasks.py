@@ -1,0 +1,64 @@
+"""Task names to datasets."""
+
+import os
+from typing import Any
+
+from spectraformer_jax.data._checks import check_int
+from spectraformer_jax.data.cache import load_split
+from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.source import Progress
+from spectraformer_jax.registry import Registry
+
+TASKS = Registry("task")
+"""Factories of :class:`Source`: each takes ``seed``, and options of its own."""
+
+
+def list_tasks() -> tuple[str, ...]:
+  """The names that :func:`load` knows, sorted.
+
+  Example:
+    >>> "listops" in list_tasks()
+    True
+  """
+  return TASKS.names()
+
+
+def load(
+  task: str,
+  split: str,
+  *,
+  cache_dir: str | os.PathLike | None = None,
+  seed: int = 0,
+  tokenizer: str | None = None,
+  progress: Progress | None = None,
+  **task_kwargs: Any,
+) -> Dataset:
+  """One split of a task, from the cache or built into it.
+
+  Args:
+    task: a name of :func:`list_tasks`.
+    split: ``"train"``, ``"dev"`` or ``"test"``.
+    cache_dir: root of the token cache; None for ``$SPECTRAFORMER_DATA`` or
+      ``~/.cache/spectraformer_jax``.
+    seed: decides what is generated and how a data set is cut into splits.
+    tokenizer: one of the task's tokenisers; None for its default.
+    progress: ``progress(done, total)``, called while a split is built.
+    **task_kwargs: the task's own options.
+
+  Returns:
+    A :class:`Dataset`.
+
+  Raises:
+    ValueError: if a name, an option or its value is unknown, or if the folder
+      in the cache is damaged.
+
+  Example:
+    >>> import tempfile
+    >>> digits = load("digits", "train", cache_dir=tempfile.mkdtemp())
+    >>> digits.vocab_size, digits.num_classes, digits.length
+    (17, 10, 64)
+  """
+  options = task_kwargs | {"seed": check_int("seed", seed, 0)}
+  if tokenizer is not None:
+    options["tokenizer"] = tokenizer
+  return load_split(TASKS.build(task, options), split, cache_dir, progress)

@@ -1,0 +1,54 @@
+"""One head of one example, mapped over heads and examples.
+
+Trees that have an opinion per example and head lead with ``[B, N]``, where
+either may be 1: shared by all. Shared leaves are passed on unmapped, so what
+depends on them alone is computed once.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.typing import PyTree
+
+
+def over_examples_and_heads(function: Callable[..., PyTree]) -> Callable:
+  """Maps `function` over the two leading axes of its arguments.
+
+  Args:
+    function: of trees without leading axes.
+
+  Returns:
+    The function of trees whose leaves lead with ``[B, N]`` or ones; its result
+    leads with the largest of them.
+
+  Example:
+    >>> add = over_examples_and_heads(lambda x, y: x + y)
+    >>> add(jnp.ones((3, 1, 5)), jnp.ones((1, 2, 5))).shape
+    (3, 2, 5)
+  """
+  return _over_one_axis(_over_one_axis(function))
+
+
+def _over_one_axis(function):
+  """Maps over axis 0 of the leaves; those of size 1 are shared."""
+
+  def mapped(*trees):
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(trees)}
+    shared = max(sizes, default=1) == 1
+    squeezed = jax.tree.map(
+      lambda leaf: leaf[0] if leaf.shape[0] == 1 else leaf, trees
+    )
+    if shared:
+      out = function(*squeezed)
+      return jax.tree.map(lambda leaf: leaf[None], out)
+    axes = jax.tree.map(lambda leaf: None if leaf.shape[0] == 1 else 0, trees)
+    return jax.vmap(function, in_axes=axes)(*squeezed)
+
+  return mapped
+
+
+def lead_with_batch(tree: PyTree) -> PyTree:
+  """Leaves ``[N, ...] -> [1, N, ...]``: the same for every example."""
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)

@@ -1,0 +1,393 @@
+"""Feature map and prefix sum in one pass: features never all exist at once.
+
+Sequences are cut into chunks. Features are made chunk by chunk and dropped
+again, in the backward pass as well: what stays between the two is query, key,
+value and the state at every `STRIDE`-th chunk boundary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectraformer_jax.linear_attention import chunks
+from spectraformer_jax.linear_attention.state import FeatureFn, State
+from spectraformer_jax.typing import Array, PyTree
+
+# Chunks between two states that are kept for the backward pass.
+STRIDE = 16
+
+# Default chunk sizes. In the causal form the masked product costs C (F + V)
+# per token and the state F V, so C near V is cheapest on a CPU; matrix units
+# want more rows. Without a mask larger blocks cost nothing.
+CAUSAL_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 256}
+BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 1024}
+
+
+class Maps(NamedTuple):
+  """The feature maps of the two sides; static."""
+
+  query: FeatureFn
+  key: FeatureFn
+
+
+def default_chunk(is_causal: bool) -> int:
+  """A good chunk size for the backend in use."""
+  sizes = CAUSAL_CHUNK if is_causal else BLOCK
+  return sizes.get(jax.default_backend(), sizes["gpu"])
+
+
+def bidirectional(
+  maps: Maps,
+  constants: PyTree,
+  state: State,
+  query: Array,
+  key: Array,
+  value: Array,
+  keep: Array | None,
+  *,
+  chunk: int,
+) -> tuple[Array, State]:
+  """Every query sees every visible key and the initial state.
+
+  Args:
+    maps: feature maps.
+    constants: their variables.
+    state: sums over keys that came before.
+    query: ``[B, T, N, G, H]``.
+    key: ``[B, S, N, H]``.
+    value: ``[B, S, N, V]`` float32.
+    keep: bool ``[B, S]`` or None.
+    chunk: positions in a block.
+
+  Returns:
+    ``[B, T, N, G, V]`` and the state after all keys.
+  """
+  state = accumulate(maps.key, chunk, constants, state, key, value, keep)
+  length = query.shape[1]
+  size = min(chunk, length)
+  padded = _pad(query, size)
+
+  @jax.checkpoint
+  def one_block(constants, state, block, position):
+    return chunks.read(maps.query, constants, state, block, position)
+
+  def step(_, index):
+    block = _query_block(padded, index, size)
+    return None, one_block(constants, state, block, index * size)
+
+  _, out = jax.lax.scan(step, None, jnp.arange(padded.shape[1] // size))
+  return _join(out)[:, :length], state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def accumulate(
+  key_map: FeatureFn,
+  chunk: int,
+  constants: PyTree,
+  state: State,
+  key: Array,
+  value: Array,
+  keep: Array | None,
+) -> State:
+  """The state after all keys, block by block.
+
+  Args:
+    key_map: the feature map of keys.
+    chunk: positions in a block.
+    constants: variables of the map.
+    state: sums over keys that came before.
+    key: ``[B, S, N, H]``.
+    value: ``[B, S, N, V]`` float32.
+    keep: bool ``[B, S]`` or None.
+  """
+  length = key.shape[1]
+  key, value, keep, size = _blocks_of_keys(key, value, keep, chunk)
+  start = state.length
+
+  def step(state, index):
+    block = _key_block(key, value, keep, index, size, start)
+    return chunks.add_keys(key_map, constants, state, *block), None
+
+  count = jnp.arange(key.shape[1] // size)
+  state = jax.lax.scan(step, state, count)[0]
+  return state._replace(length=start + length)
+
+
+def _accumulate_fwd(key_map, chunk, constants, state, key, value, keep):
+  out = accumulate(key_map, chunk, constants, state, key, value, keep)
+  return out, (constants, state, key, value, keep, out.exponent)
+
+
+def _accumulate_bwd(key_map, chunk, residuals, gradient):
+  """Each block contributes a sum of its own, so blocks are independent."""
+  constants, state, key, value, keep, exponent = residuals
+  padded = _blocks_of_keys(key, value, keep, chunk)
+  length, size = key.shape[1], padded[3]
+  # Relative to the final exponent, the state enters and leaves linearly.
+  empty = jax.tree.map(jnp.zeros_like, state)._replace(exponent=exponent)
+
+  def step(total, index):
+    k, v, *where = _key_block(*padded[:3], index, size, state.length)
+    _, pull = jax.vjp(
+      lambda constants, k, v: _sums(
+        chunks.add_keys(key_map, constants, empty, k, v, *where)
+      ),
+      constants,
+      k,
+      v,
+    )
+    d_constants, d_key, d_value = pull(_sums(gradient))
+    return _tree_add(total, d_constants), (d_key, d_value)
+
+  count = jnp.arange(padded[0].shape[1] // size)
+  zeros = jax.tree.map(jnp.zeros_like, constants)
+  d_constants, (d_key, d_value) = jax.lax.scan(step, zeros, count)
+  _, pull = jax.vjp(
+    lambda sums: _sums(chunks.rescale(_with_sums(state, sums), exponent)),
+    _sums(state),
+  )
+  return (
+    d_constants,
+    _gradient_of_state(state, *pull(_sums(gradient))),
+    _join(d_key)[:, :length].astype(key.dtype),
+    _join(d_value)[:, :length].astype(value.dtype),
+    None,
+  )
+
+
+accumulate.defvjp(_accumulate_fwd, _accumulate_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def causal(
+  maps: Maps,
+  chunk: int,
+  constants: PyTree,
+  state: State,
+  query: Array,
+  key: Array,
+  value: Array,
+  keep: Array | None,
+  segment: Array | None,
+) -> tuple[Array, State]:
+  """Query i sees the initial state and visible keys 0..i of its segment.
+
+  Args:
+    maps: feature maps.
+    chunk: positions in a chunk.
+    constants: variables of the maps.
+    state: sums over keys that came before.
+    query: ``[B, T, N, G, H]``.
+    key: ``[B, T, N, H]``.
+    value: ``[B, T, N, V]`` float32.
+    keep: bool ``[B, T]`` or None.
+    segment: ids ``[B, T]`` of packed rows, not decreasing, or None.
+
+  Returns:
+    ``[B, T, N, G, V]`` float32 and the state after the last key.
+  """
+  plan = _Plan(maps, chunk, query, key, value, keep, segment)
+  out, state, _ = _causal_forward(plan, constants, state)
+  return out, state
+
+
+class _Plan:
+  """Padded inputs of the causal form, and the work on one chunk of them."""
+
+  def __init__(self, maps, chunk, query, key, value, keep, segment):
+    self.maps = maps
+    self.length = query.shape[1]
+    self.size = min(chunk, self.length)
+    count = -(-self.length // self.size)
+    self.outer = -(-count // STRIDE)
+    self.inner = -(-count // self.outer)
+    multiple = self.size * self.inner * self.outer
+    if multiple != self.length and keep is None:
+      keep = jnp.ones(key.shape[:2], bool)
+    self.query, self.key, self.value, self.keep = (
+      _pad(x, multiple) for x in (query, key, value, keep)
+    )
+    # Padding belongs to the last segment: it is masked in any case.
+    self.segment = _pad(segment, multiple, mode="edge")
+
+  def inputs(self, index, start):
+    """Query, key, value, position, keep and segment of one chunk."""
+    segment = self.segment
+    if segment is not None:
+      segment = _slice(segment, index, self.size)
+    return (
+      _query_block(self.query, index, self.size),
+      *_key_block(self.key, self.value, self.keep, index, self.size, start),
+      segment,
+    )
+
+  def chunk(self, constants, state, *inputs):
+    """State and output after one chunk."""
+    return chunks.causal_chunk(*self.maps, constants, state, *inputs)
+
+  def index(self, outer, inner):
+    """The number of a chunk."""
+    return outer * self.inner + inner
+
+
+def _causal_forward(plan, constants, state):
+  """Output, last state, and the state before each stride."""
+  start = state.length
+
+  def stride(state, outer):
+    def step(state, inner):
+      inputs = plan.inputs(plan.index(outer, inner), start)
+      return plan.chunk(constants, state, *inputs)
+
+    after, out = jax.lax.scan(step, state, jnp.arange(plan.inner))
+    return after, (out, state)
+
+  state, (out, boundaries) = jax.lax.scan(stride, state, jnp.arange(plan.outer))
+  state = state._replace(length=start + plan.length)
+  out = out.reshape(-1, *out.shape[2:])
+  return _join(out)[:, : plan.length], state, boundaries
+
+
+def _causal_fwd(maps, chunk, constants, state, *inputs):
+  plan = _Plan(maps, chunk, *inputs)
+  out, after, boundaries = _causal_forward(plan, constants, state)
+  return (out, after), (constants, state, boundaries, inputs)
+
+
+def _causal_bwd(maps, chunk, residuals, gradients):
+  """Strides last to first; inside one, states are made again, then used."""
+  constants, initial, boundaries, inputs = residuals
+  plan = _Plan(maps, chunk, *inputs)
+  d_out, d_state = gradients
+  d_out = _pad(d_out, plan.size * plan.inner * plan.outer)
+
+  def stride(carry, x):
+    outer, state = x
+
+    def again(state, inner):
+      inputs = plan.inputs(plan.index(outer, inner), initial.length)
+      return plan.chunk(constants, state, *inputs)[0], state
+
+    _, states = jax.lax.scan(again, state, jnp.arange(plan.inner))
+
+    def step(carry, x):
+      d_constants, d_state = carry
+      inner, state = x
+      index = plan.index(outer, inner)
+      query, key, value, *where = plan.inputs(index, initial.length)
+
+      def floats(constants, sums, query, key, value):
+        state_in = _with_sums(state, sums)
+        after, out = plan.chunk(constants, state_in, query, key, value, *where)
+        return _sums(after), out
+
+      _, pull = jax.vjp(floats, constants, _sums(state), query, key, value)
+      d_chunk = _query_block(d_out, index, plan.size)
+      pulled = pull((d_state, d_chunk))
+      d_constants = _tree_add(d_constants, pulled[0])
+      return (d_constants, pulled[1]), pulled[2:]
+
+    return jax.lax.scan(
+      step, carry, (jnp.arange(plan.inner), states), reverse=True
+    )
+
+  zeros = jax.tree.map(jnp.zeros_like, constants)
+  carry = (zeros, _sums(d_state))
+  (d_constants, d_sums), d_inputs = jax.lax.scan(
+    stride, carry, (jnp.arange(plan.outer), boundaries), reverse=True
+  )
+  d_query, d_key, d_value = (
+    _join(d.reshape(-1, *d.shape[2:]))[:, : plan.length].astype(x.dtype)
+    for d, x in zip(d_inputs, inputs[:3], strict=True)
+  )
+  return (
+    d_constants,
+    _gradient_of_state(initial, d_sums),
+    d_query,
+    d_key,
+    d_value,
+    None,
+    None,
+  )
+
+
+causal.defvjp(_causal_fwd, _causal_bwd)
+
+
+def _sums(state: State):
+  """The part of a state that gradients flow through."""
+  return state.kv, state.total, state.magnitude
+
+
+def _with_sums(state: State, sums) -> State:
+  """A state with other sums."""
+  return state._replace(kv=sums[0], total=sums[1], magnitude=sums[2])
+
+
+def _gradient_of_state(state: State, sums) -> State:
+  """Gradient of the sums; the rest of a state has none."""
+  segment = None if state.segment is None else _no_gradient(state.segment)
+  return _with_sums(state, sums)._replace(
+    exponent=jnp.zeros_like(state.exponent),
+    length=_no_gradient(state.length),
+    segment=segment,
+  )
+
+
+def _no_gradient(x: Array):
+  """The gradient of integers."""
+  return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _tree_add(a: PyTree, b: PyTree) -> PyTree:
+  """Leafwise sum."""
+  return jax.tree.map(jnp.add, a, b)
+
+
+def _pad(x: Array | None, multiple: int, mode: str = "constant"):
+  """Pads axis 1 to a multiple; None stays None."""
+  if x is None:
+    return None
+  padding = -x.shape[1] % multiple
+  if not padding:
+    return x
+  widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths, mode=mode)
+
+
+def _slice(x: Array, index, size: int) -> Array:
+  """Block `index` of axis 1."""
+  return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+
+
+def _blocks_of_keys(key, value, keep, chunk: int):
+  """Padded keys, values and mask, and the block size."""
+  size = min(chunk, key.shape[1])
+  if key.shape[1] % size and keep is None:
+    keep = jnp.ones(key.shape[:2], bool)
+  return _pad(key, size), _pad(value, size), _pad(keep, size), size
+
+
+def _key_block(key, value, keep, index, size: int, start):
+  """Keys and values ``[B, N, C, .]`` of a block, its position and mask."""
+  block_key, block_value = (
+    jnp.swapaxes(_slice(x, index, size), 1, 2) for x in (key, value)
+  )
+  if keep is not None:
+    keep = _slice(keep, index, size)[:, None, :, None]
+  return block_key, block_value, start + index * size, keep
+
+
+def _query_block(query: Array, index, size: int) -> Array:
+  """Block `index` of ``[B, T, N, G, H]``, as ``[B, N, G, C, H]``."""
+  return jnp.moveaxis(_slice(query, index, size), 1, 3)
+
+
+def _join(blocks: Array) -> Array:
+  """Stacked blocks ``[n, B, N, ..., C, V] -> [B, n C, N, ..., V]``."""
+  count, batch, size = blocks.shape[0], blocks.shape[1], blocks.shape[-2]
+  joined = jnp.moveaxis(jnp.moveaxis(blocks, -2, 1), 2, 0)
+  return joined.reshape(batch, count * size, *joined.shape[3:])

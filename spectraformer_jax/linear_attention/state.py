@@ -1,0 +1,186 @@
+"""The state of linear attention, and features as mantissa times power of two.
+
+Sums over keys are kept relative to a power of two per feature, the largest
+exponent seen so far. Powers of two cancel without rounding, so results do not
+depend on which keys set the exponent: not on later ones, not on how a sequence
+was split. (Only what is 2^150 times smaller than the largest is lost.)
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.typing import Array, LogFeatures, PyTree
+
+# (constants, x [B, N, C, H], position of the first) -> features [B, N, C, F]; a
+# log_magnitude of None stands for features without exponent.
+FeatureFn = Callable[[PyTree, Array, Array], LogFeatures]
+
+# The exponent before any key: below every real one, and exact in float32.
+LOWEST = -(2.0**20)
+
+# Sizes of the largest key and query feature, as exponents: as far from
+# underflow as sums over 2^20 keys and 2^8 features leave room for.
+KEY_EXPONENT = 30.0
+QUERY_EXPONENT = 40.0
+
+# A signed normalizer is kept this far from zero, relative to the same sum of
+# magnitudes: what float32 sums leave of a value that should be zero.
+SIGNED_FLOOR = 1e-6
+
+
+class State(NamedTuple):
+  """Sums over the keys seen so far; float32, its size does not grow.
+
+  Attributes:
+    kv: sum of key features times values, ``[B, N, F, V]``.
+    total: sum of key features, ``[B, N, F]``.
+    magnitude: sum of absolute key features, ``[B, N, F]``, for signed maps;
+      None for positive ones.
+    exponent: the power of two divided out, ``[B, N, F]`` or ``[B, N, 1]``.
+    length: positions seen so far, int32 scalar.
+    segment: id of the packed row that the sums belong to, ``[B]``, or None.
+  """
+
+  kv: Array
+  total: Array
+  magnitude: Array | None
+  exponent: Array
+  length: Array
+  segment: Array | None = None
+
+
+def split(log_magnitude: Array) -> tuple[Array, Array]:
+  """``exp(log_magnitude)`` as a mantissa in [1, 2) and a whole exponent."""
+  bits = log_magnitude * math.log2(math.e)
+  exponent = jax.lax.stop_gradient(jnp.floor(bits))
+  return jnp.exp2(bits - exponent), exponent
+
+
+def power_of_two(exponent: Array) -> Array:
+  """2 to a whole, non-positive-biased power, exactly; 0 below 2^-126."""
+  biased = jnp.clip(exponent, -127.0, 127.0).astype(jnp.int32) + 127
+  return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
+
+
+def exponent_of(x: Array) -> Array:
+  """The whole n with 2^n <= |x| < 2^(n+1), as float32; -127 for 0."""
+  bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+  return ((bits >> 23) - 127).astype(jnp.float32)
+
+
+def key_features(
+  key_map: FeatureFn,
+  constants: PyTree,
+  key: Array,
+  position: Array,
+  keep: Array | None,
+  exponent: Array,
+) -> tuple[Array, Array]:
+  """Features ``[B, N, C, F]`` of keys, relative to the returned exponent.
+
+  Args:
+    key_map: the feature map of keys.
+    constants: its variables.
+    key: ``[B, N, C, H]``.
+    position: of the first key.
+    keep: bool ``[B, 1, C, 1]``, False for hidden keys; None for all True.
+    exponent: the state's; the result is at least this.
+  """
+  log_magnitude, factor = key_map(constants, key, position)
+  if log_magnitude is None:
+    features = factor
+  else:
+    features, own = split(log_magnitude)
+    visible = own if keep is None else jnp.where(keep, own, LOWEST)
+    exponent = jnp.maximum(exponent, jnp.max(visible, axis=2))
+    below = jnp.minimum(own - exponent[:, :, None], 0.0)
+    features = features * power_of_two(below + KEY_EXPONENT)
+    if factor is not None:
+      features = features * factor
+  if keep is not None:
+    features = jnp.where(keep, features, 0.0)
+  return features, exponent
+
+
+def query_features(
+  query_map: FeatureFn,
+  constants: PyTree,
+  query: Array,
+  position: Array,
+  exponent: Array,
+) -> Array:
+  """Features of queries ``[B, N, G, C, H]`` for sums of that exponent.
+
+  They take back the keys' exponents, and then each query's largest one, which
+  cancels when the output is normalized.
+
+  Returns:
+    ``[B, N, G C, F]``: the groups one after another.
+  """
+  in_groups = jax.vmap(query_map, in_axes=(None, 2, None), out_axes=2)
+  log_magnitude, factor = jax.tree.map(
+    lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1]),
+    in_groups(constants, query, position),
+  )
+  if log_magnitude is None:
+    return factor
+  features, own = split(log_magnitude)
+  own = own + exponent[:, :, None]
+  below = own - jnp.max(own, axis=-1, keepdims=True)
+  features = features * power_of_two(below + QUERY_EXPONENT)
+  return features if factor is None else features * factor
+
+
+def rescale(state: State, exponent: Array) -> State:
+  """The same sums, relative to a larger exponent."""
+  factor = power_of_two(state.exponent - exponent)
+  return state._replace(
+    kv=state.kv * factor[..., None],
+    total=state.total * factor,
+    magnitude=None if state.magnitude is None else state.magnitude * factor,
+    exponent=exponent,
+  )
+
+
+def normalise(
+  numerator: Array, normalizer: Array, magnitude: Array | None
+) -> Array:
+  """``numerator [..., V] / normalizer [...]``; zeros where no key is seen.
+
+  A signed normalizer is kept off zero: at least `SIGNED_FLOOR` of the sum of
+  magnitudes, with its sign (+ for 0).
+  """
+  if magnitude is not None:
+    sign = jnp.where(normalizer < 0.0, -1.0, 1.0)
+    floor = SIGNED_FLOOR * magnitude
+    normalizer = sign * jnp.maximum(jnp.abs(normalizer), floor)
+  sees_keys = normalizer != 0.0
+  # Brought near 1 first: the gradient squares what it divides by.
+  factor = power_of_two(-exponent_of(normalizer))
+  normalizer = jnp.where(sees_keys, normalizer * factor, 1.0)
+  out = (numerator * factor[..., None]) / normalizer[..., None]
+  return jnp.where(sees_keys[..., None], out, 0.0)
+
+
+def empty_state(
+  batch: int,
+  heads: int,
+  feature_dim: int,
+  value_dim: int,
+  *,
+  exponent_dim: int,
+  is_signed: bool,
+) -> State:
+  """The state before any key."""
+  sums = jnp.zeros((batch, heads, feature_dim), jnp.float32)
+  return State(
+    kv=jnp.zeros((batch, heads, feature_dim, value_dim), jnp.float32),
+    total=sums,
+    magnitude=sums if is_signed else None,
+    exponent=jnp.full((batch, heads, exponent_dim), LOWEST, jnp.float32),
+    length=jnp.zeros((), jnp.int32),
+  )

@@ -1,0 +1,89 @@
+"""Classifier of pairs of sequences: the model for Retrieval."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.sequence_encoder import encoder_of
+from spectraformer_jax.typing import Array
+
+
+class DualClassifier(nn.Module):
+  """Pairs of token sequences to class logits.
+
+  One encoder reads both; with a and b for its pooled outputs, an MLP classifies
+  ``[a, b, a * b, a - b]`` (Tay et al., "Long Range Arena", 2021, section
+  2.2.3).
+
+  Attributes:
+    vocab_size, num_classes, max_len, embed_dim, pooling: see `Classifier`.
+    num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
+      share_projection, dropout_rate, dtype: see `Encoder`.
+
+  Example:
+    >>> import jax, spectraformer_jax as sf
+    >>> model = sf.nn.DualClassifier(
+    ...   vocab_size=257, num_classes=2, max_len=8,
+    ...   feature_map=sf.feature_map("oprf", "orf", num_features=16))
+    >>> pair = (jnp.ones((2, 8), int), jnp.array([8, 3])) * 2
+    >>> variables = model.init(jax.random.key(0), *pair)
+    >>> model.apply(variables, *pair).shape
+    (2, 2)
+  """
+
+  vocab_size: int
+  num_classes: int
+  max_len: int
+  embed_dim: int = 64
+  num_layers: int = 2
+  num_heads: int = 2
+  head_dim: int = 32
+  mlp_dim: int = 128
+  feature_map: FeatureMap | None = None
+  attention: str = "spectral"
+  share_projection: bool = False
+  dropout_rate: float = 0.1
+  pooling: str = "mean"
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Array,
+    length: Array,
+    tokens_2: Array,
+    length_2: Array,
+    *,
+    deterministic: bool = True,
+  ) -> Array:
+    """Classifies.
+
+    Args:
+      tokens: ``[B, T]`` ints, T at most `max_len`.
+      length: ``[B]`` ints: positions from there on are padding.
+      tokens_2: ``[B, S]`` ints, S at most `max_len`.
+      length_2: ``[B]`` ints, for `tokens_2`.
+      deterministic: as for `Classifier`.
+
+    Returns:
+      Logits ``[B, num_classes]`` float32.
+
+    Raises:
+      ValueError: a sequence longer than `max_len`, or unknown `pooling`.
+    """
+    # As one batch: one program for both, and rows enough to fill a device.
+    longest = max(tokens.shape[1], tokens_2.shape[1])
+    both = jnp.concatenate(
+      [
+        jnp.pad(rows, ((0, 0), (0, longest - rows.shape[1])))
+        for rows in (tokens, tokens_2)
+      ]
+    )
+    lengths = jnp.concatenate([length, length_2])
+    x = encoder_of(self)(both, lengths, deterministic=deterministic)
+    a, b = jnp.split(x, 2)
+    x = jnp.concatenate([a, b, a * b, a - b], axis=-1)
+    x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(x))
+    return nn.Dense(self.num_classes, name="head_logits")(x)

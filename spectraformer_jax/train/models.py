@@ -1,0 +1,79 @@
+"""The feature map and the model that a config describes."""
+
+from ml_collections import ConfigDict
+
+import spectraformer_jax as sf
+from spectraformer_jax import nn
+from spectraformer_jax.data import Batches
+from spectraformer_jax.feature_maps import FeatureMap
+
+
+def make_feature_map(config: ConfigDict) -> FeatureMap | None:
+  """The pair of the config; None for an exact kernel.
+
+  Raises:
+    ValueError: unknown component or matrix, an option it does not have, or a
+      redraw interval for a matrix that cannot be redrawn.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> make_feature_map(default_config()).info.name
+    'oprf-orf'
+  """
+  if config.model.attention != "spectral":
+    return None
+  section = config.feature_map
+  feature_map = sf.feature_map(
+    section.component,
+    section.weight_matrix,
+    num_features=section.num_features,
+    component_kwargs=section.component_kwargs.to_dict(),
+    weight_matrix_kwargs=section.weight_matrix_kwargs.to_dict(),
+  )
+  if section.redraw_interval and not feature_map.weight_matrix.info.redrawable:
+    raise ValueError(
+      f"config.feature_map.redraw_interval must be 0 for weight matrix "
+      f"{section.weight_matrix!r}, which cannot be redrawn, got "
+      f"{section.redraw_interval}."
+    )
+  return feature_map
+
+
+def make_model(
+  config: ConfigDict, feature_map: FeatureMap | None, batches: Batches
+) -> nn.Classifier | nn.DualClassifier:
+  """The classifier for a task: of pairs, if its examples are pairs.
+
+  Args:
+    config: its model section; vocab_size and max_len left at None are the
+      data's.
+    feature_map: of `make_feature_map`.
+    batches: what the model is to read.
+
+  Raises:
+    ValueError: a vocabulary or length smaller than the data needs.
+  """
+  section, dataset = config.model, batches.dataset
+  sizes = {"vocab_size": dataset.vocab_size, "max_len": batches.length}
+  for name, needed in sizes.items():
+    given = section[name]
+    if given is not None and given < needed:
+      raise ValueError(
+        f"config.model.{name} must be at least {needed} for task "
+        f"{dataset.name!r}, got {given}."
+      )
+    sizes[name] = given or needed
+  classifier = nn.DualClassifier if dataset.pair else nn.Classifier
+  return classifier(
+    num_classes=dataset.num_classes,
+    feature_map=feature_map,
+    attention=section.attention,
+    embed_dim=section.embed_dim,
+    num_layers=section.num_layers,
+    num_heads=section.num_heads,
+    head_dim=section.head_dim,
+    mlp_dim=section.mlp_dim,
+    dropout_rate=section.dropout_rate,
+    pooling=section.pooling,
+    **sizes,
+  )

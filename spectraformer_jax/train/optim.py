@@ -1,0 +1,99 @@
+"""The optimiser: AdamW, warm-up, decay and gradient clipping.
+
+The defaults of `config.default_config` are the official Spectraformer settings:
+AdamW (0.9, 0.999, 1e-6) without weight decay, learning rate 1e-4 reached over
+1000 steps from 1/25 of it, then linear decay to about 0 (PyTorch's one-cycle
+schedule with linear annealing), gradients clipped by value at 1.
+"""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from spectraformer_jax.typing import PyTree
+
+# One-cycle's own numbers: it starts at lr / 25 and ends at that over 10,000.
+START_DIVISOR = 25.0
+END_DIVISOR = 25.0 * 1e4
+
+NOT_DECAYED = {"position_embedding", "cls_token", "feature_map"}
+
+
+def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:
+  """The learning rate at each step, from 0 on.
+
+  Args:
+    optim: the section of the config.
+    num_steps: of the run; the decay ends there.
+
+  Returns:
+    A function of the step: lr/25 at 0, lr at `warmup_steps`, then "linear" or
+    "cosine" decay to lr/250000 at `num_steps`. Without warm-up it is lr at 0.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> schedule = learning_rate(default_config().optim, 50_000)
+    >>> [f"{float(schedule(step)):.1e}" for step in (0, 1000, 50_000)]
+    ['4.0e-06', '1.0e-04', '4.0e-10']
+  """
+  warmup = optim.warmup_steps
+  decay_steps, end = num_steps - warmup, optim.lr / END_DIVISOR
+  decay = {
+    "linear": lambda: optax.linear_schedule(optim.lr, end, decay_steps),
+    "cosine": lambda: optax.cosine_decay_schedule(
+      optim.lr, decay_steps, alpha=1 / END_DIVISOR
+    ),
+  }[optim.schedule]()
+  if warmup == 0:
+    return decay
+  rise = optax.linear_schedule(optim.lr / START_DIVISOR, optim.lr, warmup)
+  return optax.join_schedules([rise, decay], [warmup])
+
+
+def decay_mask(params: PyTree) -> PyTree:
+  """True where weight decay applies.
+
+  Not to biases, norms and other vectors, not to embeddings of positions and of
+  the CLS token, and not to the learnable parameters of feature maps: those are
+  frequencies, and shrinking them changes which kernel is estimated.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> decay_mask({"mlp": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}})
+    {'mlp': {'bias': False, 'kernel': True}}
+  """
+
+  def decays(path, leaf):
+    names = {str(getattr(part, "key", part)) for part in path}
+    return leaf.ndim > 1 and not names & NOT_DECAYED
+
+  return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+  optim: ConfigDict, num_steps: int
+) -> optax.GradientTransformation:
+  """Clipping, then AdamW, as the config says.
+
+  Args:
+    optim: the section of the config.
+    num_steps: of the run.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> tx = make_optimizer(default_config().optim, 50_000)
+  """
+  clip = {
+    "value": optax.clip,
+    "global_norm": optax.clip_by_global_norm,
+    "none": lambda _: optax.identity(),
+  }[optim.clip](optim.clip_threshold)
+  adamw = optax.adamw(
+    learning_rate(optim, num_steps),
+    b1=optim.b1,
+    b2=optim.b2,
+    eps=optim.eps,
+    weight_decay=optim.weight_decay,
+    mask=decay_mask,
+  )
+  return optax.chain(clip, adamw)

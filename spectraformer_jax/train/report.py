@@ -1,0 +1,210 @@
+"""What a finished run leaves for a reader: report.md, curves.png, a table.
+
+Both files are made from config.json and metrics.jsonl alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.writers import read_rows, result_row
+
+# Okabe and Ito's palette: told apart with any colour vision, and in grey.
+TRAIN_COLOUR, DEV_COLOUR = "#0072B2", "#D55E00"
+BASELINE_COLOURS = ("#555555", "#009E73", "#CC79A7")
+
+
+def summary(workdir: Path) -> list[tuple[str, str]]:
+  """Lines of the result as (what, figure), for the report and the terminal.
+
+  Raises:
+    ValueError: the run in `workdir` has not finished.
+  """
+  stored, rows = files.read_config(workdir), read_rows(workdir)
+  result = result_row(rows)
+  if stored is None or result is None:
+    raise ValueError(f"workdir {str(workdir)!r} holds no finished run.")
+  config, test = stored["config"], stored["data"]["test"]
+  seeds = config["train"]["seed"], config["task"]["seed"]
+  lines = [
+    ("task", test["name"]),
+    ("attention", result["pair"]),
+    ("data", f"{result['provenance']}; {_split_sizes(stored['data'])}"),
+    ("seeds", "training {}, data {}".format(*seeds)),
+    (
+      "test accuracy, best-dev parameters",
+      f"{_percent(result['test/accuracy_best'])} (step {result['best_step']})",
+    ),
+    (
+      "test accuracy, last parameters",
+      f"{_percent(result['test/accuracy_last'])} (step {result['step']})",
+    ),
+    ("dev accuracy, best", _percent(result["dev/accuracy_best"])),
+    ("dev accuracy, last", _percent(result["dev/accuracy_last"])),
+  ]
+  lines += [
+    (f"baseline, {name}", _percent(value))
+    for name, value in result["baselines"].items()
+  ]
+  lines += [
+    (
+      "speed",
+      f"{result['examples_per_second']:.1f} examples/s, "
+      f"{1e3 * result['step_seconds']:.1f} ms a step of "
+      f"{config['train']['batch_size']}",
+    ),
+    ("compile time", _or_unknown(result["compile_seconds"], "{:.1f} s")),
+    ("training time", f"{result['train_seconds']:.0f} s without compilation"),
+    ("peak memory, process", _mebibytes(result["peak_memory_bytes"])),
+    ("peak memory, device", _mebibytes(result["peak_device_bytes"])),
+    ("parameters", f"{result['parameters']:,}"),
+    ("random projections", f"{result['projection_size']:,} numbers"),
+  ]
+  return lines
+
+
+def write_report(workdir: Path) -> None:
+  """Writes report.md and curves.png of a finished run.
+
+  Raises:
+    ValueError: the run in `workdir` has not finished.
+  """
+  lines = summary(workdir)
+  stored = files.read_config(workdir)
+  plot_curves(workdir)
+  env = stored["environments"][-1]
+  command = env["command"] or (
+    "train_and_evaluate(config, workdir)  # with the config of config.json"
+  )
+  text = [
+    f"# {stored['data']['test']['name']}: {dict(lines)['attention']}",
+    "",
+    "| | |",
+    "|---|---|",
+    *(f"| {name} | {value} |" for name, value in lines),
+    "",
+    "The best-dev parameters are those of the evaluation with the highest dev "
+    "accuracy, the lower dev loss among equals. Test accuracy decides nothing. "
+    "A result near a baseline says that no more than that rule was learnt.",
+    "",
+    f"![Loss and accuracy]({files.CURVES})",
+    "",
+    "## Reproduce",
+    "",
+    "```",
+    command,
+    "```",
+    "",
+    *_environment_lines(stored["environments"]),
+    "",
+    f"All settings: [{files.CONFIG}]({files.CONFIG}). "
+    f"All metrics: [{files.METRICS}]({files.METRICS}).",
+    "",
+  ]
+  files.write_text(workdir / files.REPORT, "\n".join(text))
+
+
+def plot_curves(workdir: Path) -> None:
+  """Draws loss and accuracy against the step into curves.png."""
+  # Here, because it takes a second; the backend needs no display.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  rows = read_rows(workdir)
+  result = result_row(rows) or {}
+  figure = Figure(figsize=(9, 3.8), layout="constrained", dpi=150)
+  FigureCanvasAgg(figure)
+  loss_axes, accuracy_axes = figure.subplots(1, 2)
+  for axes, metric in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
+    _plot(axes, rows, f"train/{metric}", TRAIN_COLOUR, "train", "-", "")
+    _plot(axes, rows, f"dev/{metric}", DEV_COLOUR, "dev", "--", "o")
+    axes.set(xlabel="step", ylabel=metric)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+  loss_axes.set_ylim(bottom=0)
+  baselines = result.get("baselines", {})
+  for i, (name, value) in enumerate(baselines.items()):
+    colour = BASELINE_COLOURS[i % len(BASELINE_COLOURS)]
+    label = f"{name} {value:.3f}"
+    accuracy_axes.axhline(value, color=colour, ls=":", lw=1.5, label=label)
+  if result:
+    accuracy_axes.plot(
+      result["best_step"],
+      result["test/accuracy_best"],
+      marker="*",
+      ms=12,
+      ls="",
+      color="black",
+      label=f"test, best-dev {result['test/accuracy_best']:.3f}",
+    )
+    figure.suptitle(f"{result['task']}: {result['pair']}")
+  highest = accuracy_axes.dataLim.y1
+  accuracy_axes.set_ylim(0, min(1.02, 1.2 * highest))
+  loss_axes.legend(frameon=False)
+  accuracy_axes.legend(frameon=False, fontsize=8)
+  partial = workdir / f".{files.CURVES}.partial"
+  figure.savefig(partial, format="png")
+  partial.replace(workdir / files.CURVES)
+
+
+def print_summary(workdir: Path) -> None:
+  """Prints the result as a table on stdout."""
+  lines = summary(workdir)
+  table = Table("", "", show_header=False, title=f"result ({workdir})")
+  for name, value in lines:
+    table.add_row(name, value, style="bold" if "best-dev" in name else "")
+  Console().print(table)
+
+
+def _plot(axes, rows, name, colour, label, style, marker) -> None:
+  """One curve."""
+  points = [(row["step"], row[name]) for row in rows if name in row]
+  if points:
+    axes.plot(
+      *zip(*points, strict=True),
+      color=colour,
+      label=label,
+      ls=style,
+      marker=marker,
+      ms=3,
+      lw=1.5,
+    )
+
+
+def _environment_lines(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Versions and machine of the last start, and how many others there were."""
+  env = dict(environments[-1])
+  del env["command"]
+  devices = env.pop("devices")
+  env["devices"] = f"{len(devices)} x {devices[0]}"
+  lines = ["| | |", "|---|---|"]
+  lines += [f"| {name} | {value} |" for name, value in env.items()]
+  if len(environments) > 1:
+    lines += [
+      "",
+      f"Started in {len(environments)} different environments; "
+      "these are the last one's.",
+    ]
+  return lines
+
+
+def _split_sizes(data: Mapping[str, Any]) -> str:
+  return ", ".join(f"{s['num_examples']:,} {name}" for name, s in data.items())
+
+
+def _percent(value: float) -> str:
+  return f"{100 * value:.2f} %"
+
+
+def _or_unknown(value: float | None, form: str) -> str:
+  return "unknown" if value is None else form.format(value)
+
+
+def _mebibytes(value: float | None) -> str:
+  if value is None:
+    return "not reported by this device"
+  return f"{value / 2**20:,.0f} MiB"

@@ -1,0 +1,173 @@
+"""One training step and one evaluation step: pure, for any number of devices.
+
+Both work on the examples of one replica. With `axis_name` they add up what the
+replicas of that axis have found, so the result is that of the global batch;
+without it there is one replica.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spectraformer_jax.train.state import MUTABLE_COLLECTION, TrainState
+from spectraformer_jax.typing import Array, PyTree
+
+
+class Sums(NamedTuple):
+  """Weighted sums over examples, float32 scalars; divide by `weight`."""
+
+  loss: Array
+  correct: Array
+  weight: Array
+
+
+def replica_rng(rng: Array, step: Array, axis_name: str | None) -> Array:
+  """The key of one step on one replica.
+
+  Example:
+    >>> replica_rng(jax.random.key(0), 3, None).shape
+    ()
+  """
+  replica = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+  return jax.random.fold_in(jax.random.fold_in(rng, step), replica)
+
+
+def model_inputs(batch: Mapping[str, Array]) -> tuple[Array, ...]:
+  """What a classifier is called with: tokens, length (and those of a pair).
+
+  Example:
+    >>> len(model_inputs({"tokens": 0, "length": 0, "label": 0, "weight": 0}))
+    2
+  """
+  names = ("tokens", "length", "tokens_2", "length_2")
+  return tuple(batch[name] for name in names if name in batch)
+
+
+def weighted_sums(logits: Array, label: Array, weight: Array) -> Sums:
+  """Cross-entropy and hits of logits [B, classes] float32, summed by weight.
+
+  Example:
+    >>> logits = jnp.array([[9.0, 0.0], [9.0, 0.0]])
+    >>> sums = weighted_sums(logits, jnp.array([0, 1]), jnp.array([1.0, 0.0]))
+    >>> float(sums.correct), float(sums.weight)
+    (1.0, 1.0)
+  """
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  hit = jnp.argmax(logits, axis=-1) == label
+  return Sums(
+    jnp.sum(loss * weight),
+    jnp.sum(hit.astype(jnp.float32) * weight),
+    jnp.sum(weight),
+  )
+
+
+def train_step(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  rng: Array,
+  *,
+  apply_fn: Callable,
+  tx: optax.GradientTransformation,
+  axis_name: str | None = None,
+) -> tuple[TrainState, Sums]:
+  """One update from one batch.
+
+  The gradient is that of the weighted mean loss over the global batch: the sum
+  over replicas of gradients of weighted losses, divided by the sum of weights
+  (equal to the mean of replicas' means only if their weights are equal).
+
+  Args:
+    state: the same on every replica.
+    batch: this replica's tokens [B, T] and length, label, weight [B].
+    rng: the run's dropout key; step and replica are folded in here.
+    apply_fn: `model.apply`.
+    tx: the optimiser.
+    axis_name: the mapped axis of replicas, if any.
+
+  Returns:
+    The next state and the sums over the global batch; the same on every
+    replica.
+  """
+  mutable = [name for name in state.collections if name == MUTABLE_COLLECTION]
+  dropout_rng = replica_rng(rng, state.step, axis_name)
+
+  def loss_fn(params):
+    logits, updated = apply_fn(
+      {"params": params, **state.collections},
+      *model_inputs(batch),
+      deterministic=False,
+      rngs={"dropout": dropout_rng},
+      mutable=mutable,
+    )
+    sums = weighted_sums(logits, batch["label"], batch["weight"])
+    return sums.loss, (sums, updated)
+
+  grads, (sums, updated) = jax.grad(loss_fn, has_aux=True)(state.params)
+  if axis_name is not None:
+    replicas = jax.lax.axis_size(axis_name)
+    updated = jax.tree.map(lambda leaf: leaf / replicas, updated)
+    # One psum of everything, so that the compiler makes one all-reduce.
+    grads, sums, updated = jax.lax.psum((grads, sums, updated), axis_name)
+  # A batch without weight has zero gradients, not NaN.
+  scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+  grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+  params, opt_state = apply_gradients(tx, grads, state)
+  collections = {**state.collections, **updated}
+  return TrainState(state.step + 1, params, collections, opt_state), sums
+
+
+def apply_gradients(
+  tx: optax.GradientTransformation, grads: PyTree, state: TrainState
+) -> tuple[PyTree, PyTree]:
+  """New params and optimiser state."""
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  return optax.apply_updates(state.params, updates), opt_state
+
+
+def eval_step(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  *,
+  apply_fn: Callable,
+  axis_name: str | None = None,
+) -> Sums:
+  """Sums of loss, hits and weights of one batch; nothing random is drawn.
+
+  Args:
+    state: the same on every replica.
+    batch: as for `train_step`; examples of weight 0 do not count.
+    apply_fn: `model.apply`.
+    axis_name: the mapped axis of replicas, if any.
+  """
+  logits = apply_fn(
+    {"params": state.params, **state.collections},
+    *model_inputs(batch),
+    deterministic=True,
+  )
+  sums = weighted_sums(logits, batch["label"], batch["weight"])
+  return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def redraw_step(
+  state: TrainState,
+  rng: Array,
+  *,
+  redraw_fn: Callable[[Array, PyTree], PyTree],
+  interval: int,
+) -> TrainState:
+  """Fresh projections; the draw depends on the step and the run's seed only.
+
+  Args:
+    state: any state; its params and optimiser stay.
+    rng: the run's redraw key, the same on every replica.
+    redraw_fn: `(rng, random_features) -> random_features`.
+    interval: steps between redraws.
+  """
+  rng = jax.random.fold_in(rng, state.step // interval)
+  drawn = redraw_fn(rng, state.collections["random_features"])
+  return state._replace(
+    collections={**state.collections, "random_features": drawn}
+  )

@@ -1,0 +1,88 @@
+"""Metrics: JSON lines are the source of truth, TensorBoard a view of them."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spectraformer_jax.train import workdir as files
+
+
+def read_rows(workdir: Path | str) -> list[dict[str, Any]]:
+  """All complete rows of a workdir's metrics.jsonl, in order.
+
+  A last line that a kill has cut short is left out.
+
+  Example:
+    >>> read_rows("no/such/folder")
+    []
+  """
+  path = Path(workdir) / files.METRICS
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def result_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """The last row of a finished run, None if it has not finished."""
+  return rows[-1] if rows and "test/accuracy" in rows[-1] else None
+
+
+class MetricWriter:
+  """Appends rows to metrics.jsonl and TensorBoard's files; a context manager.
+
+  Args:
+    workdir: the run's folder.
+    start_step: rows of later steps, left by a run that was stopped after its
+      last checkpoint, are removed first: training will write them again.
+    tensorboard: write event files too.
+  """
+
+  def __init__(self, workdir: Path, *, start_step: int, tensorboard: bool):
+    self._path = workdir / files.METRICS
+    kept = [
+      row
+      for row in read_rows(workdir)
+      if row["step"] <= start_step and "test/accuracy" not in row
+    ]
+    lines = [json.dumps(row) + "\n" for row in kept if start_step]
+    files.write_text(self._path, "".join(lines))
+    self._file = self._path.open("a")
+    self._tensorboard = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      self._tensorboard = SummaryWriter(
+        str(workdir / files.TENSORBOARD),
+        purge_step=start_step + 1,
+      )
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """One row; metrics ("train/loss") go to TensorBoard as well."""
+    row = {"step": step, **values, "time": round(time.time(), 3)}
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      if self._tensorboard and "/" in name:
+        self._tensorboard.add_scalar(name, value, step)
+
+  def sync(self) -> None:
+    """Waits until the rows are on disk; call it before a checkpoint."""
+    os.fsync(self._file.fileno())
+    if self._tensorboard:
+      self._tensorboard.flush()
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *exc_info: Any) -> None:
+    self.sync()
+    self._file.close()
+    if self._tensorboard:
+      self._tensorboard.close()

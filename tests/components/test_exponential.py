@@ -1,0 +1,265 @@
+"""Exponential components: means, second moments, identities, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectraformer_jax as sf
+from spectraformer_jax.components import ComponentState, build_component
+from tests.components.exponentials import (
+  CASES,
+  build,
+  calibrated,
+  component_of,
+  data,
+  dense_form,
+  dense_log_features,
+  dense_log_second_moment,
+  matrix_of,
+  rotation,
+  state_of,
+)
+from tests.statistics import PAIRS, estimates, standard_scores
+
+KERNELS = ["softmax", "gaussian"]
+DENSE = ["saderf", "perdim", "sderf", "aderf", "asderf"]
+
+
+def kernel_values(kernel, pairs=PAIRS):
+  """Exact kernels of pairs, in float64."""
+  x, y = pairs[:, 0].astype(np.float64), pairs[:, 1].astype(np.float64)
+  if kernel == "softmax":
+    return np.exp(np.sum(x * y, -1))
+  return np.exp(-0.5 * np.sum((x - y) ** 2, -1))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_mean_and_second_moment(case, kernel):
+  num_features = 32
+  fm = build(case, num_features, kernel=kernel)
+  samples = estimates(
+    fm, jax.random.key(1), PAIRS, 8_000, stats=calibrated(fm)
+  ).astype(np.float64)
+  expected = kernel_values(kernel)
+  scores = standard_scores(samples, expected)
+  # Opposite vectors make some maps exact: what is left is float32 rounding.
+  exact = samples.std(axis=0) < 1e-5 * expected
+  assert np.all((np.abs(scores) < 4.0) | exact), scores
+  np.testing.assert_allclose(samples.mean(0)[exact], expected[exact], rtol=1e-5)
+
+  component = component_of(case, kernel=kernel)
+  log_moment = component.log_second_moment(
+    jnp.asarray(PAIRS[:, 0]), jnp.asarray(PAIRS[:, 1]), state_of(component)
+  )
+  variance = np.exp(np.asarray(log_moment, np.float64)) - expected**2
+  squares = num_features * (samples - expected) ** 2
+  scores = standard_scores(squares, variance)
+  assert np.all((np.abs(scores) < 5.0) | exact), scores
+  # log_second_moment is float32: 1e-6 of the moment is its rounding.
+  assert np.all(np.abs(variance[exact]) < 3e-6 * expected[exact] ** 2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("matrix", ["iid", "orf"])
+def test_gerf_with_a_zero_is_posrf_and_trigrf(kernel, matrix):
+  x = jnp.asarray(data()[0])[:, None, :]
+  for sign, other in ((1, "posrf"), (-1, "trigrf")):
+    gerf = sf.feature_map(
+      "gerf",
+      matrix,
+      num_features=8,
+      component_kwargs={"a": 0.0, "sign": sign, "kernel": kernel},
+    )
+    plain = sf.feature_map(
+      other, matrix, num_features=8, component_kwargs={"kernel": kernel}
+    )
+    assert gerf.info.positive == plain.info.positive
+    assert gerf.feature_dim == plain.feature_dim
+    variables = plain.init(jax.random.key(0), head_dim=4)
+    for side in ("query", "key"):
+      np.testing.assert_allclose(
+        gerf.apply(variables, x, side=side),
+        plain.apply(variables, x, side=side),
+        rtol=1e-6,
+        atol=1e-7,
+      )
+
+
+def test_gerf_default_is_oprf_of_constant_statistics():
+  x = jnp.asarray(data()[0])[:, None, :]
+  fm = build("gerf_default")
+  variables = fm.init(jax.random.key(0), head_dim=4)
+  for gerf in (
+    fm,
+    build("gerf_learn_sigmoid"),
+    build("gerf_default", learn="exp"),
+  ):
+    np.testing.assert_allclose(
+      gerf.apply(gerf.init(jax.random.key(0), head_dim=4), x, side="key"),
+      build("oprf", statistics="constant").apply(variables, x, side="key"),
+      rtol=1e-5,
+    )
+
+
+def test_complex_gerf_without_the_minus_sign_estimates_another_kernel():
+  # What the minus sign on the key's imaginary part is for.
+  fm = build("gerf_minus_complex", 32)
+  variables = fm.init(jax.random.key(0), head_dim=4)
+  x = jnp.asarray(PAIRS[:, 0])[:, None, :]
+  query = fm.apply(variables, x, side="query")[:, 0]
+  key = fm.apply(variables, x, side="key")[:, 0]
+  # s = -1 turns the sign of w.y on the key, and conjugation turns it back.
+  assert float(jnp.abs(query - key).max()) > 0.1
+  flipped = jnp.concatenate([key[:, :32], -key[:, 32:]], axis=-1)
+  x_negative = fm.apply(variables, -x, side="query")[:, 0]
+  np.testing.assert_allclose(flipped, x_negative, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_diagonal_form_equals_the_dense_formula(case, kernel):
+  fm = build(case, kernel=kernel)
+  query, key = data()
+  stats = calibrated(fm)
+  variables = fm.init(jax.random.key(0), head_dim=4)
+  w = np.asarray(variables.projection["rows"]["w"][0], np.float64)
+  parameters = jax.tree.map(lambda leaf: leaf[0, 0], stats["component"])
+  rho = np.broadcast_to(np.asarray(parameters["rho"], np.float64), (4,))
+  turn = rotation()
+  a, b1, b2, c1, c2 = dense_form(
+    (1.0 - 1.0 / rho) / 8.0, matrix_of(parameters["query_map"]), turn
+  )
+  extra = 0.5 * np.eye(4) if kernel == "gaussian" else np.zeros((4, 4))
+  for x, side, b, c in ((query, "query", b1, c1), (key, "key", b2, c2)):
+    expected = dense_log_features(w @ turn.T, x, a, b, c - extra)
+    out = fm.log_features(
+      variables, jnp.asarray(x)[None, :, None, :], side=side, stats=stats
+    )
+    # float32 features of exponents up to about 10.
+    np.testing.assert_allclose(
+      out.log_magnitude[0, :, 0] + 0.5 * np.log(16.0), expected, atol=1e-5
+    )
+  component = component_of(case, kernel=kernel)
+  np.testing.assert_allclose(
+    component.log_second_moment(
+      jnp.asarray(PAIRS[:, 0]),
+      jnp.asarray(PAIRS[:, 1]),
+      ComponentState({}, {}, parameters),
+    ),
+    dense_log_second_moment(
+      PAIRS[:, 0], PAIRS[:, 1], a, b1, b2, c1 - extra, c2 - extra
+    ),
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("case", [*DENSE, "oprf_hyp"])
+def test_constant_and_learned_start_as_oprf_and_train(case):
+  x = jnp.asarray(data()[0])[:, None, :]
+  constant, learned = (
+    build(case, statistics=source) for source in ("constant", "learned")
+  )
+  other = "oprf_hyp" if case == "oprf_hyp" else "oprf"
+  oprf = build(other, statistics="constant")
+  variables = learned.init(jax.random.key(0), head_dim=4)
+  assert not constant.info.needs_stats and not learned.info.needs_stats
+  expected = oprf.apply(oprf.init(jax.random.key(0), head_dim=4), x, side="key")
+  for fm, own in (
+    (constant, constant.init(jax.random.key(0), head_dim=4)),
+    (learned, variables),
+  ):
+    np.testing.assert_allclose(
+      fm.apply(own, x, side="key"), expected, rtol=1e-5
+    )
+
+  def loss(params):
+    phi = learned.apply(variables._replace(params=params), x, side="key")
+    return jnp.sum(phi * jnp.arange(phi.shape[-1])[None, None, :])
+
+  grads = jax.grad(loss)(variables.params)["component"]
+  assert all(float(jnp.abs(g).max()) > 1e-3 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_learned_maps_keep_dot_products(case):
+  component = component_of(case, statistics="learned")
+  params = component.init(jax.random.key(0), 8)
+  rngs = jax.random.split(jax.random.key(1), len(params))
+  params = {
+    name: leaf + 0.5 * jax.random.normal(rng, leaf.shape)
+    for rng, (name, leaf) in zip(rngs, params.items(), strict=True)
+  }
+  parameters = component.from_params(params)
+  query_map, key_map = (
+    matrix_of(parameters[f"{side}_map"]) for side in ("query", "key")
+  )
+  assert np.abs(query_map - np.eye(8)).max() > 0.1
+  np.testing.assert_allclose(query_map.T @ key_map, np.eye(8), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "error", "words"),
+  [
+    ({"a": 0.125}, ValueError, "below 1/8"),
+    ({"a": 0.2 + 0.1j}, ValueError, "below 1/8"),
+    ({"a": float("nan")}, ValueError, "below 1/8"),
+    ({"a": -float("inf")}, ValueError, "below 1/8"),
+    ({"a": "0.1"}, TypeError, "Python number"),
+    ({"a": np.zeros(1)}, TypeError, "Python number"),
+    ({"sign": 0}, ValueError, "sign must be 1 or -1"),
+    ({"learn": "sigmoide"}, ValueError, "Did you mean 'sigmoid'"),
+    ({"a": -0.1 + 0.1j, "learn": "exp"}, ValueError, "must be real"),
+    ({"a": 0.05, "learn": "sigmoid"}, ValueError, "cannot start at a=0.05"),
+    ({"sign": -1, "learn": "sigmoid"}, ValueError, "cannot start at a=0.0"),
+    ({"kernel": "gausian"}, ValueError, "Did you mean 'gaussian'"),
+  ],
+)
+def test_gerf_refuses(kwargs, error, words):
+  with pytest.raises(error, match=words):
+    build_component("gerf", kwargs)
+
+
+def test_gerf_facts_follow_its_options():
+  positive, signed = component_of("gerf_negative"), component_of("gerf_complex")
+  assert (positive.info.positive, positive.info.features) == (True, "M")
+  assert (signed.info.positive, signed.info.features) == (False, "2M")
+  assert not build_component("gerf", {"a": 0}).info.weighs_norms
+  assert not build_component("gerf", {"sign": -1}).info.weighs_norms
+  assert positive.info.weighs_norms
+  assert build("gerf_complex") is build("gerf_complex")
+
+
+def test_biased_norms_are_warned_of_once(recwarn):
+  # R10: a fixed norm biases exp(A|w|^2); said once per pair.
+  options = {"num_features": 17, "weight_matrix_kwargs": {"norms": "sqrt_d"}}
+  with pytest.warns(UserWarning, match="^asderf-orf.* is biased"):
+    sf.feature_map("asderf", "orf", **options)
+  sf.feature_map("asderf", "orf", **options)
+  for component, kwargs in (("posrf", {}), ("trigrf", {}), ("gerf", {"a": 0})):
+    sf.feature_map(component, "orf", component_kwargs=kwargs, **options)
+  sf.feature_map("asderf", "orf", num_features=17)
+  assert not recwarn.list
+  with pytest.warns(UserWarning, match="^c_oprf-mm is biased"):
+    sf.feature_map(
+      "oprf", "mm", num_features=17, component_kwargs={"centred": True}
+    )
+
+
+def test_what_the_warning_says_is_so():
+  # At x = y = 0 posrf is exact and oprf should be 1 on average.
+  with pytest.warns(UserWarning):
+    fm = sf.feature_map(
+      "oprf",
+      "orf",
+      num_features=18,
+      component_kwargs={"statistics": "constant"},
+      weight_matrix_kwargs={"norms": "sqrt_d"},
+    )
+  zero = jnp.zeros((1, 1, 32))
+  phi = fm.apply(fm.init(jax.random.key(0), head_dim=32), zero, side="key")
+  a = component_of("gerf_default").coefficients(None, 32).a[0]
+  expected = (1.0 - 4.0 * a) ** 16 * np.exp(2.0 * a * 32)
+  np.testing.assert_allclose(jnp.sum(phi**2), expected, rtol=1e-4)
+  assert expected < 0.5

@@ -1,0 +1,188 @@
+"""Closed-form parameters against perturbations, and how components compare."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.components.exponentials import (
+  component_of,
+  data,
+  matrix_of,
+  rotation,
+  state_of,
+)
+
+
+def objective(query_map, key_map, a, query, key):
+  """Mean over all pairs of log E Z^2, in float64; `a` is ``[H]``."""
+  x, y = query @ query_map.T, key @ key_map.T
+  pair_square = np.mean((x[:, None] + y[None, :]) ** 2, axis=(0, 1))
+  return np.sum(
+    np.log(1.0 - 4.0 * a)
+    - 0.5 * np.log(1.0 - 8.0 * a)
+    + 2.0 * (1.0 - 4.0 * a) / (1.0 - 8.0 * a) * pair_square
+    - np.mean(x**2, axis=0)
+    - np.mean(y**2, axis=0)
+  )
+
+
+def closed_form(case, query, key):
+  """G and a ``[H]`` in float64, from the component."""
+  parameters = state_of(component_of(case), query, key).stats
+  rho = np.asarray(parameters["rho"], np.float64)
+  head_dim = query.shape[-1]
+  query_map = matrix_of(parameters.get("query_map", np.ones(head_dim)))
+  return query_map, np.broadcast_to((1.0 - 1.0 / rho) / 8.0, (head_dim,))
+
+
+def perturbed_map(case, query_map, rng, size):
+  """A neighbour of G in the family of the case."""
+  noise = size * rng.normal(size=query_map.shape)
+  if case == "oprf":
+    return query_map
+  if case in ("saderf", "perdim"):
+    return np.diag(np.exp(np.diag(noise))) @ query_map
+  if case == "aderf":
+    return query_map + noise @ query_map
+  # Rotations of the basis: (I - S)^-1 (I + S) for skew S.
+  skew, eye = 0.5 * (noise - noise.T), np.eye(len(noise))
+  return np.linalg.solve(eye - skew, eye + skew) @ query_map
+
+
+@pytest.mark.parametrize("head_dim", [4, 8])
+@pytest.mark.parametrize(
+  "case", ["oprf", "saderf", "perdim", "sderf", "aderf", "asderf"]
+)
+def test_closed_form_beats_100_perturbations(case, head_dim):
+  query, key = (
+    x.astype(np.float64) for x in data(head_dim=head_dim, seed=head_dim)
+  )
+  query_map, a = closed_form(case, query, key)
+  key_map = np.linalg.inv(query_map).T
+  optimum = objective(query_map, key_map, a, query, key)
+  rng = np.random.default_rng(0)
+  scalar = case in ("oprf", "saderf", "aderf")
+  for size in np.geomspace(0.02, 0.5, 100):
+    noise = size * rng.normal(size=() if scalar else head_dim)
+    near_a = a * np.exp(noise)
+    near_map = perturbed_map(case, query_map, rng, size)
+    for a_, map_ in ((near_a, query_map), (a, near_map), (near_a, near_map)):
+      if map_ is query_map and a_ is a:
+        continue
+      other = objective(map_, np.linalg.inv(map_).T, a_, query, key)
+      assert optimum <= other + 1e-9, (size, other - optimum)
+  # The perturbations move the objective at all.
+  assert objective(query_map, key_map, 0.5 * a, query, key) > optimum + 1e-3
+
+
+def structured(kind, head_dim=8):
+  """Queries and keys of a kind that favours one component or another."""
+  rng = np.random.default_rng(1)
+  x, y = 0.5 * rng.normal(size=(2, 128, head_dim))
+  scales = np.diag(np.geomspace(1.5, 0.1, head_dim))
+  low, other_low = (scales @ rotation(head_dim, seed) for seed in (3, 5))
+  x, y = {
+    "isotropic": lambda: (x, y),
+    "axis scales": lambda: (x, y * np.exp(0.7 * rng.normal(size=head_dim))),
+    "unlike sizes": lambda: (2.0 * x, 0.5 * y),
+    "shared covariance": lambda: (x @ low, y @ low),
+    "unlike covariances": lambda: (x @ low, y @ other_low),
+    "mean": lambda: (x + 0.5, y + 0.5),
+  }[kind]()
+  return x.astype(np.float32), y.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "isotropic",
+    "axis scales",
+    "unlike sizes",
+    "shared covariance",
+    "unlike covariances",
+    "mean",
+  ],
+)
+def test_order_of_mean_log_second_moments(kind):
+  query, key = structured(kind)
+
+  def mean_moment(case):
+    component = component_of(case)
+    return float(
+      jnp.mean(
+        component.log_second_moment(
+          jnp.asarray(query)[:, None, :],
+          jnp.asarray(key)[None, :, :],
+          state_of(component, query, key),
+        )
+      )
+    )
+
+  moment = {
+    case: mean_moment(case)
+    for case in (
+      "posrf",
+      "oprf",
+      "saderf",
+      "perdim",
+      "sderf",
+      "aderf",
+      "asderf",
+      "posrf_hyp",
+      "oprf_hyp",
+      "c_posrf",
+    )
+  }
+  orders = [
+    ("posrf", "oprf", "saderf", "aderf", "asderf"),
+    ("oprf", "sderf", "asderf"),
+    ("saderf", "perdim"),
+    ("posrf", "posrf_hyp"),
+    ("oprf", "oprf_hyp"),
+    ("posrf", "c_posrf"),
+  ]
+  for order in orders:
+    for worse, better in zip(order, order[1:], strict=False):
+      # The ridge on second moments may cost aderf about its square, 1e-6.
+      assert moment[better] <= moment[worse] + 1e-5, (worse, better, moment)
+  # What each is for shows.
+  gains = {
+    "axis scales": ("saderf", "perdim"),
+    "unlike sizes": ("oprf", "saderf"),
+    "shared covariance": ("oprf", "sderf"),
+    "unlike covariances": ("saderf", "aderf"),
+    "mean": ("posrf", "c_posrf"),
+  }
+  worse, better = gains.get(kind, ("posrf", "oprf"))
+  assert moment[better] < moment[worse] - 0.1, moment
+
+
+def test_opposite_scales_are_balanced_and_bounded():
+  # psi is clipped, and zero queries or keys leave finite maps.
+  query, key = data()
+  for scale_q, scale_k in ((1e-9, 1e9), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
+    for case in ("saderf", "aderf", "asderf", "sderf"):
+      stats = state_of(component_of(case), query * scale_q, key * scale_k).stats
+      for name, leaf in stats.items():
+        assert np.all(np.isfinite(leaf)), (case, name)
+      query_map, key_map = (
+        matrix_of(stats[f"{side}_map"]) for side in ("query", "key")
+      )
+      np.testing.assert_allclose(query_map.T @ key_map, np.eye(4), atol=1e-5)
+      assert np.all(stats["rho"] > 0.0) and np.all(stats["rho"] <= 1.0)
+
+
+@pytest.mark.parametrize("case", ["sderf", "aderf", "asderf"])
+def test_fewer_tokens_than_dimensions_keep_maps_inverse(case):
+  # Singular second moments: G may be poor, but G^-T must be its inverse.
+  query, key = data(num_queries=3, num_keys=2, head_dim=32)
+  stats = state_of(component_of(case), query, key).stats
+  query_map, key_map = (
+    matrix_of(stats[f"{side}_map"]) for side in ("query", "key")
+  )
+  scale = np.linalg.norm(query_map, 2) * np.linalg.norm(key_map, 2)
+  # float32 products of size `scale`, summed over 32 terms.
+  error = np.abs(query_map.T @ key_map - np.eye(32)).max()
+  assert error < 1e-6 * max(scale, 1.0), (error, scale)
+  dots = (query @ query_map.T) @ (key @ key_map.T).T
+  np.testing.assert_allclose(dots, query @ key.T, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,84 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import spectraformer_jax
+from spectraformer_jax import data
+
+IMPORT_ALONE = """
+import sys, types
+package = types.ModuleType("spectraformer_jax")
+package.__path__ = [{path!r}]
+sys.modules["spectraformer_jax"] = package
+import spectraformer_jax.data
+heavy = ("jax", "flax", "optax", "tensorflow", "sklearn", "matplotlib")
+sys.exit(", ".join(name for name in heavy if name in sys.modules) or 0)
+"""
+
+
+def test_list_tasks():
+  assert {"digits", "listops"} <= set(data.list_tasks())
+
+
+def test_every_task_takes_a_seed_and_says_what_it_is():
+  for name in data.list_tasks():
+    source = data.TASKS.build(name, {"seed": 1})
+    assert source.name.startswith(name)
+    assert [s for group in source.passes for s in group] == list(data.SPLITS)
+
+
+def test_a_new_task_is_one_function(tmp_path, monkeypatch):
+  monkeypatch.setattr(data.TASKS, "_factories", dict(data.TASKS._factories))
+
+  @data.TASKS.register("parity")
+  def parity(*, seed=0, length=4):
+    def write(writers, progress):
+      for split, writer in writers.items():
+        for number in range(2**length)[data.SPLITS.index(split) :: 3]:
+          bits = [number >> i & 1 for i in range(length)]
+          writer.append(bits, [length], [sum(bits) % 2])
+
+    return data.Source(
+      name="parity", vocab_size=2, num_classes=2, length=length, write=write
+    )
+
+  train = data.load("parity", "train", cache_dir=tmp_path, length=3)
+  assert [e["tokens"].tolist() for e in train] == [
+    [0, 0, 0],
+    [1, 1, 0],
+    [0, 1, 1],
+  ]
+  assert train.baselines == {"majority label": 1.0}
+
+
+@pytest.mark.parametrize(
+  ("arguments", "options", "message"),
+  [
+    (("listop", "train"), {}, "Unknown task 'listop'. Did you mean 'listops'"),
+    (("digits", "val"), {}, "Unknown split 'val'.* Known: dev, test, train"),
+    (("digits", "train"), dict(sed=1), "no option 'sed'. Did you mean 'seed'"),
+    (("digits", "train"), dict(tokenizer="x"), "has no option 'tokenizer'"),
+    (
+      ("digits", "train"),
+      dict(seed=-1),
+      "seed must be an integer >= 0, got -1",
+    ),
+    (("digits", "train"), dict(seed=0.5), "must be an integer >= 0, got 0.5"),
+  ],
+)
+def test_errors(tmp_path, arguments, options, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    data.load(*arguments, cache_dir=tmp_path, **options)
+  assert "\n" not in str(caught.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_data_needs_no_jax():
+  path = str(pathlib.Path(spectraformer_jax.__file__).parent)
+  subprocess.run(
+    [sys.executable, "-c", IMPORT_ALONE.format(path=path)],
+    check=True,
+    timeout=60,
+  )

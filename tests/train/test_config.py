@@ -1,0 +1,134 @@
+import json
+
+import pytest
+
+from configs import digits, listops
+from spectraformer_jax.train.config import (
+  OPEN_SECTIONS,
+  check_key,
+  default_config,
+  flatten,
+  pair_name,
+  to_dict,
+  validate,
+)
+
+EXPERIMENTS = {
+  "default": default_config,
+  "digits": digits.get_config,
+  "listops": listops.get_config,
+  "listops:quick": lambda: listops.get_config("quick"),
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_are_complete_and_valid(name):
+  config = EXPERIMENTS[name]()
+  validate(config)
+  assert (
+    flatten(to_dict(config)).keys() == flatten(to_dict(default_config())).keys()
+  )
+  assert json.loads(json.dumps(to_dict(config))) == to_dict(config)
+
+
+def test_the_papers_settings():
+  values = flatten(to_dict(listops.get_config()))
+  paper = {
+    "model.embed_dim": 64,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.head_dim": 32,
+    "model.mlp_dim": 128,
+    "model.dropout_rate": 0.1,
+    "feature_map.num_features": 128,
+    "optim.lr": 1e-4,
+    "optim.warmup_steps": 1000,
+    "optim.schedule": "linear",
+    "optim.clip": "value",
+    "train.batch_size": 32,
+    "train.num_steps": 50_000,
+    "eval.every": 500,
+  }
+  assert {path: values[path] for path in paper} == paper
+
+
+def test_unknown_variant():
+  with pytest.raises(ValueError, match="Unknown variant 'fast'.*quick"):
+    listops.get_config("fast")
+  with pytest.raises(ValueError, match="'quick'.*it has none"):
+    digits.get_config("quick")
+
+
+@pytest.mark.parametrize(
+  "path, hint",
+  [
+    ("optim.lrr", "Did you mean 'optim.lr'"),
+    ("train.lr", "Did you mean 'optim.lr'"),
+    ("feature_map.num_featurs", "Did you mean 'feature_map.num_features'"),
+    ("optm.lr", "Did you mean 'optim.lr'"),
+    ("optim", "is a section; set one of b1, b2"),
+    ("nonsense", "Known sections: checkpoint, eval"),
+  ],
+)
+def test_unknown_key_names_the_nearest(path, hint):
+  with pytest.raises(ValueError) as error:
+    check_key(path)
+  message = str(error.value)
+  assert repr(path) in message and hint in message and "\n" not in message
+
+
+def test_open_sections_take_any_key():
+  for section in OPEN_SECTIONS:
+    check_key(f"{section}.anything")
+    check_key(section)
+
+
+def test_unknown_key_in_a_config_object():
+  config = default_config()
+  config.optim.lrr = 1.0
+  with pytest.raises(ValueError, match="'optim.lrr'.*'optim.lr'"):
+    validate(config)
+
+
+def test_missing_key():
+  config = default_config()
+  del config.optim.b1
+  with pytest.raises(ValueError, match="'optim.b1' is missing"):
+    validate(config)
+
+
+@pytest.mark.parametrize(
+  "path, value, right",
+  [
+    ("feature_map.num_features", 0, "positive integer"),
+    ("model.head_dim", -1, "positive integer"),
+    ("train.batch_size", 0, "positive integer"),
+    ("train.num_steps", -5, "positive integer"),
+    ("eval.every", 0, "positive integer"),
+    ("checkpoint.keep", 0, "positive integer"),
+    ("model.max_len", 0, "positive integer"),
+    ("model.dropout_rate", 1.0, r"in \[0, 1\)"),
+    ("model.attention", "sofmax", "one of spectral, softmax"),
+    ("model.pooling", "max", "one of cls, mean"),
+    ("optim.schedule", "step", "one of linear, cosine"),
+    ("optim.clip", "norm", "one of value, global_norm, none"),
+    ("optim.lr", 0.0, "positive"),
+    ("optim.warmup_steps", 50_000, "less than config.train.num_steps"),
+    ("feature_map.redraw_interval", -1, "0 .never. or more"),
+  ],
+)
+def test_wrong_value(path, value, right):
+  config = default_config()
+  config.update_from_flattened_dict({path: value})
+  with pytest.raises(ValueError, match=right) as error:
+    validate(config)
+  message = str(error.value)
+  assert f"config.{path}" in message and repr(value) in message
+  assert "\n" not in message
+
+
+def test_pair_name():
+  config = default_config()
+  assert pair_name(config) == "oprf-orf"
+  config.model.attention = "softmax"
+  assert pair_name(config) == "softmax"

@@ -1,0 +1,238 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from spectraformer_jax.train import parallel
+from spectraformer_jax.train.checkpoints import Checkpointer
+from spectraformer_jax.train.loop import train_and_evaluate
+from spectraformer_jax.train.writers import read_rows
+from tests.train import workers
+from tests.train.conftest import run_python
+
+TIMES = ("time", "seconds", "per_second", "bytes")
+
+
+def saved_arrays(workdir, step):
+  """All arrays of a checkpoint by path, read without knowing their shapes."""
+  import orbax.checkpoint as ocp
+
+  path = workdir / "checkpoints" / str(step) / "state"
+  tree = ocp.StandardCheckpointer().restore(path.absolute())
+  return workers.named("", tree)
+
+
+def same_arrays(one, two, atol=0.0):
+  assert one.keys() == two.keys() and one
+  for name in one:
+    np.testing.assert_allclose(
+      one[name], two[name], rtol=0, atol=atol, err_msg=name
+    )
+
+
+def without_times(rows):
+  return [
+    {k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows
+  ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_config):
+  """The finished tiny run that others are compared with."""
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  return workdir, train_and_evaluate(tiny_config(), workdir)
+
+
+def test_loss_falls_and_rows_are_complete(uninterrupted):
+  workdir, result = uninterrupted
+  rows = read_rows(workdir)
+  train = [row for row in rows if "train/loss" in row]
+  dev = [row for row in rows if "dev/loss" in row]
+  assert [row["step"] for row in train] == [8, 16, 24, 32, 40, 48]
+  assert [row["step"] for row in dev] == [16, 32, 48]
+  assert train[-1]["train/loss"] < 0.85 * train[0]["train/loss"]
+  assert dev[-1]["dev/accuracy"] > 0.25  # ten classes
+  assert train[0].keys() == {
+    "step",
+    "train/loss",
+    "train/accuracy",
+    "train/learning_rate",
+    "train/examples_per_second",
+    "time",
+  }
+  assert rows[-1] == result
+  assert result["test/accuracy"] == result["test/accuracy_best"]
+  assert result["dev/accuracy_best"] == max(r["dev/accuracy"] for r in dev)
+  assert result["parameters"] > 0 and result["projection_size"] == 2 * 16 * 8
+  assert 0 < result["baselines"]["majority label"] < 0.3
+
+
+def test_best_and_last_checkpoints_stay(uninterrupted):
+  workdir, result = uninterrupted
+  with Checkpointer(workdir / "checkpoints", keep=2) as checkpointer:
+    steps = checkpointer.steps()
+  # 32 was the best when 36 was written: whichever of the last two is
+  # restored, its best is there.
+  assert result["best_step"] == 48 and steps == [32, 36, 48]
+
+
+def test_config_json(uninterrupted):
+  stored = json.loads((uninterrupted[0] / "config.json").read_text())
+  assert stored["config"]["optim"]["lr"] == 5e-3
+  assert stored["data"]["dev"]["num_examples"] > 100
+  (env,) = stored["environments"]
+  assert env["jax"] == jax.__version__ and env["devices"] == ["cpu"]
+  assert {"python", "jaxlib", "flax", "optax", "numpy"} <= env.keys()
+
+
+def test_finished_run_is_not_trained_again(
+  uninterrupted, tiny_config, monkeypatch
+):
+  workdir, result = uninterrupted
+  before = (workdir / "metrics.jsonl").read_text()
+  (workdir / "report.md").unlink()
+  monkeypatch.setattr(parallel.DataParallelStep, "__call__", None)
+  assert train_and_evaluate(tiny_config(), workdir) == result
+  assert (workdir / "metrics.jsonl").read_text() == before
+  assert (workdir / "report.md").exists()
+
+
+@pytest.mark.parametrize("stop_at", [3, 23, 47])
+def test_resume_is_bit_for_bit(
+  stop_at, uninterrupted, tiny_config, tmp_path, monkeypatch
+):
+  # Checkpoints lie at 12, 24, 36, 48 and at the best, rows at 8, 16, 24, ...: a
+  # stop at 3 starts anew, one at 47 leaves rows beyond the checkpoint.
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      parallel.DataParallelStep, "__call__", workers.stopping(stop_at)
+    )
+    with pytest.raises(KeyboardInterrupt):
+      train_and_evaluate(tiny_config(), tmp_path)
+  train_and_evaluate(tiny_config(), tmp_path)
+  workdir, _ = uninterrupted
+  same_arrays(saved_arrays(tmp_path, 48), saved_arrays(workdir, 48))
+  assert without_times(read_rows(tmp_path)) == without_times(read_rows(workdir))
+
+
+def test_redraw_changes_projections_and_resumes(
+  tiny_config, tmp_path, monkeypatch
+):
+  # Redraws before steps 5, 10, ...; the stop at 17 resumes from 16 or 12.
+  config = tiny_config(
+    **{
+      "feature_map.redraw_interval": 5,
+      "train.num_steps": 24,
+      "checkpoint.keep": 9,
+    }
+  )
+  one, two = tmp_path / "one", tmp_path / "two"
+  train_and_evaluate(config, one)
+  with monkeypatch.context() as patch:
+    patch.setattr(parallel.DataParallelStep, "__call__", workers.stopping(17))
+    with pytest.raises(KeyboardInterrupt):
+      train_and_evaluate(config, two)
+  train_and_evaluate(config, two)
+  last = saved_arrays(one, 24)
+  same_arrays(last, saved_arrays(two, 24))
+  projection = [name for name in last if "random_features" in name]
+  earlier = saved_arrays(one, 12)
+  assert projection
+  for name in projection:
+    if last[name].std() > 0:  # not the constants among them
+      assert not np.array_equal(last[name], earlier[name]), name
+
+
+def test_optimizer_and_projection_are_saved(uninterrupted):
+  names = saved_arrays(uninterrupted[0], 48)
+  for part in ("['params']", "['opt_state']", "random_features", "['step']"):
+    assert any(part in name for name in names), part
+
+
+@pytest.mark.parametrize("devices", [(8, 1), (1, 8)])
+def test_checkpoint_moves_between_device_counts(devices, tiny_config, tmp_path):
+  # Dropout keys belong to replicas, so only without dropout are runs equal.
+  config = tiny_config(**{"model.dropout_rate": 0.0, "train.num_steps": 12})
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(config.to_dict()))
+  for count, stop_at in zip(devices, ("10", "0"), strict=True):
+    code, _, err = run_python(
+      *("-m", "tests.train.workers", "training"),
+      *(str(path), str(tmp_path / "run"), stop_at),
+      devices=count,
+    )
+    assert code == 0, err
+  train_and_evaluate(config, tmp_path / "one")
+  stored = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert [len(e["devices"]) for e in stored["environments"]] == list(devices)
+  # Twelve steps of Adam at lr 5e-3 from float32 sums in another order.
+  same_arrays(
+    saved_arrays(tmp_path / "run", 12),
+    saved_arrays(tmp_path / "one", 12),
+    atol=1e-4,
+  )
+
+
+def test_exact_softmax_baseline(tiny_config, tmp_path):
+  config = tiny_config(
+    **{"model.attention": "softmax", "train.num_steps": 4, "eval.every": 4}
+  )
+  result = train_and_evaluate(config, tmp_path)
+  assert result["pair"] == "softmax" and result["projection_size"] == 0
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"feature_map.component": "opfr"}, "'opfr'.*Did you mean 'oprf'"),
+    ({"feature_map.weight_matrix": "orff"}, "'orff'.*Did you mean 'orf'"),
+    ({"feature_map.component_kwargs": {"bb": 1}}, "no option 'bb'"),
+    ({"feature_map.num_features": 0}, "num_features must be a positive"),
+    ({"task.name": "digit"}, "'digit'.*Did you mean 'digits'"),
+    ({"task.kwargs": {"sed": 1}}, "no option 'sed'"),
+    ({"train.batch_size": 5000}, "at most the 1465 training examples"),
+    ({"model.max_len": 8}, "max_len must be at least 64.*got 8"),
+    ({"model.vocab_size": 8}, "vocab_size must be at least 17.*got 8"),
+  ],
+)
+def test_user_errors_come_before_compilation(
+  changes, message, tiny_config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+  with pytest.raises(ValueError, match=message) as error:
+    train_and_evaluate(tiny_config(**changes), tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_batch_must_fit_the_devices(tiny_config, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "device_count", lambda: 3)
+  with pytest.raises(
+    ValueError, match="train.batch_size must be a multiple.* = 3, got 32"
+  ):
+    train_and_evaluate(tiny_config(), tmp_path)
+
+
+def test_other_config_in_workdir(uninterrupted, tiny_config):
+  workdir, _ = uninterrupted
+  with pytest.raises(ValueError, match="optim.lr is 0.005 there and 0.1 here"):
+    train_and_evaluate(tiny_config(**{"optim.lr": 0.1}), workdir)
+  with pytest.raises(ValueError, match="component_kwargs is {} there"):
+    train_and_evaluate(
+      tiny_config(**{"feature_map.component_kwargs": {"kernel": "softmax"}}),
+      workdir,
+    )
+  # What does not change the training may differ.
+  harmless = {"logging.every": 7, "checkpoint.keep": 5}
+  train_and_evaluate(tiny_config(**harmless), workdir)
+
+
+def test_other_data_in_workdir(uninterrupted, tiny_config, tmp_path):
+  workdir = shutil.copytree(uninterrupted[0], tmp_path / "copy")
+  (workdir / "metrics.jsonl").unlink()
+  stored = json.loads((workdir / "config.json").read_text())
+  stored["data"]["train"]["fingerprint"] = "0"
+  (workdir / "config.json").write_text(json.dumps(stored))
+  with pytest.raises(ValueError, match="other data: the train split"):
+    train_and_evaluate(tiny_config(), workdir)

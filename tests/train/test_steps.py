@@ -1,0 +1,153 @@
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spectraformer_jax.train import state, steps
+from tests.train import workers
+from tests.train.conftest import run_python
+
+
+@pytest.fixture(scope="module")
+def on_devices(tmp_path_factory):
+  """What the same steps give on 1 and on 8 devices."""
+  results = {}
+  for devices in (1, 8):
+    path = tmp_path_factory.mktemp("steps") / f"{devices}.npz"
+    code, _, err = run_python(
+      "-m", "tests.train.workers", "steps", str(path), devices=devices
+    )
+    assert code == 0, err
+    results[devices] = dict(np.load(path))
+  return results
+
+
+def test_one_and_eight_devices_agree(on_devices):
+  one, eight = on_devices[1], on_devices[8]
+  assert one.keys() == eight.keys()
+  for name in one:
+    if name == "all_reduces":
+      continue
+    # Only the order of float32 sums differs: some units of 1e-7 relative to the
+    # largest entry; five steps of Adam at lr 1e-3 add up to the same order.
+    tolerance = 3e-6 * max(1e-3, np.abs(one[name]).max())
+    if name.startswith("params"):
+      tolerance = 2e-6
+    np.testing.assert_allclose(
+      one[name], eight[name], rtol=0, atol=tolerance, err_msg=name
+    )
+
+
+def test_one_all_reduce_a_step(on_devices):
+  assert on_devices[8]["all_reduces"] == 1
+
+
+def test_gradient_is_that_of_the_weighted_mean(on_devices):
+  model, batch = workers.tiny_model(), workers.tiny_batch(0)
+  train_state = state.create(
+    model, workers.MAP, optax.sgd(1.0), state.run_keys(0)
+  )
+
+  def weighted_mean_loss(params):
+    logits = model.apply(
+      {"params": params, **train_state.collections},
+      batch["tokens"],
+      batch["length"],
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch["label"]
+    )
+    return jnp.sum(loss * batch["weight"]) / jnp.sum(batch["weight"])
+
+  expected = jax.jit(jax.grad(weighted_mean_loss))(train_state.params)
+  for name, gradient in workers.named("gradient", expected).items():
+    scale = max(1e-3, np.abs(gradient).max())
+    for devices in (1, 8):
+      # float32: parameters of order 1 were subtracted to get the gradient.
+      np.testing.assert_allclose(
+        on_devices[devices][name], gradient, rtol=0, atol=1e-6 + 1e-5 * scale
+      )
+
+
+def test_dropout_differs_by_replica_and_projections_do_not():
+  code, out, err = run_python("-m", "tests.train.workers", "keys", devices=8)
+  assert code == 0, err
+  facts = json.loads(out)
+  assert facts["devices"] == facts["copies"] == 8
+  assert facts["distinct_keys"] == 9  # eight replicas, and the next step's
+  assert facts["distinct_copies"] == 1
+  assert facts["same_interval_same_draw"]
+  assert not facts["next_interval_same_draw"]
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation():
+  model = workers.tiny_model(dropout_rate=0.5)
+  train_state = state.create(
+    model, workers.MAP, optax.sgd(0.0), state.run_keys(0)
+  )
+  batch = workers.tiny_batch()
+  step = jax.jit(
+    functools.partial(steps.train_step, apply_fn=model.apply, tx=optax.sgd(0.0))
+  )
+  train = lambda seed: step(train_state, batch, jax.random.key(seed))[1].loss
+  assert train(0) == train(0) != train(1)
+  evaluate = jax.jit(functools.partial(steps.eval_step, apply_fn=model.apply))
+  loss = evaluate(train_state, batch).loss
+  assert loss not in (train(0), train(1))
+  without = workers.tiny_model(dropout_rate=0.0)
+  np.testing.assert_allclose(
+    loss,
+    steps.eval_step(train_state, batch, apply_fn=without.apply).loss,
+    rtol=1e-6,  # eager and compiled float32
+  )
+
+
+def test_batch_without_weight_changes_nothing():
+  model, batch = workers.tiny_model(), workers.tiny_batch()
+  batch["weight"] = np.zeros_like(batch["weight"])
+  tx = optax.sgd(1.0)
+  train_state = state.create(model, workers.MAP, tx, state.run_keys(0))
+  after, sums = steps.train_step(
+    train_state, batch, jax.random.key(0), apply_fn=model.apply, tx=tx
+  )
+  assert sums.weight == 0 and after.step == 1
+  for old, new in zip(
+    jax.tree.leaves(train_state.params),
+    jax.tree.leaves(after.params),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(old, new)
+
+
+def test_running_statistics_are_carried_and_averaged():
+  # A model whose "feature_stats" become the mean token of the batch.
+  def apply_fn(variables, tokens, length, **kwargs):
+    logits = variables["params"]["w"][tokens[:, 0]]
+    if not kwargs.get("mutable"):
+      return logits
+    return logits, {"feature_stats": {"mean": jnp.mean(tokens * 1.0)}}
+
+  batch = workers.tiny_batch()
+  tx = optax.sgd(1.0)
+  params = {"w": jnp.zeros((16, 4))}
+  train_state = state.TrainState(
+    jnp.int32(0), params, {"feature_stats": {"mean": 0.0}}, tx.init(params)
+  )
+  split = {n: a.reshape(4, -1, *a.shape[1:]) for n, a in batch.items()}
+  step = lambda shard: (
+    steps.train_step(
+      train_state,
+      shard,
+      jax.random.key(0),
+      apply_fn=apply_fn,
+      tx=tx,
+      axis_name="data",
+    )[0].collections
+  )
+  means = jax.vmap(step, axis_name="data")(split)["feature_stats"]["mean"]
+  # Sums of 192 small integers: exact up to the last place of the mean.
+  np.testing.assert_allclose(means, np.mean(batch["tokens"]), rtol=1e-6)

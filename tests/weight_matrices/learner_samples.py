@@ -1,0 +1,81 @@
+"""The learners, and many draws of one."""
+
+import functools
+
+import jax
+import numpy as np
+
+from spectraformer_jax.weight_matrices import WEIGHT_MATRICES, get_row_law
+
+LEARNERS = (
+  "bbq",
+  "cov",
+  "fastfood_learnable",
+  "flow",
+  "generator",
+  "gmm",
+  "learned_orf",
+  "learned_radial",
+  "variational",
+)
+REDRAWABLE = tuple(
+  name for name in LEARNERS if WEIGHT_MATRICES.build(name).info.redrawable
+)
+
+
+def gaussian_law():
+  return get_row_law("gaussian")
+
+
+def make(matrix, rng, num_rows, head_dim):
+  """Fresh params and projection of one head."""
+  params_rng, projection_rng = jax.random.split(rng)
+  return (
+    matrix.init(params_rng, num_rows, head_dim),
+    matrix.draw(projection_rng, num_rows, head_dim, gaussian_law()),
+  )
+
+
+def randomise(params, seed=0, scale=0.5):
+  """The same tree, its leaves moved by Gaussian noise."""
+  leaves, structure = jax.tree.flatten(params)
+  rngs = jax.random.split(jax.random.key(seed), len(leaves))
+  return structure.unflatten(
+    leaf + scale * jax.random.normal(rng, leaf.shape)
+    for leaf, rng in zip(leaves, rngs, strict=True)
+  )
+
+
+@functools.cache
+def initial_draws(matrix, num_rows, head_dim, num_draws):
+  """Independent inits and draws: rows ``[R, M, H]``, weights ``[R, M]``."""
+
+  @jax.jit
+  @jax.vmap
+  def draw(rng):
+    return matrix.rows(*make(matrix, rng, num_rows, head_dim))
+
+  sample = draw(jax.random.split(jax.random.key(0), num_draws))
+  w = np.asarray(sample.w, np.float64)
+  weights = np.full(w.shape[:2], 1.0 / num_rows)
+  if sample.log_weight is not None:
+    weights *= np.exp(np.asarray(sample.log_weight, np.float64))
+  assert sample.sign is None
+  return w, weights
+
+
+def draws_of(matrix, params, num_rows, head_dim, num_draws, context=()):
+  """Draws with the same params: rows ``[R, M, H]``, weights ``[R, M]``."""
+
+  @jax.jit
+  @jax.vmap
+  def draw(rng):
+    noise = matrix.draw(rng, num_rows, head_dim, gaussian_law())
+    return matrix.rows(params, noise, context)
+
+  sample = draw(jax.random.split(jax.random.key(3), num_draws))
+  w = np.asarray(sample.w, np.float64)
+  weights = np.full(w.shape[:2], 1.0 / num_rows)
+  if sample.log_weight is not None:
+    weights *= np.exp(np.asarray(sample.log_weight, np.float64))
+  return w, weights
