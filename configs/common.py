@@ -17,3 +17,16 @@ def check_variant(variant: str | None, known: tuple[str, ...] = ()) -> None:
   if variant not in (None, *known):
     options = f"known: {', '.join(known)}" if known else "it has none"
     raise ValueError(f"Unknown variant {variant!r} of this config; {options}.")
+
+
+def set_lra_optimizer(config: ConfigDict) -> None:
+  """Adam as in the code of Long Range Arena; without clipping."""
+  config.optim.b2 = 0.98
+  config.optim.eps = 1e-9
+  config.optim.clip = "none"
+
+
+def set_model(config: ConfigDict, **sizes: int | float | str) -> None:
+  """Changes several keys of the model."""
+  for name, value in sizes.items():
+    config.model[name] = value

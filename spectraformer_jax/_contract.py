@@ -96,116 +96,106 @@ def check_shapes(feature_map, head_dim, must_fit) -> None:
       )
 
 
-def check_keys(feature_map, variables, head_dim) -> None:
-  """The same key gives the same draw; another key, another head: another."""
+def check_keys(feature_map, head_dim) -> FeatureVariables:
+  """One key, one draw; another key or head, another draw. Works under jit.
+
+  Returns the variables of key 0 with two heads.
+  """
   name = feature_map.info.name
-  init = lambda seed: feature_map.init(
-    jax.random.key(seed), head_dim=head_dim, num_heads=2
+  init = jax.jit(
+    lambda rng: feature_map.init(rng, head_dim=head_dim, num_heads=2)
   )
+  variables = init(jax.random.key(0))
   chex.assert_trees_all_equal(
-    init(0), variables, custom_message=f"{name}: one key must give one draw"
+    init(jax.random.key(0)),
+    variables,
+    custom_message=f"{name}: one key must give one draw",
   )
   chex.assert_tree_all_finite(variables, custom_message=name)
-  jitted = jax.jit(lambda rng: feature_map.init(rng, head_dim=head_dim))(
-    jax.random.key(0)
-  )
-  chex.assert_trees_all_close(
-    jitted,
-    feature_map.init(jax.random.key(0), head_dim=head_dim),
-    # Factorisations fuse differently under jit.
-    rtol=1e-3,
-    atol=1e-4,
-    custom_message=f"{name}: init must give the same under jit",
-  )
-  if not jax.tree.leaves(variables.projection):
-    return
-  require(
-    not _equal(init(1).projection, variables.projection)
-    or not feature_map.weight_matrix.info.redrawable,
-    f"{name}: different keys must give different projections.",
-  )
-  first, second = (
-    jax.tree.map(lambda leaf, head=head: leaf[head], variables.projection)
-    for head in range(2)
-  )
-  require(
-    not _equal(first, second) or not feature_map.weight_matrix.info.redrawable,
-    f"{name}: heads must draw their own projections.",
-  )
+  redrawable = feature_map.weight_matrix.info.redrawable
+  if redrawable and jax.tree.leaves(variables.projection):
+    other = init(jax.random.key(1))
+    require(
+      not _equal(other.projection, variables.projection),
+      f"{name}: different keys must give different projections.",
+    )
+    first, second = (
+      jax.tree.map(lambda leaf, head=head: leaf[head], variables.projection)
+      for head in range(2)
+    )
+    require(
+      not _equal(first, second),
+      f"{name}: heads must draw their own projections.",
+    )
+  return variables
 
 
 def check_features(feature_map, variables, x, stats) -> None:
-  """`apply` is factor * exp(log_magnitude); bounded factor; jit; positivity."""
+  """`apply` is factor * exp(log_magnitude); bounded; heads do not mix."""
   name = feature_map.info.name
-  for side in ("query", "key"):
-    apply = lambda variables, x, stats, side=side: feature_map.apply(
-      variables, x, side=side, stats=stats
-    )
-    phi = apply(variables, x, stats)
-    chex.assert_tree_all_finite(phi, custom_message=f"{name}, {side}")
-    out = feature_map.log_features(variables, x, side=side, stats=stats)
+
+  @jax.jit
+  def features(variables, x, stats):
+    return [
+      (
+        feature_map.apply(variables, x, side=side, stats=stats),
+        feature_map.log_features(variables, x, side=side, stats=stats),
+      )
+      for side in ("query", "key")
+    ]
+
+  first = features(variables, x, stats)
+  for phi, out in first:
+    chex.assert_tree_all_finite(phi, custom_message=f"{name}: features")
     factor = 1.0 if out.factor is None else out.factor
     chex.assert_trees_all_close(
       jnp.broadcast_to(factor * jnp.exp(out.log_magnitude), phi.shape),
       phi,
-      rtol=1e-5,
-      custom_message=f"{name}: apply must be factor * exp(log_magnitude)",
-    )
-    # 1e-4: fused exponents differ in their last bits.
-    chex.assert_trees_all_close(
-      jax.jit(apply)(variables, x, stats),
-      phi,
-      rtol=1e-4,
-      atol=1e-5,
-      custom_message=f"{name}: features must be the same under jit",
-    )
-    if feature_map.info.positive:
-      require(
-        bool((phi >= 0).all()), f"{name}: info.positive, but a feature is < 0."
-      )
-    for scale in (1.0, 100.0):
-      out = feature_map.log_features(
-        variables, scale * x, side=side, stats=stats
-      )
-      require(
-        not bool(jnp.isnan(out.log_magnitude).any())
-        and not bool((out.log_magnitude == jnp.inf).any()),
-        f"{name}: log_magnitude must be finite or -inf at scale {scale}.",
-      )
-      if out.factor is not None:
-        require(
-          bool((jnp.abs(out.factor) <= FACTOR_BOUND).all()),
-          f"{name}: the factor must be bounded, is "
-          f"{float(jnp.max(jnp.abs(out.factor))):.3g} at scale {scale}; sizes "
-          "belong into log_magnitude.",
-        )
-
-
-def check_heads(feature_map, variables, x, stats) -> None:
-  """Heads do not mix, and one shared head equals copies of it."""
-  name = feature_map.info.name
-  apply = lambda variables, x, stats: feature_map.apply(
-    variables, x, side="query", stats=stats
-  )
-  phi = apply(variables, x, stats)
-  for head in range(2):
-    alone = lambda leaf, head=head: leaf[head : head + 1]
-    chex.assert_trees_all_close(
-      apply(
-        jax.tree.map(alone, variables),
-        x[:, head : head + 1],
-        jax.tree.map(lambda leaf, head=head: leaf[:, head : head + 1], stats),
-      ),
-      phi[:, head : head + 1],
+      # Fused exponents differ in their last bits.
       rtol=1e-4,
       atol=1e-6,
-      custom_message=f"{name}: head {head} must not depend on other heads",
+      custom_message=f"{name}: apply must be factor * exp(log_magnitude)",
     )
+    require(
+      bool((phi >= 0).all()) or not feature_map.info.positive,
+      f"{name}: info.positive, but a feature is negative.",
+    )
+  for scale in (1.0, 100.0):
+    for _, out in features(variables, scale * x, stats):
+      require(
+        bool((out.log_magnitude < jnp.inf).all()),
+        f"{name}: log_magnitude must be finite or -inf at scale {scale}.",
+      )
+      top = 0.0 if out.factor is None else float(jnp.max(jnp.abs(out.factor)))
+      require(
+        top <= FACTOR_BOUND,
+        f"{name}: the factor must be bounded, is {top:.3g} at scale {scale}; "
+        "sizes belong into log_magnitude.",
+      )
+  _check_heads(name, features, first, variables, x, stats)
+
+
+def _check_heads(name, features, first, variables, x, stats) -> None:
+  """Heads do not mix, and one shared head equals copies of it."""
+  swap = lambda axis: lambda leaf: jnp.flip(leaf, axis)
+  swapped = features(
+    jax.tree.map(swap(0), variables),
+    swap(1)(x),
+    # Leaves of stats lead with [batch, heads].
+    jax.tree.map(swap(1), stats),
+  )
+  chex.assert_trees_all_close(
+    [jnp.flip(phi, 1) for phi, _ in swapped],
+    [phi for phi, _ in first],
+    rtol=1e-4,
+    atol=1e-6,
+    custom_message=f"{name}: a head must not depend on other heads",
+  )
   shared = jax.tree.map(lambda leaf: leaf[:1], variables)
   copies = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), shared)
   chex.assert_trees_all_close(
-    apply(FeatureVariables(*shared), x, stats),
-    apply(FeatureVariables(*copies), x, stats),
+    [phi for phi, _ in features(shared, x, stats)],
+    [phi for phi, _ in features(copies, x, stats)],
     rtol=1e-4,
     atol=1e-6,
     custom_message=f"{name}: num_heads=1 must equal copies of one head",
@@ -289,7 +279,7 @@ def check_row_order(component, name) -> None:
     factor = 1.0 if out.factor is None else out.factor
     return (factor * jnp.exp(out.log_magnitude))[0]
 
-  moved = jnp.any(jax.jacobian(features)(rows) != 0.0, axis=-1)
+  moved = jnp.any(jax.jit(jax.jacobian(features))(rows) != 0.0, axis=-1)
   size = moved.shape[0]
   own = jnp.arange(size)[:, None] % num_rows == jnp.arange(num_rows)[None, :]
   require(

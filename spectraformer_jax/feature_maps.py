@@ -348,6 +348,7 @@ class FeatureMap:
         stats.get("component", ()),
       )
       rows = self._rows(*variables, stats.get("rows", ()))
+      state = self.component.prepare(state, rows.w.shape[-1])
       rows = self.component.realise_rows(rows, self.num_features, state)
       return Prepared(rows, state)
 
@@ -361,13 +362,17 @@ class FeatureMap:
     x: Array,
     *,
     side: Side,
-    position: Array | int = 0,
+    position: Array | int | None = None,
   ) -> LogFeatures:
-    """`log_features` of x ``[B, N, T, H]`` float32 -> ``[B, N, T, F]``."""
+    """`log_features` of x ``[B, N, T, H]`` float32 -> ``[B, N, T, F]``.
+
+    Without `position` that of the prepared state holds.
+    """
 
     def one_head(prepared, x):
       rows, state = prepared
-      state = state._replace(position=position)
+      if position is not None:
+        state = state._replace(position=position)
       out = self.component.log_features(x, rows, side, state)
       return _weigh_rows(out, rows, side, self.num_features)
 
@@ -484,13 +489,14 @@ class FeatureMap:
     self.weight_matrix.check(num_rows, head_dim)
 
   def check_inputs(self, variables: FeatureVariables, x: Array) -> None:
-    """ValueError unless x has the head_dim and heads of the variables."""
+    """ValueError unless x fits the variables, and its length the component."""
     leaves = jax.tree.leaves(variables)
     if x.ndim < 3:
       raise ValueError(
         "x must be [..., length, heads, head_dim], got "
         f"x.shape={x.shape}; reshape to add the missing axes."
       )
+    self.component.check_length(x.shape[-3])
     if not leaves or not self.num_rows:
       return
     heads = leaves[0].shape[0]

@@ -40,6 +40,14 @@ def cache_small_programs():
   jax.config.update(name, before)
 
 
+@pytest.fixture(autouse=True)
+def forget_programs(request):
+  """Frees a component's programs: thousands at once crash the process."""
+  yield
+  if "pair" in request.node.name:
+    jax.clear_caches()
+
+
 def compose(component, matrix):
   """The pair with as few features as it accepts."""
   num_features = testing.smallest_num_features(

@@ -118,6 +118,9 @@ class Component:
   def check(self, num_features: int, head_dim: int) -> None:
     """Raises ValueError for sizes it cannot serve."""
 
+  def check_length(self, length: int) -> None:
+    """Raises ValueError for a sequence that is too long for it."""
+
   def init(self, rng: Array, head_dim: int) -> Params:
     """Learnable parameters of one head, float32; ``{}`` if none."""
     del rng, head_dim
@@ -150,6 +153,11 @@ class Component:
     """Closed-form parameters for data with these moments; () if none."""
     del moments
     return ()
+
+  def prepare(self, state: ComponentState, head_dim: int) -> ComponentState:
+    """The state with what is the same for all tokens worked out, once."""
+    del head_dim
+    return state
 
   def realise_rows(
     self, rows: WeightSample, num_features: int, state: ComponentState

@@ -163,10 +163,17 @@ class Centred(Component):
       "base": self.base.solve(moments["base"]),
     }
 
+  def prepare(self, state, head_dim):
+    """See `Component.prepare`."""
+    source = state.stats or state.params
+    base = self.base.prepare(self._base_state(state), head_dim)
+    return state._replace(
+      stats={"centre": source["centre"], "base": base.stats}
+    )
+
   def realise_rows(self, rows, num_features, state):
     """See `Component.realise_rows`."""
-    base_state = self._base_state(state)
-    return self.base.realise_rows(rows, num_features, base_state)
+    return self.base.realise_rows(rows, num_features, self._base_state(state))
 
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""
@@ -194,9 +201,7 @@ class Centred(Component):
 
   def _centre(self, x, side, state) -> tuple[Array, Array]:
     """Centred vectors, and the log of the factor that makes up for it."""
-    learned = self.statistics == "learned" and not state.stats
-    source = state.params if learned else state.stats
-    centres = self._centres(source["centre"])
+    centres = self._centres((state.stats or state.params)["centre"])
     own, other = centres if side == "query" else centres[::-1]
     centred = x - jnp.reshape(own, (1,) * (x.ndim - 1) + (-1,))
     if self.kernel == "gaussian":
@@ -207,10 +212,9 @@ class Centred(Component):
 
   def _base_state(self, state: ComponentState) -> ComponentState:
     """What the base knows."""
-    return ComponentState(
-      state.params.get("base", {}),
-      state.random,
-      state.stats.get("base", ()) if state.stats else (),
+    return state._replace(
+      params=state.params.get("base", {}),
+      stats=state.stats.get("base", ()) if state.stats else (),
     )
 
 

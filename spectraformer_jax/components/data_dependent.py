@@ -52,6 +52,10 @@ class DataDependent(KernelComponent):
       return self.from_params(state.params)
     return self.constant(head_dim)
 
+  def prepare(self, state, head_dim):
+    """See `Component.prepare`: the parameters in force become the stats."""
+    return state._replace(stats=self.parameters(state, head_dim))
+
 
 def check_statistics(statistics: str) -> None:
   """ValueError unless `statistics` names a source of parameters."""

@@ -96,8 +96,9 @@ class CosFormer(Component):
 
   Queries and keys count positions from 0, whatever T and S are: use it where
   both run along one axis, as in self-attention. A caller that maps a sequence
-  piece by piece passes the `position` of each piece. `kernel_value` is for
-  equal positions.
+  piece by piece passes the `position` of each piece, and sees to it that the
+  whole is not longer than L: beyond, cosines turn negative. `kernel_value` is
+  for equal positions.
 
   Args:
     max_length: L, at least the longest sequence.
@@ -147,16 +148,18 @@ class CosFormer(Component):
     """See `Component.feature_dim`."""
     return None if head_dim is None else 2 * head_dim
 
+  def check_length(self, length):
+    """See `Component.check_length`."""
+    if length > self.max_length:
+      raise ValueError(
+        f"component 'cosformer' has max_length={self.max_length}, got a "
+        f"sequence of length {length}: build it with a larger max_length."
+      )
+
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""
     del rows, side
     start = 0 if state.position is None else state.position
-    end = x.shape[0] + (start if isinstance(start, int) else 0)
-    if end > self.max_length:
-      raise ValueError(
-        f"component 'cosformer' has max_length={self.max_length}, got a "
-        f"sequence of length {end}: build it with a larger max_length."
-      )
     position = start + jnp.arange(x.shape[0])
     angles = position.astype(x.dtype) * (0.5 * math.pi / self.max_length)
     r = jax.nn.relu(x) + self.epsilon

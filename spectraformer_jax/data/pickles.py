@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+_SHARED_TEXT = 64
+
 ERRORS = (ArithmeticError, LookupError, MemoryError, TypeError, ValueError)
 
 
@@ -219,8 +221,9 @@ class _Machine:
     self.memoized += 1
     if isinstance(value, _Box):
       value.memo_key = key
-    small = isinstance(value, bytes) and len(value) <= 16
-    if not small and not isinstance(value, (str, _Name, _Dtype)):
+    # Field names, types and the like are shared by all items of a list.
+    small = isinstance(value, (bytes, str)) and len(value) <= _SHARED_TEXT
+    if not small and not isinstance(value, (_Name, _Dtype)):
       self.passing.append(key)
 
   def recall(self, key: int) -> Any:

@@ -16,7 +16,14 @@ from spectraformer_jax.typing import PyTree
 START_DIVISOR = 25.0
 END_DIVISOR = 25.0 * 1e4
 
-NOT_DECAYED = {"position_embedding", "cls_token", "feature_map"}
+# Any of these in a parameter's path; biases of heads have two axes.
+NOT_DECAYED = {
+  "bias",
+  "scale",
+  "position_embedding",
+  "cls_token",
+  "feature_map",
+}
 
 
 def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:

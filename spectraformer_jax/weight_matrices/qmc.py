@@ -183,6 +183,8 @@ class QMCSobol(QMC):
 class QMCLattice(QMC):
   """Korobov lattice, shifted: `QMC` with ``sequence="lattice"``.
 
+  It has no options: `sequence` and `scrambling` ("shift") are fixed.
+
   References:
     Avron et al. 2016, section 3 (1412.8293); see `QMC`.
 
@@ -201,6 +203,8 @@ class QMCLattice(QMC):
 @dataclasses.dataclass(frozen=True)
 class QMCHalton(QMC):
   """Halton points, shifted: `QMC` with ``sequence="halton"``.
+
+  It has no options: `sequence` and `scrambling` ("shift") are fixed.
 
   References:
     Avron et al. 2016, section 3 (1412.8293); see `QMC`.

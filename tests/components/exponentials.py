@@ -125,7 +125,7 @@ def dense_log_features(w, x, a, b, c):
 
 
 def dense_log_second_moment(x, y, a, b1, b2, c1, c2):
-  """log E Z^2 of pairs ``[P]`` by the textbook formula."""
+  """Log E Z^2 of pairs ``[P]`` by the textbook formula."""
   eye = np.eye(len(a))
   quadratic = lambda m, v: np.einsum("ph,hk,pk->p", v, m, v)
   return (

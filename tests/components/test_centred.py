@@ -7,9 +7,9 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax.components import (
+  OPRF,
   Centred,
   Component,
-  OPRF,
   PosRF,
   TrigRF,
   build_component,

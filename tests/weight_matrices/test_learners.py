@@ -99,6 +99,9 @@ def loss_of(feature_map, variables, x, stats):
 # Learners whose last layer starts at zero: layers before it have no gradient
 # at the start.
 NETWORKS = ("flow", "generator", "variational")
+# Learners each entry of whose parameters counts, also where rows and columns
+# are dropped and a block is incomplete, as here.
+NO_IDLE_ENTRY = ("cov", "fastfood_learnable", "gmm", "learned_orf")
 
 
 @pytest.mark.parametrize("component", ["trigrf", "posrf"])
@@ -114,27 +117,15 @@ def test_every_leaf_has_a_gradient(name, component):
   if name in NETWORKS:
     stuck = [bool((leaf == 0.0).all()) for leaf in jax.tree.leaves(grads)]
     assert any(stuck) and not all(stuck)
-    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-    grads = gradient(params)
+    step = lambda p, g: p - 0.01 * jnp.sign(g)
+    grads = gradient(jax.tree.map(step, params, grads))
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     path = jax.tree_util.keystr(path)
     assert jnp.isfinite(leaf).all(), path
     for head in range(2):
       assert jnp.abs(leaf[head]).max() > 1e-6, path
-
-
-@pytest.mark.parametrize(
-  "name", ["cov", "fastfood_learnable", "gmm", "learned_orf"]
-)
-def test_no_parameter_is_idle(name):
-  # Rows and columns are dropped here, and a block is incomplete.
-  fm = sf.feature_map("posrf", name, num_features=13)
-  variables = fm.init(jax.random.key(0), head_dim=6)
-  x = 0.7 * jax.random.normal(jax.random.key(1), (5, 1, 6))
-  for leaf in jax.tree.leaves(
-    jax.grad(loss_of(fm, variables, x, None))(variables.params)
-  ):
-    assert (jnp.abs(leaf) > 1e-9).all()
+    if name in NO_IDLE_ENTRY:
+      assert (jnp.abs(leaf) > 1e-9).all(), path
 
 
 @pytest.mark.parametrize("name", REDRAWABLE)
@@ -159,8 +150,13 @@ def test_heads_are_independent_and_random_params_stay_finite(name):
   variables = fm.init(jax.random.key(0), head_dim=6, num_heads=2)
   variables = variables._replace(params=randomise(variables.params, scale=2.0))
   x = jax.random.normal(jax.random.key(1), (1, 5, 2, 6))
-  stats = fm.calibrate(variables, x, x)
-  phi = fm.log_features(variables, x, side="key", stats=stats).log_magnitude
+
+  @jax.jit
+  def features(variables):
+    stats = fm.calibrate(variables, x, x)
+    return fm.log_features(variables, x, side="key", stats=stats)
+
+  phi = features(variables).log_magnitude
   assert jnp.isfinite(phi).all()
   assert not jnp.allclose(phi[:, :, 0], phi[:, :, 1])
 

@@ -1,0 +1,499 @@
+"""The fused engine: packed rows, grouped queries, states, exact causality."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectraformer_jax as sf
+from spectraformer_jax.attention import _spectral_attention
+
+CAUSAL = {
+  "posrf": {},
+  "trigrf": {},
+  "oprf": {"statistics": "constant"},
+}
+
+
+@functools.cache
+def build(component="posrf", num_heads=2, **kwargs):
+  """A map and its variables for heads of 4."""
+  fm = sf.feature_map(component, "orf", num_features=8, component_kwargs=kwargs)
+  return fm, fm.init(jax.random.key(7), head_dim=4, num_heads=num_heads)
+
+
+def make(length, keys=None, heads=2, key_heads=2, batch=2, scale=1.0):
+  """Random query, key, value; value dim 3."""
+  rngs = jax.random.split(jax.random.key(length), 3)
+  keys = keys or length
+  return (
+    scale * jax.random.normal(rngs[0], (batch, length, heads, 4)),
+    scale * jax.random.normal(rngs[1], (batch, keys, key_heads, 4)),
+    jax.random.normal(rngs[2], (batch, keys, key_heads, 3)),
+  )
+
+
+def run(arrays, fm, variables, state=None, **kwargs):
+  """Output and gradients for query, key, value, projection-free variables."""
+
+  @jax.jit
+  def both(arrays, state):
+    def loss(arrays, state):
+      out = sf.spectral_attention(
+        *arrays,
+        feature_map=fm,
+        variables=variables,
+        initial_state=state,
+        **kwargs,
+      )
+      weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
+      return jnp.sum(out.astype(jnp.float32) * weights.reshape(out.shape)), out
+
+    if state is None:
+      grads, out = jax.grad(loss, has_aux=True)(arrays, None)
+      return out, grads
+    sums = (state.kv, state.total)
+    with_sums = lambda sums: state._replace(kv=sums[0], total=sums[1])
+    grads, out = jax.grad(
+      lambda arrays, sums: loss(arrays, with_sums(sums)), (0, 1), has_aux=True
+    )(arrays, sums)
+    return out, grads
+
+  return both(arrays, state)
+
+
+def assert_close(actual, expected, tolerance=3e-5):
+  """Same trees up to float32 sums in another order."""
+  for a, b in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("component", CAUSAL)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
+def test_values_and_gradients_equal_the_reference(component, is_causal, length):
+  fm, variables = build(component, **CAUSAL[component])
+  arrays = make(length, scale=0.5)
+  mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, length))
+  kwargs = {"is_causal": is_causal, "key_mask": mask.at[:, 0].set(True)}
+  actual = run(arrays, fm, variables, chunk_size=16, **kwargs)
+  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  # A signed normalizer amplifies rounding where it nearly cancels.
+  assert_close(actual, expected, 2e-2 if component == "trigrf" else 5e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_bfloat16_inputs(is_causal):
+  fm, variables = build()
+  arrays = tuple(a.astype(jnp.bfloat16) for a in make(100))
+  exact = tuple(a.astype(jnp.float32) for a in arrays)
+  out, grads = run(arrays, fm, variables, is_causal=is_causal, chunk_size=16)
+  expected, expected_grads = run(
+    exact, fm, variables, is_causal=is_causal, implementation="reference"
+  )
+  assert out.dtype == jnp.bfloat16
+  assert all(g.dtype == jnp.bfloat16 for g in grads)
+  as_float = lambda tree: [x.astype(jnp.float32) for x in tree]
+  # One rounding to 8 bits of each result.
+  assert_close(as_float([out]), [expected], 2.0**-7)
+  assert_close(as_float(grads), expected_grads, 2.0**-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("component", ["posrf", "trigrf"])
+def test_packed_rows_equal_separate_rows(is_causal, component):
+  fm, variables = build(component)
+  query, key, value = make(24, batch=1, scale=0.5)
+  ids = jnp.array([[3] * 5 + [7] * 1 + [8] * 12 + [9] * 6])
+  out, grads = run(
+    (query, key, value),
+    fm,
+    variables,
+    is_causal=is_causal,
+    segment_ids=ids,
+    chunk_size=4,
+  )
+  tolerance = 1e-2 if component == "trigrf" else 3e-5
+  for segment in (3, 7, 8, 9):
+    own = np.flatnonzero(np.asarray(ids[0]) == segment)
+    alone = sf.spectral_attention(
+      query[:, own],
+      key[:, own],
+      value[:, own],
+      feature_map=fm,
+      variables=variables,
+      is_causal=is_causal,
+    )
+    assert_close(out[:, own], alone, tolerance)
+  expected = run(
+    (query, key, value),
+    fm,
+    variables,
+    is_causal=is_causal,
+    segment_ids=ids,
+    implementation="reference",
+  )
+  assert_close((out, grads), expected, tolerance)
+
+
+def test_segments_need_not_be_contiguous_and_may_differ_in_length():
+  fm, variables = build()
+  arrays = make(10, keys=14)
+  ids = (
+    jnp.tile(jnp.arange(10) % 3, (2, 1)),
+    jnp.tile(jnp.arange(14) % 4, (2, 1)),
+  )
+  mask = jnp.tile(jnp.arange(14) != 5, (2, 1))
+  kwargs = {"segment_ids": ids, "key_mask": mask}
+  actual = run(arrays, fm, variables, chunk_size=4, **kwargs)
+  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_grouped_queries_equal_repeated_keys(is_causal, packed):
+  fm, variables = build()
+  query, key, value = make(20, heads=6)
+  kwargs = {"is_causal": is_causal, "chunk_size": 8}
+  if packed:
+    kwargs["segment_ids"] = jnp.tile(jnp.arange(20) // 7, (2, 1))
+  out, grads = run((query, key, value), fm, variables, **kwargs)
+  repeated = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), variables)
+  expected, expected_grads = run(
+    (query, jnp.repeat(key, 3, axis=2), jnp.repeat(value, 3, axis=2)),
+    fm,
+    repeated,
+    **kwargs,
+  )
+  assert_close(out, expected)
+  summed = [expected_grads[0]] + [
+    g.reshape(*g.shape[:2], 2, 3, -1).sum(3) for g in expected_grads[1:]
+  ]
+  assert_close(list(grads), summed)
+
+
+def test_statistics_of_grouped_queries():
+  fm, variables = build("oprf")
+  query, key, value = make(20, heads=4)
+  mask = jnp.arange(20)[None, :] < jnp.array([[15], [20]])
+  out = sf.spectral_attention(
+    query, key, value, feature_map=fm, variables=variables, key_mask=mask
+  )
+  # Query heads 0 and 1 share key head 0: their pooled positions count.
+  pooled = query[:, :, :2].reshape(2, 40, 1, 4) * 4**-0.25
+  stats = fm.calibrate(
+    fm.init(jax.random.key(0), head_dim=4),
+    pooled,
+    key[:, :, :1] * 4**-0.25,
+    key_mask=mask,
+    query_mask=jnp.repeat(mask, 2, axis=1),
+  )
+  head = jax.tree.map(lambda x: x[:1], variables)
+  expected = sf.spectral_attention(
+    query[:, :, :2],
+    key[:, :, :1],
+    value[:, :, :1],
+    feature_map=fm,
+    variables=head,
+    stats=stats,
+    key_mask=mask,
+  )
+  assert_close(out[:, :, :2], expected)
+
+
+@pytest.mark.parametrize("component", CAUSAL)
+@pytest.mark.parametrize("splits", [(1, 29), (13, 17), (16, 13, 1)])
+def test_prefill_and_decoding_equal_one_pass(component, splits):
+  fm, variables = build(component, **CAUSAL[component])
+  arrays = make(30, scale=2.0)
+  kwargs = {"feature_map": fm, "variables": variables}
+  expected = sf.spectral_attention(*arrays, is_causal=True, **kwargs)
+  state = sf.init_state(
+    fm, variables, batch_size=2, num_heads=2, head_dim=4, value_dim=3
+  )
+  outs, start = [], 0
+  for length in splits:
+    piece = [a[:, start : start + length] for a in arrays]
+    start += length
+    if length == 1:
+      out, state = sf.decode_step(state, *piece, **kwargs)
+    else:
+      out, state = sf.spectral_attention(
+        *piece,
+        is_causal=True,
+        initial_state=state,
+        return_state=True,
+        chunk_size=8,
+        **kwargs,
+      )
+    outs.append(out)
+  assert int(state.length) == 30
+  tolerance = 1e-2 if component == "trigrf" else 3e-5
+  assert_close(jnp.concatenate(outs, axis=1), expected, tolerance)
+
+
+def test_decoding_token_by_token_does_not_grow_the_state():
+  fm, variables = build()
+  arrays = make(12, scale=3.0)
+  kwargs = {"feature_map": fm, "variables": variables}
+  expected = sf.spectral_attention(*arrays, is_causal=True, **kwargs)
+  state = sf.init_state(
+    fm, variables, batch_size=2, num_heads=2, head_dim=4, value_dim=3
+  )
+  shapes = jax.tree.map(jnp.shape, state)
+  step = jax.jit(functools.partial(sf.decode_step, **kwargs))
+  for t in range(12):
+    out, state = step(state, *(a[:, t : t + 1] for a in arrays))
+    assert_close(out, expected[:, t : t + 1])
+  assert jax.tree.map(jnp.shape, state) == shapes
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_flow_through_a_state(is_causal):
+  fm, variables = build()
+  first, second = make(9), make(14)
+  kwargs = {"feature_map": fm, "variables": variables, "return_state": True}
+  _, state = sf.spectral_attention(*first, is_causal=True, **kwargs)
+  actual = run(second, fm, variables, state, is_causal=is_causal, chunk_size=4)
+  expected = run(
+    second,
+    fm,
+    variables,
+    state,
+    is_causal=is_causal,
+    implementation="reference",
+  )
+  assert_close(actual, expected)
+
+
+def test_gradients_reach_what_made_the_state():
+  fm, variables = build()
+  arrays = make(20)
+
+  def loss(split, *arrays):
+    first = [a[:, :split] for a in arrays]
+    rest = [a[:, split:] for a in arrays]
+    kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
+    if not split:
+      return jnp.sum(sf.spectral_attention(*rest, **kwargs)[:, 11:] ** 2)
+    _, state = sf.spectral_attention(*first, return_state=True, **kwargs)
+    out = sf.spectral_attention(*rest, initial_state=state, **kwargs)
+    return jnp.sum(out**2)
+
+  whole = jax.grad(loss, (1, 2, 3))(0, *arrays)
+  split = jax.grad(loss, (1, 2, 3))(11, *arrays)
+  assert_close(split, whole)
+
+
+def test_learnable_parameters_take_gradients_through_every_chunk():
+  fm, variables = build("oprf", statistics="learned")
+  arrays = make(50)
+
+  @functools.partial(jax.jit, static_argnames="implementation")
+  def grad(params, implementation):
+    loss = lambda params: jnp.sum(
+      sf.spectral_attention(
+        *arrays,
+        feature_map=fm,
+        variables=variables._replace(params=params),
+        is_causal=True,
+        chunk_size=8,
+        implementation=implementation,
+      )
+      ** 2
+    )
+    return jax.grad(loss)(params)
+
+  actual = grad(variables.params, "xla")
+  assert all(float(jnp.abs(g).min()) > 0 for g in jax.tree.leaves(actual))
+  assert_close(actual, grad(variables.params, "reference"), 1e-4)
+
+
+# At scale 10 exponents of trigrf spread over more than the 2^150 that one chunk
+# holds: what is smaller underflows.
+@pytest.mark.parametrize(
+  ("component", "scale"),
+  [
+    ("posrf", 1.0),
+    ("posrf", 10.0),
+    ("oprf", 1.0),
+    ("oprf", 10.0),
+    ("trigrf", 1.0),
+    ("trigrf", 3.0),
+  ],
+)
+def test_the_future_changes_no_bit(component, scale):
+  fm, variables = build(component, **CAUSAL[component])
+  attend = jax.jit(
+    functools.partial(
+      sf.spectral_attention,
+      feature_map=fm,
+      variables=variables,
+      is_causal=True,
+      chunk_size=8,
+    )
+  )
+  arrays = make(30, scale=scale)
+  before = attend(*arrays)
+  for changed in (29, 13, 8):
+    later = [a.at[:, changed:].multiply(-1.7) for a in arrays]
+    after = attend(*later)
+    np.testing.assert_array_equal(after[:, :changed], before[:, :changed])
+    assert float(jnp.abs(after - before).max()) > 0.0
+
+
+def test_large_norms_are_accurate_in_causal_attention():
+  fm, variables = build()
+  query, key, value = make(40, scale=8.0)
+  out = sf.spectral_attention(
+    query,
+    key,
+    value,
+    feature_map=fm,
+    variables=variables,
+    is_causal=True,
+    chunk_size=8,
+  )
+  w = np.asarray(variables.projection["rows"]["w"], np.float64)
+  x, y, v = (np.asarray(a, np.float64) for a in (query, key, value))
+  x, y = x * 4**-0.25, y * 4**-0.25
+  log = lambda z: (
+    np.einsum("btnh,nmh->btnm", z, w) - 0.5 * np.sum(z**2, -1, keepdims=True)
+  )
+  pairs = log(x)[:, :, None] + log(y)[:, None]
+  causal = np.tril(np.ones((40, 40)))[None, :, :, None]
+  top = np.where(causal[..., None] > 0, pairs, -np.inf).max(
+    (2, 4), keepdims=True
+  )
+  weights = np.exp(np.minimum(pairs - top, 0.0)).sum(-1) * causal
+  expected = np.einsum("btsn,bsnv->btnv", weights, v)
+  expected /= weights.sum(2)[..., None]
+  np.testing.assert_allclose(out, expected, atol=2e-3)
+
+
+def test_memory_of_forward_and_backward_does_not_hold_features():
+  fm = sf.feature_map("posrf", "orf", num_features=512)
+  variables = fm.init(jax.random.key(0), head_dim=4)
+
+  def temp_bytes(length, is_causal):
+    shape = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)
+    loss = lambda *qkv: jnp.sum(
+      sf.spectral_attention(
+        *qkv,
+        feature_map=fm,
+        variables=variables,
+        is_causal=is_causal,
+        chunk_size=64,
+      )
+    )
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape)
+    return compiled.compile().memory_analysis().temp_size_in_bytes
+
+  features = 4 * fm.feature_dim  # bytes a token
+  for is_causal in (False, True):
+    short, long = (temp_bytes(n, is_causal) for n in (4096, 65536))
+    # One array of features alone would add 2048 bytes a token.
+    assert (long - short) / (65536 - 4096) < features / 8
+
+
+def test_repeated_eager_calls_compile_once():
+  fm, variables = build()
+  arrays = make(10)
+  sf.spectral_attention(*arrays, feature_map=fm, variables=variables)
+  before = _spectral_attention._cache_size()
+  for _ in range(3):
+    sf.spectral_attention(*arrays, feature_map=fm, variables=variables)
+  assert _spectral_attention._cache_size() == before
+
+
+@hypothesis.settings(deadline=None, max_examples=25, derandomize=True)
+@hypothesis.given(
+  seed=st.integers(0, 2**16),
+  scale=st.sampled_from([0.0, 0.1, 1.0, 30.0, 1e3]),
+  fill=st.sampled_from([0.0, 1e30, float("nan"), float("-inf")]),
+  hidden=st.integers(0, 12),
+  is_causal=st.booleans(),
+)
+def test_padding_never_matters(seed, scale, fill, hidden, is_causal):
+  fm, variables = build()
+  rngs = jax.random.split(jax.random.key(seed), 3)
+  query, key = (scale * jax.random.normal(r, (1, 12, 2, 4)) for r in rngs[:2])
+  value = jax.random.normal(rngs[2], (1, 12, 2, 3))
+  mask = jnp.arange(12)[None, :] < 12 - hidden
+  padded = (jnp.where(mask[:, :, None, None], a, fill) for a in (key, value))
+  clean = (jnp.where(mask[:, :, None, None], a, 0.0) for a in (key, value))
+  outs = [
+    sf.spectral_attention(
+      query,
+      *kv,
+      feature_map=fm,
+      variables=variables,
+      key_mask=mask,
+      is_causal=is_causal,
+      chunk_size=4,
+    )
+    for kv in (padded, clean)
+  ]
+  np.testing.assert_array_equal(*outs)
+  assert bool(jnp.isfinite(outs[0]).all())
+
+
+@hypothesis.settings(deadline=None, max_examples=15, derandomize=True)
+@hypothesis.given(seed=st.integers(0, 2**16))
+def test_order_of_keys_does_not_matter(seed):
+  fm, variables = build()
+  query, key, value = make(12)
+  order = jax.random.permutation(jax.random.key(seed), 12)
+  kwargs = {"feature_map": fm, "variables": variables}
+  assert_close(
+    sf.spectral_attention(query, key[:, order], value[:, order], **kwargs),
+    sf.spectral_attention(query, key, value, **kwargs),
+  )
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "words"),
+  [
+    ({"segment_ids": "ids", "return_state": True}, "cannot be combined"),
+    ({"initial_state": "wrong"}, "initial_state must have"),
+    ({"segment_ids": "short"}, "segment_ids must be"),
+  ],
+)
+def test_errors(kwargs, words):
+  fm, variables = build()
+  arrays = make(10)
+  stand_ins = {
+    "ids": jnp.zeros((2, 10), int),
+    "short": jnp.zeros((2, 9), int),
+    "wrong": sf.init_state(
+      fm, variables, batch_size=3, num_heads=2, head_dim=4, value_dim=3
+    ),
+  }
+  kwargs = {
+    name: stand_ins.get(x, x) if isinstance(x, str) else x
+    for name, x in kwargs.items()
+  }
+  with pytest.raises(ValueError, match=words):
+    sf.spectral_attention(
+      *arrays, feature_map=fm, variables=variables, is_causal=True, **kwargs
+    )
+  with pytest.raises(ValueError, match="decode_step takes one token"):
+    sf.decode_step(
+      stand_ins["wrong"], *arrays, feature_map=fm, variables=variables
+    )
+
+
+def test_packed_rows_refuse_statistics_of_the_whole_row():
+  fm, variables = build("oprf")
+  ids = jnp.zeros((2, 10), int)
+  with pytest.raises(ValueError, match="mix packed rows"):
+    sf.spectral_attention(
+      *make(10), feature_map=fm, variables=variables, segment_ids=ids
+    )
