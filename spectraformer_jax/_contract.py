@@ -24,7 +24,7 @@ def require(condition: bool, message: str) -> None:
 
 def self_stats(feature_map, variables, x):
   """Stats for queries and keys x ``[T, N, H]``."""
-  return feature_map.calibrate(variables, x[None], x[None])
+  return jax.jit(feature_map.calibrate)(variables, x[None], x[None])
 
 
 def check_shapes(feature_map, head_dim, must_fit) -> None:
@@ -291,7 +291,8 @@ def check_row_order(component, name) -> None:
 
 def check_learner(feature_map, name) -> None:
   """Every parameter has a gradient, at the start or after one step."""
-  variables = feature_map.init(jax.random.key(0), head_dim=4)
+  init = jax.jit(lambda rng: feature_map.init(rng, head_dim=4))
+  variables = init(jax.random.key(0))
   require(
     bool(jax.tree.leaves(variables.params)),
     f"{name}: info.learnable, but init makes no params.",

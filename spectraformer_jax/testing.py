@@ -261,7 +261,8 @@ def standard_scores(
     )
     return jnp.sum(phi * psi, axis=-1)[:, 0, 0]
 
-  samples = np.asarray(jax.jit(jax.vmap(estimate))(draws), np.float64)
+  estimates = jax.jit(jax.vmap(estimate, axis_size=num_draws))(draws)
+  samples = np.asarray(estimates, np.float64)
   error = samples.std(axis=0, ddof=1) / np.sqrt(num_draws)
   rounding = 1e-5 * np.abs(np.asarray(kernel)) + 1e-7
   return (samples.mean(axis=0) - np.asarray(kernel)) / np.hypot(error, rounding)

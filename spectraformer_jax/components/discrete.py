@@ -113,14 +113,17 @@ def log_size(x: Array) -> Array:
 def poisson_counts(uniform: Array, rate: Array) -> Array:
   """The Poisson(rate) quantiles of `uniform`, float32, by table.
 
-  N >= k where 1 - u is below the tail P(N >= k), which, unlike the cdf, is
-  summed without losing digits.
+  N > k where u is above the cdf at k. Both are compared on a scale that keeps
+  the digits of small u and of small 1 - u: -1/u below a half, 1/(1 - u) above.
   """
   k = np.arange(POISSON_TABLE + 1, dtype=np.float32)
-  log_mass = k * jnp.log(rate) - rate - gammaln(k + 1.0)
-  tail = jnp.cumsum(jnp.exp(log_mass)[::-1])[::-1][1:]
-  tail = jnp.reshape(tail, (1,) * uniform.ndim + (-1,))
-  return jnp.sum((1.0 - uniform)[..., None] < tail, axis=-1, dtype=jnp.float32)
+  mass = jnp.exp(k * jnp.log(rate) - rate - gammaln(k + 1.0))
+  cdf = jnp.cumsum(mass)[:-1]
+  tail = jnp.cumsum(mass[::-1])[::-1][1:]
+  step = jnp.where(cdf < 0.5, -1.0 / cdf, 1.0 / tail)
+  place = jnp.where(uniform < 0.5, -1.0 / uniform, 1.0 / (1.0 - uniform))
+  step = jnp.reshape(step, (1,) * uniform.ndim + (-1,))
+  return jnp.sum(place[..., None] > step, axis=-1, dtype=jnp.float32)
 
 
 def geometric_counts(uniform: Array, p: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import logging
 import pathlib
@@ -16,6 +17,7 @@ from spectraformer_jax.data import examples, lra_figures
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.cache import load_split
 from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.find import LOGGER
 from spectraformer_jax.data.source import SPLITS
 from spectraformer_jax.data.tasks import TASKS
 
@@ -35,14 +37,14 @@ def main(args: Sequence[str]) -> int:
     ValueError: if a task, an option or a file is not as it should be.
   """
   known, options = _parse(args)
-  logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
   options["seed"] = check_int("seed", known.seed, 0)
-  source = TASKS.build(known.task, options)
-  show_progress = _Progress()
-  splits = {
-    split: load_split(source, split, known.cache_dir, show_progress)
-    for split in SPLITS
-  }
+  with _messages_shown():
+    source = TASKS.build(known.task, options)
+    show_progress = _Progress()
+    splits = {
+      split: load_split(source, split, known.cache_dir, show_progress)
+      for split in SPLITS
+    }
   for line in report(splits):
     print(line)
   pictures = known.pictures or pathlib.Path(f"{source.name}.png")
@@ -110,6 +112,20 @@ def _contents(dataset: Dataset) -> list[bytes]:
   return digests
 
 
+@contextlib.contextmanager
+def _messages_shown() -> Iterator[None]:
+  """Prints what readers say about the files that they find."""
+  handler = logging.StreamHandler(sys.stdout)
+  level = LOGGER.level
+  LOGGER.addHandler(handler)
+  LOGGER.setLevel(logging.INFO)
+  try:
+    yield
+  finally:
+    LOGGER.removeHandler(handler)
+    LOGGER.setLevel(level)
+
+
 class _Progress:
   """Says every few seconds how far the building of a split is."""
 
@@ -152,7 +168,8 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
       raise ValueError(
         f"options must be written --name=value, got {argument!r}."
       )
-    options[name[2:].replace("-", "_")] = _value(text)
+    name = name[2:].replace("-", "_")
+    options[name] = text if name == "data_dir" else _value(text)
   return known, options
 
 

@@ -41,7 +41,8 @@ def to_text(dataset: Dataset, ids: np.ndarray) -> str:
   ids = ids[:SHOWN]
   if dataset.tokenizer == "bytes":
     raw = (ids - dataset.id_shift).astype(np.uint8).tobytes()
-    return repr(raw.decode("utf-8", "replace"))
+    text = raw.decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
   if dataset.tokenizer in ("full", "no_close") and ids.max() <= CLOSE:
     return decode(ids[: SHOWN // 3])
   return " ".join(map(str, ids[: SHOWN // 3].tolist()))

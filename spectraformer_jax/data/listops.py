@@ -92,9 +92,10 @@ def listops(
     'listops-min_len20-max_len128'
   """
   check_choice("tokenizer", tokenizer, TOKENIZERS)
+  shortest = 1 if data_dir is not None else min_len + 2
   options = {
     "min_len": check_int("min_len", min_len, 1),
-    "max_len": check_int("max_len", max_len, min_len + 2),
+    "max_len": check_int("max_len", max_len, shortest),
     "max_depth": check_int("max_depth", max_depth, 2),
     "num_train": check_int("num_train", num_train, 1),
     "num_dev": check_int("num_dev", num_dev, 1),

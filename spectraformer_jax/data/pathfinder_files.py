@@ -175,7 +175,10 @@ def _rows(
         )
   if empty:
     LOGGER.warning(
-      "%s: left out %d empty picture(s): %s", folder, len(empty), empty
+      "%s: left out %d empty picture(s): %s",
+      folder,
+      len(empty),
+      ", ".join(empty),
     )
 
 

@@ -11,12 +11,14 @@ from spectraformer_jax.nn.classifier import Classifier
 from spectraformer_jax.nn.dual_classifier import DualClassifier
 from spectraformer_jax.nn.encoder import Encoder, EncoderLayer
 from spectraformer_jax.nn.redraw import redraw
+from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
 
 __all__ = [
   "Classifier",
   "DualClassifier",
   "Encoder",
   "EncoderLayer",
+  "SequenceEncoder",
   "SpectralSelfAttention",
   "redraw",
 ]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices.base import (
   WEIGHT_MATRICES,
   WeightMatrix,
@@ -21,7 +22,7 @@ from spectraformer_jax.weight_matrices.row_laws import open_uniform
 STAGES = 3
 
 
-def butterfly_matrix(signs, permutation, angles):
+def butterfly_matrix(signs: Array, permutation: Array, angles: Array) -> Array:
   r"""The orthogonal matrix :math:`B_3 P_3 D_3\, B_2 P_2 D_2\, B_1 P_1 D_1`.
 
   Layer l of a butterfly B turns the planes of the axes i and i + 2^l.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices.base import (
   WEIGHT_MATRICES,
   WeightMatrix,
@@ -19,7 +20,9 @@ from spectraformer_jax.weight_matrices.building_blocks import (
 )
 
 
-def fastfood_blocks(scales, gaussian, permutation, signs):
+def fastfood_blocks(
+  scales: Array, gaussian: Array, permutation: Array, signs: Array
+) -> Array:
   r"""Products of two Hadamard matrices, three diagonals and a permutation.
 
   .. math::

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices.base import (
   WEIGHT_MATRICES,
   WeightMatrix,
@@ -18,14 +19,16 @@ from spectraformer_jax.weight_matrices.building_blocks import (
 )
 
 
-def orthogonal_directions(rng, num_rows: int, head_dim: int):
+def orthogonal_directions(rng: Array, num_rows: int, head_dim: int) -> Array:
   """Unit rows ``[M, H]``, orthogonal inside independent blocks of head_dim."""
   return draw_blocks(
     lambda rng, blocks: haar(rng, blocks, head_dim), rng, num_rows, head_dim
   )
 
 
-def orthogonal_rows(rng, norms: str, num_rows: int, head_dim: int):
+def orthogonal_rows(
+  rng: Array, norms: str, num_rows: int, head_dim: int
+) -> Array:
   """`orthogonal_directions` with independent norms ``[M, H]``."""
   direction_rng, norm_rng = jax.random.split(rng)
   directions = orthogonal_directions(direction_rng, num_rows, head_dim)
@@ -181,7 +184,7 @@ class ORFAntithetic(WeightMatrix):
 
 @WEIGHT_MATRICES.register("orf_sqrtd_anti")
 def orf_sqrtd_anti() -> ORFAntithetic:
-  r"""`ORFAntithetic` with norms="sqrt_d": the best positive map of all here.
+  r"""`ORFAntithetic` with norms="sqrt_d": lowest error of positive maps.
 
   With M = 2H it is the third-degree spherical-radial rule (the nodes of the
   cubature Kalman filter) under a random rotation; larger M stacks such rules.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectraformer_jax.checks import check_positive_int
+from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices.base import (
   WEIGHT_MATRICES,
   WeightMatrix,
@@ -25,7 +26,7 @@ RANK = 4
 NONZEROS = 5
 
 
-def toeplitz(budget, num_rows: int, dim: int):
+def toeplitz(budget: Array, num_rows: int, dim: int) -> Array:
   """Toeplitz matrix ``[M, H]``: entry (m, j) is budget[m - j + H - 1].
 
   Args:
@@ -40,7 +41,7 @@ def toeplitz(budget, num_rows: int, dim: int):
   return hankel(budget, num_rows, dim)[:, ::-1]
 
 
-def hankel(budget, num_rows: int, dim: int):
+def hankel(budget: Array, num_rows: int, dim: int) -> Array:
   """Hankel matrix ``[M, H]``: entry (m, j) is budget[m + j].
 
   Args:
@@ -55,7 +56,7 @@ def hankel(budget, num_rows: int, dim: int):
   return budget[np.arange(num_rows)[:, None] + np.arange(dim)[None, :]]
 
 
-def skew_circulant(vector):
+def skew_circulant(vector: Array) -> Array:
   """Like `circulant`, with opposite signs above the diagonal.
 
   Args:
@@ -71,7 +72,7 @@ def skew_circulant(vector):
   return both[..., (index[:, None] - index[None, :]) % (2 * n)]
 
 
-def low_displacement(rng, num_blocks: int, dim: int, rank: int):
+def low_displacement(rng: Array, num_blocks: int, dim: int, rank: int) -> Array:
   r"""Blocks :math:`\sum_i \mathrm{circ}(g_i)\, \mathrm{skew}(h_i)`.
 
   Each h has at most 5 entries, of random signs, at random places.
@@ -212,7 +213,7 @@ class PModel(WeightMatrix):
     return draw_blocks(draw_block, rows_rng, num_rows, n)[:, :head_dim]
 
 
-def mix_inputs(rng, blocks):
+def mix_inputs(rng: Array, blocks: Array) -> Array:
   """Blocks ``[blocks, rows, n]`` times ``D1 H D0``, or D0 for other n.
 
   Example:
@@ -228,45 +229,84 @@ def mix_inputs(rng, blocks):
   return blocks * signs[0]
 
 
-def _fixed(kind: str):
-  """The field `kind` of a subclass: settled, not an option."""
-  return dataclasses.field(default=kind, init=False)
+def _fixed(value):
+  """A field of a subclass that is settled, not an option."""
+  return dataclasses.field(default=value, init=False)
 
 
 @WEIGHT_MATRICES.register("pmodel_toeplitz")
 @dataclasses.dataclass(frozen=True)
 class PModelToeplitz(PModel):
-  """`PModel` of kind "toeplitz".
+  """`PModel` of kind "toeplitz": equal entries along diagonals.
+
+  Its `kind` is settled, and it has no `rank`.
+
+  Args:
+    norms: "shared" or "chi", as in `PModel`.
+
+  Raises:
+    ValueError: unknown `norms`.
 
   References:
     Choromanski and Sindhwani 2016 (1605.09049).
+
+  Example:
+    >>> PModelToeplitz().info.name
+    'pmodel_toeplitz'
   """
 
   kind: str = _fixed("toeplitz")
+  rank: None = _fixed(None)
 
 
 @WEIGHT_MATRICES.register("pmodel_hankel")
 @dataclasses.dataclass(frozen=True)
 class PModelHankel(PModel):
-  """`PModel` of kind "hankel".
+  """`PModel` of kind "hankel": equal entries along antidiagonals.
+
+  Its `kind` is settled, and it has no `rank`.
+
+  Args:
+    norms: "shared" or "chi", as in `PModel`.
+
+  Raises:
+    ValueError: unknown `norms`.
 
   References:
     Choromanski and Sindhwani 2016 (1605.09049).
+
+  Example:
+    >>> PModelHankel().info.name
+    'pmodel_hankel'
   """
 
   kind: str = _fixed("hankel")
+  rank: None = _fixed(None)
 
 
 @WEIGHT_MATRICES.register("pmodel_circulant")
 @dataclasses.dataclass(frozen=True)
 class PModelCirculant(PModel):
-  """`PModel` of kind "circulant".
+  """`PModel` of kind "circulant": shifts of one Gaussian vector per block.
+
+  Its `kind` is settled, and it has no `rank`.
+
+  Args:
+    norms: "shared" or "chi", as in `PModel`.
+
+  Raises:
+    ValueError: unknown `norms`.
 
   References:
     Choromanski and Sindhwani 2016 (1605.09049).
+
+  Example:
+    >>> PModelCirculant().info.name
+    'pmodel_circulant'
   """
 
   kind: str = _fixed("circulant")
+  rank: None = _fixed(None)
 
 
 @WEIGHT_MATRICES.register("pmodel_ldr")
@@ -274,8 +314,19 @@ class PModelCirculant(PModel):
 class PModelLDR(PModel):
   """`PModel` of kind "ldr": low displacement rank.
 
+  Args:
+    norms: "shared" or "chi", as in `PModel`.
+    rank: displacement rank, 4 if None: more is closer to independent rows.
+
+  Raises:
+    ValueError: unknown `norms`, or a `rank` that is not a positive integer.
+
   References:
     Choromanski and Sindhwani 2016 (1605.09049).
+
+  Example:
+    >>> PModelLDR(rank=2).info.name
+    'pmodel_ldr'
   """
 
   kind: str = _fixed("ldr")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices.base import (
   WEIGHT_MATRICES,
   WeightMatrix,
@@ -17,7 +18,7 @@ from spectraformer_jax.weight_matrices.building_blocks import chi_rows
 ROW_NORMS = ("shared", "chi")
 
 
-def circulant(vector):
+def circulant(vector: Array) -> Array:
   """Circulant matrices ``[..., n, n]``: entry (i, j) is vector[(i - j) mod n].
 
   Args:

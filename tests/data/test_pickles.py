@@ -127,7 +127,7 @@ HOSTILE = {
   "eval": lambda: Reduce(eval, f"open({str(flag())!r}, 'w')"),
   "exec": lambda: Reduce(exec, f"open({str(flag())!r}, 'w')"),
   "open": lambda: Reduce(builtins.open, str(flag()), "w"),
-  "getattr": lambda: Reduce(getattr, os, "system"),
+  "getattr": lambda: Reduce(getattr, "text", "upper"),
   "path": lambda: Reduce(pathlib.Path.touch, flag()),
   "class": Attributes,
   "ordered dict": lambda: collections.OrderedDict(a=1),
@@ -149,10 +149,7 @@ def test_hostile_files_are_refused(
   value = HOSTILE[name]()
   if nested:
     value = [{"input_ids_0": np.arange(3), "label": [(value,)]}]
-  try:
-    path = write(pickle.dumps(value, protocol=protocol))
-  except (TypeError, pickle.PicklingError):
-    pytest.skip("this protocol cannot write it")
+  path = write(pickle.dumps(value, protocol=protocol))
   for read in (pickles.load, lambda path: list(pickles.iterate(path))):
     with pytest.raises(ValueError, match="x.pickle is refused at") as caught:
       read(path)
@@ -305,7 +302,7 @@ def test_iterate_holds_a_part_of_a_large_file(write, protocol):
   count = sum(1 for _ in pickles.iterate(path))
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  # The file has 56 MB; a thousand items 16 MB, twice that as protocol 2 has them.
+  # The file has 56 MB; a thousand items 16 MB, or twice that in protocol 2.
   assert count == 3500 and path.stat().st_size > 55e6 and peak < 36e6
 
 

@@ -18,12 +18,15 @@ sys.exit(", ".join(name for name in heavy if name in sys.modules) or 0)
 """
 
 
+NEED_FILES = {"image", "pathfinder", "pathx", "retrieval", "text"}
+
+
 def test_list_tasks():
   assert {"digits", "listops"} <= set(data.list_tasks())
 
 
 def test_every_task_takes_a_seed_and_says_what_it_is():
-  for name in data.list_tasks():
+  for name in set(data.list_tasks()) - NEED_FILES:
     source = data.TASKS.build(name, {"seed": 1})
     assert source.name.startswith(name)
     assert [s for group in source.passes for s in group] == list(data.SPLITS)

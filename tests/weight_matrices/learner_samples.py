@@ -22,6 +22,15 @@ REDRAWABLE = tuple(
   name for name in LEARNERS if WEIGHT_MATRICES.build(name).info.redrawable
 )
 
+# These programs run for milliseconds and compile for seconds: optimise less.
+quick_jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  },
+)
+
 
 def gaussian_law():
   return get_row_law("gaussian")
@@ -50,7 +59,7 @@ def randomise(params, seed=0, scale=0.5):
 def initial_draws(matrix, num_rows, head_dim, num_draws):
   """Independent inits and draws: rows ``[R, M, H]``, weights ``[R, M]``."""
 
-  @jax.jit
+  @quick_jit
   @jax.vmap
   def draw(rng):
     return matrix.rows(*make(matrix, rng, num_rows, head_dim))
@@ -67,7 +76,7 @@ def initial_draws(matrix, num_rows, head_dim, num_draws):
 def draws_of(matrix, params, num_rows, head_dim, num_draws, context=()):
   """Draws with the same params: rows ``[R, M, H]``, weights ``[R, M]``."""
 
-  @jax.jit
+  @quick_jit
   @jax.vmap
   def draw(rng):
     noise = matrix.draw(rng, num_rows, head_dim, gaussian_law())

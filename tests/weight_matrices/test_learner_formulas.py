@@ -22,6 +22,7 @@ from tests.weight_matrices.learner_samples import (
   draws_of,
   initial_draws,
   make,
+  quick_jit,
   randomise,
 )
 
@@ -255,7 +256,7 @@ def test_flow_kl_is_that_of_its_law():
   mean = np.tile(np.asarray(shift, float), 2)
   expected = 0.5 * np.sum(scale**2 + mean**2 - 1.0 - 2.0 * np.log(scale))
 
-  @jax.jit
+  @quick_jit
   @jax.vmap
   def kl(rng):
     return matrix.kl(params, matrix.draw(rng, 16, 4, None))

@@ -20,6 +20,7 @@ from tests.weight_matrices.learner_samples import (
   REDRAWABLE,
   initial_draws,
   make,
+  quick_jit,
   randomise,
 )
 from tests.weight_matrices.row_samples import (
@@ -111,7 +112,7 @@ def test_every_leaf_has_a_gradient(name, component):
   variables = fm.init(jax.random.key(0), head_dim=6, num_heads=2)
   x = 0.7 * jax.random.normal(jax.random.key(1), (1, 5, 2, 6))
   stats = fm.calibrate(variables, x, x)
-  gradient = jax.jit(jax.grad(loss_of(fm, variables, x[0], stats)))
+  gradient = quick_jit(jax.grad(loss_of(fm, variables, x[0], stats)))
   params = variables.params
   grads = gradient(params)
   if name in NETWORKS:
@@ -151,7 +152,7 @@ def test_heads_are_independent_and_random_params_stay_finite(name):
   variables = variables._replace(params=randomise(variables.params, scale=2.0))
   x = jax.random.normal(jax.random.key(1), (1, 5, 2, 6))
 
-  @jax.jit
+  @quick_jit
   def features(variables):
     stats = fm.calibrate(variables, x, x)
     return fm.log_features(variables, x, side="key", stats=stats)
@@ -172,7 +173,7 @@ def test_model_redraw_changes_the_noise_alone(name):
     }
     for i in range(2)
   }
-  redraw = jax.jit(sf.nn.redraw, static_argnums=0)
+  redraw = quick_jit(sf.nn.redraw, static_argnums=0)
   drawn = redraw(fm, jax.random.key(5), collection)
   assert jax.tree.structure(drawn) == jax.tree.structure(collection)
   old, new = (

@@ -12,7 +12,7 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax.train.optim import decay_mask
-from tests.weight_matrices.learner_samples import LEARNERS
+from tests.weight_matrices.learner_samples import LEARNERS, quick_jit
 
 TOKENS = jax.random.randint(jax.random.key(0), (4, 6), 0, 8)
 LENGTH = jnp.array([6, 3, 1, 5])
@@ -46,7 +46,7 @@ def trained(name):
       logits, LABELS
     ).mean()
 
-  @jax.jit
+  @quick_jit
   def step(params, state, features):
     grads = jax.grad(loss)(params, features)
     updates, state = tx.update(grads, state, params)
@@ -65,7 +65,7 @@ def init(model, seed):
     "params": jax.random.key(seed),
     "features": jax.random.key(seed + 100),
   }
-  return jax.jit(model.init)(rngs, TOKENS, LENGTH)
+  return quick_jit(model.init)(rngs, TOKENS, LENGTH)
 
 
 def learnable(variables):
@@ -106,7 +106,7 @@ def assert_restored(model, restored, saved):
       other = other[part.key]
     assert other.dtype == leaf.dtype
     np.testing.assert_array_equal(other, leaf)
-  apply = jax.jit(model.apply)
+  apply = quick_jit(model.apply)
   np.testing.assert_array_equal(
     apply(restored, TOKENS, LENGTH), apply(saved, TOKENS, LENGTH)
   )
@@ -145,7 +145,8 @@ def test_outputs_depend_on_the_permutation():
   model, _, end = trained("fastfood_learnable")
   other = init(model, 2)
   mixed = {**end, "random_features": other["random_features"]}
+  apply = quick_jit(model.apply)
   out, expected = (
-    model.apply(variables, TOKENS, LENGTH) for variables in (mixed, end)
+    apply(variables, TOKENS, LENGTH) for variables in (mixed, end)
   )
   assert not np.allclose(out, expected, atol=1e-6)

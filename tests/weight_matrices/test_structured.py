@@ -312,6 +312,8 @@ def test_p_model_by_kind_and_by_name(rng):
     assert PModel(kind).info.name == "pmodel"
   with pytest.raises(ValueError, match="'pmodel_ldr' has no option 'kind'"):
     WEIGHT_MATRICES.build("pmodel_ldr", {"kind": "hankel"})
+  with pytest.raises(ValueError, match="'pmodel_hankel' has no option 'rank'"):
+    WEIGHT_MATRICES.build("pmodel_hankel", {"rank": 2})
 
 
 def test_rank_changes_low_displacement_rows(rng):

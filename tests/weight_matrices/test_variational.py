@@ -8,7 +8,12 @@ import pytest
 import spectraformer_jax as sf
 from spectraformer_jax import weight_matrices
 from tests.statistics import standard_scores
-from tests.weight_matrices.learner_samples import draws_of, make, randomise
+from tests.weight_matrices.learner_samples import (
+  draws_of,
+  make,
+  quick_jit,
+  randomise,
+)
 
 
 def build(component="posrf", component_kwargs=None, **kwargs):
@@ -56,7 +61,7 @@ def test_every_example_has_its_own_rows():
 
 def test_attention_takes_the_context_of_each_example():
   fm, variables, *inputs = build()
-  attend = jax.jit(
+  attend = quick_jit(
     lambda *inputs: sf.spectral_attention(
       *inputs, feature_map=fm, variables=variables
     )
@@ -111,7 +116,7 @@ def test_causal_attention_with_a_learned_context_sees_no_future():
   assert not fm.info.needs_stats
   assert fm.calibrate(variables, *inputs[:2]) == ()
   assert variables.params["rows"]["context"].shape == (2, 6)
-  attend = jax.jit(
+  attend = quick_jit(
     lambda *inputs: sf.spectral_attention(
       *inputs, feature_map=fm, variables=variables, is_causal=True
     )

@@ -1,0 +1,325 @@
+"""Poisson and geometric features, signed and positive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+import spectraformer_jax as sf
+from spectraformer_jax import stored_uniforms
+from spectraformer_jax.components import COMPONENTS
+from spectraformer_jax.components.discrete import (
+  POISSON_TABLE,
+  RATE_RANGE,
+  geometric_counts,
+  optimal_p,
+  poisson_counts,
+)
+from tests.components.sampling import (
+  HEAD_DIM,
+  PAIRS,
+  build,
+  check_mean_and_square,
+  shared_stats,
+)
+
+NAMES = ["poisrf", "geomrf", "poisrf_plus", "geomrf_plus"]
+PLUS = NAMES[2:]
+
+
+def data(num_queries=7, num_keys=5, scale=0.5, seed=0):
+  """Queries and keys with unequal coordinates and means."""
+  generator = np.random.default_rng(seed)
+  spread = scale * np.array([0.5, 1.0, 1.5, 0.8])
+  draw = lambda n, mean: mean + spread * generator.normal(size=(n, HEAD_DIM))
+  return (
+    draw(num_queries, 0.1).astype(np.float32),
+    draw(num_keys, -0.2).astype(np.float32),
+  )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+def test_mean_and_square_with_statistics_of_the_pairs(name, kernel):
+  fm = build(name, kernel=kernel)
+  stats = shared_stats(fm, PAIRS[:, 0], PAIRS[:, 1])
+  check_mean_and_square(fm, 20_000, stats)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_and_square_with_a_constant(name):
+  check_mean_and_square(build(name, statistics="constant"), 20_000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_and_square_with_learned_parameters(name):
+  # Moved off their start; the shift of the plus forms then has coordinates on
+  # both sides.
+  move = lambda variables: variables._replace(
+    params=jax.tree.map(lambda leaf: leaf + 0.2, variables.params)
+  )
+  check_mean_and_square(build(name, statistics="learned"), 20_000, change=move)
+
+
+@pytest.mark.parametrize("name", PLUS)
+def test_plus_stays_unbiased_where_running_minima_are_no_bounds(name):
+  fm = build(name, statistics="ema")
+  variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
+  halves = [jnp.asarray(PAIRS[:, side, None, None, :]) for side in (0, 1)]
+  moments = fm.moments(variables, *halves)
+  mean = jax.tree.map(lambda leaf: jnp.mean(leaf, 0, keepdims=True), moments)
+  stats = fm.solve(mean)
+  phi = fm.apply(variables, halves[0], side="query", stats=stats)
+  powers = halves[0][:, 0, 0] - stats["component"]["shift"][0]
+  assert bool((powers < 0.0).any()), "the case has coordinates below the shift"
+  assert not fm.info.positive and bool(jnp.isfinite(phi).all())
+  check_mean_and_square(fm, 20_000, stats)
+
+
+@pytest.mark.parametrize("name", PLUS)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 30.0])
+def test_plus_is_positive_with_statistics_of_its_data(name, scale):
+  fm = build(name, num_features=64)
+  query, key = data(scale=scale)
+  variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
+  stats = shared_stats(fm, query, key)
+  assert fm.info.positive
+  for side, x in (("query", query), ("key", key)):
+    out = fm.log_features(
+      variables, jnp.asarray(x)[:, None], side=side, stats=stats
+    )
+    np.testing.assert_array_equal(out.factor, 1.0)
+    assert bool(jnp.isfinite(out.log_magnitude).all())
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_signs_are_those_of_the_product(name):
+  # Against the formula as it is written, in float64.
+  fm = build(name, num_features=200)
+  query, key = data()
+  variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
+  stats = shared_stats(fm, query, key)
+  query[0, 1] = 0.0  # 0^0 is 1.
+  uniform = np.asarray(variables.projection["rows"]["w"][0], np.float64) + 0.5
+  uniform /= 2.0**23
+  own = {k: float(v[0, 0]) for k, v in stats["component"].items()}
+  if name == "poisrf":
+    rate = own["rate"]
+    n = scipy.stats.poisson.ppf(uniform, rate)
+    weight = np.exp(0.5 * rate * HEAD_DIM) * rate ** (-0.5 * n.sum(-1))
+  else:
+    p = own["p"]
+    n = scipy.stats.geom.ppf(uniform, p) - 1
+    weight = p ** (-0.5 * HEAD_DIM) * (1.0 - p) ** (-0.5 * n.sum(-1))
+    weight /= np.sqrt(scipy.special.factorial(n).prod(-1))
+  expected = weight * np.prod(query[:, None].astype(float) ** n, axis=-1)
+  out = fm.apply(variables, query[:, None], side="query", stats=stats)[:, 0]
+  assert (expected < 0).any() and n.max() >= 2
+  np.testing.assert_allclose(out, expected / np.sqrt(200), rtol=2e-4, atol=1e-9)
+
+
+def test_the_rate_minimises_the_mean_log_second_moment():
+  query, key = data(50, 40)
+  fm = build("poisrf")
+  rate = float(shared_stats(fm, query, key)["component"]["rate"][0, 0])
+  product = np.square(query[:, None].astype(float) * key[None].astype(float))
+  objective = lambda rate: np.mean(
+    rate * HEAD_DIM + np.sum(product, axis=-1) / rate
+  )
+  factors = np.exp(np.random.default_rng(1).normal(0.0, 0.3, 100))
+  assert all(objective(rate) <= objective(rate * f) for f in factors)
+  # A minimum of a function that is not flat: 10 % off costs at least 0.2 %.
+  assert objective(1.1 * rate) > 1.002 * objective(rate)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.3, 1.0, 5.0, 30.0])
+def test_p_is_the_minimum_of_a_fine_grid(scale):
+  product = scale**2 * np.array([0.2, 0.5, 0.9, 1.3])
+
+  def objective(p):
+    argument = 2.0 * product / np.sqrt(1.0 - p)[:, None]
+    bessel = np.log(scipy.special.i0e(argument)) + argument
+    return np.sum(bessel, axis=-1) - HEAD_DIM * np.log(p)
+
+  p = float(optimal_p(jnp.asarray(product, jnp.float32)))
+  grid = 1.0 / (1.0 + np.exp(-np.linspace(-6.9, 6.9, 200_001)))
+  values = objective(grid)
+  best = grid[values.argmin()]
+  # The parabola's error: a hundredth of the step of the coarse grid, 0.2.
+  np.testing.assert_allclose(
+    np.log(p / (1 - p)), np.log(best / (1 - best)), atol=0.02
+  )
+  assert objective(np.array([p]))[0] - values.min() < 2e-4
+  if scale > 0.1:  # Below, the minimum is at the end of the range.
+    neighbours = objective(1 / (1 + (1 / p - 1) * np.exp([0.1, -0.1])))
+    assert np.all(neighbours > objective(np.array([p]))[0])
+
+
+def test_p_is_best_for_a_single_pair():
+  fm = build("geomrf")
+  x, y = (jnp.asarray(PAIRS[2, side]) for side in (0, 1))
+  stats = shared_stats(fm, PAIRS[2, :1], PAIRS[2, 1:])
+  p = float(stats["component"]["p"][0, 0])
+  moment = lambda p: float(fm.component.pair_moment(x * y, {"p": p}))
+  logits = np.log(p / (1 - p)) + np.random.default_rng(0).normal(0, 0.5, 100)
+  assert all(moment(p) < moment(1 / (1 + np.exp(-z))) + 1e-5 for z in logits)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 0.01, 0.3, 1.0, 7.0, 32.0])
+def test_poisson_counts_are_quantiles(rate):
+  bits = stored_uniforms.draw(jax.random.key(0), (50_000,))
+  bits = jnp.concatenate([bits, jnp.array([0, 2**23 - 1], jnp.int32)])
+  uniform = stored_uniforms.to_uniform(bits)
+  assert 0.0 < float(uniform.min()) and float(uniform.max()) < 1.0
+  counts = np.asarray(jax.jit(poisson_counts)(uniform, rate))
+  expected = scipy.stats.poisson.ppf(np.asarray(uniform, np.float64), rate)
+  # A uniform within rounding of a step may fall to its other side.
+  assert np.mean(counts != expected) < 1e-4
+  np.testing.assert_allclose(counts, expected, atol=1.0)
+  np.testing.assert_array_equal(counts[-2:], expected[-2:])
+
+
+def test_the_poisson_table_is_long_enough():
+  largest = scipy.stats.poisson.isf(2.0**-24, RATE_RANGE[1])
+  assert largest < POISSON_TABLE
+
+
+@pytest.mark.parametrize("p", [1e-3, 0.2, 0.7, 0.999])
+def test_geometric_counts_are_quantiles(p):
+  uniform = stored_uniforms.to_uniform(
+    stored_uniforms.draw(jax.random.key(0), (50_000,))
+  )
+  counts = np.asarray(jax.jit(geometric_counts)(uniform, p))
+  p = np.float64(np.float32(p))
+  expected = scipy.stats.geom.ppf(np.asarray(uniform, np.float64), p) - 1
+  assert np.mean(counts != expected) < 1e-3
+  np.testing.assert_allclose(counts, expected, atol=1.0)
+
+
+@pytest.mark.parametrize("matrix", ["iid", "lhs", "qmc"])
+def test_stored_uniforms_keep_their_bits_in_bfloat16(matrix):
+  fm = build("poisrf", matrix, num_features=16, statistics="constant")
+  rng = jax.random.key(3)
+  full = fm.init(rng, head_dim=HEAD_DIM)
+  half = fm.init(rng, head_dim=HEAD_DIM, dtype=jnp.bfloat16)
+  w = half.projection["rows"]["w"]
+  np.testing.assert_array_equal(w, full.projection["rows"]["w"])
+  assert int(w.min()) >= 0 and int(w.max()) < 2**23
+  if matrix != "iid":
+    # One row in each sixteenth of every coordinate.
+    cells = np.sort(np.asarray(w[0]) // 2**19, axis=0)
+    np.testing.assert_array_equal(cells, np.arange(16)[:, None] * [[1] * 4])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_honour_masks_and_unequal_lengths(name):
+  fm = build(name)
+  variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
+  query, key = (jnp.asarray(x)[None, :, None, :] for x in data(7, 5))
+  query_mask = jnp.arange(7)[None, :] < 4
+  key_mask = jnp.arange(5)[None, :] < 3
+  poison = lambda x, mask: jnp.where(mask[:, :, None, None], x, -1e9)
+  masked = fm.calibrate(
+    variables,
+    poison(query, query_mask),
+    poison(key, key_mask),
+    query_mask=query_mask,
+    key_mask=key_mask,
+  )
+  sliced = fm.calibrate(variables, query[:, :4], key[:, :3])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), masked, sliced
+  )
+  hidden = fm.calibrate(
+    variables,
+    query,
+    key,
+    query_mask=query_mask & False,
+    key_mask=key_mask & False,
+  )
+  assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(hidden))
+  gradient = jax.grad(
+    lambda query: sum(
+      jnp.sum(leaf)
+      for leaf in jax.tree.leaves(fm.calibrate(variables, query, key))
+    )
+  )(query)
+  np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learned_starts_at_the_constant_and_has_gradients(name):
+  constant, learned = (
+    build(name, num_features=32, statistics=s) for s in ("constant", "learned")
+  )
+  x = jnp.asarray(PAIRS[:, :1])
+  rng = jax.random.key(0)
+  variables = learned.init(rng, head_dim=HEAD_DIM)
+  np.testing.assert_allclose(
+    constant.apply(constant.init(rng, head_dim=HEAD_DIM), x, side="key"),
+    learned.apply(variables, x, side="key"),
+    rtol=1e-4,
+    atol=1e-7,
+  )
+  grads = jax.grad(
+    lambda params: jnp.sum(
+      learned.apply(variables._replace(params=params), x, side="key")
+    )
+  )(variables.params)
+  assert len(jax.tree.leaves(grads)) == (2 if name in PLUS else 1)
+  assert all(float(jnp.abs(g).min()) > 0 for g in jax.tree.leaves(grads))
+
+
+def test_constant_is_the_closed_form_of_unit_variance_data():
+  head_dim = 16
+  shape = (200_000, head_dim)
+  query, key = jax.random.normal(jax.random.key(0), (2, *shape))
+  query, key = (x * head_dim**-0.25 for x in (query, key))
+  for name in NAMES[:2]:
+    component = COMPONENTS.build(name)
+    moments = component.moments(query, key, None, None)
+    for leaf, expected in zip(
+      jax.tree.leaves(component.solve(moments)),
+      jax.tree.leaves(component.constant(head_dim)),
+      strict=True,
+    ):
+      np.testing.assert_allclose(leaf, expected, rtol=1e-2)
+
+
+def test_gradients_are_those_of_the_power():
+  # d/dx of the estimate, away from 0; and finite at 0.
+  fm = build("poisrf", num_features=50_000, statistics="constant")
+  variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
+  x, y = (jnp.asarray(PAIRS[0, side]) for side in (0, 1))
+  psi = fm.apply(variables, y[None, None], side="key")[0, 0]
+  estimate = lambda x: jnp.sum(
+    psi * fm.apply(variables, x[None, None], side="query")[0, 0]
+  )
+  gradient = jax.grad(estimate)(x)
+  expected = y * jnp.exp(jnp.sum(x * y))
+  # Deviation of 50 000 draws: 0.01 to 0.02 in each coordinate.
+  np.testing.assert_allclose(gradient, expected, atol=0.06)
+  assert bool(jnp.isfinite(jax.grad(estimate)(x.at[1].set(0.0))).all())
+  assert bool(jnp.isfinite(jax.grad(estimate)(x.at[1].set(1e-20))).all())
+
+
+def test_errors():
+  with pytest.raises(ValueError, match="needs rows of law 'poisson'.*'orf'"):
+    build("poisrf", "orf")
+  with pytest.raises(ValueError, match="needs rows of law 'geometric'"):
+    build("geomrf_plus", "mm")
+  with pytest.raises(ValueError, match="Did you mean 'batch'"):
+    build("geomrf", statistics="bach")
+  with pytest.raises(ValueError, match="Did you mean 'gaussian'"):
+    build("poisrf", kernel="gausian")
+  fm = build("poisrf")
+  variables = fm.init(jax.random.key(0), head_dim=4)
+  x = jnp.ones((1, 3, 1, 4))
+  with pytest.raises(ValueError, match=r"pass stats=fm\.calibrate"):
+    fm.apply(variables, x, side="key")
+  with pytest.raises(ValueError, match="'ema', 'learned' or 'constant'"):
+    sf.spectral_attention(
+      x, x, x, feature_map=fm, variables=variables, is_causal=True
+    )
