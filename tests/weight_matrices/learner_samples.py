@@ -36,13 +36,30 @@ def gaussian_law():
   return get_row_law("gaussian")
 
 
-def make(matrix, rng, num_rows, head_dim):
-  """Fresh params and projection of one head."""
+def _make(matrix, rng, num_rows, head_dim):
   params_rng, projection_rng = jax.random.split(rng)
   return (
     matrix.init(params_rng, num_rows, head_dim),
     matrix.draw(projection_rng, num_rows, head_dim, gaussian_law()),
   )
+
+
+def make(matrix, num_rows, head_dim, seed=0):
+  """Fresh params and projection of one head."""
+  return _jitted_make(matrix, jax.random.key(seed), num_rows, head_dim)
+
+
+_jitted_make = quick_jit(_make, static_argnums=(0, 2, 3))
+
+
+def rows_of(matrix, params, projection, context=()):
+  """`matrix.rows`, compiled."""
+  return _jitted_rows(matrix, params, projection, context)
+
+
+_jitted_rows = quick_jit(
+  lambda matrix, *args: matrix.rows(*args), static_argnums=0
+)
 
 
 def randomise(params, seed=0, scale=0.5):
@@ -62,7 +79,7 @@ def initial_draws(matrix, num_rows, head_dim, num_draws):
   @quick_jit
   @jax.vmap
   def draw(rng):
-    return matrix.rows(*make(matrix, rng, num_rows, head_dim))
+    return matrix.rows(*_make(matrix, rng, num_rows, head_dim))
 
   sample = draw(jax.random.split(jax.random.key(0), num_draws))
   w = np.asarray(sample.w, np.float64)
