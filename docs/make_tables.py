@@ -25,7 +25,7 @@ COMMAND = "python docs/make_tables.py"
 STATUSES = {
   "E": ("#009E73", "exact: unbiased, every row has the right law"),
   "W": ("#56B4E9", "weighted: unbiased with its row weights"),
-  "A": ("#E69F00", "approximate rows: a bias that W's page states"),
+  "A": ("#E69F00", "approximate rows: biased, see W's docstring"),
   "L": ("#CC79A7", "learnt rows: exact when initialised"),
   "r": ("#FFFFFF", "refused: W cannot make the rows that f needs"),
   "t": ("#BBBBBB", "refused: heavy tails, trigonometric f only"),

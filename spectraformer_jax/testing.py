@@ -10,7 +10,6 @@ own tests run them over everything that is registered.
 """
 
 import dataclasses
-import inspect
 import pickle
 from typing import Any
 
@@ -377,8 +376,9 @@ def _check_object(entry: Any, name: str) -> None:
     (">>> ", "an example that runs (a doctest)"),
   ):
     require(part in doc, f"{name}: the docstring lacks {why}.")
+  inherited = " ".join(base.__doc__ or "" for base in type(entry).__mro__)
   for option in dataclasses.fields(entry):
     require(
-      option.name in inspect.getdoc(type(entry)),
+      option.name in inherited,
       f"{name}: the docstring does not say what {option.name!r} does.",
     )

@@ -11,10 +11,10 @@ from spectraformer_jax.components import (
   Centred,
   Component,
   PosRF,
-  TrigRF,
   build_component,
 )
 from tests.components.exponentials import build, calibrated, data
+from tests.statistics import PAIRS, estimates, standard_scores
 
 
 def lifted(shift=0.0):
@@ -56,6 +56,27 @@ def test_centring_is_the_base_where_means_vanish():
     plain.apply(variables, key, side="key"),
     rtol=1e-5,
   )
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+@pytest.mark.parametrize(
+  "name", ["poisrf", "geomrf", "poisrf_plus", "geomrf_plus", "hrf"]
+)
+def test_maps_of_other_families_stay_unbiased(name, kernel):
+  # Those of the exponential families: test_exponential.
+  fm = sf.feature_map(
+    name,
+    "iid",
+    num_features=32,
+    component_kwargs={"kernel": kernel, "centred": True},
+  )
+  assert fm.info.name == f"c_{name}-iid"
+  stats = calibrated(fm)
+  samples = estimates(fm, jax.random.key(1), PAIRS, 4_000, stats=stats)
+  variables = fm.init(jax.random.key(0), head_dim=4)
+  x, y = jnp.asarray(PAIRS[:, 0]), jnp.asarray(PAIRS[:, 1])
+  scores = standard_scores(samples, fm.kernel(variables, x, y, stats=stats))
+  assert np.all(np.abs(scores) < 4.0), scores
 
 
 def test_gaussian_centre_is_the_mean_of_both_means():
@@ -172,4 +193,3 @@ def test_causal_attention_refuses_batch_centres():
     is_causal=True,
   )
   assert out.shape == x.shape
-  assert TrigRF().info.name == "trigrf"

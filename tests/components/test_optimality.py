@@ -175,14 +175,13 @@ def test_opposite_scales_are_balanced_and_bounded():
 @pytest.mark.parametrize("case", ["sderf", "aderf", "asderf"])
 def test_fewer_tokens_than_dimensions_keep_maps_inverse(case):
   # Singular second moments: G may be poor, but G^-T must be its inverse.
-  query, key = data(num_queries=3, num_keys=2, head_dim=32)
+  query, key = data(num_queries=5, num_keys=4, head_dim=64)
   stats = state_of(component_of(case), query, key).stats
   query_map, key_map = (
     matrix_of(stats[f"{side}_map"]) for side in ("query", "key")
   )
-  scale = np.linalg.norm(query_map, 2) * np.linalg.norm(key_map, 2)
-  # float32 products of size `scale`, summed over 32 terms.
-  error = np.abs(query_map.T @ key_map - np.eye(32)).max()
-  assert error < 1e-6 * max(scale, 1.0), (error, scale)
+  # float32 rounding of G^-T; seven times that without the Newton step.
+  error = np.abs(query_map.T @ key_map - np.eye(64)).max()
+  assert error < 1e-6, error
   dots = (query @ query_map.T) @ (key @ key_map.T).T
   np.testing.assert_allclose(dots, query @ key.T, rtol=1e-4, atol=1e-5)

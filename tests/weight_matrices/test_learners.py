@@ -193,7 +193,7 @@ def test_model_redraw_changes_the_noise_alone(name):
   assert redrawn.params is params
 
 
-@pytest.mark.parametrize("name", set(LEARNERS) - set(REDRAWABLE))
+@pytest.mark.parametrize("name", sorted(set(LEARNERS) - set(REDRAWABLE)))
 def test_parameters_that_are_the_matrix_cannot_be_redrawn(name):
   fm = sf.feature_map("posrf", name, num_features=13)
   with pytest.raises(ValueError, match=f"'{name}' cannot be redrawn"):
