@@ -74,7 +74,7 @@ def default_workdir(config) -> Path:
 
 
 def set_up_logging() -> None:
-  """Time and text of each line; without orbax's diary of every save."""
+  """Time and text of each line; of other packages only warnings."""
   handler = logging.get_absl_handler()
   handler.setFormatter(
     python_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
@@ -82,7 +82,7 @@ def set_up_logging() -> None:
   handler.addFilter(
     lambda record: (
       record.levelno > python_logging.INFO
-      or "orbax" not in Path(record.pathname).parts
+      or "spectraformer_jax" in Path(record.pathname).parts
     )
   )
 

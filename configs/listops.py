@@ -18,7 +18,11 @@ Transformer 36.37 %, Performer 18.01 %, the authors' figures. It differs:
 positions are learnt, and the learning rate falls linearly, not with the root of
 the step.
 
-listops.py:quick: a short run to see that it learns; no figure is published.
+listops.py:quick: the same task, lengths and model; 600 steps of 16 at 1e-3 with
+cosine decay and global-norm clipping. No figure is published. It should reach
+what the root operator alone tells, 36.2 %; the commonest label gives 17.0 %.
+
+Test accuracy is that of the best-dev parameters; the last ones' is beside it.
 """
 
 from configs import common
@@ -33,9 +37,11 @@ def get_config(variant=None):
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 100
     config.optim.clip = "global_norm"
-    config.train.num_steps = 1000
+    config.train.num_steps = 600
     config.train.batch_size = 16
-    config.eval.every = 250
+    config.eval.every = 200
+    config.checkpoint.every = 100
+    config.logging.every = 10
   if variant == "lra":
     common.set_model(
       config, embed_dim=512, num_layers=4, num_heads=8, head_dim=64

@@ -157,7 +157,7 @@ def check_pair(component_name, matrix_name):
   variables = jax.jit(init)(jax.random.key(0))
   inputs = draw_inputs(1, 3, 3, batch=1)
   stats = None
-  if component.needs_stats:
+  if feature_map.info.needs_stats:
     stats = jax.jit(feature_map.calibrate)(variables, *inputs[:2])
   is_causal = component.info.causal_safe
 
@@ -216,7 +216,7 @@ def test_every_pair_builds():
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
 def test_causal_needs_statistics_of_the_past(name):
   feature_map = build(name, usual_matrix(name))
-  if not feature_map.component.needs_stats:
+  if not feature_map.info.needs_stats:
     pytest.skip("No statistics.")
   variables = feature_map.init(jax.random.key(0), head_dim=HEAD_DIM)
   inputs = draw_inputs(1, 3, 3, batch=1)

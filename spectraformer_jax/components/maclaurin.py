@@ -180,14 +180,15 @@ class Maclaurin(Component):
     return self.max_degree
 
   def draw(self, rng, num_features, head_dim):
-    """See `Component.draw`: the degrees."""
+    """See `Component.draw`: the degrees, exact in any float dtype."""
     log_p = jnp.asarray(self._log_p(head_dim), jnp.float32)
-    return {"degree": jax.random.categorical(rng, log_p, shape=(num_features,))}
+    degree = jax.random.categorical(rng, log_p, shape=(num_features,))
+    return {"degree": degree.astype(jnp.float32)}
 
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""
     del side
-    x, degree = self._inside(x), state.random["degree"]
+    x, degree = self._inside(x), state.random["degree"].astype(jnp.int32)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
     size = jax.lax.stop_gradient(jnp.where(norm > 0.0, norm, 1.0))
     factors = jnp.reshape(

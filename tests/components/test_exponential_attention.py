@@ -16,8 +16,15 @@ from tests.components.exponentials import (
 
 HEAD_DIM = 8
 
-# What is tried at all scales by default; the others share their formulas.
-EXTREME = (*SMALL, "gerf_complex", "gerf_learn_sigmoid", "c_asderf")
+# The contract battery tries every component as it is; these have options.
+WITH_OPTIONS = (
+  "gerf_complex",
+  "gerf_minus_complex",
+  "gerf_learn_sigmoid",
+  "perdim",
+  "c_posrf",
+  "c_asderf",
+)
 
 
 def make(length=12, keys=None, batch=2, heads=2, dtype=jnp.float32):
@@ -112,7 +119,7 @@ def test_large_norms_stay_accurate(case):
 @pytest.mark.parametrize(
   "case",
   [
-    case if case in EXTREME else pytest.param(case, marks=pytest.mark.slow)
+    case if case in WITH_OPTIONS else pytest.param(case, marks=pytest.mark.slow)
     for case in CASES
   ],
 )
@@ -156,7 +163,7 @@ def test_no_nan_at_any_scale(case, dtype):
     assert bool(jnp.all(jnp.abs(out) <= bound * 1.01))
 
 
-@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("case", ["gerf_complex", "perdim", "c_asderf"])
 def test_padding_and_neighbours_do_not_matter(case):
   # T6, T7, T9, T10: hidden keys, other examples, T != S.
   fm = build(case, 16, "orf")

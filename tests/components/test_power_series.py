@@ -61,8 +61,9 @@ def test_laws_and_coefficients():
 
 def test_degrees_follow_their_law():
   fm = build("maclaurin", num_features=20_000, degrees="poisson", rate=1.5)
-  degree = fm.init(jax.random.key(0), head_dim=1).projection["component"]
-  counts = np.bincount(np.asarray(degree["degree"][0]), minlength=9) / 20_000
+  projection = fm.init(jax.random.key(0), head_dim=1).projection
+  degree = np.asarray(projection["component"]["degree"][0], int)
+  counts = np.bincount(degree, minlength=9) / 20_000
   law = np.exp(log_degree_law(1.5, 8))
   deviation = np.sqrt(law * (1 - law) / 20_000)
   assert np.all(np.abs(counts - law) < 4 * deviation + 1e-4)

@@ -36,7 +36,8 @@ def gaussian_law():
   return get_row_law("gaussian")
 
 
-def _make(matrix, rng, num_rows, head_dim):
+def fresh(matrix, rng, num_rows, head_dim):
+  """Fresh params and projection of one head."""
   params_rng, projection_rng = jax.random.split(rng)
   return (
     matrix.init(params_rng, num_rows, head_dim),
@@ -45,11 +46,11 @@ def _make(matrix, rng, num_rows, head_dim):
 
 
 def make(matrix, num_rows, head_dim, seed=0):
-  """Fresh params and projection of one head."""
+  """`fresh`, compiled."""
   return _jitted_make(matrix, jax.random.key(seed), num_rows, head_dim)
 
 
-_jitted_make = quick_jit(_make, static_argnums=(0, 2, 3))
+_jitted_make = quick_jit(fresh, static_argnums=(0, 2, 3))
 
 
 def rows_of(matrix, params, projection, context=()):
@@ -79,7 +80,7 @@ def initial_draws(matrix, num_rows, head_dim, num_draws):
   @quick_jit
   @jax.vmap
   def draw(rng):
-    return matrix.rows(*_make(matrix, rng, num_rows, head_dim))
+    return matrix.rows(*fresh(matrix, rng, num_rows, head_dim))
 
   sample = draw(jax.random.split(jax.random.key(0), num_draws))
   w = np.asarray(sample.w, np.float64)

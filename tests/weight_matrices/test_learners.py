@@ -18,6 +18,7 @@ from tests.statistics import standard_scores
 from tests.weight_matrices.learner_samples import (
   LEARNERS,
   REDRAWABLE,
+  fresh,
   initial_draws,
   make,
   quick_jit,
@@ -69,7 +70,9 @@ def test_shapes_and_dtypes(name, size):
   num_rows, head_dim = size
   matrix = WEIGHT_MATRICES.build(name)
   matrix.check(num_rows, head_dim)
-  params, projection = jax.eval_shape(lambda: make(matrix, num_rows, head_dim))
+  params, projection = jax.eval_shape(
+    lambda rng: fresh(matrix, rng, num_rows, head_dim), jax.random.key(0)
+  )
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.float32.dtype}
   rows = jax.eval_shape(matrix.rows, params, projection)
   assert rows.w.shape == size and rows.w.dtype == jnp.float32

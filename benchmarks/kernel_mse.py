@@ -1,0 +1,260 @@
+"""Relative error of each component's kernel estimate, from closed forms.
+
+    python benchmarks/kernel_mse.py --csv=kernel_mse.csv
+
+Queries and keys are N(0, scale^2 I). The expected squared error of an estimate
+from M independent rows, over the squared kernel, is taken from
+`Component.log_second_moment`; nothing is sampled but the inputs. Data-dependent
+parameters are solved for on the same queries and keys. Columns:
+
+  geo      geometric mean over pairs of the error's ratio to that of PosRF
+  geo F/M  the same at equal feature dim
+  median   median over pairs of the relative squared error itself
+
+each beside a verified reference figure, which holds at the default sizes, and
+the range of geo over seeds: errors grow like exp(|x + y|^2), so that one set of
+inputs is not like another. That of the reference has a mean |x + y|^2 of 15.6,
+16 is expected. A row whose geo is off by more than a factor of 1.5 is flagged.
+"""
+
+import argparse
+import csv
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from spectraformer_jax.components import (
+  Component,
+  ComponentState,
+  build_component,
+)
+from spectraformer_jax.kernels import KERNELS
+
+TOLERANCE = 1.5  # factor
+# Degrees enough that the kernel is exp(x.y) within rounding, and the rate that
+# suits the default sizes: the mean of |x| |y|.
+SERIES = {"max_degree": 24}
+POISSON = SERIES | {"degrees": "poisson", "rate": 8.0}
+
+
+class Row(NamedTuple):
+  """A component with options, and the reference figures."""
+
+  label: str
+  component: str
+  options: dict
+  geo: float
+  geo_equal_width: float
+  median: float
+
+
+class Result(NamedTuple):
+  """What was found for a row; all None where no formula is known."""
+
+  row: Row
+  geo: float | None
+  geo_range: tuple[float, float] | None
+  geo_equal_width: float | None
+  median: float | None
+
+
+ROWS = (
+  Row("posrf", "posrf", {}, 1.0, 1.0, 3.4e4),
+  Row("posrf_hyp", "posrf_hyp", {}, 0.50, 1.0, 1.7e4),
+  Row("trigrf", "trigrf", {}, 0.48, 0.96, 1.7e4),
+  Row("oprf", "oprf", {}, 2.2e-3, 2.2e-3, 89),
+  Row("oprf_hyp", "oprf_hyp", {}, 1.1e-3, 2.2e-3, 45),
+  Row("saderf", "saderf", {}, 2.1e-3, 2.1e-3, 86),
+  Row(
+    "saderf, per dimension",
+    "saderf",
+    {"per_dimension": True},
+    2.1e-3,
+    2.1e-3,
+    86,
+  ),
+  Row("aderf", "aderf", {}, 1.4e-3, 1.4e-3, 59),
+  Row("sderf", "sderf", {}, 1.7e-3, 1.7e-3, 73),
+  Row("asderf", "asderf", {}, 1.1e-3, 1.1e-3, 48),
+  Row(
+    "posrf, centred",
+    "posrf",
+    {"centred": True, "statistics": "batch"},
+    0.86,
+    0.86,
+    2.9e4,
+  ),
+  Row("poisrf", "poisrf", {}, 0.95, 0.95, 2.1e4),
+  Row("geomrf", "geomrf", {}, 0.30, 0.30, 8.2e3),
+  Row("maclaurin, geometric", "maclaurin", SERIES, 78, 78, 2.1e6),
+  Row("maclaurin, poisson", "maclaurin", POISSON, 0.97, 0.97, 2.4e4),
+  Row("hrf, angular, n=8", "hrf", {}, 1.18, 42, 4.1e4),
+)
+
+
+def log_relative_errors(
+  component: Component, query: jax.Array, key: jax.Array, num_rows: int
+) -> np.ndarray:
+  """Log of the expected squared error over K^2, of every pair.
+
+  Args:
+    component: of the softmax kernel K.
+    query: ``[T, H]`` float32, scaled.
+    key: ``[S, H]`` float32, scaled.
+    num_rows: M, independent.
+
+  Returns:
+    ``[T, S]`` float64.
+
+  Raises:
+    NotImplementedError: the component's second moment is not known.
+  """
+  log_second, mean, kernel = (
+    np.asarray(leaf, np.float64) for leaf in _moments(component, query, key)
+  )
+  second = np.exp(log_second - 2.0 * np.log(kernel))
+  # The mean is the kernel, but for a series that was cut off.
+  mean = mean / kernel
+  return np.log((second - mean**2) / num_rows + (mean - 1.0) ** 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moments(component, query, key):
+  """Log second moment, mean and softmax kernel of all pairs."""
+  stats = ()
+  if component.needs_stats:
+    stats = component.solve(component.moments(query, key, None, None))
+  state = ComponentState({}, {}, stats)
+  x, y = query[:, None, :], key[None, :, :]
+  return (
+    component.log_second_moment(x, y, state),
+    component.kernel_value(x, y, state),
+    KERNELS["softmax"](x, y),
+  )
+
+
+def measure(
+  *, num_rows: int, head_dim: int, num_points: int, scale: float, seeds: int
+) -> list[Result]:
+  """Results of all rows, averaged (geometrically) over seeds."""
+  samples = {row.label: [] for row in ROWS}
+  for seed in range(seeds):
+    query_rng, key_rng = jax.random.split(jax.random.key(seed))
+    query, key = (
+      scale * jax.random.normal(rng, (num_points, head_dim))
+      for rng in (query_rng, key_rng)
+    )
+    reference = log_relative_errors(
+      build_component("posrf"), query, key, num_rows
+    )
+    for row in ROWS:
+      component = build_component(row.component, row.options)
+      try:
+        errors = log_relative_errors(component, query, key, num_rows)
+      except NotImplementedError:
+        continue
+      samples[row.label].append(
+        (np.mean(errors - reference), np.median(errors))
+      )
+  return [_result(row, samples[row.label], num_rows, head_dim) for row in ROWS]
+
+
+def _result(row, samples, num_rows, head_dim) -> Result:
+  """The mean over seeds."""
+  if not samples:
+    return Result(row, None, None, None, None)
+  geo, median = np.exp(np.mean(samples, axis=0)).tolist()
+  least, most = (math.exp(pick(samples)[0]) for pick in (min, max))
+  component = build_component(row.component, row.options)
+  width = component.feature_dim(num_rows, head_dim) / num_rows
+  return Result(row, geo, (least, most), geo * width, median)
+
+
+def verdict(result: Result) -> str:
+  """Whether geo is within tolerance of the reference."""
+  if result.geo is None:
+    return "no formula"
+  off = max(result.geo / result.row.geo, result.row.geo / result.geo)
+  return "ok" if off <= TOLERANCE else f"off by a factor {off:.2f}"
+
+
+HEADER = (
+  "component",
+  "geo",
+  "over seeds",
+  "ref.",
+  "geo F/M",
+  "ref. ",
+  "median",
+  "ref.  ",
+  "verdict",
+)
+
+
+def cells(result: Result) -> list[str]:
+  """One line of the table."""
+  figure = lambda value: "-" if value is None else f"{value:.3g}"
+  row = result.row
+  return [
+    row.label,
+    figure(result.geo),
+    "-" if result.geo is None else " to ".join(map(figure, result.geo_range)),
+    figure(row.geo),
+    figure(result.geo_equal_width),
+    figure(row.geo_equal_width),
+    figure(result.median),
+    figure(row.median),
+    verdict(result),
+  ]
+
+
+def main(argv: Sequence[str] | None = None) -> list[Result]:
+  """Measures, prints and, if asked to, writes CSV; returns the results."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--num_rows", type=int, default=128)
+  parser.add_argument("--head_dim", type=int, default=32)
+  parser.add_argument(
+    "--num_points", type=int, default=128, help="queries, and as many keys"
+  )
+  parser.add_argument("--scale", type=float, default=0.5)
+  parser.add_argument("--seeds", type=int, default=5)
+  parser.add_argument("--csv", help="file to write")
+  args = parser.parse_args(argv)
+  results = measure(
+    num_rows=args.num_rows,
+    head_dim=args.head_dim,
+    num_points=args.num_points,
+    scale=args.scale,
+    seeds=args.seeds,
+  )
+  table = Table(
+    title=f"Kernel error against PosRF, H={args.head_dim}, M={args.num_rows}, "
+    f"scale {args.scale}, {args.num_points}^2 pairs, {args.seeds} seeds"
+  )
+  for name in HEADER:
+    left = name in ("component", "verdict")
+    table.add_column(name, justify="left" if left else "right", no_wrap=True)
+  for result in results:
+    table.add_row(*cells(result))
+  Console().print(table)
+  if args.csv:
+    with open(args.csv, "w", newline="") as file:
+      writer = csv.writer(file)
+      writer.writerow(
+        ("component", "geo", "geo_range", "geo_reference", "geo_equal_width")
+        + ("geo_equal_width_reference", "median", "median_reference", "verdict")
+      )
+      writer.writerows(cells(result) for result in results)
+  return results
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,72 @@
+import csv
+
+import numpy as np
+import pytest
+
+from benchmarks import weight_matrix_mse as script
+from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  path = tmp_path_factory.mktemp("mse") / "table.csv"
+  lines = script.main(
+    ["--draws=300", "--matrices", "iid", "orf", "mm", f"--csv={path}"]
+  )
+  with open(path, newline="") as file:
+    assert list(csv.reader(file)) == lines
+  header, *rows = lines
+  return {
+    (row[0], int(row[1])): dict(zip(header, row, strict=True)) for row in rows
+  }
+
+
+def test_iid_rows_have_the_closed_form_variance(run):
+  # 300 draws, averages of 64 pairs: standard errors 3 to 7 %.
+  for num_rows in (32, 128):
+    row = run["iid", num_rows]
+    for name in ("trig.2", "trig.1", "pos.1"):
+      assert float(row[name]) == pytest.approx(1.0, abs=0.2), (num_rows, name)
+
+
+def test_orthogonal_rows_gain(run):
+  assert float(run["orf", 128]["trig.1"]) < 0.12
+  assert float(run["orf", 32]["trig.2"]) == pytest.approx(0.378, rel=0.15)
+
+
+def test_matrices_that_need_more_rows_than_columns_are_skipped(run):
+  assert set(run) == {
+    ("iid", 32),
+    ("iid", 128),
+    ("orf", 32),
+    ("orf", 128),
+    ("mm", 128),
+  }
+
+
+def test_every_matrix_has_a_row_and_every_row_a_reference():
+  assert {row.matrix for row in script.ROWS} == {
+    name for name in WEIGHT_MATRICES.names() if name != "none"
+  }
+  assert {row.reference for row in script.ROWS} == set(script.REFERENCE)
+
+
+def test_a_figure_outside_the_tolerance_is_flagged():
+  row = script.Row("orf", {}, "orf", "a note")
+  reference = np.array(script.REFERENCE["orf"][1])
+  result = script.Result(row, 128, reference.copy(), 0 * reference, reference)
+  assert script.verdict(result) == "ok (a note)"
+  result.ratios[1:3] *= 1.2  # pos.2 may be off by 30 %
+  assert script.verdict(result) == "trig.1 (a note)"
+
+
+def test_draw_times():
+  header, *lines = script.main(["--draw_time", "--matrices", "iid", "orf"])
+  assert header[:2] == ["matrix", "ms"]
+  assert [line[0] for line in lines] == ["iid", "orf"]
+  assert all(float(line[1]) > 0 for line in lines)
+
+
+def test_an_unknown_matrix_is_named():
+  with pytest.raises(ValueError, match="Did you mean 'orf'"):
+    script.main(["--matrices", "orff"])
