@@ -215,25 +215,28 @@ def draw_rows(
 
 
 def error_ratios(
-  matrix: WeightMatrix, x: jax.Array, y: jax.Array, num_rows: int, draws: int
+  matrix: WeightMatrix, num_rows: int, *, head_dim: int, pairs: int, draws: int
 ) -> np.ndarray:
   """Squared errors over the variance of iid rows, averaged over pairs.
 
   Args:
     matrix: W.
-    x: ``[P, H]``, of unit variance.
-    y: ``[P, H]``, of unit variance.
     num_rows: M.
+    head_dim: H.
+    pairs: to average over, new ones for each draw: the ratios of the better
+      matrices grow with |x - y|^2, and one set of pairs is not like another.
     draws: R.
 
   Returns:
     ``[R, 4]``, in the order of `COLUMNS`.
   """
-  apart = jnp.sum(jnp.square(x - y), axis=-1)
-  together = jnp.sum(jnp.square(x + y), axis=-1)
 
   def one_draw(rng):
-    sample = draw_rows(matrix, rng, num_rows, x.shape[-1])
+    rng, pair_rng = jax.random.split(rng)
+    x, y = jax.random.normal(pair_rng, (2, pairs, head_dim))
+    apart = jnp.sum(jnp.square(x - y), axis=-1)
+    together = jnp.sum(jnp.square(x + y), axis=-1)
+    sample = draw_rows(matrix, rng, num_rows, head_dim)
     weight = jnp.full((num_rows,), 1.0 / num_rows)
     if sample.log_weight is not None:
       weight = weight * jnp.exp(sample.log_weight)
@@ -269,9 +272,6 @@ def measure(
   draws: int,
 ):
   """Yields the `Result` of each row and size that fit."""
-  x_rng, y_rng = jax.random.split(jax.random.key(0))
-  x = jax.random.normal(x_rng, (pairs, head_dim))
-  y = jax.random.normal(y_rng, (pairs, head_dim))
   for row in rows:
     matrix = WEIGHT_MATRICES.build(row.matrix, row.options)
     for place, size in enumerate(sizes):
@@ -280,7 +280,9 @@ def measure(
         matrix.check(num_rows, head_dim)
       except ValueError:
         continue
-      samples = error_ratios(matrix, x, y, num_rows, draws)
+      samples = error_ratios(
+        matrix, num_rows, head_dim=head_dim, pairs=pairs, draws=draws
+      )
       reference = REFERENCE[row.reference][min(place, 1)]
       yield Result(
         row,
@@ -387,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
   )
   parser.add_argument("--matrices", nargs="*", help="names; all if left out")
   parser.add_argument("--draws", type=int, default=2000)
-  parser.add_argument("--pairs", type=int, default=64)
+  parser.add_argument("--pairs", type=int, default=64, help="in each draw")
   parser.add_argument("--head_dim", type=int, default=32)
   parser.add_argument("--sizes", type=int, nargs=2, default=(32, 128))
   parser.add_argument("--draw_time", action="store_true")

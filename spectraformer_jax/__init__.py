@@ -21,14 +21,14 @@ from spectraformer_jax.attention import (
   spectral_attention,
 )
 from spectraformer_jax.components import list_components
-from spectraformer_jax.feature_maps import (
-  FeatureMap,
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.kernels import exact_attention
+from spectraformer_jax.linear_attention import linear_attention
+from spectraformer_jax.pairs import (
   compose,
   feature_map,
   list_feature_maps,
 )
-from spectraformer_jax.kernels import exact_attention
-from spectraformer_jax.linear_attention import linear_attention
 from spectraformer_jax.typing import FeatureVariables, LogFeatures, WeightSample
 from spectraformer_jax.weight_matrices import list_weight_matrices
 

@@ -1,21 +1,24 @@
 """Feature maps: any component function on any weight matrix, phi = f o W."""
 
 import dataclasses
-import functools
-import math
-import warnings
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.components import (
-  COMPONENTS,
-  Component,
-  ComponentState,
-  build_component,
+from spectraformer_jax.components import Component, ComponentState
+from spectraformer_jax.feature_parts import (
+  FeatureMapInfo,
+  Prepared,
+  cast_floats,
+  cast_like,
+  check_head_dim,
+  check_redrawable,
+  check_sizes,
+  check_stats,
+  check_x,
+  drop_empty,
+  weigh_rows,
 )
 from spectraformer_jax.heads import lead_with_batch, over_examples_and_heads
 from spectraformer_jax.typing import (
@@ -26,41 +29,9 @@ from spectraformer_jax.typing import (
   Side,
   WeightSample,
 )
-from spectraformer_jax.weight_matrices import (
-  WEIGHT_MATRICES,
-  WeightMatrix,
-  get_row_law,
-)
+from spectraformer_jax.weight_matrices import WeightMatrix, get_row_law
 
 SIDES = ("query", "key")
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureMapInfo:
-  """Static facts about a pair.
-
-  Attributes:
-    name: "component-matrix".
-    positive: features are never negative (component and row weights).
-    unbiased: the estimate's mean is exactly the kernel (exact or weighted
-      marginals); otherwise see the matrix's docstring for the bias.
-    learnable: the weight matrix has trainable parameters, so there is no fixed
-      kernel to compare with.
-    needs_stats: features need data-dependent `stats`.
-  """
-
-  name: str
-  positive: bool
-  unbiased: bool
-  learnable: bool
-  needs_stats: bool
-
-
-class Prepared(NamedTuple):
-  """Rows and component state per example and head; see `FeatureMap.prepare`."""
-
-  rows: WeightSample
-  state: ComponentState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +103,11 @@ class FeatureMap:
 
   def init_params(self, rng: Array, *, head_dim: int, num_heads: int = 1):
     """The `params` of `init` alone."""
-    self._check_sizes(head_dim, num_heads)
+    check_sizes(self, head_dim, num_heads)
 
     def one_head(rng):
       component_rng, matrix_rng = jax.random.split(rng)
-      return _drop_empty(
+      return drop_empty(
         component=self.component.init(component_rng, head_dim),
         rows=self._init_rows(matrix_rng, head_dim),
       )
@@ -152,12 +123,12 @@ class FeatureMap:
     dtype: Any = jnp.float32,
   ):
     """The `projection` of `init` alone."""
-    self._check_sizes(head_dim, num_heads)
+    check_sizes(self, head_dim, num_heads)
     law = get_row_law(self.component.info.row_law)
 
     def one_head(rng):
       component_rng, matrix_rng = jax.random.split(rng)
-      return _drop_empty(
+      return drop_empty(
         component=self.component.draw(
           component_rng, self.num_features, head_dim
         ),
@@ -165,9 +136,7 @@ class FeatureMap:
       )
 
     drawn = jax.vmap(one_head)(jax.random.split(rng, num_heads))
-    return jax.tree.map(
-      lambda leaf: leaf.astype(dtype) if _is_float(leaf) else leaf, drawn
-    )
+    return cast_floats(drawn, dtype)
 
   def redraw(self, rng: Array, variables: FeatureVariables) -> FeatureVariables:
     """New projection of the same shapes, same params. Works inside jit.
@@ -175,21 +144,15 @@ class FeatureMap:
     Raises:
       ValueError: the weight matrix cannot be redrawn.
     """
-    if not self.weight_matrix.info.redrawable:
-      raise ValueError(
-        f"weight matrix {self.weight_matrix.info.name!r} cannot be redrawn: "
-        "its rows are fixed once it is initialised."
-      )
+    check_redrawable(self.weight_matrix)
     leaves = jax.tree.leaves(variables.projection)
     if not leaves:
       return variables
     head_dim = variables.projection["rows"]["w"].shape[-1]
-    floats = [leaf.dtype for leaf in leaves if _is_float(leaf)]
-    dtype = floats[0] if floats else jnp.float32
     projection = self.init_projection(
-      rng, head_dim=head_dim, num_heads=leaves[0].shape[0], dtype=dtype
+      rng, head_dim=head_dim, num_heads=leaves[0].shape[0]
     )
-    return FeatureVariables(variables.params, projection)
+    return variables._replace(projection=cast_like(projection, variables))
 
   def calibrate(
     self,
@@ -213,11 +176,8 @@ class FeatureMap:
       A pytree whose leaves have leading axes ``[B, N]``, without gradient;
       ``()`` for a map that needs none.
     """
-    return self.solve(
-      self.moments(
-        variables, query, key, key_mask=key_mask, query_mask=query_mask
-      )
-    )
+    masks = {"key_mask": key_mask, "query_mask": query_mask}
+    return self.solve(self.moments(variables, query, key, **masks))
 
   def moments(
     self,
@@ -230,13 +190,12 @@ class FeatureMap:
   ) -> PyTree:
     """The averages that `solve` turns into stats; leaves ``[B, N, ...]``.
 
-    They are means over positions, so they may be averaged over examples,
-    devices and time before `solve`: running statistics for causal attention.
-    Arguments as in `calibrate`.
+    Arguments as in `calibrate`. They are means over positions, so they may be
+    averaged over examples, devices and time before `solve`.
     """
 
     def one_head(variables, query, key, query_mask, key_mask):
-      return _drop_empty(
+      return drop_empty(
         component=self.component.moments(query, key, query_mask, key_mask)
         if self.component.needs_stats
         else (),
@@ -294,7 +253,7 @@ class FeatureMap:
       raise ValueError(f"side must be one of {SIDES}, got {side!r}.")
     self.check_inputs(variables, x)
     flat = jnp.reshape(x, (-1, *x.shape[-3:]))
-    _check_stats(stats, flat)
+    check_stats(stats, flat)
     prepared = self.prepare(variables, stats)
     out = self.prepared_features(
       prepared,
@@ -374,7 +333,7 @@ class FeatureMap:
       if position is not None:
         state = state._replace(position=position)
       out = self.component.log_features(x, rows, side, state)
-      return _weigh_rows(out, rows, side, self.num_features)
+      return weigh_rows(out, rows, side, self.num_features)
 
     return over_examples_and_heads(one_head)(prepared, x)
 
@@ -395,7 +354,8 @@ class FeatureMap:
       ``[..., T, N, F]`` float32.
 
     Example:
-      >>> fm = feature_map("trigrf", "orf", num_features=64)
+      >>> import spectraformer_jax as sf
+      >>> fm = sf.feature_map("trigrf", "orf", num_features=64)
       >>> v = fm.init(jax.random.key(0), head_dim=8)
       >>> x = jnp.full((1, 1, 8), 0.3)
       >>> phi = [fm.apply(v, x, side=side)[0, 0] for side in ("query", "key")]
@@ -478,223 +438,12 @@ class FeatureMap:
         lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])),
         jax.vmap(make)(params, projection),
       )
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rows)
-
-  def _check_sizes(self, head_dim: int, num_heads: int) -> None:
-    """ValueError for sizes that this pair cannot make."""
-    check_positive_int("head_dim", head_dim)
-    check_positive_int("num_heads", num_heads)
-    self.component.check(self.num_features, head_dim)
-    num_rows = self.num_rows // self.component.row_draws
-    self.weight_matrix.check(num_rows, head_dim)
+    return cast_floats(rows, jnp.float32)
 
   def check_inputs(self, variables: FeatureVariables, x: Array) -> None:
     """ValueError unless x fits the variables, and its length the component."""
-    leaves = jax.tree.leaves(variables)
-    if x.ndim < 3:
-      raise ValueError(
-        "x must be [..., length, heads, head_dim], got "
-        f"x.shape={x.shape}; reshape to add the missing axes."
-      )
-    self.component.check_length(x.shape[-3])
-    if not leaves or not self.num_rows:
-      return
-    heads = leaves[0].shape[0]
-    if heads not in (1, x.shape[-2]):
-      raise ValueError(
-        f"variables hold {heads} heads but x.shape={x.shape} has "
-        f"{x.shape[-2]}: init with num_heads={x.shape[-2]}, or 1 to share."
-      )
-    one_head = jax.tree.map(lambda leaf: leaf[0], variables)
-    head_dim = jax.eval_shape(self._rows, *one_head).w.shape[-1]
-    if head_dim != x.shape[-1]:
-      raise ValueError(
-        f"variables were made for head_dim={head_dim} but x.shape={x.shape} "
-        f"has {x.shape[-1]}."
-      )
-
-
-def _weigh_rows(
-  out: LogFeatures, rows: WeightSample, side: Side, num_features: int | None
-) -> LogFeatures:
-  """Adds 1/sqrt(M) and row weights; signs go to the query side alone."""
-  if num_features is None:
-    return out
-  log_magnitude = out.log_magnitude - 0.5 * math.log(num_features)
-  factor = out.factor
-  if rows.log_weight is None and rows.sign is None:
-    return LogFeatures(log_magnitude, factor)
-  size = log_magnitude.shape[-1] if factor is None else factor.shape[-1]
-  copies = size // rows.w.shape[0]
-  if rows.log_weight is not None:
-    log_magnitude += 0.5 * jnp.tile(rows.log_weight, copies)[None, :]
-  if rows.sign is not None and side == "query":
-    sign = jnp.tile(rows.sign, copies)[None, :]
-    factor = jnp.broadcast_to(sign, (*log_magnitude.shape[:-1], size)) * (
-      1.0 if factor is None else factor
-    )
-  return LogFeatures(log_magnitude, factor)
-
-
-def _is_float(leaf: Array) -> bool:
-  """Whether a leaf holds floats, not indices or bits."""
-  return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _drop_empty(**parts) -> dict[str, PyTree]:
-  """The parts that have leaves."""
-  return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
-
-
-def _check_stats(stats, x):
-  """ValueError unless leaves of stats lead with [B, N] of x, or ones."""
-  batch, heads = x.shape[0], x.shape[2]
-  for leaf in jax.tree.leaves(stats):
-    if leaf.ndim < 2 or not (
-      leaf.shape[0] in (1, batch) and leaf.shape[1] in (1, heads)
-    ):
-      raise ValueError(
-        f"stats must lead with [batch, heads] = [{batch}, {heads}] (or ones), "
-        f"got a leaf of shape {leaf.shape}."
-      )
-
-
-def feature_map(
-  component: str,
-  weight_matrix: str,
-  *,
-  num_features: int | None,
-  component_kwargs: Mapping[str, Any] | None = None,
-  weight_matrix_kwargs: Mapping[str, Any] | None = None,
-) -> FeatureMap:
-  """Builds a feature map by name.
-
-  Args:
-    component: a name of `list_components`.
-    weight_matrix: a name of `list_weight_matrices`.
-    num_features: M, per head; None for a component without rows (and weight
-      matrix "none").
-    component_kwargs: options of the component.
-    weight_matrix_kwargs: options of the weight matrix.
-
-  Returns:
-    A `FeatureMap`; equal arguments give the same object.
-
-  Raises:
-    ValueError: unknown name or option (the message has the nearest known one),
-      an option's bad value, or a pair that does not fit.
-
-  Example:
-    >>> fm = feature_map("oprf", "orf", num_features=128)
-    >>> fm is feature_map("oprf", "orf", num_features=128)
-    True
-  """
-  return compose(
-    build_component(component, component_kwargs),
-    WEIGHT_MATRICES.build(weight_matrix, weight_matrix_kwargs),
-    num_features=num_features,
-  )
-
-
-def compose(
-  component: Component,
-  weight_matrix: WeightMatrix,
-  *,
-  num_features: int | None,
-) -> FeatureMap:
-  """Builds a feature map from objects: your own, or those of the package.
-
-  Args:
-    component: f.
-    weight_matrix: W.
-    num_features: M, per head; None for a component without rows (and weight
-      matrix "none").
-
-  Returns:
-    A `FeatureMap`; equal arguments give the same object.
-
-  Raises:
-    ValueError: num_features is not a positive integer, or the pair does not
-      fit (the message has the reason).
-
-  Warns:
-    UserWarning: once per pair, where the component weighs rows by their norms
-      (OPRF and its kin) and the norms of the matrix are not Gaussian.
-
-  Example:
-    >>> from spectraformer_jax import components, weight_matrices
-    >>> f = components.OPRF(statistics="constant")
-    >>> compose(f, weight_matrices.ORF(), num_features=64).info.name
-    'oprf-orf'
-  """
-  reason = mismatch(component, weight_matrix)
-  if reason:
-    raise ValueError(reason)
-  if component.info.row_law != "none":
-    check_positive_int("num_features", num_features)
-  elif num_features is not None:
-    raise ValueError(
-      f"component {component.info.name!r} has no rows, so num_features must "
-      f"be None, got {num_features!r}."
-    )
-  return _compose(component, weight_matrix, num_features)
-
-
-@functools.cache
-def _compose(component, weight_matrix, num_features) -> FeatureMap:
-  """Same arguments, same object; what there is to warn of is said once."""
-  warning = _norm_bias(component, weight_matrix)
-  if warning:
-    warnings.warn(warning, stacklevel=3)
-  return FeatureMap(component, weight_matrix, num_features)
-
-
-def _norm_bias(component: Component, weight_matrix: WeightMatrix) -> str | None:
-  """What is wrong with this pair's row norms, in one line; None if nothing."""
-  f, w = component.info, weight_matrix.info
-  if not f.weighs_norms or w.learnable or w.marginals != "approximate":
-    return None
-  if getattr(weight_matrix, "norms", None) == "chi":
-    return None  # directions alone are approximate
-  return (
-    f"{f.name}-{w.name} is biased: the component weighs rows by "
-    f"exp(A|w|^2), and the row norms of weight matrix {w.name!r} are not those "
-    "of Gaussian rows. The bias grows exponentially in head_dim A^2 and does "
-    "not fall with num_features; matrices with exact marginals ('iid', 'orf', "
-    "'mm_chi') have none, and 'posrf' has far less."
-  )
-
-
-def mismatch(component: Component, weight_matrix: WeightMatrix) -> str | None:
-  """Why this pair cannot work, in one line; None if it can."""
-  f, w = component.info, weight_matrix.info
-  if f.row_law not in w.row_laws:
-    return (
-      f"component {f.name!r} needs rows of law {f.row_law!r}, weight matrix "
-      f"{w.name!r} makes {', '.join(w.row_laws)}."
-    )
-  if w.trig_only and f.family != "trigonometric":
-    return (
-      f"weight matrix {w.name!r} has heavy tails: only trigonometric "
-      f"components have finite variance with it, not {f.name!r}."
-    )
-  return None
-
-
-def list_feature_maps() -> tuple[tuple[str, str], ...]:
-  """Names (component, weight matrix) of all pairs that fit, sorted.
-
-  With default options each; an option can widen or narrow what fits.
-
-  Example:
-    >>> pairs = list_feature_maps()
-    >>> ("oprf", "orf") in pairs, ("oprf", "none") in pairs
-    (True, False)
-  """
-  matrices = {n: WEIGHT_MATRICES.build(n) for n in WEIGHT_MATRICES.names()}
-  return tuple(
-    (name, matrix_name)
-    for name in COMPONENTS.names()
-    for matrix_name, matrix in matrices.items()
-    if mismatch(COMPONENTS.build(name), matrix) is None
-  )
+    check_x(self.component, variables, x)
+    if jax.tree.leaves(variables) and self.num_rows:
+      one_head = jax.tree.map(lambda leaf: leaf[0], variables)
+      head_dim = jax.eval_shape(self._rows, *one_head).w.shape[-1]
+      check_head_dim(head_dim, x)

@@ -26,7 +26,8 @@ from spectraformer_jax.components import (
   ComponentState,
   TrigRF,
 )
-from spectraformer_jax.feature_maps import FeatureMap, compose, mismatch
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.pairs import compose, mismatch
 from spectraformer_jax.weight_matrices import (
   IID,
   ORF,

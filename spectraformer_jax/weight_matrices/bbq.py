@@ -40,7 +40,7 @@ class BBQ(Learner):
 
   References:
     Tompkins, Senanayake, Morere and Ramos, Black Box Quantiles for Kernel
-    Learning, 2019, section 4.
+    Learning, 2019.
 
   Example:
     >>> import jax, spectraformer_jax as sf
@@ -61,7 +61,7 @@ class BBQ(Learner):
     """Facts; marginals are those of the base."""
     return self.learner_info(
       name="bbq",
-      source="Tompkins et al. 2019, section 4",
+      source="Tompkins et al. 2019, Black Box Quantiles",
       summary="a learnable increasing function of each coordinate",
       good_for="product kernels of any shape; trigonometric maps first",
       cost="that of the base; num_pieces M H products at every step",

@@ -40,7 +40,7 @@ def fastfood_blocks(
   Example:
     >>> one = jnp.ones((1, 4))
     >>> w = fastfood_blocks(one, one, jnp.arange(4)[None], one)  # 2 H H
-    >>> bool(jnp.allclose(w, 2 * jnp.eye(4), atol=1e-6))
+    >>> bool(jnp.allclose(w[0], 2 * jnp.eye(4), atol=1e-6))
     True
   """
   n = signs.shape[-1]

@@ -39,8 +39,8 @@ class FastFoodLearnable(WeightMatrix):
 
   References:
     Yang, Smola, Song and Wilson, A la Carte: Learning Fast Kernels, 2014
-    (1412.6493), section 5; Chowdhury et al., On Learning the Transformer
-    Kernel, 2021 (2110.08323), FastFood-L.
+    (1412.6493); Chowdhury et al., On Learning the Transformer Kernel, 2021
+    (2110.08323), FastFood-RKS.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -56,7 +56,7 @@ class FastFoodLearnable(WeightMatrix):
     name="fastfood_learnable",
     group="learner",
     marginals="exact",
-    source="Yang et al. 2014, section 5 (1412.6493)",
+    source="Yang et al. 2014 (1412.6493)",
     summary="fastfood with learnable diagonals",
     good_for="a kernel learnt with few parameters; all components",
     constraint="any num_features, any head_dim (padded to a power of two)",

@@ -47,7 +47,7 @@ class Flow(Learner):
 
   References:
     Dinh, Sohl-Dickstein and Bengio, Density Estimation Using Real NVP, 2017
-    (1605.08803), equations 7 and 8.
+    (1605.08803), section 3.2.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -70,7 +70,7 @@ class Flow(Learner):
     """Facts; marginals are those of the base."""
     return self.learner_info(
       name="flow",
-      source="Dinh et al. 2017 (1605.08803), equations 7 and 8",
+      source="Dinh et al. 2017 (1605.08803), section 3.2",
       summary="affine couplings of the noise",
       good_for="kernels without a formula, with a known density",
       constraint=f"{self.base_matrix.info.constraint}; head_dim >= 2",

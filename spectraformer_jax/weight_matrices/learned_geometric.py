@@ -95,9 +95,9 @@ class LearnedORF(WeightMatrix):
   starts as "orf". The parameters are the matrix, so there is nothing to redraw.
 
   References:
-    Stewart, The Efficient Generation of Random Orthogonal Matrices, 1980,
-    section 3; as parameters: Mhammedi et al., Efficient Orthogonal
-    Parametrisation of RNNs Using Householder Reflections, 2017 (1612.00188).
+    Stewart, The Efficient Generation of Random Orthogonal Matrices, 1980; as
+    parameters: Mhammedi et al., Efficient Orthogonal Parametrisation of
+    Recurrent Neural Networks Using Householder Reflections, 2017 (1612.00188).
 
   Example:
     >>> import spectraformer_jax as sf
@@ -113,7 +113,7 @@ class LearnedORF(WeightMatrix):
     name="learned_orf",
     group="learner",
     marginals="exact",
-    source="Stewart 1980, section 3; Mhammedi et al. 2017 (1612.00188)",
+    source="Stewart 1980; Mhammedi et al. 2017 (1612.00188)",
     summary="orthogonal rows from learnable reflections, learnable norms",
     good_for="all components",
     constraint="any num_features, head_dim >= 2",
@@ -180,8 +180,8 @@ class LearnedRadial(Learner):
     ValueError: `num_pieces` is not an integer of at least 2; unknown `base`.
 
   References:
-    Tompkins et al., Black Box Quantiles for Kernel Learning, 2019, section 4,
-    for the norms of Yu et al., Orthogonal Random Features, 2016, equation 4.
+    Tompkins et al., Black Box Quantiles for Kernel Learning, 2019, for the
+    norms of Yu et al., Orthogonal Random Features, 2016, equation 4.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -205,7 +205,7 @@ class LearnedRadial(Learner):
     """Facts; marginals are those of the base."""
     return self.learner_info(
       name="learned_radial",
-      source="Tompkins et al. 2019, section 4; Yu et al. 2016, equation 4",
+      source="Tompkins et al. 2019; Yu et al. 2016, equation 4",
       summary="a learnable increasing function of the rows' norms",
       good_for="isotropic kernels of any shape, with few numbers to learn",
       cost="that of the base; num_pieces M products at every step",

@@ -19,6 +19,11 @@ class NoRows(WeightMatrix):
 
   References:
     None: it says in a pair's name that nothing is random.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> sf.feature_map("elu1", "none", num_features=None).info.name
+    'elu1-none'
   """
 
   info = WeightMatrixInfo(

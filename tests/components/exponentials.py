@@ -38,18 +38,6 @@ CASES = {
   "c_gerf_complex": ("gerf", {"a": -0.1 + 0.08j, "centred": True}),
   "c_asderf": ("asderf", {"centred": True}),
 }
-SMALL = {  # one of each mechanism, for tests that take a while each
-  name: CASES[name]
-  for name in (
-    "posrf_hyp",
-    "oprf_hyp",
-    "gerf_minus_complex",
-    "perdim",
-    "sderf",
-    "asderf",
-    "c_posrf",
-  )
-}
 
 
 def build(case, num_features=16, matrix="iid", **kwargs):

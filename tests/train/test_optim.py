@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from spectraformer_jax import nn
-from spectraformer_jax.feature_maps import feature_map
+from spectraformer_jax.pairs import feature_map
 from spectraformer_jax.train.config import default_config
 from spectraformer_jax.train.optim import (
   decay_mask,

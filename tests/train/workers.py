@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from spectraformer_jax import nn
-from spectraformer_jax.feature_maps import feature_map
+from spectraformer_jax.pairs import feature_map
 from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import loop, optim, parallel, state, steps
 
