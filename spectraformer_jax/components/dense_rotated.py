@@ -267,7 +267,7 @@ def _align(query_square: Array, key_square: Array) -> tuple[Array, Array]:
     for m, size in zip((query_square, key_square), sizes, strict=True)
   )
   root = jnp.linalg.cholesky(query_square)
-  squares, axes = jnp.linalg.eigh(root.T @ key_square @ root)
+  squares, axes = _pinned_eigh(root.T @ key_square @ root)
   # Eigenvalues below the rounding of the largest one are noise.
   squares = jnp.maximum(squares, 1e-6 * squares[-1])
   scale = (balance(*sizes) * squares**0.25)[:, None]
@@ -280,9 +280,24 @@ def _principal_axes(moments, query_map: Array, key_map: Array) -> Array:
   query_mean = query_map @ moments["query_mean"]
   key_mean = key_map @ moments["key_mean"]
   crossed = jnp.outer(query_mean, key_mean)
-  return jnp.linalg.eigh(
+  return _pinned_eigh(
     query_map @ moments["query_square"] @ query_map.T
     + key_map @ moments["key_square"] @ key_map.T
     + crossed
     + crossed.T
   )[1]
+
+
+def _pinned_eigh(matrix: Array) -> tuple[Array, Array]:
+  """Eigenvalues and eigenvectors that rounding does not flip or rotate.
+
+  Signs, and axes of equal eigenvalues (fewer positions than dimensions), are
+  arbitrary; left to rounding, they would depend on padding and on the batch. A
+  slight slope on the diagonal and a fixed direction decide them.
+  """
+  size = matrix.shape[-1]
+  steps = jnp.arange(size, dtype=matrix.dtype)
+  slope = 1e-4 * jnp.trace(matrix) / size**2 * steps
+  values, vectors = jnp.linalg.eigh(matrix + jnp.diag(slope))
+  towards = jnp.cos(steps) @ vectors
+  return values, vectors * jnp.where(towards < 0.0, -1.0, 1.0)[None, :]

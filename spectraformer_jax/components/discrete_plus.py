@@ -29,7 +29,10 @@ class Shifted(Discrete):
       positive=self.statistics == "batch",
       variance=f"{super().info.variance}, at x - c and y - c",
       good_for="a discrete map whose normalizers are positive",
-      avoid="low variance: the shift makes |x - c| |y - c| large",
+      avoid=(
+        "causal attention with statistics='batch'; training, as gradients are "
+        "large at the least coordinates"
+      ),
     )
 
   def init(self, rng, head_dim):
@@ -81,7 +84,8 @@ class PoisRFPlus(Shifted, PoisRF):
   head, just below the least value of each coordinate: every coordinate of x - c
   is then positive, and so are all features. (The Gaussian kernel does not
   change when both sides are shifted.) The second moment of one row is that of
-  :class:`PoisRF` at x - c and y - c, usually far larger: the price of the sign.
+  :class:`PoisRF` at x - c and y - c, usually far larger: the price of the sign
+  (which :class:`GeomRFPlus` hardly pays).
 
   Unbiased for every c. Positivity holds where c is below all that is mapped:
   with "batch", which looks. A running average of minima, a learned or a
@@ -133,8 +137,9 @@ class GeomRFPlus(Shifted, GeomRF):
   .. math::
     f^+(n, x) = e^{x \cdot c - |c|^2/2} f(n, x - c)
 
-  with f of :class:`GeomRF` and c as for :class:`PoisRFPlus`, where all that is
-  said of positivity holds here, too.
+  with f of :class:`GeomRF` and c as for :class:`PoisRFPlus`: all that is said
+  there of positivity holds here, too. The second moment of one row is that of
+  :class:`GeomRF` at x - c and y - c.
 
   Args:
     kernel: "softmax" or "gaussian".
