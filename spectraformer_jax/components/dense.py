@@ -34,6 +34,7 @@ class DenseExponential(OptimalPositive):
 
   Parameters are "rho" (:math:`1/(1 - 8A)`, a scalar or ``[H]``) and the two
   maps, "query_map" and "key_map": ``[H]`` where diagonal, else ``[H, H]``.
+  The methods that make maps return both in a dictionary.
   """
 
   @property
@@ -41,7 +42,7 @@ class DenseExponential(OptimalPositive):
     """Whether A is one number for all coordinates."""
     raise NotImplementedError
 
-  def best_maps(self, moments: PyTree) -> tuple[Array, Array]:
+  def best_maps(self, moments: PyTree) -> dict[str, Array]:
     """The best G and its inverse transpose for data with these moments."""
     raise NotImplementedError
 
@@ -49,7 +50,7 @@ class DenseExponential(OptimalPositive):
     """Learnable parameters of G, at the identity."""
     raise NotImplementedError
 
-  def learned_maps(self, params: Params) -> tuple[Array, Array]:
+  def learned_maps(self, params: Params) -> dict[str, Array]:
     """G and its inverse transpose from learnable parameters."""
     raise NotImplementedError
 
@@ -72,7 +73,8 @@ class DenseExponential(OptimalPositive):
 
   def solve(self, moments):
     """See `Component.solve`."""
-    query_map, key_map = self.best_maps(moments)
+    maps = self.best_maps(moments)
+    query_map, key_map = maps["query_map"], maps["key_map"]
     # Mean square of each coordinate of x' + y', over all pairs.
     spread = (
       _mean_square(query_map, moments["query_square"])
@@ -87,7 +89,7 @@ class DenseExponential(OptimalPositive):
       rho = optimal_rho(jnp.sum(spread), spread.shape[-1])
     else:
       rho = optimal_rho(spread, 1)
-    return {"rho": rho, "query_map": query_map, "key_map": key_map}
+    return {"rho": rho, **maps}
 
   def constant(self, head_dim):
     """See `DataDependent.constant`: isotropic data need no map."""
@@ -95,14 +97,9 @@ class DenseExponential(OptimalPositive):
 
   def from_params(self, params):
     """See `DataDependent.from_params`."""
-    maps = dict(params)
-    rho = jax.nn.sigmoid(maps.pop("rho_logit"))
-    query_map, key_map = self.learned_maps(maps)
-    return {
-      "rho": rho,
-      "query_map": query_map,
-      "key_map": key_map,
-    }
+    of_maps = dict(params)
+    rho = jax.nn.sigmoid(of_maps.pop("rho_logit"))
+    return {"rho": rho, **self.learned_maps(of_maps)}
 
 
 @COMPONENTS.register("saderf")
@@ -185,7 +182,7 @@ class SADERF(DenseExponential):
   def best_maps(self, moments):
     """See `DenseExponential.best_maps`."""
     psi = balance(moments["query_square"], moments["key_square"])
-    return psi, 1.0 / psi
+    return {"query_map": psi, "key_map": 1.0 / psi}
 
   def init_maps(self, head_dim):
     """See `DenseExponential.init_maps`."""
@@ -193,7 +190,8 @@ class SADERF(DenseExponential):
 
   def learned_maps(self, params):
     """See `DenseExponential.learned_maps`."""
-    return jnp.exp(params["log_psi"]), jnp.exp(-params["log_psi"])
+    log_psi = params["log_psi"]
+    return {"query_map": jnp.exp(log_psi), "key_map": jnp.exp(-log_psi)}
 
 
 def balance(query_square: Array, key_square: Array) -> Array:

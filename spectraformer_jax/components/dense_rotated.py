@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from spectraformer_jax.components.base import (
   COMPONENTS,
   masked_mean,
+  project,
 )
 from spectraformer_jax.components.dense import (
   SADERF,
@@ -26,8 +27,13 @@ RIDGE = 1e-3
 class DenseRotated(DenseExponential):
   r"""Base of the components with a full matrix G: up to two steps.
 
-  "Aligning" makes the second moments of queries and keys equal and diagonal;
-  "rotating" then turns to the principal axes of x + y, one A for each.
+  "Aligning" makes the second moments of queries and keys equal; "rotating" then
+  turns to the principal axes Q of x + y, one A for each. Rows are turned by Q,
+  too: :math:`\omega^\top Q\, a\, Q^\top \omega` and
+  :math:`\omega^\top Q (I - 4a)^{1/2} Q^\top x` do not depend on the signs of
+  eigenvectors, nor on their choice among equal eigenvalues. Features are a
+  continuous function of the moments, so that rounding (padding, another batch)
+  cannot turn into another draw.
   """
 
   aligns: ClassVar[bool]
@@ -48,20 +54,28 @@ class DenseRotated(DenseExponential):
     }
 
   def best_maps(self, moments):
-    """See `DenseExponential.best_maps`."""
-    head_dim = moments["query_mean"].shape[-1]
+    """See `DenseExponential.best_maps`; with "axes", Q, if it rotates."""
+    eye = jnp.eye(moments["query_mean"].shape[-1], dtype=jnp.float32)
+    maps = {"query_map": eye, "key_map": eye}
     with jax.default_matmul_precision("highest"):
-      query_map = key_map = jnp.eye(head_dim, dtype=jnp.float32)
       if self.aligns:
-        query_map, key_map = _align(
-          moments["query_square"], moments["key_square"]
-        )
+        maps = _align(moments["query_square"], moments["key_square"])
       if self.rotates:
-        axes = _principal_axes(moments, query_map, key_map)
-        query_map, key_map = axes.T @ query_map, axes.T @ key_map
+        axes = _principal_axes(moments, **maps)
+        maps = {name: axes.T @ linear for name, linear in maps.items()}
+        maps["axes"] = axes
       # One Newton step: an inexact inverse would be a bias.
-      residual = jnp.eye(head_dim) - query_map.T @ key_map
-      return query_map, key_map + key_map @ residual
+      residual = eye - maps["query_map"].T @ maps["key_map"]
+      maps["key_map"] += maps["key_map"] @ residual
+    return maps
+
+  def realise_rows(self, rows, num_features, state):
+    """See `Component.realise_rows`: turned by Q."""
+    del num_features
+    parameters = self.parameters(state, rows.w.shape[-1])
+    if "axes" not in parameters:
+      return rows
+    return rows._replace(w=project(rows.w, parameters["axes"].T))
 
   def init_maps(self, head_dim):
     """See `DenseExponential.init_maps`: G = rotation times triangle."""
@@ -75,19 +89,15 @@ class DenseRotated(DenseExponential):
     query_map = key_map = eye = jnp.eye(head_dim, dtype=jnp.float32)
     with jax.default_matmul_precision("highest"):
       if self.aligns:
-        log_scale = jnp.diagonal(params["triangle"])
-        query_map = jnp.tril(params["triangle"], -1) + jnp.diag(
-          jnp.exp(log_scale)
-        )
-        key_map = jax.scipy.linalg.solve_triangular(
-          query_map, eye, lower=True
-        ).T
+        scale = jnp.exp(jnp.diagonal(params["triangle"]))
+        query_map = jnp.tril(params["triangle"], -1) + jnp.diag(scale)
+        key_map = _inverse_of_lower(query_map).T
       if self.rotates:
         # Cayley's form: every rotation but those by half a turn.
         skew = 0.5 * (params["skew"] - params["skew"].T)
         rotation = jnp.linalg.solve(eye - skew, eye + skew)
         query_map, key_map = rotation @ query_map, rotation @ key_map
-    return query_map, key_map
+    return {"query_map": query_map, "key_map": key_map}
 
 
 @COMPONENTS.register("sderf")
@@ -96,8 +106,9 @@ class SDERF(DenseRotated):
   r"""Symmetric dense-exponential random features.
 
   .. math::
-    f(\omega, x) = \prod_l (1 - 4a_l)^{1/4} \exp\Big(\sum_l a_l \omega_l^2
-      + \sqrt{1 - 4a_l}\, \omega_l x'_l - x_l'^2/2\Big), \qquad x' = Q^\top x
+    f(\omega, x) = \prod_l (1 - 4a_l)^{1/4} \exp\Big(\sum_l a_l \omega_l'^2
+      + \sqrt{1 - 4a_l}\, \omega'_l x'_l - x_l'^2/2\Big),
+    \qquad x' = Q^\top x,\; \omega' = Q^\top \omega
 
   for queries and keys alike, with Q the eigenvectors of the mean of
   :math:`(x_i + y_j)(x_i + y_j)^\top` over all pairs and :math:`a_l` the best
@@ -105,7 +116,7 @@ class SDERF(DenseRotated):
   Gaussian kernel takes another :math:`|x|^2/2` off the exponent. Second moment
   as of :class:`SADERF`.
 
-  Costs :math:`O(T H^2)` for the pre-map and, per head, an H x H
+  Costs :math:`O((T + M) H^2)` to turn x and the rows and, per head, an H x H
   eigendecomposition: of every example with statistics="batch", one per step
   with "ema".
 
@@ -137,7 +148,7 @@ class SDERF(DenseRotated):
     SADERF.info,
     name="sderf",
     formula=(
-      "det(I-4A)^(1/4) exp(w.Aw + w.(I-4A)^(1/2)x' - |x'|^2/2), x' = Q'x"
+      "det(I-4A)^(1/4) exp(w.Aw + w.(I-4A)^(1/2) x - |x|^2/2), A = Q a Q'"
     ),
     cost="F exponentials, H^2 products; an eigendecomposition per head",
     good_for="queries and keys that share principal axes or a mean",
@@ -203,13 +214,13 @@ class ADERF(DenseRotated):
 class ASDERF(DenseRotated):
   r"""Asymmetric dense-exponential features with one A per principal axis.
 
-  ADERF's basis first, then SDERF in it: :math:`x' = Q^\top G x` for queries and
-  :math:`Q^\top G^{-\top} x` for keys, with :math:`a_l` for each axis. Never
+  ADERF's map first, then SDERF after it: its :math:`x'` is
+  :math:`Q^\top G x` for queries and :math:`Q^\top G^{-\top} x` for keys. Never
   more variance (mean log second moment) than ADERF, and the least of all
   exponential components on all data tried. Second moment as of
   :class:`SADERF`.
 
-  Costs :math:`O(T H^2)` for the pre-map and, per head, two H x H
+  Costs :math:`O((T + M) H^2)` to map x and the rows and, per head, two H x H
   eigendecompositions: of every example with statistics="batch", one per step
   with "ema".
 
@@ -240,7 +251,8 @@ class ASDERF(DenseRotated):
     SADERF.info,
     name="asderf",
     formula=(
-      "det(I-4A)^(1/4) exp(w.Aw + w.(I-4A)^(1/2)x' - |x'|^2/2), x' = Q'Gx"
+      "det(I-4A)^(1/4) exp(w.Aw + w.(I-4A)^(1/2) x' - |x'|^2/2), "
+      "A = Q a Q', x' = Gx"
     ),
     cost="F exponentials, H^2 products; two eigendecompositions per head",
     good_for="the least variance of all positive components",
@@ -256,8 +268,8 @@ def _mean_outer(x: Array, mask: Array | None) -> Array:
   return total / count
 
 
-def _align(query_square: Array, key_square: Array) -> tuple[Array, Array]:
-  """G and G^-T with G Mx G^T = G^-T My G^-1, diagonal."""
+def _align(query_square: Array, key_square: Array) -> dict[str, Array]:
+  """G and G^-T with G Mx G^T = G^-T My G^-1, triangular."""
   head_dim = query_square.shape[-1]
   eye = jnp.eye(head_dim, dtype=query_square.dtype)
   # Sizes are dealt with apart, so that neither moment can underflow.
@@ -267,12 +279,20 @@ def _align(query_square: Array, key_square: Array) -> tuple[Array, Array]:
     for m, size in zip((query_square, key_square), sizes, strict=True)
   )
   root = jnp.linalg.cholesky(query_square)
-  squares, axes = _pinned_eigh(root.T @ key_square @ root)
-  # Eigenvalues below the rounding of the largest one are noise.
-  squares = jnp.maximum(squares, 1e-6 * squares[-1])
-  scale = (balance(*sizes) * squares**0.25)[:, None]
-  inverse = jax.scipy.linalg.solve_triangular(root, eye, lower=True)
-  return scale * (axes.T @ inverse), axes.T @ root.T / scale
+  squares, axes = jnp.linalg.eigh(root.T @ key_square @ root)
+  # The fourth root would make much of the rounding of small eigenvalues.
+  squares = jnp.maximum(squares, 1e-4 * squares[-1])
+  # G^T G is the geometric mean; of all its roots G the triangular one is
+  # unique and continuous, unlike the one that eigenvectors make.
+  half = (axes * squares[None, :] ** 0.25).T @ _inverse_of_lower(root)
+  lower = balance(*sizes) * jnp.linalg.cholesky(half.T @ half)
+  return {"query_map": lower.T, "key_map": _inverse_of_lower(lower)}
+
+
+def _inverse_of_lower(lower: Array) -> Array:
+  """The inverse of a lower triangular matrix."""
+  eye = jnp.eye(lower.shape[-1], dtype=lower.dtype)
+  return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
 
 
 def _principal_axes(moments, query_map: Array, key_map: Array) -> Array:
@@ -280,24 +300,9 @@ def _principal_axes(moments, query_map: Array, key_map: Array) -> Array:
   query_mean = query_map @ moments["query_mean"]
   key_mean = key_map @ moments["key_mean"]
   crossed = jnp.outer(query_mean, key_mean)
-  return _pinned_eigh(
+  return jnp.linalg.eigh(
     query_map @ moments["query_square"] @ query_map.T
     + key_map @ moments["key_square"] @ key_map.T
     + crossed
     + crossed.T
   )[1]
-
-
-def _pinned_eigh(matrix: Array) -> tuple[Array, Array]:
-  """Eigenvalues and eigenvectors that rounding does not flip or rotate.
-
-  Signs, and axes of equal eigenvalues (fewer positions than dimensions), are
-  arbitrary; left to rounding, they would depend on padding and on the batch. A
-  slight slope on the diagonal and a fixed direction decide them.
-  """
-  size = matrix.shape[-1]
-  steps = jnp.arange(size, dtype=matrix.dtype)
-  slope = 1e-4 * jnp.trace(matrix) / size**2 * steps
-  values, vectors = jnp.linalg.eigh(matrix + jnp.diag(slope))
-  towards = jnp.cos(steps) @ vectors
-  return values, vectors * jnp.where(towards < 0.0, -1.0, 1.0)[None, :]

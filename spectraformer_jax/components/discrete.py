@@ -35,15 +35,25 @@ class Discrete(DataDependent):
   """Base of PoisRF and GeomRF: products of powers x_l ** n_l.
 
   Stored rows are uniforms; `counts` makes them the degrees n ``[M, H]`` once
-  the parameter of their law is known. They take no gradient.
+  the parameter of their law is known. They take no gradient, and they are steps
+  in it: stats that differ in a last digit can move a degree by one, to another
+  draw of the same law.
   """
 
   def counts(self, uniform: Array, parameters: PyTree) -> Array:
     """Degrees n ``[M, H]``, float32, from uniforms of that shape."""
     raise NotImplementedError
 
+  def log_unit(self, parameters: PyTree) -> Array:
+    """Log of the size r that coordinates have where degrees suit them.
+
+    Powers are of x / r: they and what makes up for r stay near 1, where those
+    of x would cost float32 its last digits.
+    """
+    raise NotImplementedError
+
   def row_term(self, counts: Array, parameters: PyTree) -> Array:
-    """``[M]``: what makes the mean over n the kernel, as a log-factor."""
+    """``[M]``: what makes the mean over n of powers of x / r the kernel."""
     raise NotImplementedError
 
   def shifted(self, x: Array, parameters: PyTree) -> tuple[Array, Array]:
@@ -82,7 +92,7 @@ class Discrete(DataDependent):
     parameters = self.parameters(state, x.shape[-1])
     powers, log_factor = self.shifted(x, parameters)
     counts = rows.w
-    exponent = project(log_size(powers), counts)
+    exponent = project(log_size(powers) - self.log_unit(parameters), counts)
     exponent += self.row_term(counts, parameters)[None, :]
     negative = (powers < 0.0).astype(x.dtype)
     odd = project(negative, jnp.mod(counts, 2.0))
@@ -245,11 +255,14 @@ class PoisRF(Discrete):
     """See `Discrete.counts`."""
     return poisson_counts(uniform, parameters["rate"])
 
+  def log_unit(self, parameters):
+    """See `Discrete.log_unit`: of the square root of the rate."""
+    return 0.5 * jnp.log(parameters["rate"])
+
   def row_term(self, counts, parameters):
     """See `Discrete.row_term`."""
-    rate, head_dim = parameters["rate"], counts.shape[-1]
-    degree = jnp.sum(counts, axis=-1)
-    return 0.5 * (rate * head_dim - degree * jnp.log(rate))
+    num_rows, head_dim = counts.shape
+    return jnp.full((num_rows,), 0.5 * head_dim * parameters["rate"])
 
   def pair_moment(self, product, parameters):
     """See `Discrete.pair_moment`."""
@@ -345,12 +358,16 @@ class GeomRF(Discrete):
     """See `Discrete.counts`."""
     return geometric_counts(uniform, parameters["p"])
 
+  def log_unit(self, parameters):
+    """See `Discrete.log_unit`: of the square root of the mean degree."""
+    p = parameters["p"]
+    return 0.5 * (jnp.log1p(-p) - jnp.log(p))
+
   def row_term(self, counts, parameters):
     """See `Discrete.row_term`."""
-    p, head_dim = parameters["p"], counts.shape[-1]
-    degree = jnp.sum(counts, axis=-1)
-    factorial = jnp.sum(gammaln(counts + 1.0), axis=-1)
-    return -0.5 * (head_dim * jnp.log(p) + degree * jnp.log1p(-p) + factorial)
+    log_p = jnp.log(parameters["p"])
+    terms = (counts + 1.0) * log_p + gammaln(counts + 1.0)
+    return -0.5 * jnp.sum(terms, axis=-1)
 
   def pair_moment(self, product, parameters):
     """See `Discrete.pair_moment`."""

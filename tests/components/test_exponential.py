@@ -127,13 +127,18 @@ def test_diagonal_form_equals_the_dense_formula(case, kernel):
   w = np.asarray(variables.projection["rows"]["w"][0], np.float64)
   parameters = jax.tree.map(lambda leaf: leaf[0, 0], stats["component"])
   rho = np.broadcast_to(np.asarray(parameters["rho"], np.float64), (4,))
-  turn = rotation()
+  # Rows are turned by the axes that diagonalise A; others by any rotation.
+  if "axes" in parameters:
+    turn, rows = np.float64(parameters["axes"]), w
+  else:
+    turn = rotation()
+    rows = w @ turn.T
   a, b1, b2, c1, c2 = dense_form(
     (1.0 - 1.0 / rho) / 8.0, matrix_of(parameters["query_map"]), turn
   )
   extra = 0.5 * np.eye(4) if kernel == "gaussian" else np.zeros((4, 4))
   for x, side, b, c in ((query, "query", b1, c1), (key, "key", b2, c2)):
-    expected = dense_log_features(w @ turn.T, x, a, b, c - extra)
+    expected = dense_log_features(rows, x, a, b, c - extra)
     out = fm.log_features(
       variables, jnp.asarray(x)[None, :, None, :], side=side, stats=stats
     )

@@ -56,6 +56,8 @@ def features64(case, x, w, side, stats):
     a = (1.0 - 1.0 / np.float64(stats["rho"])) / 8.0 * np.ones(head_dim)
   else:
     a = np.zeros(head_dim)
+  if "axes" in stats:
+    w = w @ np.float64(stats["axes"])
   if "query_map" in stats:
     query_map = matrix_of(stats["query_map"])
     # The exact inverse, not the float32 one that the map uses.
@@ -174,11 +176,18 @@ def test_padding_and_neighbours_do_not_matter(case):
   mask = jnp.asarray([[True] * 5 + [False] * 2, [True] * 7])
   noisy = jnp.where(mask[:, :, None, None], key, 1e3)
   both = attend(query, noisy, value, key_mask=mask)
+  # Rounding of sums of other lengths; five keys leave asderf singular moments,
+  # of which it takes fourth roots.
+  tolerance = (
+    {"rtol": 1e-3, "atol": 1e-4}
+    if case == "c_asderf"
+    else {"rtol": 1e-4, "atol": 1e-5}
+  )
   alone = attend(query[:1], key[:1, :5], value[:1, :5])
-  np.testing.assert_allclose(both[:1], alone, rtol=2e-4, atol=2e-5)
+  np.testing.assert_allclose(both[:1], alone, **tolerance)
   loud = query.at[1].multiply(20.0), key.at[1].multiply(20.0)
   np.testing.assert_allclose(
-    attend(*loud, value, key_mask=mask)[:1], alone, rtol=2e-4, atol=2e-5
+    attend(*loud, value, key_mask=mask)[:1], both[:1], rtol=1e-5, atol=1e-6
   )
 
 
@@ -232,7 +241,7 @@ def test_running_statistics_in_a_layer(case):
     num_heads=2, head_dim=HEAD_DIM, feature_map=fm, is_causal=True
   )
   x = jax.random.normal(jax.random.key(2), (3, 10, 16)) + 0.5
-  variables = layer.init(jax.random.key(0), x)
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
   apply = jax.jit(layer.apply, static_argnames=("deterministic", "mutable"))
   out, new = apply(
     variables, x, deterministic=False, mutable=("feature_stats",)

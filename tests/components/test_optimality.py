@@ -1,10 +1,13 @@
 """Closed-form parameters against perturbations, and how components compare."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.components.exponentials import (
+  build,
+  calibrated,
   component_of,
   data,
   matrix_of,
@@ -185,3 +188,24 @@ def test_fewer_tokens_than_dimensions_keep_maps_inverse(case):
   assert error < 1e-6, error
   dots = (query @ query_map.T) @ (key @ key_map.T).T
   np.testing.assert_allclose(dots, query @ key.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 40])
+@pytest.mark.parametrize("case", ["sderf", "aderf", "asderf"])
+def test_rounding_does_not_choose_the_features(case, num_tokens):
+  # Signs of eigenvectors, and their choice where eigenvalues are equal (zero,
+  # for fewer tokens than dimensions), are those of rounding.
+  fm = build(case, num_features=8)
+  query, key = data(num_tokens, num_tokens - 1, head_dim=16)
+  variables = fm.init(jax.random.key(0), head_dim=16)
+  features = [
+    fm.apply(
+      variables,
+      jnp.asarray(query)[None, :, None, :],
+      side="query",
+      stats=calibrated(fm, query[::step] * size, key[::step]),
+    )
+    for step, size in ((1, 1.0), (-1, 1.0), (1, np.float32(1.0 + 1e-6)))
+  ]
+  for other in features[1:]:
+    np.testing.assert_allclose(other, features[0], rtol=2e-3)

@@ -65,11 +65,10 @@ _jitted_rows = quick_jit(
 
 def randomise(params, seed=0, scale=0.5):
   """The same tree, its leaves moved by Gaussian noise."""
-  leaves, structure = jax.tree.flatten(params)
-  rngs = jax.random.split(jax.random.key(seed), len(leaves))
-  return structure.unflatten(
-    leaf + scale * jax.random.normal(rng, leaf.shape)
-    for leaf, rng in zip(leaves, rngs, strict=True)
+  noise = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda leaf: leaf + np.float32(scale * noise.normal(size=leaf.shape)),
+    params,
   )
 
 

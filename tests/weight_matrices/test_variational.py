@@ -156,12 +156,18 @@ def test_running_statistics_carry_the_context():
   )
   x = jax.random.normal(jax.random.key(0), (2, 5, 8))
   rngs = {"params": jax.random.key(1), "features": jax.random.key(2)}
-  variables = layer.init(rngs, x)
+  variables = quick_jit(layer.init)(rngs, x)
   running = variables["feature_stats"]["moments"]
   assert running["rows"].shape == (1, 2, 4)
-  _, updated = layer.apply(
-    variables, x, deterministic=False, mutable=["feature_stats"]
-  )
+
+  @quick_jit
+  def train(variables):
+    return layer.apply(
+      variables, x, deterministic=False, mutable=["feature_stats"]
+    )
+
+  out, updated = train(variables)
+  assert jnp.isfinite(out).all()
   moved = updated["feature_stats"]["moments"]["rows"] - running["rows"]
   assert jnp.abs(moved).min() > 0.0
 
