@@ -98,6 +98,7 @@ def spectral_attention(
   checks.check_key_mask(query_mask, query, "query_mask")
   _check_statistics(feature_map, stats, is_causal, segment_ids)
   feature_map.check_inputs(variables, key)
+  feature_map.component.check_length(query.shape[1])
   out, state = _spectral_attention(
     query,
     key,

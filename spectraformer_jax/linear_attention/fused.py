@@ -132,25 +132,27 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
   def step(total, index):
     k, v, *where = _key_block(*padded[:3], index, size, state.length)
     _, pull = jax.vjp(
-      lambda constants, k, v: _sums(
-        chunks.add_keys(key_map, constants, empty, k, v, *where)
+      lambda floats, k, v: _sums(
+        chunks.add_keys(
+          key_map, _with_floats(constants, floats), empty, k, v, *where
+        )
       ),
-      constants,
+      _floats(constants),
       k,
       v,
     )
-    d_constants, d_key, d_value = pull(_sums(gradient))
-    return _tree_add(total, d_constants), (d_key, d_value)
+    d_floats, d_key, d_value = pull(_sums(gradient))
+    return _tree_add(total, d_floats), (d_key, d_value)
 
   count = jnp.arange(padded[0].shape[1] // size)
-  zeros = jax.tree.map(jnp.zeros_like, constants)
-  d_constants, (d_key, d_value) = jax.lax.scan(step, zeros, count)
+  zeros = jax.tree.map(jnp.zeros_like, _floats(constants))
+  d_floats, (d_key, d_value) = jax.lax.scan(step, zeros, count)
   _, pull = jax.vjp(
     lambda sums: _sums(chunks.rescale(_with_sums(state, sums), exponent)),
     _sums(state),
   )
   return (
-    d_constants,
+    _gradient_of_constants(constants, d_floats),
     _gradient_of_state(state, *pull(_sums(gradient))),
     _join(d_key)[:, :length].astype(key.dtype),
     _join(d_value)[:, :length].astype(value.dtype),
@@ -274,29 +276,33 @@ def _causal_bwd(maps, chunk, residuals, gradients):
     _, states = jax.lax.scan(again, state, jnp.arange(plan.inner))
 
     def step(carry, x):
-      d_constants, d_state = carry
+      d_floats, d_state = carry
       inner, state = x
       index = plan.index(outer, inner)
       query, key, value, *where = plan.inputs(index, initial.length)
 
-      def floats(constants, sums, query, key, value):
-        state_in = _with_sums(state, sums)
-        after, out = plan.chunk(constants, state_in, query, key, value, *where)
+      def one_chunk(floats, sums, query, key, value):
+        after, out = plan.chunk(
+          _with_floats(constants, floats),
+          _with_sums(state, sums),
+          *(query, key, value, *where),
+        )
         return _sums(after), out
 
-      _, pull = jax.vjp(floats, constants, _sums(state), query, key, value)
+      _, pull = jax.vjp(
+        one_chunk, _floats(constants), _sums(state), query, key, value
+      )
       d_chunk = _query_block(d_out, index, plan.size)
       pulled = pull((d_state, d_chunk))
-      d_constants = _tree_add(d_constants, pulled[0])
-      return (d_constants, pulled[1]), pulled[2:]
+      return (_tree_add(d_floats, pulled[0]), pulled[1]), pulled[2:]
 
     return jax.lax.scan(
       step, carry, (jnp.arange(plan.inner), states), reverse=True
     )
 
-  zeros = jax.tree.map(jnp.zeros_like, constants)
+  zeros = jax.tree.map(jnp.zeros_like, _floats(constants))
   carry = (zeros, _sums(d_state))
-  (d_constants, d_sums), d_inputs = jax.lax.scan(
+  (d_floats, d_sums), d_inputs = jax.lax.scan(
     stride, carry, (jnp.arange(plan.outer), boundaries), reverse=True
   )
   d_query, d_key, d_value = (
@@ -304,7 +310,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
     for d, x in zip(d_inputs, inputs[:3], strict=True)
   )
   return (
-    d_constants,
+    _gradient_of_constants(constants, d_floats),
     _gradient_of_state(initial, d_sums),
     d_query,
     d_key,
@@ -334,6 +340,30 @@ def _gradient_of_state(state: State, sums) -> State:
     exponent=jnp.zeros_like(state.exponent),
     length=_no_gradient(state.length),
     segment=segment,
+  )
+
+
+def _is_float(leaf: Array) -> bool:
+  """Whether gradients flow through a leaf."""
+  return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _floats(tree: PyTree) -> list[Array]:
+  """The leaves that gradients flow through."""
+  return [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+
+
+def _with_floats(tree: PyTree, floats: list[Array]) -> PyTree:
+  """The tree with other float leaves."""
+  new = iter(floats)
+  return jax.tree.map(lambda x: next(new) if _is_float(x) else x, tree)
+
+
+def _gradient_of_constants(constants: PyTree, d_floats: list[Array]) -> PyTree:
+  """Gradients of the float leaves; integers have none."""
+  new = iter(d_floats)
+  return jax.tree.map(
+    lambda x: next(new) if _is_float(x) else _no_gradient(x), constants
   )
 
 
