@@ -14,6 +14,10 @@ import importlib
 
 from spectraformer_jax import components, kernels, weight_matrices
 from spectraformer_jax._version import __version__
+from spectraformer_jax.adapters import (
+  as_attention_fn,
+  as_dot_product_attention,
+)
 from spectraformer_jax.attention import (
   decode_step,
   implied_attention_weights,
@@ -38,6 +42,8 @@ __all__ = [
   "LogFeatures",
   "WeightSample",
   "__version__",
+  "as_attention_fn",
+  "as_dot_product_attention",
   "components",
   "compose",
   "decode_step",

@@ -1,24 +1,35 @@
-"""Flax Linen modules: attention, encoder, classifiers.
+"""Flax Linen modules: attention, encoder, classifiers, language models.
 
 Collections of a model: ``params`` (learnable, that of the feature maps
 included, under "feature_map"), ``random_features`` (the projections: random,
 redrawn by `redraw`, saved with the model) and, for components with
-statistics="ema", ``feature_stats`` (running statistics).
+statistics="ema", ``feature_stats`` (running statistics). Language models that
+decode keep their state in ``cache``.
 """
 
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.classifier import Classifier
 from spectraformer_jax.nn.dual_classifier import DualClassifier
 from spectraformer_jax.nn.encoder import Encoder, EncoderLayer
+from spectraformer_jax.nn.language_model import (
+  LanguageModel,
+  MaskedLanguageModel,
+  generate,
+)
 from spectraformer_jax.nn.redraw import redraw
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
+from spectraformer_jax.nn.token_encoder import TokenEncoder
 
 __all__ = [
   "Classifier",
   "DualClassifier",
   "Encoder",
   "EncoderLayer",
+  "LanguageModel",
+  "MaskedLanguageModel",
   "SequenceEncoder",
   "SpectralSelfAttention",
+  "TokenEncoder",
+  "generate",
   "redraw",
 ]

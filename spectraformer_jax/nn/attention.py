@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.attention import spectral_attention
+from spectraformer_jax.attention import init_state, spectral_attention
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.registry import nearest
@@ -54,22 +54,30 @@ class SpectralSelfAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, mask: Array | None = None, *, deterministic: bool = True
+    self,
+    x: Array,
+    mask: Array | None = None,
+    *,
+    decode: bool = False,
+    deterministic: bool = True,
   ) -> Array:
     """Attends.
 
     Args:
       x: ``[B, T, D]``.
       mask: ``[B, T]`` bool, True at real positions; None for all.
+      decode: the positions follow those of earlier calls, whose state is in the
+        collection "cache"; see `LanguageModel`.
       deterministic: False in training: updates running statistics.
 
     Returns:
       ``[B, T, D]``.
 
     Raises:
-      ValueError: unknown `attention`, or no `feature_map` where one is needed.
+      ValueError: unknown `attention`, no `feature_map` where one is needed, or
+        `decode` with exact attention or without `is_causal`.
     """
-    self._check()
+    self._check(decode)
     heads = (self.num_heads, self.head_dim)
     query, key, value = (
       nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)
@@ -77,16 +85,26 @@ class SpectralSelfAttention(nn.Module):
     )
     if self.attention == "spectral":
       variables = self._feature_variables()
+      kwargs = {
+        "feature_map": self.feature_map,
+        "variables": variables,
+        "stats": self._running_stats(
+          variables, query, key, mask, deterministic
+        ),
+      }
+      state = self._decoding_state(x.shape[0], kwargs) if decode else None
       out = spectral_attention(
         query,
         key,
         value,
-        feature_map=self.feature_map,
-        variables=variables,
-        stats=self._running_stats(variables, query, key, mask, deterministic),
         is_causal=self.is_causal,
         key_mask=mask,
+        initial_state=state and state.value,
+        return_state=decode,
+        **kwargs,
       )
+      if decode:
+        out, state.value = out
     else:
       out = exact_attention(
         query,
@@ -100,7 +118,7 @@ class SpectralSelfAttention(nn.Module):
       x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out"
     )(out)
 
-  def _check(self):
+  def _check(self, decode):
     """ValueError for options that do not go together."""
     if self.attention not in ATTENTIONS:
       raise ValueError(
@@ -113,6 +131,20 @@ class SpectralSelfAttention(nn.Module):
         f"{self.feature_map and self.feature_map.info.name!r}: 'spectral' "
         "needs a feature map, the exact kernels take none."
       )
+    if decode and not (self.attention == "spectral" and self.is_causal):
+      raise ValueError(
+        f"decode=True with attention={self.attention!r}, is_causal="
+        f"{self.is_causal}: only causal spectral attention has a state."
+      )
+
+  def _decoding_state(self, batch_size, kwargs):
+    """The state after earlier calls."""
+    sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim}
+    return self.variable(
+      "cache",
+      "state",
+      lambda: init_state(batch_size=batch_size, **sizes, **kwargs),
+    )
 
   def _feature_variables(self) -> FeatureVariables:
     """Learnable leaves from "params", drawn ones from "random_features"."""

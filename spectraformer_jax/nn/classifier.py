@@ -5,7 +5,8 @@ from typing import Any
 import flax.linen as nn
 
 from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.nn.sequence_encoder import encoder_of
+from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
+from spectraformer_jax.nn.token_encoder import part_of
 from spectraformer_jax.typing import Array
 
 
@@ -67,6 +68,7 @@ class Classifier(nn.Module):
     Raises:
       ValueError: a sequence longer than `max_len`, or unknown `pooling`.
     """
-    x = encoder_of(self)(tokens, length, deterministic=deterministic)
+    encoder = part_of(self, SequenceEncoder)
+    x = encoder(tokens, length, deterministic=deterministic)
     x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(x))
     return nn.Dense(self.num_classes, name="head_logits")(x)

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.nn.sequence_encoder import encoder_of
+from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
+from spectraformer_jax.nn.token_encoder import part_of
 from spectraformer_jax.typing import Array
 
 
@@ -82,7 +83,8 @@ class DualClassifier(nn.Module):
       ]
     )
     lengths = jnp.concatenate([length, length_2])
-    x = encoder_of(self)(both, lengths, deterministic=deterministic)
+    encoder = part_of(self, SequenceEncoder)
+    x = encoder(both, lengths, deterministic=deterministic)
     a, b = jnp.split(x, 2)
     x = jnp.concatenate([a, b, a * b, a - b], axis=-1)
     x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(x))

@@ -31,7 +31,12 @@ class EncoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, mask: Array | None = None, *, deterministic: bool = True
+    self,
+    x: Array,
+    mask: Array | None = None,
+    *,
+    decode: bool = False,
+    deterministic: bool = True,
   ) -> Array:
     """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``."""
 
@@ -48,7 +53,7 @@ class EncoderLayer(nn.Module):
       share_projection=self.share_projection,
       dtype=self.dtype,
       name="attention",
-    )(y, mask, deterministic=deterministic)
+    )(y, mask, decode=decode, deterministic=deterministic)
     x = x + drop(y)
     y = nn.LayerNorm(dtype=self.dtype)(x)
     y = drop(nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(y)))
@@ -86,7 +91,12 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, mask: Array | None = None, *, deterministic: bool = True
+    self,
+    x: Array,
+    mask: Array | None = None,
+    *,
+    decode: bool = False,
+    deterministic: bool = True,
   ) -> Array:
     """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``."""
     for index in range(self.num_layers):
@@ -101,5 +111,5 @@ class Encoder(nn.Module):
         dropout_rate=self.dropout_rate,
         dtype=self.dtype,
         name=f"layer_{index}",
-      )(x, mask, deterministic=deterministic)
+      )(x, mask, decode=decode, deterministic=deterministic)
     return nn.LayerNorm(dtype=self.dtype, name="norm")(x)

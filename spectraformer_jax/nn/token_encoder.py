@@ -1,0 +1,118 @@
+"""From tokens to vectors: what classifiers and language models share."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.encoder import Encoder
+from spectraformer_jax.typing import Array
+
+_EMBED_INIT = nn.initializers.normal(0.02)
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class TokenEncoder(nn.Module):
+  """Embeds tokens and positions, and encodes them.
+
+  Attributes:
+    vocab_size: number of token ids.
+    max_len: longest sequence; size of the table of learned positions.
+    embed_dim: D.
+    prepend_cls: put a learned token in front of the sequence.
+    num_layers, num_heads, head_dim, mlp_dim, feature_map, attention, is_causal,
+      share_projection, dropout_rate, dtype: see `Encoder`.
+  """
+
+  vocab_size: int
+  max_len: int
+  embed_dim: int = 64
+  num_layers: int = 2
+  num_heads: int = 2
+  head_dim: int = 32
+  mlp_dim: int = 128
+  feature_map: FeatureMap | None = None
+  attention: str = "spectral"
+  is_causal: bool = False
+  share_projection: bool = False
+  dropout_rate: float = 0.1
+  prepend_cls: bool = False
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Array,
+    mask: Array | None,
+    *,
+    decode: bool = False,
+    deterministic: bool = True,
+  ) -> Array:
+    """``[B, T]`` ints -> ``[B, T, D]``, ``[B, T + 1, D]`` with `prepend_cls`.
+
+    Args:
+      tokens: T is at most `max_len`.
+      mask: ``[B, T]``, True at real positions, or None for all.
+      decode: the tokens follow those of earlier calls; see `LanguageModel`.
+      deterministic: False in training.
+
+    Raises:
+      ValueError: a sequence longer than `max_len`.
+    """
+    if tokens.shape[1] > self.max_len:
+      raise ValueError(
+        f"tokens.shape={tokens.shape} is longer than max_len={self.max_len}."
+      )
+    x = nn.Embed(
+      self.vocab_size,
+      self.embed_dim,
+      embedding_init=_EMBED_INIT,
+      dtype=self.dtype,
+      name="token_embedding",
+    )(tokens.astype(jnp.int32))
+    x = x + self._positions(tokens.shape[1], decode).astype(x.dtype)
+    if self.prepend_cls:
+      token = self.param("cls_token", _EMBED_INIT, (1, 1, self.embed_dim))
+      token = jnp.broadcast_to(token, (x.shape[0], 1, self.embed_dim))
+      x = jnp.concatenate([token.astype(x.dtype), x], axis=1)
+      if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
+    x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+    return part_of(self, Encoder, name="encoder")(
+      x, mask, decode=decode, deterministic=deterministic
+    )
+
+  def _positions(self, length: int, decode: bool) -> Array:
+    """Embeddings ``[1, T, D]`` of the next positions; NaN beyond `max_len`."""
+    table = self.param(
+      "position_embedding", _EMBED_INIT, (self.max_len, self.embed_dim)
+    )
+    if not decode:
+      return table[None, :length]
+    count = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
+    index = count.value + jnp.arange(length)
+    count.value = count.value + length
+    return table.at[index].get(mode="fill", fill_value=jnp.nan)[None]
+
+
+def part_of(module: nn.Module, kind: type[_Module], **attributes) -> _Module:
+  """A module of another kind with the attributes that `module` has as well.
+
+  Args:
+    module: to be called inside its compact method.
+    kind: class of the part.
+    attributes: those of the part that differ. Without a "name" the variables of
+      the part are those of `module`.
+  """
+  names = {field.name for field in dataclasses.fields(kind)}
+  names -= {"parent", "name", *attributes}
+  same = {
+    name: getattr(module, name) for name in names if hasattr(module, name)
+  }
+  part = kind(**same, **attributes)
+  if "name" not in attributes:
+    nn.share_scope(module, part)
+  return part

@@ -1,0 +1,162 @@
+"""Language models: causality, decoding with state, generation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectraformer_jax as sf
+
+VOCAB = 11
+COMPONENTS = {
+  "posrf": None,
+  "oprf": {"statistics": "ema"},
+  "trigrf": None,
+  "cosformer": {"max_length": 32},
+  "relu": None,
+}
+
+
+def build(component="posrf", kind=sf.nn.LanguageModel, **kwargs):
+  """A model whose logits depend on their input, and its variables."""
+  matrix, rows = ("none", None) if component == "cosformer" else ("orf", 16)
+  fm = sf.feature_map(
+    component, matrix, num_features=rows, component_kwargs=COMPONENTS[component]
+  )
+  sizes = {"embed_dim": 16, "head_dim": 8, "mlp_dim": 32, "max_len": 32}
+  kwargs = {"feature_map": fm} | kwargs
+  model = kind(vocab_size=VOCAB, **sizes, **kwargs)
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 4), int))
+  # Larger embeddings, so that tokens matter from the start.
+  params = dict(variables["params"])
+  for name in ("token_embedding", "position_embedding"):
+    params[name] = jax.tree.map(lambda x: 50.0 * x, params[name])
+  return model, {**variables, "params": params}
+
+
+def tokens(length=12):
+  return jax.random.randint(jax.random.key(1), (2, length), 0, VOCAB)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_the_future_changes_nothing_before_it(component):
+  model, variables = build(component)
+  apply = jax.jit(model.apply)
+  logits = apply(variables, tokens())
+  changed = apply(variables, tokens().at[:, 7:].add(1) % VOCAB)
+  np.testing.assert_array_equal(logits[:, :7], changed[:, :7])
+  assert np.abs(logits[:, 7:] - changed[:, 7:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_decoding_in_pieces_equals_one_pass(component):
+  model, variables = build(component)
+  whole = model.apply(variables, tokens())
+  cache, parts = {}, []
+  for start, stop in [(0, 5), (5, 6), (6, 7), (7, 12)]:
+    out, cache = model.apply(
+      {**variables, **cache},
+      tokens()[:, start:stop],
+      decode=True,
+      mutable=["cache"],
+    )
+    parts.append(out)
+  np.testing.assert_allclose(
+    jnp.concatenate(parts, axis=1), whole, atol=1e-5, rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("component", ["posrf", "oprf"])
+def test_generation_with_state_equals_recomputation(component, temperature):
+  model, variables = build(component)
+  rng = jax.random.key(4)
+  new = sf.nn.generate(
+    model,
+    variables,
+    tokens(3),
+    num_tokens=9,
+    rng=rng,
+    temperature=temperature,
+  )
+  assert new.shape == (2, 9)
+  text = tokens(3)
+  for step_rng in jax.random.split(rng, 9):
+    logits = model.apply(variables, text)[:, -1]
+    if temperature:
+      token = jax.random.categorical(step_rng, logits / temperature)
+    else:
+      token = jnp.argmax(logits, axis=-1)
+    text = jnp.concatenate([text, token[:, None]], axis=1)
+  np.testing.assert_array_equal(new, text[:, 3:])
+  assert len(np.unique(new)) > 1
+
+
+def test_the_cache_does_not_grow():
+  model, variables = build()
+  sizes = []
+  for length in (1, 20):
+    _, cache = model.apply(
+      variables, tokens(length), decode=True, mutable=["cache"]
+    )
+    sizes.append([x.shape for x in jax.tree.leaves(cache)])
+  assert sizes[0] == sizes[1]
+
+
+def test_beyond_max_len_is_nan_and_not_another_position():
+  model, variables = build()
+  out, cache = model.apply(
+    variables, tokens(32), decode=True, mutable=["cache"]
+  )
+  assert np.isfinite(out).all()
+  out, _ = model.apply(
+    {**variables, **cache}, tokens(1), decode=True, mutable=["cache"]
+  )
+  assert np.isnan(out).all()
+
+
+def test_padding_changes_no_logit():
+  for kind in (sf.nn.LanguageModel, sf.nn.MaskedLanguageModel):
+    model, variables = build(kind=kind)
+    length = jnp.array([12, 5])
+    logits = model.apply(variables, tokens(), length)
+    padded = jnp.pad(tokens(), ((0, 0), (0, 9)), constant_values=3)
+    longer = model.apply(variables, padded, length)
+    real = np.arange(12)[None] < np.asarray(length)[:, None]
+    np.testing.assert_allclose(
+      longer[:, :12][real], logits[real], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_masked_model_sees_both_sides():
+  model, variables = build(kind=sf.nn.MaskedLanguageModel)
+  logits = model.apply(variables, tokens())
+  for changed in (0, 11):
+    other = model.apply(variables, tokens().at[:, changed].add(1) % VOCAB)
+    assert np.abs(logits[:, 5] - other[:, 5]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [
+    ({"num_tokens": 0}, "num_tokens"),
+    ({"num_tokens": 30}, "max_len=32"),
+    ({"num_tokens": 2, "temperature": 1.0}, "temperature=1.0"),
+    ({"num_tokens": 2, "temperature": -1.0}, "temperature=-1.0"),
+  ],
+)
+def test_generate_refuses(kwargs, message):
+  model, variables = build()
+  with pytest.raises(ValueError, match=message):
+    sf.nn.generate(model, variables, tokens(3), **kwargs)
+
+
+def test_decode_refuses():
+  model, variables = build()
+  with pytest.raises(ValueError, match="length"):
+    model.apply(
+      variables, tokens(), jnp.array([3, 4]), decode=True, mutable=["cache"]
+    )
+  exact, variables = build(attention="softmax", feature_map=None)
+  with pytest.raises(ValueError, match="decode=True"):
+    exact.apply(variables, tokens(), decode=True, mutable=["cache"])

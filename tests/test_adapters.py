@@ -1,0 +1,217 @@
+"""Flax's attention modules and jax.nn's signature, on random features."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import spectraformer_jax as sf
+
+BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM = 3, 7, 16, 2, 8
+LENGTHS = jnp.array([7, 4, 1])
+REAL = jnp.arange(LENGTH)[None, :] < LENGTHS[:, None]
+PADDING = nn.make_attention_mask(REAL, REAL)
+CAUSAL = nn.make_causal_mask(REAL)
+MASKS = {
+  "none": (None, False),
+  "padding": (PADDING, False),
+  "keys": (REAL[:, None, None, :], False),
+  "causal": (CAUSAL, True),
+  "causal padding": (nn.combine_masks(PADDING, CAUSAL), True),
+}
+
+
+def build(component="posrf"):
+  """A map and its variables."""
+  fm = sf.feature_map(component, "orf", num_features=16)
+  return fm, fm.init(jax.random.key(1), head_dim=HEAD_DIM, num_heads=HEADS)
+
+
+def arrays(length=LENGTH):
+  """Query, key and value."""
+  shape = (3, BATCH, length, HEADS, HEAD_DIM)
+  return tuple(jax.random.normal(jax.random.key(0), shape))
+
+
+def oracle(query, key, value, mask, fm, variables, stats):
+  """The mask applied to the weights, one by one."""
+  phi = fm.apply(variables, query * HEAD_DIM**-0.25, side="query", stats=stats)
+  psi = fm.apply(variables, key * HEAD_DIM**-0.25, side="key", stats=stats)
+  weights = jnp.einsum("btnf,bsnf->bnts", phi, psi)
+  if mask is not None:
+    weights = weights * jnp.broadcast_to(mask.astype(bool), weights.shape)
+  total = weights.sum(-1, keepdims=True)
+  weights = weights / jnp.where(total == 0.0, 1.0, total)
+  return jnp.einsum("bnts,bsnv->btnv", weights, value)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("component", ["posrf", "oprf"])
+def test_masks_of_flax(name, jit, component):
+  mask, is_causal = MASKS[name]
+  fm, variables = build(component)
+  q, k, v = arrays()
+  stats = None
+  if component == "oprf":
+    scaled = (x * HEAD_DIM**-0.25 for x in (q, k))
+    stats = fm.calibrate(variables, *scaled)
+  fn = sf.as_attention_fn(fm, variables, stats=stats, is_causal=is_causal)
+  call = lambda mask: fn(q, k, v, mask=mask)
+  out = (jax.jit(call) if jit else call)(mask)
+  expected = oracle(q, k, v, mask, fm, variables, stats)
+  np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "mask", [CAUSAL, jnp.eye(LENGTH, dtype=bool)[None, None]]
+)
+def test_other_masks_are_refused(mask):
+  fm, variables = build()
+  fn = sf.as_attention_fn(fm, variables)
+  q, k, v = arrays()
+  with pytest.raises(ValueError, match="is_causal=True for a causal mask"):
+    fn(q, k, v, mask=mask)
+  # Inside jit the mask is not known: the output says it, example by example.
+  mixed = jnp.concatenate([jnp.ones((2, *mask.shape[1:]), bool), mask[:1] > 0])
+  out = jax.jit(lambda mask: fn(q, k, v, mask=mask))(mixed)
+  bad = np.isnan(out).all(axis=(1, 2, 3))
+  assert bad.tolist() == [False, False, True]
+  assert not np.isnan(out[:2]).any()
+
+
+def test_heads_that_see_different_keys_are_refused():
+  fm, variables = build()
+  mask = jnp.ones((1, HEADS, 1, LENGTH), bool).at[0, 1, 0, 0].set(False)
+  with pytest.raises(ValueError, match="which queries and which keys"):
+    sf.as_attention_fn(fm, variables)(*arrays(), mask=mask)
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [
+    ({"bias": jnp.zeros((1, 1, 7, 7))}, "bias"),
+    ({"dropout_rate": 0.1}, "dropout_rate=0.1"),
+    ({"module": object()}, "sow_weights"),
+    ({"mask": jnp.ones((1, 1, 7, 5), bool)}, r"\[3, 2, 7, 7\].*mask.shape"),
+  ],
+)
+def test_what_cannot_be_honoured_is_an_error(kwargs, message):
+  fm, variables = build()
+  with pytest.raises(ValueError, match=message):
+    sf.as_attention_fn(fm, variables)(*arrays(), **kwargs)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_inside_a_linen_module(name):
+  mask, is_causal = MASKS[name]
+  fm, variables = build()
+  layer = nn.MultiHeadDotProductAttention(
+    num_heads=HEADS,
+    attention_fn=sf.as_attention_fn(fm, variables, is_causal=is_causal),
+  )
+  x = jax.random.normal(jax.random.key(2), (BATCH, LENGTH, WIDTH))
+  params = layer.init(jax.random.key(3), x)
+  out = jax.jit(layer.apply)(params, x, mask=mask)
+  hidden = jnp.where(REAL[:, :, None], x, 5.0)
+  again = layer.apply(params, hidden, mask=mask)
+  assert out.shape == x.shape
+  if "padding" in name:
+    real = np.asarray(REAL)
+    np.testing.assert_allclose(out[real], again[real], atol=1e-5)
+  if is_causal:
+    later = layer.apply(params, x.at[:, 4:].set(9.0), mask=mask)
+    np.testing.assert_array_equal(
+      later[:, :4], layer.apply(params, x, mask=mask)[:, :4]
+    )
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_inside_an_nnx_module(name):
+  mask, is_causal = MASKS[name]
+  fm, variables = build()
+  layer = nnx.MultiHeadAttention(
+    num_heads=HEADS,
+    in_features=WIDTH,
+    decode=False,
+    attention_fn=sf.as_attention_fn(fm, variables),
+    rngs=nnx.Rngs(0),
+  )
+  x = jax.random.normal(jax.random.key(2), (BATCH, LENGTH, WIDTH))
+  out = nnx.jit(lambda m, x: m(x, mask=mask, is_causal=is_causal))(layer, x)
+  q, k, v = layer.query(x), layer.key(x), layer.value(x)
+  expected = layer.out(oracle(q, k, v, mask, fm, variables, None))
+  np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_decoding_in_a_linen_module_equals_one_causal_pass(is_causal):
+  fm, variables = build()
+  x = jax.random.normal(jax.random.key(2), (BATCH, LENGTH, WIDTH))
+  make = lambda is_causal, **kwargs: nn.MultiHeadDotProductAttention(
+    num_heads=HEADS,
+    attention_fn=sf.as_attention_fn(fm, variables, is_causal=is_causal),
+    **kwargs,
+  )
+  layer = make(is_causal, decode=True)
+  state = layer.init(jax.random.key(3), x)
+  whole = make(True).apply({"params": state["params"]}, x)
+  for position in range(LENGTH):
+    out, new = layer.apply(
+      state, x[:, position : position + 1], mutable=["cache"]
+    )
+    state = state | new
+    np.testing.assert_allclose(out[:, 0], whole[:, position], atol=1e-5)
+
+
+def test_linen_layers_in_an_nnx_model():
+  fm, _ = build("oprf")
+  layer = nnx.bridge.ToNNX(
+    sf.nn.SpectralSelfAttention(
+      num_heads=HEADS, head_dim=HEAD_DIM, feature_map=fm
+    ),
+    rngs=nnx.Rngs(params=0, features=1),
+  )
+  x = jax.random.normal(jax.random.key(2), (BATCH, LENGTH, WIDTH))
+  layer.lazy_init(x)
+  assert layer(x).shape == x.shape
+  grads = nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer)
+  assert all(
+    np.abs(g).max() > 0
+    for g in jax.tree.leaves(nnx.to_pure_dict(grads)["query"])
+  )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_jax_nn_signature(is_causal):
+  fm, variables = build()
+  attention = sf.as_dot_product_attention(fm, variables)
+  q, k, v = arrays()
+  kwargs = {"query_seq_lengths": LENGTHS, "key_value_seq_lengths": LENGTHS}
+  out = attention(q, k, v, is_causal=is_causal, **kwargs)
+  mask = PADDING.astype(bool)
+  if is_causal:
+    mask = mask & (CAUSAL > 0)
+  expected = oracle(q, k, v, mask, fm, variables, None)
+  np.testing.assert_allclose(out, expected, atol=2e-6)
+  same = attention(q, k, v, mask=mask, is_causal=is_causal)
+  np.testing.assert_allclose(same, expected, atol=2e-6)
+  alone = attention(q[0], k[0], v[0], is_causal=is_causal)
+  np.testing.assert_allclose(alone, out[0], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    {"bias": jnp.zeros((1, 1, 7, 7))},
+    {"local_window_size": 2},
+    {"return_residual": True},
+    {"implementation": "cudnn"},
+  ],
+)
+def test_jax_nn_options_that_cannot_be_honoured(kwargs):
+  fm, variables = build()
+  with pytest.raises(ValueError, match=next(iter(kwargs))):
+    sf.as_dot_product_attention(fm, variables)(*arrays(), **kwargs)
