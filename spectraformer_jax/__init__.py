@@ -33,6 +33,7 @@ from spectraformer_jax.pairs import (
   feature_map,
   list_feature_maps,
 )
+from spectraformer_jax.sequence_parallel import sequence_parallel_attention
 from spectraformer_jax.typing import FeatureVariables, LogFeatures, WeightSample
 from spectraformer_jax.weight_matrices import list_weight_matrices
 
@@ -57,6 +58,7 @@ __all__ = [
   "list_feature_maps",
   "list_weight_matrices",
   "nn",
+  "sequence_parallel_attention",
   "spectral_attention",
   "weight_matrices",
 ]

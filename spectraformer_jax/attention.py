@@ -93,12 +93,18 @@ def spectral_attention(
     >>> spectral_attention(x, x, x, feature_map=fm, variables=v).shape
     (1, 5, 2, 8)
   """
-  checks.check_attention_inputs(query, key, value, is_causal=is_causal)
-  checks.check_key_mask(key_mask, key)
-  checks.check_key_mask(query_mask, query, "query_mask")
-  _check_statistics(feature_map, stats, is_causal, segment_ids)
-  feature_map.check_inputs(variables, key)
-  feature_map.component.check_length(query.shape[1])
+  check_spectral_inputs(
+    query,
+    key,
+    value,
+    feature_map=feature_map,
+    variables=variables,
+    stats=stats,
+    is_causal=is_causal,
+    key_mask=key_mask,
+    query_mask=query_mask,
+    segment_ids=segment_ids,
+  )
   out, state = _spectral_attention(
     query,
     key,
@@ -141,12 +147,11 @@ def _spectral_attention(
   """`spectral_attention` on checked arguments."""
   if query_mask is not None:
     query = jnp.where(query_mask[:, :, None, None], query, 0)
-  if stats is None and feature_map.info.needs_stats:
-    stats = _calibrate(
-      feature_map, variables, query, key, key_mask, query_mask, root
-    )
+  stats = statistics_of(
+    feature_map, variables, stats, query, key, key_mask, query_mask, root
+  )
   out, state = attend(
-    _maps(feature_map, root),
+    maps_of(feature_map, root),
     feature_map.prepare(variables, stats),
     query,
     key,
@@ -203,7 +208,7 @@ def init_state(
     checks.check_positive_int(name, size)
   key = jax.ShapeDtypeStruct((batch_size, 1, num_heads, head_dim), jnp.float32)
   return start(
-    _maps(feature_map, 1.0),
+    maps_of(feature_map, 1.0),
     feature_map.prepare(variables, stats),
     key,
     value_dim or head_dim,
@@ -314,17 +319,23 @@ class _OneSide:
     return self.feature_map.prepared_features(prepared, x, side=self.side)
 
 
-def _maps(feature_map: FeatureMap, root: float) -> Maps:
+def maps_of(feature_map: FeatureMap, root: float) -> Maps:
   """Both sides of a feature map."""
   return Maps(
     _OneSide(feature_map, root, "query"), _OneSide(feature_map, root, "key")
   )
 
 
-def _calibrate(
-  feature_map, variables, query, key, key_mask, query_mask, root
+def statistics_of(
+  feature_map, variables, stats, query, key, key_mask, query_mask, root
 ) -> PyTree:
-  """Statistics of visible positions; grouped queries count with their key."""
+  """`stats`, or where the map needs some, those of the visible positions.
+
+  Grouped queries count with their key. Arguments are those of
+  `spectral_attention`; `root` is the factor on each side.
+  """
+  if stats is not None or not feature_map.info.needs_stats:
+    return stats
   batch, length, all_heads, head_dim = query.shape
   groups = all_heads // key.shape[2]
   if query_mask is None and length == key.shape[1]:
@@ -341,6 +352,28 @@ def _calibrate(
     key_mask=key_mask,
     query_mask=query_mask,
   )
+
+
+def check_spectral_inputs(
+  query,
+  key,
+  value,
+  *,
+  feature_map,
+  variables,
+  stats,
+  is_causal,
+  key_mask,
+  query_mask,
+  segment_ids=None,
+) -> None:
+  """ValueError unless `spectral_attention` can be given these arguments."""
+  checks.check_attention_inputs(query, key, value, is_causal=is_causal)
+  checks.check_key_mask(key_mask, key)
+  checks.check_key_mask(query_mask, query, "query_mask")
+  _check_statistics(feature_map, stats, is_causal, segment_ids)
+  feature_map.check_inputs(variables, key)
+  feature_map.component.check_length(query.shape[1])
 
 
 def _check_statistics(feature_map, stats, is_causal, segment_ids) -> None:

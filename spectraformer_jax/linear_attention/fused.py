@@ -66,20 +66,44 @@ def bidirectional(
     ``[B, T, N, G, V]`` and the state after all keys.
   """
   state = accumulate(maps.key, chunk, constants, state, key, value, keep)
+  return read(maps.query, chunk, constants, state, query, 0), state
+
+
+def read(
+  query_map: FeatureFn,
+  chunk: int,
+  constants: PyTree,
+  state: State,
+  query: Array,
+  position: Array,
+) -> Array:
+  """Every query sees the state, block by block.
+
+  Args:
+    query_map: the feature map of queries.
+    chunk: positions in a block.
+    constants: variables of the map.
+    state: sums over all keys.
+    query: ``[B, T, N, G, H]``.
+    position: of the first query.
+
+  Returns:
+    ``[B, T, N, G, V]``.
+  """
   length = query.shape[1]
   size = min(chunk, length)
   padded = _pad(query, size)
 
   @jax.checkpoint
   def one_block(constants, state, block, position):
-    return chunks.read(maps.query, constants, state, block, position)
+    return chunks.read(query_map, constants, state, block, position)
 
   def step(_, index):
     block = _query_block(padded, index, size)
-    return None, one_block(constants, state, block, index * size)
+    return None, one_block(constants, state, block, position + index * size)
 
   _, out = jax.lax.scan(step, None, jnp.arange(padded.shape[1] // size))
-  return _join(out)[:, :length], state
+  return _join(out)[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
