@@ -92,7 +92,11 @@ def case(component, is_causal, groups):
     stats=constant,
   )
   sizes = [int(np.prod([int(n) for n in s.split(",")])) for s, _ in collectives]
-  return {"differences": differences, "sizes": sizes, "state": 8 * state.kv.size}
+  return {
+    "differences": differences,
+    "sizes": sizes,
+    "state": 8 * state.kv.size,
+  }
 
 
 def test_values_gradients_and_traffic():
