@@ -1,0 +1,265 @@
+"""Time and memory of attention against its length.
+
+    python benchmarks/attention.py --csv=attention.csv --plot=attention.png
+
+Forms that are compared, on the same random float32 inputs:
+
+  spectral     spectral_attention of posrf-orf
+  naive        the same features of all positions at once, and two einsums
+               (bidirectional alone: the causal one would need [T, F, V])
+  softmax      jax.nn.dot_product_attention
+  exact        exact_attention of this library
+
+Each figure comes from a process of its own. `first_s` is the first call with
+compilation, `ms` the median of calls after it, `cpu_ms` the same in CPU time of
+all threads, `temp_mib` what the compiled program plans beside its arguments and
+results. Quadratic forms are left out where their weights alone would need more
+than `--limit_gib`. The CSV is written row by row; rows that it holds are not
+measured again.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FORMS = ("spectral", "naive", "softmax", "exact")
+COLUMNS = ("form", "is_causal", "backward", "batch", "length")
+FIGURES = ("ms", "cpu_ms", "temp_mib", "first_s", "device")
+HEADS, HEAD_DIM, ROWS = 2, 32, 128
+LENGTHS = (256, 512, 1024, 2048, 4096, 16384, 65536)
+
+
+def attention_of(form: str, is_causal: bool):
+  """A function of query, key and value ``[B, T, N, H]``."""
+  import jax
+  import jax.numpy as jnp
+
+  import spectraformer_jax as sf
+
+  fm = sf.feature_map("posrf", "orf", num_features=ROWS)
+  variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM, num_heads=HEADS)
+  if form == "spectral":
+    return lambda q, k, v: sf.spectral_attention(
+      *(q, k, v), feature_map=fm, variables=variables, is_causal=is_causal
+    )
+  if form == "softmax":
+    return lambda q, k, v: jax.nn.dot_product_attention(
+      *(q, k, v), is_causal=is_causal
+    )
+  if form == "exact":
+    return lambda q, k, v: sf.exact_attention(q, k, v, is_causal=is_causal)
+
+  def naive(query, key, value):
+    def log_features(x, side):
+      scaled = x * HEAD_DIM**-0.25
+      return fm.log_features(variables, scaled, side=side).log_magnitude
+
+    log_phi, log_psi = log_features(query, "query"), log_features(key, "key")
+    psi = jnp.exp(log_psi - jnp.max(log_psi, axis=(1, 3), keepdims=True))
+    phi = jnp.exp(log_phi - jnp.max(log_phi, axis=3, keepdims=True))
+    kv = jnp.einsum("bsnf,bsnv->bnfv", psi, value)
+    normalizer = jnp.einsum("btnf,bnf->btn", phi, jnp.sum(psi, axis=1))
+    return jnp.einsum("btnf,bnfv->btnv", phi, kv) / normalizer[..., None]
+
+  return naive
+
+
+def measure(case: dict, repeats: int) -> dict:
+  """The figures of one case, in this process."""
+  import jax
+  import jax.numpy as jnp
+
+  shape = (3, case["batch"], case["length"], HEADS, HEAD_DIM)
+  inputs = tuple(jax.random.normal(jax.random.key(1), shape))
+  attention = attention_of(case["form"], case["is_causal"])
+  function = attention
+  if case["backward"]:
+    loss = lambda *inputs: jnp.sum(jnp.sin(attention(*inputs)))
+    function = jax.value_and_grad(loss, argnums=(0, 1, 2))
+  jax.block_until_ready(inputs)
+  start = time.perf_counter()
+  compiled = jax.jit(function).lower(*inputs).compile()
+  jax.block_until_ready(compiled(*inputs))
+  first = time.perf_counter() - start
+  wall, cpu = [], []
+  for _ in range(repeats):
+    clocks = time.perf_counter(), time.process_time()
+    jax.block_until_ready(compiled(*inputs))
+    wall.append(time.perf_counter() - clocks[0])
+    cpu.append(time.process_time() - clocks[1])
+    if sum(wall) > 20.0 and len(wall) >= 3:
+      break
+  return {
+    "ms": round(1e3 * statistics.median(wall), 3),
+    "cpu_ms": round(1e3 * statistics.median(cpu), 3),
+    "temp_mib": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 2),
+    "first_s": round(first, 2),
+    "device": jax.devices()[0].device_kind,
+  }
+
+
+def cases(args: argparse.Namespace) -> list[dict]:
+  """What to measure, short sequences first."""
+  found = []
+  for length, batch, backward, is_causal, form in itertools.product(
+    args.lengths, args.batches, (False, True), (False, True), args.forms
+  ):
+    weights = 4 * batch * HEADS * length**2 / 2**30
+    quadratic = form in ("softmax", "exact")
+    if quadratic and (1 + backward) * weights > args.limit_gib:
+      continue
+    if form == "naive" and is_causal:
+      continue
+    values = (form, is_causal, backward, batch, length)
+    found.append(dict(zip(COLUMNS, values, strict=True)))
+  return found
+
+
+def measure_all(args: argparse.Namespace) -> list[dict]:
+  """Rows of the CSV, old and new."""
+  from rich.progress import track
+
+  path = Path(args.csv)
+  rows = []
+  if path.exists():
+    with path.open() as file:
+      rows = [
+        {key: json.loads(value) for key, value in row.items()}
+        for row in csv.DictReader(file)
+      ]
+  is_new = not rows
+  done = [{name: row[name] for name in COLUMNS} for row in rows]
+  with path.open("a") as file:
+    writer = csv.writer(file)
+    if is_new:
+      writer.writerow(COLUMNS + FIGURES)
+    for case in track(cases(args), "measuring"):
+      if case in done:
+        continue
+      command = [
+        *(sys.executable, __file__, "--one", json.dumps(case)),
+        *("--repeats", str(args.repeats)),
+      ]
+      child = subprocess.run(command, capture_output=True, text=True)
+      if child.returncode:
+        print(f"{case} failed:\n{child.stderr[-500:]}", file=sys.stderr)
+        continue
+      row = case | json.loads(child.stdout.splitlines()[-1])
+      rows.append(row)
+      writer.writerow([json.dumps(row[key]) for key in COLUMNS + FIGURES])
+      file.flush()
+  return rows
+
+
+def print_table(rows: list[dict]) -> None:
+  """One line per case, with the ratio to the softmax form."""
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table("form", "mode", "pass", "B", "T", "ms", "/ softmax", "MiB")
+  softmax = {
+    tuple(row[name] for name in COLUMNS[1:]): row["ms"]
+    for row in rows
+    if row["form"] == "softmax"
+  }
+  for row in sorted(rows, key=lambda row: [row[c] for c in COLUMNS[1:]]):
+    other = softmax.get(tuple(row[name] for name in COLUMNS[1:]))
+    table.add_row(
+      row["form"],
+      "causal" if row["is_causal"] else "bidirectional",
+      "forward + backward" if row["backward"] else "forward",
+      str(row["batch"]),
+      f"{row['length']:,}",
+      f"{row['ms']:.1f}",
+      f"{row['ms'] / other:.3f}" if other else "",
+      f"{row['temp_mib']:,.1f}",
+    )
+  Console(width=110).print(table)
+
+
+def plot(rows: list[dict], path: str) -> None:
+  """Time and memory against length, for the smallest batch."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  styles = {
+    "spectral": ("#0072B2", "o", "-"),
+    "naive": ("#E69F00", "s", "--"),
+    "softmax": ("#D55E00", "^", "-."),
+    "exact": ("#666666", "v", ":"),
+  }
+  batch = min(row["batch"] for row in rows)
+  figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True)
+  figure.suptitle(
+    f"Attention forward + backward: {batch} x T x {HEADS} heads of {HEAD_DIM}, "
+    f"{ROWS} features, {rows[0]['device']}"
+  )
+  for column, is_causal in enumerate((False, True)):
+    for line, (figure_name, label) in enumerate(
+      (("ms", "milliseconds"), ("temp_mib", "temporary memory, MiB"))
+    ):
+      ax = axes[line, column]
+      for form, (colour, marker, dash) in styles.items():
+        points = sorted(
+          (row["length"], max(row[figure_name], 1e-2))
+          for row in rows
+          if (row["form"], row["is_causal"]) == (form, is_causal)
+          and row["backward"]
+          and row["batch"] == batch
+        )
+        if points:
+          ax.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            linestyle=dash,
+            label=form,
+          )
+      ax.set_xscale("log", base=2)
+      ax.set_yscale("log")
+      ax.set_ylabel(label)
+      ax.grid(alpha=0.3)
+      if line == 0:
+        ax.set_title("causal" if is_causal else "bidirectional")
+      else:
+        ax.set_xlabel("length T")
+  axes[0, 0].legend(frameon=False)
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+  """Reads the flags and measures."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--csv", default="attention.csv")
+  parser.add_argument("--plot", help="also draw a picture")
+  parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+  parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
+  parser.add_argument("--forms", nargs="+", default=FORMS, choices=FORMS)
+  parser.add_argument("--repeats", type=int, default=10)
+  parser.add_argument("--limit_gib", type=float, default=4.0)
+  parser.add_argument("--one", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.one:
+    print(json.dumps(measure(json.loads(args.one), args.repeats)))
+    return
+  rows = measure_all(args)
+  print_table(rows)
+  if args.plot:
+    plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+  sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
+  main()
