@@ -44,10 +44,9 @@ def test_public_names_have_docstrings():
   ] == []
 
 
-def test_readme_code_runs(tmp_path):
-  if not (ROOT / "README.md").exists():
-    pytest.skip("README.md is not written yet.")
-  blocks = python_blocks("README.md")
+@pytest.mark.parametrize("name", ["README.md", "docs/attention.md"])
+def test_code_of_the_documentation_runs(name, tmp_path):
+  blocks = python_blocks(name)
   assert blocks
   process = run_python("\n".join(blocks), tmp_path)
   assert process.returncode == 0, process.stderr
