@@ -19,8 +19,8 @@ positions are learnt, and the learning rate falls linearly, not with the root of
 the step.
 
 listops.py:quick: the same task, lengths and model; 600 steps of 16 at 1e-3 with
-cosine decay and global-norm clipping. No figure is published. Measured here with
-seed 0, in 9 minutes on two CPU cores: test QUICK. Of that test split the root
+cosine decay and global-norm clipping. No figure is published. Measured here,
+seed 0, 9 minutes on two CPU cores: test QUICK. Of that test split the root
 operator alone tells 36.0 %, the commonest label 16.4 %.
 
 Test accuracy is that of the best-dev parameters; the last ones' is beside it.
