@@ -1,8 +1,8 @@
 """Synthetic Pathfinder: its settings, and its bars drawn once for all.
 
-A snake is a chain of bars on a grid of pixels. Each bar is seen from a pivot: it
+A snake is a chain of bars on a grid of pixels. A bar is seen from a pivot: it
 points away from it in one of finitely many directions and covers the radii from
-`margin` to `margin + bar_length`, the next pivot lies `margin` behind its end.
+`margin` to `margin + bar_length`; the next pivot lies `margin` behind its end.
 So the pixels of a bar, of the room it needs, and of what is too near to it are
 tables over directions, and growing a snake looks them up.
 
