@@ -7,6 +7,10 @@ no room, three times in a row, is dropped. Short snakes are put where there is
 room. Two discs then mark both ends of one long snake (label 1), or the start of
 one and the end of the other (label 0).
 
+Two rules are stricter than there, so that no snake runs into another one and
+the label is a matter of connectivity: the last bar of the other snake counts as
+well, and so do the gaps between bars (see `pathfinder_shapes`).
+
 A whole batch grows in step and what is dropped leaves it, so that numpy does
 the work; dropping is rejection sampling, the same law as starting again.
 
@@ -93,7 +97,7 @@ def sample(
     for margin in settings.margins
   ]
   if len(streams) == 1:
-    yield from streams[0]
+    yield from streams[0]  # for ever
   # Margins are equally frequent, though not equally often successful.
   stocks = [next(stream) for stream in streams]
   while True:
@@ -305,7 +309,8 @@ def _find_room(
   shapes = snakes.shapes
   size = (2, len(pages), _PLACES)
   # Nearer to the edge there is no room, and patches would leave the frame.
-  tails = snakes.rng.integers(2, shapes.side - 2, size)
+  low, high = shapes.margin, shapes.side - shapes.margin
+  tails = snakes.rng.integers(low, high, size)
   pivots = snakes.at(pages[:, None], *tails)
   pivots -= shapes.tails[directions][:, None]
   collide = snakes.collide(pivots.ravel(), np.repeat(directions, _PLACES))

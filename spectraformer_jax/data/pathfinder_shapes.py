@@ -83,6 +83,7 @@ class Shapes(NamedTuple):
 
   Attributes:
     side: of the picture.
+    margin: half the gap between bars.
     frame: pixels around the picture that every patch stays within.
     bar: how bright each pixel of a bar is, 0 to 1.
     room: the bar's margin, and the gaps before and behind it, 0 to FULL.
@@ -98,6 +99,7 @@ class Shapes(NamedTuple):
   """
 
   side: int
+  margin: int
   frame: int
   bar: Patches
   room: Patches
@@ -155,6 +157,7 @@ def make_shapes(settings: Settings, margin: int) -> Shapes:
   turn = np.minimum(turn * settings.continuity, np.pi / 2)
   return Shapes(
     side=settings.side,
+    margin=margin,
     frame=frame,
     bar=_patches(bars.astype(np.float32), width),
     room=_patches(room, width),
