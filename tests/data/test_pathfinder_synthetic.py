@@ -7,8 +7,9 @@ from scipy import ndimage
 
 from spectraformer_jax import data
 from spectraformer_jax.data import __main__ as command
+from spectraformer_jax.data import pathfinder_generator as generator
 from spectraformer_jax.data.pathfinder_generator import Pictures, sample
-from spectraformer_jax.data.pathfinder_shapes import SETTINGS
+from spectraformer_jax.data.pathfinder_shapes import SETTINGS, make_shapes
 
 FINE = 8  # points per pixel of the drawings that are flooded
 
@@ -185,6 +186,21 @@ def test_margins_are_equally_frequent():
   narrow = (gap.mean(axis=1) < 5).sum()
   # Four standard deviations of 100 fair coins.
   assert 30 <= narrow <= 70
+
+
+def test_a_short_snake_that_fails_leaves_no_trace():
+  shapes = make_shapes(SETTINGS[32], 1)
+  rng = np.random.default_rng(0)
+  snakes = generator._Snakes(rng, shapes, 200)
+  pages = np.arange(0, 200, 2)
+  directions = len(shapes.ends) + rng.integers(0, 360, len(pages))
+  before = snakes.occupied.copy(), snakes.near.copy()
+  # So long that many run out of room, and few do at once.
+  grown, bars = generator._grow_one(snakes, pages, directions, 20)
+  assert 10 < len(grown) < 90 and bars.shape == (len(grown), 20, 2)
+  for pixels, old in zip((snakes.occupied, snakes.near), before, strict=True):
+    changed = (pixels != old).any(axis=1)
+    assert np.flatnonzero(changed).tolist() == pages[grown].tolist()
 
 
 @pytest.fixture
