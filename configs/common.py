@@ -26,6 +26,14 @@ def set_lra_optimizer(config: ConfigDict) -> None:
   config.optim.clip = "none"
 
 
+def set_lra_schedule(config: ConfigDict, warmup_steps: int) -> None:
+  """Long Range Arena's learning rate for texts: 0.05 over the root of steps."""
+  config.optim.schedule = "rsqrt"
+  config.optim.warmup_steps = warmup_steps
+  config.optim.lr = 0.05 / warmup_steps**0.5
+  config.optim.weight_decay = 0.1
+
+
 def set_model(config: ConfigDict, **sizes: int | float | str) -> None:
   """Changes several keys of the model."""
   for name, value in sizes.items():

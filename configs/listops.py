@@ -15,8 +15,7 @@ listops.py:lra: the settings of Long Range Arena's code (listops/configs/
 base_listops_config.py: 4 layers, 8 heads of 64, CLS, 5000 steps) with
 random-feature attention. Column ListOps of the leaderboard in its README:
 Transformer 36.37 %, Performer 18.01 %, the authors' figures. It differs:
-positions are learnt, and the learning rate falls linearly, not with the root of
-the step.
+positions are learnt.
 
 listops.py:quick: the same task, lengths and model; 600 steps of 16 at 1e-3 with
 cosine decay and global-norm clipping. No figure is published. Measured here,
@@ -49,9 +48,7 @@ def get_config(variant=None):
     )
     common.set_model(config, mlp_dim=1024, pooling="cls")
     common.set_lra_optimizer(config)
-    config.optim.lr = 0.05 / 1000**0.5
-    config.optim.warmup_steps = 1000
-    config.optim.weight_decay = 0.1
+    common.set_lra_schedule(config, warmup_steps=1000)
     config.train.num_steps = 5000
     config.eval.every = 50
   return config

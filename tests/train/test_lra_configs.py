@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from spectraformer_jax import data
 from spectraformer_jax.train.config import default_config, flatten, validate
 from spectraformer_jax.train.loop import train_and_evaluate
 from tests.data import made_up
@@ -24,7 +25,7 @@ RELEASE = {
 LRA = {
   "listops": (5000, 32, 0.05 / math.sqrt(1000), 1000, 50),
   "text": (20_000, 32, 0.05 / math.sqrt(8000), 8000, 100),
-  "retrieval": (5000, 32, 0.05 / math.sqrt(8000) / 1.6, 4999, 100),
+  "retrieval": (5000, 32, 0.05 / math.sqrt(8000), 8000, 100),
   "image": (35_000, 256, 5e-4, 175, 175),
   "pathfinder": (62_400, 512, 1e-3, 312, 312),
   "pathx": (500_000, 64, 1e-3, 2500, 2500),
@@ -94,8 +95,24 @@ def test_settings_of_long_range_arena(task):
   assert (values["optim.b2"], values["optim.eps"]) == (0.98, 1e-9)
   text = task in ("listops", "text", "retrieval")
   assert values["optim.weight_decay"] == (0.1 if text else 0.0)
-  assert values["optim.schedule"] == ("linear" if text else "cosine")
+  assert values["optim.schedule"] == ("rsqrt" if text else "cosine")
   assert values["optim.clip"] == ("global_norm" if task == "pathx" else "none")
+
+
+@pytest.mark.parametrize("variant", [None, "lra", "pathx", "quick"])
+def test_pictures_drawn_here_have_the_settings_of_those_of_the_files(variant):
+  values = values_of("pathfinder_synthetic", variant)
+  settings = data.TASKS.build(
+    values["task.name"], values["task.kwargs"] | {"seed": 0}
+  ).settings
+  assert settings["side"] == (128 if variant == "pathx" else 32)
+  assert settings["bars"] == (6 if variant == "quick" else 14)
+  if variant == "quick":
+    return
+  same = ("pathx", None) if variant == "pathx" else ("pathfinder", variant)
+  others = values_of(*same)
+  different = {p for p in values if values[p] != others[p]}
+  assert different - {"task.kwargs"} == {"task.name"}
 
 
 @pytest.mark.parametrize("task", RELEASE)
