@@ -41,7 +41,7 @@ def get_config(variant=None):
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 50
     config.train.num_steps = 600
-    config.train.batch_size = 32
+    config.train.batch_size = config.eval.batch_size = 32
     config.eval.every = 200
     config.checkpoint.every = 200
     config.logging.every = 10

@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import ndimage
 
 from spectraformer_jax import data
 from spectraformer_jax.data import __main__ as command
 from spectraformer_jax.data import pathfinder_generator as generator
 from spectraformer_jax.data.pathfinder_generator import Pictures, sample
 from spectraformer_jax.data.pathfinder_shapes import SETTINGS, make_shapes
-
-FINE = 8  # points per pixel of the drawings that are flooded
+from tests.data import flood
 
 # side, bars, seeding, count
 KINDS = [
@@ -46,44 +44,14 @@ def drawn():
   return get
 
 
-def present(snake):
-  """The bars of a snake, [bars, 4]."""
-  return snake[~np.isnan(snake[:, 0])]
-
-
-def flooded(snakes, side):
-  """Connected pieces of all snakes, as fine lines with their gaps closed."""
-  canvas = np.zeros((side * FINE, side * FINE), bool)
-  for snake in snakes:
-    joints = present(snake).reshape(-1, 2)
-    for start, end in zip(joints[:-1], joints[1:], strict=True):
-      part = np.linspace(0, 1, 1 + int(2 * FINE * np.abs(end - start).max()))
-      points = start + (end - start) * part[:, None]
-      canvas[tuple(np.rint(FINE * points).astype(int).T)] = True
-  return ndimage.label(canvas, structure=np.ones((3, 3)))
-
-
-def piece_at(pieces, disc):
-  """The piece that begins or ends at the centre of a disc."""
-  points = np.argwhere(pieces)
-  distances = np.linalg.norm(points - FINE * disc, axis=1)
-  # Centres are pixels, ends of bars are not: at most half a diagonal apart.
-  assert distances.min() <= 0.71 * FINE + 1
-  return pieces[tuple(points[distances.argmin()])]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_say_whether_a_path_joins_the_discs(drawn, kind):
   pictures = drawn(kind)
-  joined, count = [], 0
-  for snakes, discs in zip(pictures.snakes, pictures.discs, strict=True):
-    pieces, found = flooded(snakes, kind[0])
-    # No snake runs into another one, short ones included.
-    assert found == sum(len(present(snake)) > 0 for snake in snakes)
-    joined.append(piece_at(pieces, discs[0]) == piece_at(pieces, discs[1]))
-    count += found
-  assert joined == (pictures.labels == 1).tolist()
-  assert 0 < sum(joined) < len(joined) and count > 2 * len(joined)
+  joined, touching = flood.check(pictures, kind[0])
+  # No snake runs into another one, short ones included.
+  assert not touching.any()
+  assert joined.tolist() == (pictures.labels == 1).tolist()
+  assert 0 < joined.sum() < len(joined)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +119,7 @@ def test_pixels_show_the_bars_and_discs_and_nothing_else(drawn, kind):
   grid = np.stack(np.mgrid[:side, :side], axis=-1).reshape(-1, 2)
   for index in range(10 if side == 32 else 2):
     pixels = pictures.pixels[index].reshape(side, side)
-    bars = np.concatenate([present(s) for s in pictures.snakes[index]])
+    bars = np.concatenate([flood.present(s) for s in pictures.snakes[index]])
     middle = np.rint((bars[:, :2] + bars[:, 2:]) / 2).astype(int)
     assert (pixels[tuple(middle.T)] > 25).all()
     far = np.ones(side * side, bool)

@@ -148,6 +148,38 @@ def test_pairs_are_trained(cache_dir, tmp_path):
   assert math.isfinite(result["test/loss_last"])
 
 
+def test_buckets_are_trained_and_evaluated(cache_dir, tmp_path, monkeypatch):
+  config = importlib.import_module("configs.listops").get_config()
+  values = TINY | {
+    "task.name": "listops",
+    "task.cache_dir": cache_dir,
+    "task.pad_to_multiple": 8,
+    "feature_map.component": "posrf",
+    "feature_map.weight_matrix": "iid",
+    "train.num_steps": 4,
+    "train.batch_size": 8,
+    "eval.every": 4,
+    "eval.batch_size": 8,
+    "checkpoint.every": 4,
+    "logging.every": 4,
+  }
+  config.update_from_flattened_dict(values)
+  config.task.buckets = (12,)
+  sizes = {"num_train": 32, "num_dev": 16, "num_test": 16}
+  config.task.kwargs = {"min_len": 4, "max_len": 24} | sizes
+  widths, gather = [], data.Batches._gather
+  monkeypatch.setattr(
+    data.Batches,
+    "_gather",
+    lambda self, indices, width: (
+      widths.append(width) or gather(self, indices, width)
+    ),
+  )
+  result = train_and_evaluate(config, tmp_path / "run")
+  assert set(widths) == {16, 24}
+  assert math.isfinite(result["test/loss_last"])
+
+
 def test_missing_files_end_before_anything_is_compiled(tmp_path):
   config = importlib.import_module("configs.text").get_config()
   with pytest.raises(ValueError, match="task 'text' needs data_dir="):
