@@ -33,6 +33,7 @@ from spectraformer_jax.data import (
   same_speech,
   spam_bodies,
   text,
+  tfds_folder,
 )
 from spectraformer_jax.data.batches import Batches
 from spectraformer_jax.data.cache import default_cache_dir
@@ -75,4 +76,5 @@ __all__ = [
   "spam_bodies",
   "split_by_content",
   "text",
+  "tfds_folder",
 ]
