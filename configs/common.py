@@ -38,3 +38,16 @@ def set_model(config: ConfigDict, **sizes: int | float | str) -> None:
   """Changes several keys of the model."""
   for name, value in sizes.items():
     config.model[name] = value
+
+
+def set_quick(config: ConfigDict) -> None:
+  """A short run that shows whether anything is learnt."""
+  config.optim.lr = 1e-3
+  config.optim.schedule = "cosine"
+  config.optim.warmup_steps = 30
+  config.optim.clip = "global_norm"
+  config.train.num_steps = 300
+  config.train.batch_size = config.eval.batch_size = 16
+  config.eval.every = 150
+  config.checkpoint.every = 50
+  config.logging.every = 10
