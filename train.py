@@ -9,6 +9,7 @@ The same command again goes on where the run was stopped.
 import logging as python_logging
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from ml_collections import config_flags
 
 from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import loop, report
+from spectraformer_jax.train.nonfinite import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent
-USER_ERROR, INTERRUPTED = 2, 130
+# Exit statuses. The last two are those of sysexits.h: the same command goes on
+# from the last checkpoint after RESUMABLE, and after IO_ERROR once there is
+# space on the disk.
+USER_ERROR, DIVERGED, IO_ERROR, RESUMABLE = 2, 3, 74, 75
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -55,14 +60,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     fail(error)
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception, status: int = USER_ERROR) -> None:
   """Prints one line and exits; --verbosity=1 shows the traceback as well."""
   logging.debug("traceback:", exc_info=error)
   # Others' errors may be long; what went wrong is then in the last line.
   lines = [line for line in str(error).splitlines() if line.strip()]
   message = lines[-1].strip() if lines else repr(error)
   print(f"error: {message}", file=sys.stderr)
-  sys.exit(USER_ERROR)
+  sys.exit(status)
 
 
 def default_workdir(config) -> Path:
@@ -90,6 +95,7 @@ def set_up_logging() -> None:
 def main(argv: list[str]) -> None:
   """Runs the experiment."""
   set_up_logging()
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C
   try:
     if len(argv) > 1:
       raise ValueError(f"Unknown argument {argv[1]!r}; flags start with --.")
@@ -101,9 +107,13 @@ def main(argv: list[str]) -> None:
     if "\n" in str(error):  # not a mistake of the user's: those have one line
       raise
     fail(error)
+  except NonFiniteError as error:
+    fail(error, DIVERGED)
+  except OSError as error:
+    fail(error, IO_ERROR)
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    sys.exit(RESUMABLE)
   report.print_summary(workdir)
 
 

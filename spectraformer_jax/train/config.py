@@ -32,7 +32,8 @@ CHOICES = {
 POSITIVE_INTS = (
   *("model.embed_dim", "model.num_layers", "model.num_heads"),
   *("model.head_dim", "model.mlp_dim", "feature_map.num_features"),
-  *("train.num_steps", "train.batch_size", "eval.every", "eval.batch_size"),
+  *("train.num_steps", "train.batch_size", "train.max_skipped_steps"),
+  *("eval.every", "eval.batch_size"),
   *("checkpoint.every", "checkpoint.keep", "logging.every"),
   "task.pad_to_multiple",
 )
@@ -111,7 +112,12 @@ def default_config() -> ConfigDict:
         "clip": "value",
         "clip_threshold": 1.0,
       },
-      "train": {"seed": 0, "num_steps": 50_000, "batch_size": 32},
+      "train": {
+        "seed": 0,
+        "num_steps": 50_000,
+        "batch_size": 32,
+        "max_skipped_steps": 10,
+      },
       "eval": {"every": 500, "batch_size": 32},
       "checkpoint": {"every": 500, "keep": 2},
       "logging": {

@@ -60,6 +60,7 @@ def test_loss_falls_and_rows_are_complete(uninterrupted):
     "train/accuracy",
     "train/learning_rate",
     "train/examples_per_second",
+    "train/skipped_steps",
     "time",
   }
   assert rows[-1] == result
@@ -226,6 +227,17 @@ def test_other_config_in_workdir(uninterrupted, tiny_config):
   # What does not change the training may differ.
   harmless = {"logging.every": 7, "checkpoint.keep": 5}
   train_and_evaluate(tiny_config(**harmless), workdir)
+
+
+def test_run_of_an_older_version_goes_on(uninterrupted, tiny_config, tmp_path):
+  workdir = shutil.copytree(uninterrupted[0], tmp_path / "copy")
+  stored = json.loads((workdir / "config.json").read_text())
+  del stored["config"]["train"]["max_skipped_steps"]
+  (workdir / "config.json").write_text(json.dumps(stored))
+  assert train_and_evaluate(tiny_config(), workdir) == uninterrupted[1]
+  changed = tiny_config(**{"train.max_skipped_steps": 3})
+  with pytest.raises(ValueError, match="max_skipped_steps is 10 there"):
+    train_and_evaluate(changed, workdir)
 
 
 def test_other_data_in_workdir(uninterrupted, tiny_config, tmp_path):

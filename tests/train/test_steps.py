@@ -123,6 +123,39 @@ def test_batch_without_weight_changes_nothing():
     np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_replica_that_is_not_finite_stops_all(bad):
+  model, tx = workers.tiny_model(), optax.adam(1.0)
+  train_state = state.create(model, workers.MAP, tx, state.run_keys(0))
+  batch = workers.tiny_batch()
+  split = {n: a.reshape(4, -1, *a.shape[1:]) for n, a in batch.items()}
+
+  @jax.jit
+  def step(weight):
+    one = lambda shard: steps.train_step(
+      train_state,
+      shard,
+      jax.random.key(0),
+      apply_fn=model.apply,
+      tx=tx,
+      axis_name="data",
+    )
+    return jax.vmap(one, axis_name="data")(split | {"weight": weight})
+
+  changed = lambda after: {
+    name
+    for name, old in workers.named("", train_state).items()
+    if not np.array_equal(workers.named("", after)[name], np.stack([old] * 4))
+  }
+  after, sums = step(split["weight"])
+  assert np.all(sums.skipped == 0) and np.all(sums.weight > 0)
+  assert any("mu" in name for name in changed(after))
+  split["weight"][2, 1] = bad
+  after, sums = step(split["weight"])
+  assert np.all(sums.skipped == 1) and np.all(sums.loss == 0)
+  assert changed(after) == {".step"} and np.all(after.step == 1)
+
+
 def test_running_statistics_are_carried_and_averaged():
   # A model whose "feature_stats" become the mean token of the batch.
   def apply_fn(variables, tokens, length, **kwargs):

@@ -164,6 +164,22 @@ def stopping(at_call: int):
   return call
 
 
+def before_step(at_call: int, action):
+  """A `DataParallelStep.__call__` with `action(batch)` before its n-th step."""
+  original = parallel.DataParallelStep.__call__
+  calls = 0
+
+  def call(self, train_state, batch, *rest):
+    nonlocal calls
+    if rest:  # only the training step takes a key
+      calls += 1
+      if calls == at_call:
+        action(batch)
+    return original(self, train_state, batch, *rest)
+
+  return call
+
+
 def named(prefix, tree) -> dict[str, np.ndarray]:
   """Leaves of a tree by path, for np.savez."""
   return {
