@@ -134,10 +134,12 @@ def train(
   # 4. Step functions.
   train_step = parallel.DataParallelStep(
     functools.partial(steps.train_step, apply_fn=model.apply, tx=tx),
+    engine=config.train.parallel,
     donate_state=True,
   )
   eval_step = parallel.DataParallelStep(
-    functools.partial(steps.eval_step, apply_fn=model.apply)
+    functools.partial(steps.eval_step, apply_fn=model.apply),
+    engine=config.train.parallel,
   )
   interval = config.feature_map.redraw_interval if feature_map else 0
   redraw = parallel.on_one_device(

@@ -21,7 +21,7 @@ REPORT = "report.md"
 CURVES = "curves.png"
 
 # What does not change the training, so it may change between two starts.
-FREE_SECTIONS = ("checkpoint.", "logging.")
+FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

@@ -46,13 +46,6 @@ def checkpoint_steps(workdir):
   return sorted(int(path.name) for path in folders if path.name.isdigit())
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny_config):
-  workdir = tmp_path_factory.mktemp("uninterrupted")
-  train_and_evaluate(tiny_config(), workdir)
-  return workdir
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_saves_the_step_under_way(
   name, uninterrupted, tiny_config, tmp_path, monkeypatch
@@ -65,9 +58,9 @@ def test_signal_saves_the_step_under_way(
   # 21 is in the middle of a row of metrics, and no step to save at.
   assert checkpoint_steps(tmp_path)[-1] == 21
   train_and_evaluate(tiny_config(), tmp_path)
-  same_arrays(saved_arrays(tmp_path, 48), saved_arrays(uninterrupted, 48))
+  same_arrays(saved_arrays(tmp_path, 48), saved_arrays(uninterrupted[0], 48))
   assert without_times(read_rows(tmp_path)) == without_times(
-    read_rows(uninterrupted)
+    read_rows(uninterrupted[0])
   )
 
 
@@ -134,9 +127,9 @@ def test_damaged_checkpoint_falls_back(
   )
   train_and_evaluate(tiny_config(), tmp_path)
   assert sum("going on from step 36" in line for line in lines) == 1
-  same_arrays(saved_arrays(tmp_path, 48), saved_arrays(uninterrupted, 48))
+  same_arrays(saved_arrays(tmp_path, 48), saved_arrays(uninterrupted[0], 48))
   assert without_times(read_rows(tmp_path)) == without_times(
-    read_rows(uninterrupted)
+    read_rows(uninterrupted[0])
   )
 
 

@@ -38,13 +38,6 @@ def without_times(rows):
   ]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny_config):
-  """The finished tiny run that others are compared with."""
-  workdir = tmp_path_factory.mktemp("uninterrupted")
-  return workdir, train_and_evaluate(tiny_config(), workdir)
-
-
 def test_loss_falls_and_rows_are_complete(uninterrupted):
   workdir, result = uninterrupted
   rows = read_rows(workdir)
@@ -173,6 +166,19 @@ def test_checkpoint_moves_between_device_counts(devices, tiny_config, tmp_path):
     saved_arrays(tmp_path / "run", 12),
     saved_arrays(tmp_path / "one", 12),
     atol=1e-4,
+  )
+
+
+def test_engines_train_alike(uninterrupted, tiny_config, tmp_path, monkeypatch):
+  # Begun with pmap, gone on with jit: the same steps in the same order.
+  with monkeypatch.context() as patch:
+    patch.setattr(parallel.DataParallelStep, "__call__", workers.stopping(23))
+    with pytest.raises(KeyboardInterrupt):
+      train_and_evaluate(tiny_config(), tmp_path)
+  train_and_evaluate(tiny_config(**{"train.parallel": "jit"}), tmp_path)
+  # One device, so that nothing is summed in another order.
+  same_arrays(
+    saved_arrays(tmp_path, 48), saved_arrays(uninterrupted[0], 48), atol=1e-6
   )
 
 
