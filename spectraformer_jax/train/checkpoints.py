@@ -48,7 +48,8 @@ class Checkpointer:
   """Saves and restores `TrainState` with a JSON record; a context manager.
 
   Saving is synchronous: a state of this library's size takes about 50 ms, and
-  a step that fails to save fails here and not later.
+  a step that fails to save fails here and not later. Of several processes only
+  process 0 may have one.
 
   Args:
     directory: made if it is not there; remains of an interrupted save go away.
@@ -58,12 +59,17 @@ class Checkpointer:
   def __init__(self, directory: Path | str, *, keep: int):
     self._directory = Path(directory).absolute()
     self._best: dict[int, int | None] = {}
+    self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_LastAndBest(keep, self._best),
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
+        create=False,  # with processes of its own, orbax cannot
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=0, active_processes={0}
+        ),
       ),
     )
 

@@ -1,5 +1,6 @@
 """A run from its config to its report, in the order in which things happen."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -15,6 +16,7 @@ from spectraformer_jax import data, nn
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.train import (
   describe,
+  hosts,
   models,
   nonfinite,
   optim,
@@ -24,13 +26,13 @@ from spectraformer_jax.train import (
   steps,
 )
 from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.checkpoints import Checkpointer
 from spectraformer_jax.train.config import to_dict, validate
 from spectraformer_jax.train.lock import workdir_lock
 from spectraformer_jax.train.meters import Clock, Record, Window
 from spectraformer_jax.train.nonfinite import SkippedSteps
 from spectraformer_jax.train.progress import Progress
 from spectraformer_jax.train.signals import StopSignals
+from spectraformer_jax.train.storage import Storage
 from spectraformer_jax.train.writers import MetricWriter, read_rows, result_row
 from spectraformer_jax.typing import Array
 
@@ -71,11 +73,9 @@ def train_and_evaluate(
     parallel.check_batch_size(
       f"config.{section}.batch_size", config[section].batch_size
     )
-  files.check_config(workdir, to_dict(config))
-  finished = result_row(read_rows(workdir))
+  finished = hosts.from_main(lambda: find_result(workdir, config))
   if finished:
     logging.info("%s holds a finished run.", workdir)
-    report.write_report(workdir)
     return finished
 
   # 2. Data and model.
@@ -91,12 +91,16 @@ def train_and_evaluate(
   )
   first = make_batches(datasets["train"], config.train.batch_size, train=True)
   model = models.make_model(config, feature_map, first)
-  files.check_data(workdir, facts)
-  with workdir_lock(workdir):
-    files.write_config(workdir, to_dict(config), facts, command)
+  with contextlib.ExitStack() as held:
+
+    def claim_workdir():
+      files.check_data(workdir, facts)
+      held.enter_context(workdir_lock(workdir))
+      files.write_config(workdir, to_dict(config), facts, command)
+
+    hosts.from_main(claim_workdir)
     train(config, workdir, feature_map, model, datasets, facts, make_batches)
-    report.write_report(workdir)
-  return result_row(read_rows(workdir))
+    return hosts.from_main(lambda: find_result(workdir, config))
 
 
 def train(
@@ -116,20 +120,19 @@ def train(
   tx = optim.make_optimizer(config.optim, num_steps)
   train_state = state.create(model, feature_map, tx, keys)
   sizes = state.sizes(train_state)
-  checkpointer = Checkpointer(
-    workdir / files.CHECKPOINTS, keep=config.checkpoint.keep
-  )
+  storage = Storage(workdir / files.CHECKPOINTS, keep=config.checkpoint.keep)
   record = Record(
     data=make_batches(
       datasets["train"], config.train.batch_size, train=True
     ).state()
   )
-  restored = checkpointer.restore_latest(train_state)
+  restored = storage.restore_latest(train_state)
   if restored:
     train_state, stored = restored
     record = Record(**stored)
   start = int(train_state.step)
   train_state = parallel.replicate(train_state)
+  dropout_rng = parallel.replicate(keys.dropout_rng)
 
   # 4. Step functions.
   train_step = parallel.DataParallelStep(
@@ -155,7 +158,7 @@ def train(
 
   # 5. Training.
   with (
-    checkpointer,
+    storage,
     data.Prefetch(
       make_batches(
         datasets["train"],
@@ -165,13 +168,16 @@ def train(
       )
     ) as batches,
     MetricWriter(
-      workdir, start_step=start, tensorboard=config.logging.tensorboard
+      workdir,
+      start_step=start,
+      tensorboard=config.logging.tensorboard,
+      enabled=hosts.is_main(),
     ) as writer,
     Progress(
       num_steps,
       start,
       interval_seconds=config.logging.interval_seconds,
-      bar=config.logging.progress_bar,
+      bar=config.logging.progress_bar if hosts.is_main() else False,
     ) as progress,
   ):
     for line in describe.run(config, workdir, facts, sizes, start):
@@ -184,14 +190,14 @@ def train(
         if interval and step and step % interval == 0:
           train_state = redraw(train_state, keys.redraw_rng)
         batch = next(batches)
-        train_state, sums = train_step(train_state, batch, keys.dropout_rng)
+        train_state, sums = train_step(train_state, batch, dropout_rng)
         done = step + 1
         window.add(sums)
         skipped.add(done, batch, sums)
         progress.step(done)
 
         last = done == num_steps
-        stop = signals.received is not None
+        stop = signals.stop_after(done)
         log_now = last or done % config.logging.every == 0
         evaluate_now = last or done % config.eval.every == 0
         save_now = last or stop or done % config.checkpoint.every == 0
@@ -200,7 +206,7 @@ def train(
           skipped.collect()
         if skipped.too_many:
           raise explain_skipped(
-            workdir, skipped, record, model, train_state, keys.dropout_rng
+            workdir, skipped, record, model, train_state, dropout_rng
           )
         if not (log_now or evaluate_now or save_now):
           continue
@@ -225,8 +231,8 @@ def train(
         if save_now:
           writer.sync()
           record.data, record.window = batches.state(), window.sums
-          checkpointer.save(
-            parallel.to_host(train_state),
+          storage.save(
+            train_state,
             dataclasses.asdict(record),
             best_step=record.best and record.best["step"],
           )
@@ -238,7 +244,7 @@ def train(
     # 6. Test accuracy of the last and of the best-dev parameters.
     test_last = test_best = evaluate(train_state, datasets["test"])
     if record.best["step"] != num_steps:
-      best_state, _ = checkpointer.restore(record.best["step"], train_state)
+      best_state, _ = storage.restore(record.best["step"], train_state)
       test_best = evaluate(parallel.replicate(best_state), datasets["test"])
     outcome = {
       **{f"test/{name}_best": x for name, x in test_best.items()},
@@ -247,6 +253,19 @@ def train(
       **sizes,
     }
     writer.write(num_steps, {"test/accuracy": test_best["accuracy"], **outcome})
+
+
+def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+  """The result of a finished run, whose report is written again.
+
+  Raises:
+    ValueError: the workdir holds another config.
+  """
+  files.check_config(workdir, to_dict(config))
+  result = result_row(read_rows(workdir))
+  if result:
+    report.write_report(workdir)
+  return result
 
 
 def load_data(config: ConfigDict) -> dict[str, data.Dataset]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectraformer_jax.train import hosts
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.meters import RUN_AHEAD, Record
 from spectraformer_jax.train.steps import Sums
@@ -66,7 +67,7 @@ def write_report(
   step: int,
   batch: Mapping[str, np.ndarray],
   record: Record,
-  gradient_norms: Callable[..., tuple[PyTree, Any]],
+  gradient_norms: Callable[[Mapping[str, np.ndarray]], tuple[PyTree, Any]],
 ) -> NonFiniteError:
   """Leaves what explains the skipped steps in the workdir.
 
@@ -75,13 +76,20 @@ def write_report(
     step: the last one skipped.
     batch: of that step.
     record: of the run.
-    gradient_norms: of the step's state, batch and key; see `steps`.
+    gradient_norms: of a batch, at that step; see `steps.gradient_norms`.
 
   Returns:
     The error to raise.
   """
   norms, loss = jax.device_get(gradient_norms(batch))
   folder = workdir / f"nonfinite-step-{step}"
+  error = NonFiniteError(
+    f"Loss or gradient were not finite in {record.skipped_in_a_row} steps in "
+    f"a row, the last of them step {step}; see {folder}/report.md. A lower "
+    "config.optim.lr or another config.optim.clip may help."
+  )
+  if not hosts.is_main():
+    return error
   folder.mkdir(parents=True, exist_ok=True)
   np.savez(folder / "batch.npz", **batch)
   rows = [
@@ -96,7 +104,8 @@ def write_report(
     "",
     f"{record.skipped_in_a_row} steps in a row were skipped, the last of them "
     f"step {step}; {record.skipped} in the whole run. Loss on that step's "
-    f"batch: {loss:.4g}. The batch is in batch.npz (`numpy.load`).",
+    f"batch: {loss:.4g}. The batch, or process 0's part of it, is in batch.npz "
+    "(`numpy.load`).",
     "",
     "| parameter | its norm | norm of its gradient | not finite |",
     "|---|---|---|---|",
@@ -104,8 +113,4 @@ def write_report(
     "",
   ]
   files.write_text(folder / "report.md", "\n".join(text))
-  return NonFiniteError(
-    f"Loss or gradient were not finite in {record.skipped_in_a_row} steps in "
-    f"a row, the last of them step {step}; see {folder}/report.md. A lower "
-    "config.optim.lr or another config.optim.clip may help."
-  )
+  return error

@@ -59,7 +59,17 @@ def _mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def replicate(tree: PyTree) -> PyTree:
   """Copies arrays (host or device), equal on all hosts, to every device."""
-  return jax.device_put(tree, NamedSharding(_mesh(), PartitionSpec()))
+  sharding = NamedSharding(_mesh(), PartitionSpec())
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+
+  def put(leaf):
+    # Only host arrays can go to other hosts' devices; JAX compares them.
+    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
+    return jax.device_put(np.asarray(leaf), sharding)
+
+  return jax.tree.map(put, tree)
 
 
 def to_host(tree: PyTree) -> PyTree:
