@@ -3,23 +3,33 @@
   python train.py [--config=configs/X.py[:variant]] [--workdir=DIR]
                   [--config.section.key=value ...]
 
-The same command again goes on where the run was stopped.
+The same command again goes on where the run was stopped. One run on several
+machines: the same command on each, with --coordinator=HOST:PORT,
+--num_processes=N and --process_id=0 ... N-1, or with --multihost in a cluster.
 """
 
 import logging as python_logging
+import os
 import re
 import shlex
+import signal
 import sys
+import traceback
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from spectraformer_jax.train import config as train_config
-from spectraformer_jax.train import loop, report
+from spectraformer_jax.train import hosts, loop, report
+from spectraformer_jax.train.nonfinite import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent
-USER_ERROR, INTERRUPTED = 2, 130
+# Exit statuses. The last two are those of sysexits.h: the same command goes on
+# from the last checkpoint after RESUMABLE, and after IO_ERROR once there is
+# space on the disk.
+USER_ERROR, DIVERGED, IO_ERROR, RESUMABLE = 2, 3, 74, 75
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -35,6 +45,22 @@ _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
   "Folder of the run; default runs/<config>-<pair>-seed<seed>.",
+)
+
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "Address host:port of process 0, with any free port."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes make the run."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0 on."
+)
+_MULTIHOST = flags.DEFINE_bool(
+  "multihost", False, "Ask Slurm, Open MPI or Kubernetes for these three."
+)
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  "heartbeat_seconds", 100, "A process that is silent for so long is gone."
 )
 
 flags.FLAGS.set_default("verbosity", logging.INFO)
@@ -55,14 +81,23 @@ def parse_flags(argv: list[str]) -> list[str]:
     fail(error)
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception, status: int = USER_ERROR) -> None:
   """Prints one line and exits; --verbosity=1 shows the traceback as well."""
   logging.debug("traceback:", exc_info=error)
   # Others' errors may be long; what went wrong is then in the last line.
   lines = [line for line in str(error).splitlines() if line.strip()]
   message = lines[-1].strip() if lines else repr(error)
   print(f"error: {message}", file=sys.stderr)
-  sys.exit(USER_ERROR)
+  leave(status)
+
+
+def leave(status: int) -> None:
+  """Exits; one of several processes does so without waiting for the others."""
+  if jax.distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  sys.exit(status)
 
 
 def default_workdir(config) -> Path:
@@ -90,21 +125,46 @@ def set_up_logging() -> None:
 def main(argv: list[str]) -> None:
   """Runs the experiment."""
   set_up_logging()
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C
   try:
     if len(argv) > 1:
       raise ValueError(f"Unknown argument {argv[1]!r}; flags start with --.")
     config = _CONFIG.value.lock()
     workdir = Path(_WORKDIR.value or default_workdir(config))
     command = shlex.join(["python", *sys.argv])
+    hosts.connect(
+      _COORDINATOR.value,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      detect=_MULTIHOST.value,
+      heartbeat_seconds=_HEARTBEAT_SECONDS.value,
+    )
     loop.train_and_evaluate(config, workdir, command=command)
-  except ValueError as error:
-    if "\n" in str(error):  # not a mistake of the user's: those have one line
-      raise
-    fail(error)
+  except NonFiniteError as error:
+    fail(error, DIVERGED)
+  except OSError as error:
+    fail(error, IO_ERROR)
+  except Exception as error:
+    if hosts.lost(error):
+      logging.debug("traceback:", exc_info=error)
+      print(
+        "error: another process of this run has gone; the same command on all "
+        "of them goes on from the last checkpoint",
+        file=sys.stderr,
+      )
+      leave(RESUMABLE)
+    # A user's mistake has one line.
+    if isinstance(error, ValueError) and "\n" not in str(error):
+      fail(error)
+    if jax.distributed.is_initialized():
+      traceback.print_exc()
+      leave(1)
+    raise
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(INTERRUPTED)
-  report.print_summary(workdir)
+    sys.exit(RESUMABLE)
+  if hosts.is_main():
+    report.print_summary(workdir)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Checkpoints: the last few and the best, written so that a kill does no harm.
 
 One orbax `CheckpointManager`. A checkpoint counts only once orbax has committed
-it. It holds the un-replicated state as host arrays, so it can be read with any
-number of devices, and a JSON record of everything else a resume needs.
+it, and is used only if what is read has the checksum of what was written. It
+holds the un-replicated state as host arrays, so it can be read with any number
+of devices, and a JSON record of everything else a resume needs.
 """
 
 import dataclasses
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from spectraformer_jax.train.state import TrainState
+
+# Beside the folder of checkpoints: those that could not be read.
+DAMAGED = "damaged_checkpoints"
+
+
+class SaveError(OSError):
+  """A checkpoint could not be written; the ones before are as they were."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +34,13 @@ class _LastAndBest:
   """Keeps the last `keep` checkpoints and those they name as the best."""
 
   keep: int
+  best: Mapping[int, int | None]  # what each checkpoint names as the best step
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
     """Which of `checkpoints` stay."""
     del context
-    newest = sorted(checkpoints, key=lambda info: info.step)[-self.keep :]
-    steps = {info.step for info in newest}
-    steps |= {(info.metrics or {}).get("best_step") for info in newest}
+    newest = sorted(info.step for info in checkpoints)[-self.keep :]
+    steps = {*newest, *(self.best.get(step) for step in newest)}
     return [info.step in steps for info in checkpoints]
 
 
@@ -36,7 +48,8 @@ class Checkpointer:
   """Saves and restores `TrainState` with a JSON record; a context manager.
 
   Saving is synchronous: a state of this library's size takes about 50 ms, and
-  a step that fails to save fails here and not later.
+  a step that fails to save fails here and not later. Of several processes only
+  process 0 may have one.
 
   Args:
     directory: made if it is not there; remains of an interrupted save go away.
@@ -44,12 +57,19 @@ class Checkpointer:
   """
 
   def __init__(self, directory: Path | str, *, keep: int):
+    self._directory = Path(directory).absolute()
+    self._best: dict[int, int | None] = {}
+    self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
-      Path(directory).absolute(),
+      self._directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=_LastAndBest(keep),
+        preservation_policy=_LastAndBest(keep, self._best),
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
+        create=False,  # with processes of its own, orbax cannot
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=0, active_processes={0}
+        ),
       ),
     )
 
@@ -66,20 +86,73 @@ class Checkpointer:
       state: host arrays (`parallel.to_host`).
       record: JSON values.
       best_step: the best step so far, whose checkpoint must stay.
+
+    Raises:
+      SaveError: it could not be written, as when the disk is full.
     """
-    self._manager.save(
-      int(state.step),
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state._asdict()),
-        record=ocp.args.JsonSave(dict(record)),
-      ),
-      metrics={"best_step": best_step},
-      force=True,
-    )
+    step = int(state.step)
+    stored = {
+      **record,
+      "best_step": best_step,
+      "checksum": _checksum(state, {**record, "best_step": best_step}),
+    }
+    self._best[step] = best_step
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state._asdict()),
+          record=ocp.args.JsonSave(stored),
+        ),
+        force=True,
+      )
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      for partial in self._directory.glob(f"{step}.*tmp*"):
+        shutil.rmtree(partial, ignore_errors=True)
+      self._manager.reload()
+      raise SaveError(
+        f"The checkpoint of step {step} could not be written to "
+        f"{str(self._directory)!r}; it has those of steps {self.steps()}. "
+        f"Cause: {_one_line(error)}"
+      ) from error
 
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints, in order."""
     return sorted(self._manager.all_steps())
+
+  def restore_latest(
+    self, like: TrainState
+  ) -> tuple[TrainState, dict[str, Any]] | None:
+    """Reads the newest checkpoint that is whole; None if there are none.
+
+    Newer ones that are damaged are moved out of the way, with a warning.
+
+    Args:
+      like: see `restore`.
+
+    Raises:
+      ValueError: there are checkpoints, and none can be read.
+    """
+    damaged = {}
+    for step in reversed(self.steps()):
+      try:
+        restored = self.restore(step, like)
+      except ValueError as error:
+        damaged[step] = str(error)
+        continue
+      for bad_step, reason in damaged.items():
+        place = self._set_aside(bad_step)
+        logging.warning(
+          "%s The checkpoint is now in %s; going on from step %d instead.",
+          *(reason, place, step),
+        )
+      return restored
+    if damaged:
+      raise ValueError(
+        f"None of the checkpoints {sorted(damaged)} can be read. "
+        f"{damaged[max(damaged)]}"
+      )
+    return None
 
   def restore(
     self, step: int, like: TrainState
@@ -95,19 +168,38 @@ class Checkpointer:
       The state and the record.
 
     Raises:
-      ValueError: the checkpoint holds other shapes or dtypes than `like`.
+      ValueError: it is damaged, or holds other shapes or dtypes than `like`.
     """
     target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(target._asdict()),
-        record=ocp.args.JsonRestore(),
-      ),
-    )
-    state = TrainState(**restored.state)
-    jax.tree_util.tree_map_with_path(_check_leaf, target, state)
-    return state, restored.record
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(target._asdict()),
+          record=ocp.args.JsonRestore(),
+        ),
+      )
+      state, record = TrainState(**restored.state), dict(restored.record)
+      jax.tree_util.tree_map_with_path(_check_leaf, target, state)
+      checksum = record.pop("checksum", None)  # older versions wrote none
+      if checksum not in (None, _checksum(state, record)):
+        raise ValueError("its content differs from what was written.")
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise ValueError(
+        f"The checkpoint of step {step} in {str(self._directory)!r} cannot be "
+        f"read: {_one_line(error)}"
+      ) from error
+    self._best[step] = record.pop("best_step", None)
+    return state, record
+
+  def _set_aside(self, step: int) -> Path:
+    """Moves a checkpoint out of the folder; returns where it is now."""
+    place = self._directory.with_name(DAMAGED) / str(step)
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(exist_ok=True)
+    shutil.move(self._directory / str(step), place)
+    self._manager.reload()
+    return place
 
   def __enter__(self) -> "Checkpointer":
     return self
@@ -123,3 +215,18 @@ def _check_leaf(path, wanted: np.ndarray, found: np.ndarray) -> None:
       f"checkpoint leaf {jax.tree_util.keystr(path)} is {found.dtype}"
       f"{found.shape}, the model needs {wanted.dtype}{wanted.shape}."
     )
+
+
+def _checksum(state: TrainState, record: Mapping[str, Any]) -> str:
+  """Of every bit of the arrays and of the record's values."""
+  digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+  for leaf in jax.tree.leaves(state):
+    digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+    digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+  """The message in at most 300 characters."""
+  text = " ".join(str(error).split()) or repr(error)
+  return text if len(text) <= 300 else text[:297] + "..."

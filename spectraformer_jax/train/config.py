@@ -14,6 +14,7 @@ from ml_collections.config_dict import placeholder
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.nn.attention import ATTENTIONS
 from spectraformer_jax.nn.sequence_encoder import POOLINGS
+from spectraformer_jax.train.parallel import ENGINES
 
 # Sections whose keys belong to somebody else (a component, a matrix, a task),
 # who checks them; any key may be set there.
@@ -28,11 +29,13 @@ CHOICES = {
   "model.pooling": POOLINGS,
   "optim.schedule": ("linear", "cosine", "rsqrt"),
   "optim.clip": ("value", "global_norm", "none"),
+  "train.parallel": ENGINES,
 }
 POSITIVE_INTS = (
   *("model.embed_dim", "model.num_layers", "model.num_heads"),
   *("model.head_dim", "model.mlp_dim", "feature_map.num_features"),
-  *("train.num_steps", "train.batch_size", "eval.every", "eval.batch_size"),
+  *("train.num_steps", "train.batch_size", "train.max_skipped_steps"),
+  *("eval.every", "eval.batch_size"),
   *("checkpoint.every", "checkpoint.keep", "logging.every"),
   "task.pad_to_multiple",
 )
@@ -112,7 +115,13 @@ def default_config() -> ConfigDict:
         "clip": "value",
         "clip_threshold": 1.0,
       },
-      "train": {"seed": 0, "num_steps": 50_000, "batch_size": 32},
+      "train": {
+        "seed": 0,
+        "num_steps": 50_000,
+        "batch_size": 32,
+        "max_skipped_steps": 10,
+        "parallel": "pmap",
+      },
       "eval": {"every": 500, "batch_size": 32},
       "checkpoint": {"every": 500, "keep": 2},
       "logging": {

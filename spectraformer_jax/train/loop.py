@@ -1,20 +1,24 @@
 """A run from its config to its report, in the order in which things happen."""
 
+import contextlib
 import dataclasses
 import functools
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from spectraformer_jax import data, nn
+from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.train import (
+  describe,
+  hosts,
   models,
+  nonfinite,
   optim,
   parallel,
   report,
@@ -22,11 +26,15 @@ from spectraformer_jax.train import (
   steps,
 )
 from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.checkpoints import Checkpointer
-from spectraformer_jax.train.config import pair_name, to_dict, validate
+from spectraformer_jax.train.config import to_dict, validate
+from spectraformer_jax.train.lock import workdir_lock
 from spectraformer_jax.train.meters import Clock, Record, Window
+from spectraformer_jax.train.nonfinite import SkippedSteps
 from spectraformer_jax.train.progress import Progress
+from spectraformer_jax.train.signals import StopSignals
+from spectraformer_jax.train.storage import Storage
 from spectraformer_jax.train.writers import MetricWriter, read_rows, result_row
+from spectraformer_jax.typing import Array
 
 
 def train_and_evaluate(
@@ -36,7 +44,8 @@ def train_and_evaluate(
 
   A second call with the same config and workdir goes on from the last
   checkpoint, bit for bit on the same devices; if the run has finished it only
-  returns the result again.
+  returns the result again. SIGTERM and SIGINT end a run after the step that is
+  under way, with its state saved.
 
   Args:
     config: all sections of `config.default_config`.
@@ -49,7 +58,11 @@ def train_and_evaluate(
   Raises:
     ValueError: before anything is compiled: a key or value of the config, a
       name, a batch size that the devices cannot share, or a workdir that holds
-      another config.
+      another config or is in use.
+    KeyboardInterrupt: a signal has ended the run.
+    NonFiniteError: `train.max_skipped_steps` steps in a row had a loss or
+      gradient that is not finite.
+    OSError: files could not be written, as when the disk is full.
   """
   workdir = Path(workdir)
 
@@ -60,16 +73,16 @@ def train_and_evaluate(
     parallel.check_batch_size(
       f"config.{section}.batch_size", config[section].batch_size
     )
-  files.check_config(workdir, to_dict(config))
-  finished = result_row(read_rows(workdir))
+  finished = hosts.from_main(lambda: find_result(workdir, config))
   if finished:
     logging.info("%s holds a finished run.", workdir)
-    report.write_report(workdir)
     return finished
 
   # 2. Data and model.
   datasets = load_data(config)
-  facts = {split: describe(dataset) for split, dataset in datasets.items()}
+  facts = {
+    split: describe.split(dataset) for split, dataset in datasets.items()
+  }
   make_batches = functools.partial(
     data.Batches,
     seed=config.train.seed,
@@ -79,9 +92,28 @@ def train_and_evaluate(
   )
   first = make_batches(datasets["train"], config.train.batch_size, train=True)
   model = models.make_model(config, feature_map, first)
-  files.check_data(workdir, facts)
-  files.write_config(workdir, to_dict(config), facts, command)
+  with contextlib.ExitStack() as held:
 
+    def claim_workdir():
+      files.check_data(workdir, facts)
+      held.enter_context(workdir_lock(workdir))
+      files.write_config(workdir, to_dict(config), facts, command)
+
+    hosts.from_main(claim_workdir)
+    train(config, workdir, feature_map, model, datasets, facts, make_batches)
+    return hosts.from_main(lambda: find_result(workdir, config))
+
+
+def train(
+  config: ConfigDict,
+  workdir: Path,
+  feature_map: FeatureMap | None,
+  model: nn.Classifier | nn.DualClassifier,
+  datasets: Mapping[str, data.Dataset],
+  facts: Mapping[str, Mapping[str, Any]],
+  make_batches: Callable[..., data.Batches],
+) -> None:
+  """Steps 3 to 6 of a run: from its initial or last state to its result."""
   # 3. The state: new, or that of the last checkpoint.
   num_steps = config.train.num_steps
   keys = state.run_keys(config.train.seed)
@@ -89,24 +121,29 @@ def train_and_evaluate(
   tx = optim.make_optimizer(config.optim, num_steps)
   train_state = state.create(model, feature_map, tx, keys)
   sizes = state.sizes(train_state)
-  checkpointer = Checkpointer(
-    workdir / files.CHECKPOINTS, keep=config.checkpoint.keep
+  storage = Storage(workdir / files.CHECKPOINTS, keep=config.checkpoint.keep)
+  record = Record(
+    data=make_batches(
+      datasets["train"], config.train.batch_size, train=True
+    ).state()
   )
-  record = Record(data=first.state())
-  if checkpointer.steps():
-    newest = checkpointer.steps()[-1]
-    train_state, stored = checkpointer.restore(newest, train_state)
+  restored = storage.restore_latest(train_state)
+  if restored:
+    train_state, stored = restored
     record = Record(**stored)
   start = int(train_state.step)
   train_state = parallel.replicate(train_state)
+  dropout_rng = parallel.replicate(keys.dropout_rng)
 
   # 4. Step functions.
   train_step = parallel.DataParallelStep(
     functools.partial(steps.train_step, apply_fn=model.apply, tx=tx),
+    engine=config.train.parallel,
     donate_state=True,
   )
   eval_step = parallel.DataParallelStep(
-    functools.partial(steps.eval_step, apply_fn=model.apply)
+    functools.partial(steps.eval_step, apply_fn=model.apply),
+    engine=config.train.parallel,
   )
   interval = config.feature_map.redraw_interval if feature_map else 0
   redraw = parallel.on_one_device(
@@ -122,7 +159,7 @@ def train_and_evaluate(
 
   # 5. Training.
   with (
-    checkpointer,
+    storage,
     data.Prefetch(
       make_batches(
         datasets["train"],
@@ -132,76 +169,104 @@ def train_and_evaluate(
       )
     ) as batches,
     MetricWriter(
-      workdir, start_step=start, tensorboard=config.logging.tensorboard
+      workdir,
+      start_step=start,
+      tensorboard=config.logging.tensorboard,
+      enabled=hosts.is_main(),
     ) as writer,
     Progress(
       num_steps,
       start,
       interval_seconds=config.logging.interval_seconds,
-      bar=config.logging.progress_bar,
+      bar=config.logging.progress_bar if hosts.is_main() else False,
     ) as progress,
   ):
-    for line in describe_run(config, workdir, facts, sizes, start):
+    for line in describe.run(config, workdir, facts, sizes, start):
       progress.line(line)
     window = Window(record.window)
+    skipped = SkippedSteps(record, config.train.max_skipped_steps)
     clock = Clock(record, train_step, eval_step)
-    for step in range(start, num_steps):
-      if interval and step and step % interval == 0:
-        train_state = redraw(train_state, keys.redraw_rng)
-      batch = next(batches)
-      train_state, sums = train_step(train_state, batch, keys.dropout_rng)
-      window.add(sums)
-      done = step + 1
-      progress.step(done)
+    with StopSignals() as signals:
+      for step in range(start, num_steps):
+        if interval and step and step % interval == 0:
+          train_state = redraw(train_state, keys.redraw_rng)
+        batch = next(batches)
+        train_state, sums = train_step(train_state, batch, dropout_rng)
+        done = step + 1
+        window.add(sums)
+        skipped.add(done, batch, sums)
+        progress.step(done)
 
-      last = done == num_steps
-      log_now = last or done % config.logging.every == 0
-      evaluate_now = last or done % config.eval.every == 0
-      save_now = last or done % config.checkpoint.every == 0
-      if not (log_now or evaluate_now or save_now):
-        continue
-      window.collect()
-      clock.stop()
-      if log_now:
-        values = {f"train/{name}": x for name, x in window.means().items()}
-        values["train/learning_rate"] = float(schedule(step))
-        values["train/examples_per_second"] = clock.rate(window.weight)
-        window.reset()
-        writer.write(done, values)
-        progress.values(done, values)
-      if evaluate_now:
-        dev = evaluate(train_state, datasets["dev"])
-        values = {f"dev/{name}": x for name, x in dev.items()}
-        writer.write(done, values)
-        progress.values(done, values)
-        record.dev = {"step": done, **dev}
-        if is_better(record.dev, record.best):
-          record.best, save_now = record.dev, True
-        progress.line(describe_dev(record))
-      if save_now:
-        writer.sync()
-        record.data, record.window = batches.state(), window.sums
-        checkpointer.save(
-          parallel.to_host(train_state),
-          dataclasses.asdict(record),
-          best_step=record.best and record.best["step"],
-        )
-      clock.start()
+        last = done == num_steps
+        stop = signals.stop_after(done)
+        log_now = last or done % config.logging.every == 0
+        evaluate_now = last or done % config.eval.every == 0
+        save_now = last or stop or done % config.checkpoint.every == 0
+        if log_now or evaluate_now or save_now:
+          window.collect()
+          skipped.collect()
+        if skipped.too_many:
+          raise explain_skipped(
+            workdir, skipped, record, model, train_state, dropout_rng
+          )
+        if not (log_now or evaluate_now or save_now):
+          continue
+        clock.stop()
+        if log_now:
+          values = {f"train/{name}": x for name, x in window.means().items()}
+          values["train/learning_rate"] = float(schedule(step - record.skipped))
+          values["train/examples_per_second"] = clock.rate(window.weight)
+          values["train/skipped_steps"] = record.skipped
+          window.reset()
+          writer.write(done, values)
+          progress.values(done, values)
+        if evaluate_now:
+          dev = evaluate(train_state, datasets["dev"])
+          values = {f"dev/{name}": x for name, x in dev.items()}
+          writer.write(done, values)
+          progress.values(done, values)
+          record.dev = {"step": done, **dev}
+          if is_better(record.dev, record.best):
+            record.best, save_now = record.dev, True
+          progress.line(describe.dev(record))
+        if save_now:
+          writer.sync()
+          record.data, record.window = batches.state(), window.sums
+          storage.save(
+            train_state,
+            dataclasses.asdict(record),
+            best_step=record.best and record.best["step"],
+          )
+        if stop:
+          progress.line(f"{signals.received}: stops; step {done} is saved")
+          break
+        clock.start()
 
     # 6. Test accuracy of the last and of the best-dev parameters.
     test_last = test_best = evaluate(train_state, datasets["test"])
     if record.best["step"] != num_steps:
-      best_state, _ = checkpointer.restore(record.best["step"], train_state)
+      best_state, _ = storage.restore(record.best["step"], train_state)
       test_best = evaluate(parallel.replicate(best_state), datasets["test"])
     outcome = {
       **{f"test/{name}_best": x for name, x in test_best.items()},
       **{f"test/{name}_last": x for name, x in test_last.items()},
-      **describe_result(config, datasets["test"], record),
+      **describe.result(config, datasets["test"], record),
       **sizes,
     }
     writer.write(num_steps, {"test/accuracy": test_best["accuracy"], **outcome})
-  report.write_report(workdir)
-  return result_row(read_rows(workdir))
+
+
+def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+  """The result of a finished run, whose report is written again.
+
+  Raises:
+    ValueError: the workdir holds another config.
+  """
+  files.check_config(workdir, to_dict(config))
+  result = result_row(read_rows(workdir))
+  if result:
+    report.write_report(workdir)
+  return result
 
 
 def load_data(config: ConfigDict) -> dict[str, data.Dataset]:
@@ -245,6 +310,31 @@ def evaluate_split(
   return window.means()
 
 
+def explain_skipped(
+  workdir: Path,
+  skipped: SkippedSteps,
+  record: Record,
+  model: nn.Classifier | nn.DualClassifier,
+  train_state: state.TrainState,
+  dropout_rng: Array,
+) -> Exception:
+  """Reports the steps that were skipped; returns the error to raise."""
+  step, batch = skipped.too_many
+  norms = parallel.DataParallelStep(
+    functools.partial(steps.gradient_norms, apply_fn=model.apply)
+  )
+  # Those parameters are what the step saw, unless one of the few steps that
+  # were under way since has changed them: the steps before it did not.
+  before = train_state._replace(step=parallel.replicate(np.int32(step - 1)))
+  return nonfinite.write_report(
+    workdir,
+    step,
+    batch,
+    record,
+    lambda batch: norms(before, batch, dropout_rng),
+  )
+
+
 def is_better(
   dev: Mapping[str, float], best: Mapping[str, float] | None
 ) -> bool:
@@ -257,79 +347,3 @@ def is_better(
   """
   rank = lambda x: (x["accuracy"], -x["loss"])
   return best is None or rank(dev) > rank(best)
-
-
-def describe(dataset: data.Dataset) -> dict[str, Any]:
-  """Facts about a split for config.json."""
-  return {
-    **dataset.facts(),
-    "num_examples": dataset.num_examples,
-    "fingerprint": dataset.fingerprint,
-    "baselines": dict(dataset.baselines),
-  }
-
-
-def describe_run(
-  config: ConfigDict,
-  workdir: Path,
-  facts: Mapping[str, Mapping[str, Any]],
-  sizes: Mapping[str, int],
-  start: int,
-) -> list[str]:
-  """Lines that say what is about to happen."""
-  train = facts["train"]
-  counts = ", ".join(f"{f['num_examples']:,} {s}" for s, f in facts.items())
-  kinds = parallel.device_kinds()
-  begins = f"resumes at step {start}" if start else "starts"
-  exact = (
-    ""
-    if config.model.attention == "spectral"
-    else (" (exact: config.feature_map has no effect)")
-  )
-  return [
-    f"data: {train['name']} ({train['provenance']}), {counts}",
-    f"model: {pair_name(config)}{exact}, {sizes['parameters']:,} parameters, "
-    f"{sizes['projection_size']:,} projection numbers, "
-    f"on {len(kinds)} x {kinds[0]}",
-    f"workdir: {workdir}, {begins}, {config.train.num_steps} steps of "
-    f"{config.train.batch_size}",
-  ]
-
-
-def describe_dev(record: Record) -> str:
-  """One line about the last evaluation."""
-  dev = record.dev
-  mark = "  (best so far)" if record.best is dev else ""
-  return (
-    f"step {dev['step']}: dev accuracy {dev['accuracy']:.4f}, "
-    f"loss {dev['loss']:.4f}{mark}"
-  )
-
-
-def describe_result(
-  config: ConfigDict, test: data.Dataset, record: Record
-) -> dict[str, Any]:
-  """What the last row holds beside test metrics and sizes."""
-  batch_size = config.train.batch_size
-  speed = config.train.num_steps * batch_size / record.train_seconds
-  return {
-    "dev/accuracy_best": record.best["accuracy"],
-    "dev/accuracy_last": record.dev["accuracy"],
-    "best_step": record.best["step"],
-    "task": test.name,
-    "pair": pair_name(config),
-    "provenance": test.provenance,
-    "baselines": dict(test.baselines),
-    "examples_per_second": speed,
-    "step_seconds": batch_size / speed,
-    "train_seconds": record.train_seconds,
-    "compile_seconds": record.compile_seconds,
-    "peak_memory_bytes": peak_process_bytes(),
-    "peak_device_bytes": parallel.peak_device_bytes(),
-  }
-
-
-def peak_process_bytes() -> int:
-  """The most memory this process has had resident."""
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == "darwin" else peak * 1024

@@ -27,6 +27,8 @@ class Record:
     train_seconds: spent training so far, without compiling, evaluating, saving.
     row_seconds: `train_seconds` at the last row of metrics.
     compile_seconds: spent compiling so far.
+    skipped: steps that were not made because of numbers that are not finite.
+    skipped_in_a_row: those among them since the last step that was made.
   """
 
   data: dict[str, Any]
@@ -36,6 +38,8 @@ class Record:
   train_seconds: float = 0.0
   row_seconds: float = 0.0
   compile_seconds: float = 0.0
+  skipped: int = 0
+  skipped_in_a_row: int = 0
 
 
 class Window:
@@ -58,12 +62,15 @@ class Window:
   def collect(self) -> None:
     """Waits for all steps that were added."""
     for sums in jax.device_get(self._pending):
-      self.sums = [a + float(b) for a, b in zip(self.sums, sums, strict=True)]
+      added = sums.loss, sums.correct, sums.weight
+      self.sums = [a + float(b) for a, b in zip(self.sums, added, strict=True)]
     self._pending.clear()
 
   def means(self) -> dict[str, float]:
-    """Weighted mean loss and accuracy of the collected steps."""
+    """Weighted mean loss and accuracy of the collected steps, if any count."""
     loss, correct, weight = self.sums
+    if not weight:
+      return {}
     return {"loss": loss / weight, "accuracy": correct / weight}
 
   @property

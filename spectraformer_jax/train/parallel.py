@@ -1,14 +1,15 @@
 """Devices: the only file of the training code that names them.
 
-Data parallelism with `jax.pmap` over all local devices. The state has no
-leading device axis: it goes in with `in_axes=None` and comes out with
-`out_axes=None`, replicated, so there is nothing to un-replicate and a
-checkpoint is that of one device. Only batches are split.
+Data parallelism over all devices of all hosts, by one of two engines that run
+the same pure step: `jax.pmap`, or `jax.jit` of a `shard_map` over a `Mesh`.
+The state has no device axis: every device holds all of it, and a checkpoint is
+that of one device. Only batches are split. Sharding parameters or optimiser
+would gain nothing at this library's sizes (below a million numbers).
 """
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spectraformer_jax.typing import PyTree
 
 AXIS = "data"
+ENGINES = ("pmap", "jit")
 
 
 def check_batch_size(name: str, batch_size: int) -> None:
@@ -51,10 +53,23 @@ def peak_device_bytes() -> int | None:
   return max(peaks) if peaks else None
 
 
+def _mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
+
+
 def replicate(tree: PyTree) -> PyTree:
-  """Copies arrays (host or device) to every local device."""
-  mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  """Copies arrays (host or device), equal on all hosts, to every device."""
+  sharding = NamedSharding(_mesh(), PartitionSpec())
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+
+  def put(leaf):
+    # Only host arrays can go to other hosts' devices; JAX compares them.
+    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
+    return jax.device_put(np.asarray(leaf), sharding)
+
+  return jax.tree.map(put, tree)
 
 
 def to_host(tree: PyTree) -> PyTree:
@@ -62,22 +77,74 @@ def to_host(tree: PyTree) -> PyTree:
   return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
+def map_step(
+  step: Callable[..., Any],
+  num_args: int,
+  *,
+  engine: str,
+  devices: Sequence[jax.Device] | None = None,
+  donate_state: bool = False,
+) -> Callable[..., Any]:
+  """`step(state, batch, *rest, axis_name=...)` on many devices, not compiled.
+
+  Args:
+    step: pure; what it returns is the same on every replica.
+    num_args: of `step`, state and batch included.
+    engine: "pmap" takes batches [devices, B / devices, ...], "jit" [B, ...].
+    devices: None for all there are.
+    donate_state: whether the old state's buffers may be reused.
+
+  Returns:
+    A function that can be called and lowered.
+  """
+  step = functools.partial(step, axis_name=AXIS)
+  donate = (0,) if donate_state else ()
+  if engine == "pmap":
+    return jax.pmap(
+      step,
+      axis_name=AXIS,
+      in_axes=(None, 0) + (None,) * (num_args - 2),
+      out_axes=None,
+      devices=devices,
+      donate_argnums=donate,
+    )
+  everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+  # Without check_vma=False the gradient of replicated parameters would come
+  # already summed, and the step's own sum would multiply it by the devices.
+  mapped = jax.shard_map(
+    step,
+    mesh=_mesh(devices),
+    in_specs=(everywhere, split) + (everywhere,) * (num_args - 2),
+    out_specs=everywhere,
+    check_vma=False,
+  )
+  return jax.jit(mapped, donate_argnums=donate)
+
+
 class DataParallelStep:
-  """`step(state, batch, *rest, axis_name=...)` on all local devices.
+  """`step(state, batch, *rest, axis_name=...)` on all devices.
 
   Compiled ahead of time, once for each shape of batch.
 
   Args:
     step: pure; what it returns is the same on every replica.
+    engine: one of `ENGINES`.
     donate_state: whether the old state's buffers may be reused.
 
   Attributes:
     compile_seconds: time spent compiling so far.
   """
 
-  def __init__(self, step: Callable[..., Any], *, donate_state: bool = False):
-    self._step = functools.partial(step, axis_name=AXIS)
-    self._donate = (0,) if donate_state else ()
+  def __init__(
+    self,
+    step: Callable[..., Any],
+    *,
+    engine: str = "pmap",
+    donate_state: bool = False,
+  ):
+    self._step = step
+    self._engine = engine
+    self._donate_state = donate_state
     self._compiled: dict[Any, Callable[..., Any]] = {}
     self.compile_seconds = 0.0
     # Virtual CPU devices share one thread pool: collectives of two steps in
@@ -99,25 +166,28 @@ class DataParallelStep:
     Returns:
       What `step` returns, replicated; not waited for.
     """
-    batch = _split(batch)
+    batch = _split(batch) if self._engine == "pmap" else _shard(batch)
     shapes = tuple(sorted((n, a.shape, a.dtype) for n, a in batch.items()))
-    if shapes not in self._compiled:
+    start, is_new = time.perf_counter(), shapes not in self._compiled
+    if is_new:
       self._compiled[shapes] = self._compile(state, batch, *rest)
     result = self._compiled[shapes](state, batch, *rest)
+    if is_new:  # the step is only dispatched, so this is the compiler's time
+      self.compile_seconds += time.perf_counter() - start
     return jax.block_until_ready(result) if self._one_at_a_time else result
 
   def _compile(self, *args):
-    start = time.perf_counter()
-    mapped = jax.pmap(
+    mapped = map_step(
       self._step,
-      axis_name=AXIS,
-      in_axes=(None, 0) + (None,) * (len(args) - 2),
-      out_axes=None,
-      donate_argnums=self._donate,
+      len(args),
+      engine=self._engine,
+      donate_state=self._donate_state,
     )
-    compiled = mapped.lower(*args).compile()
-    self.compile_seconds += time.perf_counter() - start
-    return compiled
+    if self._engine == "pmap" and jax.process_count() > 1:
+      # A compiled pmap does not make global arrays of the hosts' parts, so
+      # this one is compiled by its first call.
+      return mapped
+    return mapped.lower(*args).compile()
 
 
 def _split(batch):
@@ -125,6 +195,15 @@ def _split(batch):
   devices = jax.local_device_count()
   return {
     name: array.reshape(devices, -1, *array.shape[1:])
+    for name, array in batch.items()
+  }
+
+
+def _shard(batch):
+  """This host's rows -> global arrays, split over all devices."""
+  sharding = NamedSharding(_mesh(), PartitionSpec(AXIS))
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array)
     for name, array in batch.items()
   }
 

@@ -5,6 +5,7 @@ replicas of that axis have found, so the result is that of the global batch;
 without it there is one replica.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,11 +18,15 @@ from spectraformer_jax.typing import Array, PyTree
 
 
 class Sums(NamedTuple):
-  """Weighted sums over examples, float32 scalars; divide by `weight`."""
+  """Weighted sums over examples, float32 scalars; divide by `weight`.
+
+  `skipped` is 1 for a training step that was not made, whose sums are 0.
+  """
 
   loss: Array
   correct: Array
   weight: Array
+  skipped: Array | float = 0.0
 
 
 def replica_rng(rng: Array, step: Array, axis_name: str | None) -> Array:
@@ -73,11 +78,10 @@ def train_step(
   tx: optax.GradientTransformation,
   axis_name: str | None = None,
 ) -> tuple[TrainState, Sums]:
-  """One update from one batch.
+  """One update from one batch, or none if its numbers are not finite.
 
-  The gradient is that of the weighted mean loss over the global batch: the sum
-  over replicas of gradients of weighted losses, divided by the sum of weights
-  (equal to the mean of replicas' means only if their weights are equal).
+  A loss or gradient that is infinite or NaN on any replica leaves everything
+  but the step's number as it was, on all of them.
 
   Args:
     state: the same on every replica.
@@ -90,6 +94,47 @@ def train_step(
   Returns:
     The next state and the sums over the global batch; the same on every
     replica.
+  """
+  grads, sums, updated = gradients(
+    state, batch, rng, apply_fn=apply_fn, axis_name=axis_name
+  )
+  params, opt_state = apply_gradients(tx, grads, state)
+  collections = {**state.collections, **updated}
+  finite = all_finite((grads, sums.loss))
+  params, collections, opt_state = jax.tree.map(
+    functools.partial(jnp.where, finite),
+    (params, collections, opt_state),
+    (state.params, state.collections, state.opt_state),
+  )
+  counted = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0.0), sums)
+  counted = counted._replace(skipped=1.0 - finite.astype(jnp.float32))
+  return TrainState(state.step + 1, params, collections, opt_state), counted
+
+
+def gradients(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  rng: Array,
+  *,
+  apply_fn: Callable,
+  axis_name: str | None = None,
+) -> tuple[PyTree, Sums, PyTree]:
+  """Gradient of the weighted mean loss over the global batch.
+
+  It is the sum over replicas of gradients of weighted losses, divided by the
+  sum of weights (equal to the mean of replicas' means only if their weights
+  are equal).
+
+  Args:
+    state: the same on every replica.
+    batch: this replica's, see `train_step`.
+    rng: the run's dropout key; step and replica are folded in here.
+    apply_fn: `model.apply`.
+    axis_name: the mapped axis of replicas, if any.
+
+  Returns:
+    Gradient, sums over the global batch, and updated collections; the same on
+    every replica.
   """
   mutable = [name for name in state.collections if name == MUTABLE_COLLECTION]
   dropout_rng = replica_rng(rng, state.step, axis_name)
@@ -114,9 +159,7 @@ def train_step(
   # A batch without weight has zero gradients, not NaN.
   scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
   grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
-  params, opt_state = apply_gradients(tx, grads, state)
-  collections = {**state.collections, **updated}
-  return TrainState(state.step + 1, params, collections, opt_state), sums
+  return grads, sums, updated
 
 
 def apply_gradients(
@@ -125,6 +168,50 @@ def apply_gradients(
   """New params and optimiser state."""
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   return optax.apply_updates(state.params, updates), opt_state
+
+
+def all_finite(tree: PyTree) -> Array:
+  """Whether no number of a tree is infinite or NaN; a bool scalar.
+
+  Example:
+    >>> bool(all_finite({"w": jnp.array([1.0, jnp.nan])}))
+    False
+  """
+  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves))
+
+
+def gradient_norms(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  rng: Array,
+  *,
+  apply_fn: Callable,
+  axis_name: str | None = None,
+) -> tuple[PyTree, Array]:
+  """What `train_step` saw, to explain why it skipped.
+
+  Args:
+    state: as the step found it.
+    batch: as the step found it.
+    rng: the run's dropout key.
+    apply_fn: `model.apply`.
+    axis_name: the mapped axis of replicas, if any.
+
+  Returns:
+    A tree like the params of [3] arrays, which are the norm of the parameter,
+    that of its gradient, and how many numbers of the gradient are not finite;
+    and the mean loss.
+  """
+  grads, sums, _ = gradients(
+    state, batch, rng, apply_fn=apply_fn, axis_name=axis_name
+  )
+
+  def norms(param, grad):
+    bad = jnp.sum(~jnp.isfinite(grad), dtype=jnp.float32)
+    return jnp.stack([jnp.linalg.norm(param), jnp.linalg.norm(grad), bad])
+
+  return jax.tree.map(norms, state.params, grads), sums.loss / sums.weight
 
 
 def eval_step(

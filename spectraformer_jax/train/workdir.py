@@ -11,7 +11,7 @@ from typing import Any
 
 import spectraformer_jax
 from spectraformer_jax.train import parallel
-from spectraformer_jax.train.config import flatten
+from spectraformer_jax.train.config import default_config, flatten, to_dict
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -21,7 +21,7 @@ REPORT = "report.md"
 CURVES = "curves.png"
 
 # What does not change the training, so it may change between two starts.
-FREE_SECTIONS = ("checkpoint.", "logging.")
+FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -34,12 +34,14 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
 
   Raises:
     ValueError: names the first key that differs, with both values. Keys of
-      `FREE_SECTIONS` may differ.
+      `FREE_SECTIONS` may differ. A key that the stored config does not know
+      yet had what is its default now.
   """
   stored = read_config(workdir)
   if stored is None:
     return
-  old, new = flatten(stored["config"]), flatten(config)
+  defaults = flatten(to_dict(default_config()))
+  old, new = defaults | flatten(stored["config"]), flatten(config)
   for path in sorted(old.keys() | new.keys()):
     if path.startswith(FREE_SECTIONS) or old.get(path) == new.get(path):
       continue

@@ -42,9 +42,20 @@ class MetricWriter:
     start_step: rows of later steps, left by a run that was stopped after its
       last checkpoint, are removed first: training will write them again.
     tensorboard: write event files too.
+    enabled: False makes one that writes nothing, for all processes but one.
   """
 
-  def __init__(self, workdir: Path, *, start_step: int, tensorboard: bool):
+  def __init__(
+    self,
+    workdir: Path,
+    *,
+    start_step: int,
+    tensorboard: bool,
+    enabled: bool = True,
+  ):
+    self._file = self._tensorboard = None
+    if not enabled:
+      return
     self._path = workdir / files.METRICS
     kept = [
       row
@@ -54,7 +65,6 @@ class MetricWriter:
     lines = [json.dumps(row) + "\n" for row in kept if start_step]
     files.write_text(self._path, "".join(lines))
     self._file = self._path.open("a")
-    self._tensorboard = None
     if tensorboard:
       from tensorboardX import SummaryWriter
 
@@ -65,6 +75,8 @@ class MetricWriter:
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """One row; metrics ("train/loss") go to TensorBoard as well."""
+    if not self._file:
+      return
     row = {"step": step, **values, "time": round(time.time(), 3)}
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
@@ -74,7 +86,8 @@ class MetricWriter:
 
   def sync(self) -> None:
     """Waits until the rows are on disk; call it before a checkpoint."""
-    os.fsync(self._file.fileno())
+    if self._file:
+      os.fsync(self._file.fileno())
     if self._tensorboard:
       self._tensorboard.flush()
 
@@ -83,6 +96,7 @@ class MetricWriter:
 
   def __exit__(self, *exc_info: Any) -> None:
     self.sync()
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._tensorboard:
       self._tensorboard.close()

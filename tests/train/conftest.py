@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from spectraformer_jax.train.config import default_config
+from spectraformer_jax.train.loop import train_and_evaluate
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -53,6 +54,13 @@ def tiny_config(cache_dir):
     return config.lock()
 
   return make
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, tiny_config):
+  """The finished tiny run that others are compared with: workdir, result."""
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  return workdir, train_and_evaluate(tiny_config(), workdir)
 
 
 def as_flags(config_values: dict) -> list[str]:

@@ -38,13 +38,6 @@ def without_times(rows):
   ]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny_config):
-  """The finished tiny run that others are compared with."""
-  workdir = tmp_path_factory.mktemp("uninterrupted")
-  return workdir, train_and_evaluate(tiny_config(), workdir)
-
-
 def test_loss_falls_and_rows_are_complete(uninterrupted):
   workdir, result = uninterrupted
   rows = read_rows(workdir)
@@ -60,6 +53,7 @@ def test_loss_falls_and_rows_are_complete(uninterrupted):
     "train/accuracy",
     "train/learning_rate",
     "train/examples_per_second",
+    "train/skipped_steps",
     "time",
   }
   assert rows[-1] == result
@@ -175,6 +169,19 @@ def test_checkpoint_moves_between_device_counts(devices, tiny_config, tmp_path):
   )
 
 
+def test_engines_train_alike(uninterrupted, tiny_config, tmp_path, monkeypatch):
+  # Begun with pmap, gone on with jit: the same steps in the same order.
+  with monkeypatch.context() as patch:
+    patch.setattr(parallel.DataParallelStep, "__call__", workers.stopping(23))
+    with pytest.raises(KeyboardInterrupt):
+      train_and_evaluate(tiny_config(), tmp_path)
+  train_and_evaluate(tiny_config(**{"train.parallel": "jit"}), tmp_path)
+  # One device, so that nothing is summed in another order.
+  same_arrays(
+    saved_arrays(tmp_path, 48), saved_arrays(uninterrupted[0], 48), atol=1e-6
+  )
+
+
 def test_exact_softmax_baseline(tiny_config, tmp_path):
   config = tiny_config(
     **{"model.attention": "softmax", "train.num_steps": 4, "eval.every": 4}
@@ -226,6 +233,17 @@ def test_other_config_in_workdir(uninterrupted, tiny_config):
   # What does not change the training may differ.
   harmless = {"logging.every": 7, "checkpoint.keep": 5}
   train_and_evaluate(tiny_config(**harmless), workdir)
+
+
+def test_run_of_an_older_version_goes_on(uninterrupted, tiny_config, tmp_path):
+  workdir = shutil.copytree(uninterrupted[0], tmp_path / "copy")
+  stored = json.loads((workdir / "config.json").read_text())
+  del stored["config"]["train"]["max_skipped_steps"]
+  (workdir / "config.json").write_text(json.dumps(stored))
+  assert train_and_evaluate(tiny_config(), workdir) == uninterrupted[1]
+  changed = tiny_config(**{"train.max_skipped_steps": 3})
+  with pytest.raises(ValueError, match="max_skipped_steps is 10 there"):
+    train_and_evaluate(changed, workdir)
 
 
 def test_other_data_in_workdir(uninterrupted, tiny_config, tmp_path):

@@ -11,26 +11,33 @@ from spectraformer_jax.train import state, steps
 from tests.train import workers
 from tests.train.conftest import run_python
 
+# Devices and engine; the first is what the others are compared with.
+RUNS = ((1, "pmap"), (8, "pmap"), (8, "jit"))
+
 
 @pytest.fixture(scope="module")
 def on_devices(tmp_path_factory):
-  """What the same steps give on 1 and on 8 devices."""
-  results = {}
-  for devices in (1, 8):
-    path = tmp_path_factory.mktemp("steps") / f"{devices}.npz"
+  """What the same steps give on other devices: `on_devices(8, "jit")`."""
+
+  @functools.cache
+  def run(devices, engine):
+    path = tmp_path_factory.mktemp("steps") / "arrays.npz"
     code, _, err = run_python(
-      "-m", "tests.train.workers", "steps", str(path), devices=devices
+      *("-m", "tests.train.workers", "steps", str(path), engine),
+      devices=devices,
     )
     assert code == 0, err
-    results[devices] = dict(np.load(path))
-  return results
+    return dict(np.load(path))
+
+  return run
 
 
-def test_one_and_eight_devices_agree(on_devices):
-  one, eight = on_devices[1], on_devices[8]
+@pytest.mark.parametrize("engine", ["pmap", "jit"])
+def test_one_and_eight_devices_agree(engine, on_devices):
+  one, eight = on_devices(*RUNS[0]), on_devices(8, engine)
   assert one.keys() == eight.keys()
   for name in one:
-    if name == "all_reduces":
+    if name in ("all_reduces", "others"):
       continue
     # Only the order of float32 sums differs: some units of 1e-7 relative to the
     # largest entry; five steps of Adam at lr 1e-3 add up to the same order.
@@ -42,8 +49,10 @@ def test_one_and_eight_devices_agree(on_devices):
     )
 
 
-def test_one_all_reduce_a_step(on_devices):
-  assert on_devices[8]["all_reduces"] == 1
+@pytest.mark.parametrize("engine", ["pmap", "jit"])
+def test_one_all_reduce_a_step(engine, on_devices):
+  eight = on_devices(8, engine)
+  assert eight["all_reduces"] == 1 and eight["others"] == 0
 
 
 def test_gradient_is_that_of_the_weighted_mean(on_devices):
@@ -66,10 +75,10 @@ def test_gradient_is_that_of_the_weighted_mean(on_devices):
   expected = jax.jit(jax.grad(weighted_mean_loss))(train_state.params)
   for name, gradient in workers.named("gradient", expected).items():
     scale = max(1e-3, np.abs(gradient).max())
-    for devices in (1, 8):
+    for run in RUNS:
       # float32: parameters of order 1 were subtracted to get the gradient.
       np.testing.assert_allclose(
-        on_devices[devices][name], gradient, rtol=0, atol=1e-6 + 1e-5 * scale
+        on_devices(*run)[name], gradient, rtol=0, atol=1e-6 + 1e-5 * scale
       )
 
 
@@ -121,6 +130,39 @@ def test_batch_without_weight_changes_nothing():
     strict=True,
   ):
     np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_replica_that_is_not_finite_stops_all(bad):
+  model, tx = workers.tiny_model(), optax.adam(1.0)
+  train_state = state.create(model, workers.MAP, tx, state.run_keys(0))
+  batch = workers.tiny_batch()
+  split = {n: a.reshape(4, -1, *a.shape[1:]) for n, a in batch.items()}
+
+  @jax.jit
+  def step(weight):
+    one = lambda shard: steps.train_step(
+      train_state,
+      shard,
+      jax.random.key(0),
+      apply_fn=model.apply,
+      tx=tx,
+      axis_name="data",
+    )
+    return jax.vmap(one, axis_name="data")(split | {"weight": weight})
+
+  changed = lambda after: {
+    name
+    for name, old in workers.named("", train_state).items()
+    if not np.array_equal(workers.named("", after)[name], np.stack([old] * 4))
+  }
+  after, sums = step(split["weight"])
+  assert np.all(sums.skipped == 0) and np.all(sums.weight > 0)
+  assert any("mu" in name for name in changed(after))
+  split["weight"][2, 1] = bad
+  after, sums = step(split["weight"])
+  assert np.all(sums.skipped == 1) and np.all(sums.loss == 0)
+  assert changed(after) == {".step"} and np.all(after.step == 1)
 
 
 def test_running_statistics_are_carried_and_averaged():

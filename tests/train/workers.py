@@ -5,6 +5,7 @@ They are started with another number of virtual devices than the tests have.
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import loop, optim, parallel, state, steps
 
 BATCH, LENGTH = 16, 12
+OTHER_COLLECTIVES = (
+  r" (all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
 MAP = feature_map("oprf", "orf", num_features=8)
 
 
@@ -50,12 +54,13 @@ def tiny_batch(seed: int = 0) -> dict[str, np.ndarray]:
   }
 
 
-def train_steps(tx, num_steps: int):
+def train_steps(tx, num_steps: int, engine: str):
   """State and sums after that many steps on all local devices."""
   model = tiny_model()
   train_state = state.create(model, MAP, tx, state.run_keys(0))
   step = parallel.DataParallelStep(
-    functools.partial(steps.train_step, apply_fn=model.apply, tx=tx)
+    functools.partial(steps.train_step, apply_fn=model.apply, tx=tx),
+    engine=engine,
   )
   train_state = parallel.replicate(train_state)
   for seed in range(num_steps):
@@ -64,15 +69,14 @@ def train_steps(tx, num_steps: int):
   return train_state, sums, compiled.as_text()
 
 
-def run_steps(path: str) -> None:
+def run_steps(path: str, engine: str) -> None:
   """Saves what training does on this many devices."""
   arrays = {}
   # With lr 1 and no clipping the change of the parameters is the gradient.
-  before, _, _ = train_steps(optax.sgd(0.0), 1)
-  after, sums, text = train_steps(optax.sgd(1.0), 1)
-  arrays["all_reduces"] = text.count("all-reduce(") + text.count(
-    "all-reduce-start("
-  )
+  before = state.create(tiny_model(), MAP, optax.sgd(1.0), state.run_keys(0))
+  after, sums, text = train_steps(optax.sgd(1.0), 1, engine)
+  arrays["all_reduces"] = len(re.findall(r" all-reduce(-start)?\(", text))
+  arrays["others"] = len(re.findall(OTHER_COLLECTIVES, text))
   arrays |= named("sums", sums)
   arrays |= named(
     "gradient",
@@ -80,11 +84,11 @@ def run_steps(path: str) -> None:
   )
   config = train_config.default_config().optim
   config.update(lr=1e-3, warmup_steps=2)
-  adam, sums, _ = train_steps(optim.make_optimizer(config, 20), 5)
+  adam, sums, _ = train_steps(optim.make_optimizer(config, 20), 5, engine)
   arrays |= named("params", adam.params)
   model = tiny_model()
   evaluate = parallel.DataParallelStep(
-    functools.partial(steps.eval_step, apply_fn=model.apply)
+    functools.partial(steps.eval_step, apply_fn=model.apply), engine=engine
   )
   arrays |= named("eval", evaluate(adam, tiny_batch(9)))
   np.savez(path, **arrays)
@@ -159,6 +163,22 @@ def stopping(at_call: int):
       calls += 1
       if calls == at_call:
         raise KeyboardInterrupt
+    return original(self, train_state, batch, *rest)
+
+  return call
+
+
+def before_step(at_call: int, action):
+  """A `DataParallelStep.__call__` with `action(batch)` before its n-th step."""
+  original = parallel.DataParallelStep.__call__
+  calls = 0
+
+  def call(self, train_state, batch, *rest):
+    nonlocal calls
+    if rest:  # only the training step takes a key
+      calls += 1
+      if calls == at_call:
+        action(batch)
     return original(self, train_state, batch, *rest)
 
   return call

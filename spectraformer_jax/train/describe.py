@@ -1,0 +1,88 @@
+"""What a run says about itself: in its log, config.json and last row."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spectraformer_jax.data import Dataset
+from spectraformer_jax.train import parallel
+from spectraformer_jax.train.config import pair_name
+from spectraformer_jax.train.meters import Record
+
+
+def split(dataset: Dataset) -> dict[str, Any]:
+  """Facts about a split for config.json."""
+  return {
+    **dataset.facts(),
+    "num_examples": dataset.num_examples,
+    "fingerprint": dataset.fingerprint,
+    "baselines": dict(dataset.baselines),
+  }
+
+
+def run(
+  config: ConfigDict,
+  workdir: Path,
+  facts: Mapping[str, Mapping[str, Any]],
+  sizes: Mapping[str, int],
+  start: int,
+) -> list[str]:
+  """Lines that say what is about to happen."""
+  train = facts["train"]
+  counts = ", ".join(f"{f['num_examples']:,} {s}" for s, f in facts.items())
+  kinds = parallel.device_kinds()
+  begins = f"resumes at step {start}" if start else "starts"
+  exact = (
+    ""
+    if config.model.attention == "spectral"
+    else (" (exact: config.feature_map has no effect)")
+  )
+  return [
+    f"data: {train['name']} ({train['provenance']}), {counts}",
+    f"model: {pair_name(config)}{exact}, {sizes['parameters']:,} parameters, "
+    f"{sizes['projection_size']:,} projection numbers, "
+    f"on {len(kinds)} x {kinds[0]}",
+    f"workdir: {workdir}, {begins}, {config.train.num_steps} steps of "
+    f"{config.train.batch_size}",
+  ]
+
+
+def dev(record: Record) -> str:
+  """One line about the last evaluation."""
+  dev = record.dev
+  mark = "  (best so far)" if record.best is dev else ""
+  return (
+    f"step {dev['step']}: dev accuracy {dev['accuracy']:.4f}, "
+    f"loss {dev['loss']:.4f}{mark}"
+  )
+
+
+def result(config: ConfigDict, test: Dataset, record: Record) -> dict[str, Any]:
+  """What the last row holds beside test metrics and sizes."""
+  batch_size = config.train.batch_size
+  speed = config.train.num_steps * batch_size / record.train_seconds
+  return {
+    "dev/accuracy_best": record.best["accuracy"],
+    "dev/accuracy_last": record.dev["accuracy"],
+    "best_step": record.best["step"],
+    "task": test.name,
+    "pair": pair_name(config),
+    "provenance": test.provenance,
+    "baselines": dict(test.baselines),
+    "examples_per_second": speed,
+    "step_seconds": batch_size / speed,
+    "train_seconds": record.train_seconds,
+    "compile_seconds": record.compile_seconds,
+    "peak_memory_bytes": peak_process_bytes(),
+    "peak_device_bytes": parallel.peak_device_bytes(),
+  }
+
+
+def peak_process_bytes() -> int:
+  """The most memory this process has had resident."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
