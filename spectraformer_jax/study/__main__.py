@@ -1,6 +1,7 @@
 """``python -m spectraformer_jax.study {approximation,...} ...``."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +38,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; what is wrong with it is told in one line."""
+  argv = sys.argv[1:] if argv is None else list(argv)
   args = make_parser().parse_args(argv)
+  # For reports: what gives the same again.
+  args.typed = shlex.join(["python", "-m", "spectraformer_jax.study", *argv])
   try:
     return args.run(args) or 0
   except (OSError, ValueError) as error:

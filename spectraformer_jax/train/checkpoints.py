@@ -41,15 +41,21 @@ class Checkpointer:
   Args:
     directory: made if it is not there; remains of an interrupted save go away.
     keep: how many of the last checkpoints stay, beside the best.
+    read_only: for those who look at the checkpoints of a run that may be
+      writing them: nothing in the directory is touched.
   """
 
-  def __init__(self, directory: Path | str, *, keep: int):
+  def __init__(
+    self, directory: Path | str, *, keep: int, read_only: bool = False
+  ):
     self._manager = ocp.CheckpointManager(
       Path(directory).absolute(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_LastAndBest(keep),
         enable_async_checkpointing=False,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
       ),
     )
 
