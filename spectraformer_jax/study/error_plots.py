@@ -15,7 +15,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", "--")
 MOST_LINES = len(MARKERS)
-COLUMNS = 3
 
 
 def draw(settings: Sequence[Setting], folder: Path) -> list[Path]:
@@ -64,8 +63,7 @@ def _draw_features(group):
   if max(len(setting.sizes) for setting in group) < 2:
     return None
   styles = _styles(group)
-  height = 3.6 + 0.1 * (len(styles) + 1)
-  figure, panels = _panels(len(group), (4.8, height))
+  figure, panels = _panels(len(group), (6.4, 3.4))
   for axes, setting in zip(panels, group, strict=True):
     for pair, style in styles.items():
       rows = setting.of_pair(pair)
@@ -86,13 +84,7 @@ def _draw_features(group):
     )
     _finish(axes, "number of features M", setting.sizes)
     axes.set_title(f"scale {setting.scale:g}", fontsize=10)
-    axes.legend(
-      frameon=False,
-      fontsize=7.5,
-      ncols=2,
-      loc="upper center",
-      bbox_to_anchor=(0.5, -0.16),
-    )
+    _legend_beside(axes)
   return figure
 
 
@@ -110,14 +102,12 @@ def _draw_scales(group):
     _errorbar(axes, scales, rows, style, label)
   uniform = [setting.uniform_error for setting in group]
   axes.plot(scales, uniform, color="black", lw=2, label="uniform attention")
+  _finish(axes, "scale of queries and keys", scales)
   top = axes.get_ylim()[1]
   axes.fill_between(scales, uniform, top, color="black", alpha=0.06, lw=0)
   axes.set_ylim(top=top)
-  _finish(axes, "scale of queries and keys", scales)
   axes.set_title("shaded: worse than ignoring queries and keys", fontsize=9)
-  axes.legend(
-    frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5)
-  )
+  _legend_beside(axes)
   return figure
 
 
@@ -167,12 +157,12 @@ def _draw_heat_maps(group):
 
 
 def _panels(count, size):
-  """A figure and that many axes, at most three in a row."""
+  """A figure and that many axes, at most two in a row."""
   # Here, because it takes a second; the backend needs no display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  columns = min(count, COLUMNS) if count != 4 else 2
+  columns = min(count, 2)
   rows = -(-count // columns)
   width, height = columns * size[0] + 0.6, rows * size[1] + 0.5
   figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
@@ -232,6 +222,12 @@ def _largest_sizes(setting):
   if not sizes:
     return "-"
   return " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
+
+
+def _legend_beside(axes):
+  axes.legend(
+    frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5)
+  )
 
 
 def _finish(axes, xlabel, ticks):
