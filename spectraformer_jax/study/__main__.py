@@ -12,7 +12,7 @@ from spectraformer_jax.study import approximation
 COMMANDS = {
   "approximation": approximation,
 }
-USER_ERROR = 2
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return USER_ERROR
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on from here.", file=sys.stderr)
+    return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from spectraformer_jax.study.settings import (
 
 # Extrapolating the fit further than this says nothing.
 MOST_FEATURES = 1_000_000
+# Ratios of times nearer to one are within what single calls scatter.
+SAME_TIME = 1.25
 
 
 def advise(setting: Setting) -> str:
@@ -67,6 +69,8 @@ def _ties(setting, best) -> str:
 def _speed(best) -> str:
   """How its time compares with that of exact attention."""
   ratio = best["exact_ms"] / best["ms"]
+  if max(ratio, 1.0 / ratio) < SAME_TIME:
+    return "; it takes about as long as exact attention"
   if ratio < 1.0:
     return (
       f"; but exact attention is {1.0 / ratio:.2g} times as fast at this length"

@@ -15,7 +15,6 @@ by the scale, and attention divides scores by sqrt(head_dim) as usual.
 """
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,11 +214,8 @@ def pairs_of(args: argparse.Namespace) -> list[Pair]:
   pairs = pairs or [parse_pair(text) for text in PAIRS]
   pairs = list(dict.fromkeys(pairs))
   for pair in pairs:
-    # Options and names are wrong or right for all sizes; what there is to
-    # warn of is said once, when it is built to be measured.
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      pair.build(max(args.num_features) if pair.has_rows else None)
+    # Names and options are wrong or right whatever the size.
+    pair.build(max(args.num_features) if pair.has_rows else None)
   return pairs
 
 
@@ -253,12 +249,17 @@ def plan(
 ) -> tuple[list[Cell], list[str]]:
   """All rows, and which sizes of which pairs cannot be and why."""
   scales = args.scales or ((1.0,) if args.inputs else (0.25, 0.5, 1.0, 2.0))
-  lengths = args.lengths or (None,)
+  # What was typed twice is measured once.
+  sizes, scales, lengths = (
+    tuple(dict.fromkeys(given))
+    for given in (args.num_features, scales, args.lengths or (None,))
+  )
   cropped = [layer.cropped(n) for n in lengths for layer in layers]
+  longest = max(cropped, key=lambda inputs: inputs.query.shape[1])
   cells, skipped = [], []
   for pair in pairs:
-    for size in args.num_features if pair.has_rows else (None,):
-      reason = _misfit(pair, size, layers[0], options)
+    for size in sizes if pair.has_rows else (None,):
+      reason = _misfit(pair, size, longest, options)
       if reason:
         skipped.append(f"{pair.name}, M = {size}: {reason}")
         continue
