@@ -5,6 +5,7 @@ import math
 from spectraformer_jax.study.settings import (
   Setting,
   beats_uniform,
+  over_uniform,
   told_apart,
 )
 
@@ -34,7 +35,7 @@ def advise(setting: Setting) -> str:
       f"keys; the least error is that of {found}: use exact attention or "
       f"smaller queries and keys{_needed(setting, best.pair)}."
     )
-  share = best["error"] / setting.uniform_error
+  share = over_uniform(best)
   return (
     f"Use {found}, {share:.2g} of the error of {uniform}{_ties(setting, best)}"
     f"{_speed(best)}."
@@ -81,7 +82,7 @@ def _speed(best) -> str:
 def _needed(setting, pair) -> str:
   """How many features the fit would ask for to be as good as uniform."""
   fit = setting.slope(pair)
-  if fit is None or fit.slope >= 0.0:
+  if fit is None or fit.slope >= 0.0 or not setting.uniform_error:
     return ""
   log_size = (math.log(setting.uniform_error) - fit.intercept) / fit.slope
   largest = max(setting.sizes)

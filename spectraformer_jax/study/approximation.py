@@ -70,7 +70,13 @@ class Cell(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's arguments."""
   add = parser.add_argument
-  add("--out", type=Path, required=True, help="folder for all results")
+  add(
+    "--out",
+    type=Path,
+    required=True,
+    metavar="DIR",
+    help="folder for all results",
+  )
   add(
     "--pairs",
     nargs="+",
@@ -128,7 +134,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   how = parser.add_argument_group("how to measure")
   how.add_argument("--draws", type=int, default=10, help="default 10")
   how.add_argument("--seed", type=int, default=0, help="of draws and inputs")
-  how.add_argument("--causal", action="store_true")
+  how.add_argument(
+    "--causal", action="store_true", help="queries see keys up to their own"
+  )
   how.add_argument(
     "--target",
     choices=tuple(KERNELS),

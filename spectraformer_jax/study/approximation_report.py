@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spectraformer_jax.study.advice import advise
-from spectraformer_jax.study.settings import Setting
+from spectraformer_jax.study.settings import Setting, over_uniform
 
 UNIFORM = "uniform attention"
 NOTES = """\
@@ -47,7 +47,7 @@ def lines(setting: Setting) -> tuple[list[str], list[list[str]]]:
       [str(place), row.pair]
       + [_figure(by_size.get(size, without_size)) for size in sizes]
       + [_figure(row["error_ci"], 1)]
-      + [_figure(row["error"] / setting.uniform_error, 2)]
+      + [_figure(over_uniform(row), 2)]
       + [_slope(setting.slope(row.pair)), _figure(row["kernel_mse_median"])]
       + [_figure(row["ms"]), _figure(row["temp_mib"])]
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from spectraformer_jax.study.pairs import parse_pair
-from spectraformer_jax.study.settings import Setting
+from spectraformer_jax.study.settings import Setting, over_uniform
 
 # Okabe and Ito's palette without its yellow, which is faint on white: told
 # apart with any colour vision. Markers and dashes tell them apart in grey.
@@ -15,6 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", "--")
 MOST_LINES = len(MARKERS)
+LEAST = 1e-9  # in place of zero, in logarithms
 
 
 def draw(settings: Sequence[Setting], folder: Path) -> list[Path]:
@@ -126,15 +127,18 @@ def _draw_heat_maps(group):
     ratios = np.full((len(components), len(matrices)), np.nan)
     for name, pair in parsed.items():
       place = components.index(pair.component), matrices.index(pair.matrix)
-      error = setting.largest(name)["error"]
-      ratios[place] = error / setting.uniform_error
+      ratios[place] = over_uniform(setting.largest(name))
     # Blue is better than uniform attention, red worse, whatever the spread.
     image = axes.imshow(
-      np.log10(ratios), cmap="RdBu_r", vmin=-1.0, vmax=1.0, aspect="auto"
+      np.log10(np.maximum(ratios, LEAST)),
+      cmap="RdBu_r",
+      vmin=-1.0,
+      vmax=1.0,
+      aspect="auto",
     )
     for (i, j), ratio in np.ndenumerate(ratios):
       if math.isfinite(ratio):
-        dark = abs(math.log10(max(ratio, 1e-9))) > 0.6
+        dark = not 0.25 < ratio < 4.0
         axes.text(
           *(j, i, f"{ratio:.2g}"),
           ha="center",
@@ -194,10 +198,8 @@ def _styles(group):
 
 def _mean_log_error(group, pair):
   """Of the largest M, over the error of uniform attention."""
-  errors = [
-    setting.largest(pair)["error"] / setting.uniform_error for setting in group
-  ]
-  mean = float(np.mean(np.log(errors)))
+  ratios = [over_uniform(setting.largest(pair)) for setting in group]
+  mean = float(np.mean(np.log(np.maximum(ratios, LEAST))))
   return mean if math.isfinite(mean) else math.inf
 
 

@@ -41,7 +41,8 @@ def kernel_ratios(
     stats: from `calibrate`.
 
   Returns:
-    ``[B, N, T, S]`` float32; NaN where the kernel is zero.
+    ``[B, N, T, S]`` float32: infinite where an estimate is too large for it,
+    NaN where the kernel is zero.
   """
   component = feature_map.component
   log_kernel, sign = _over_heads(
@@ -68,7 +69,10 @@ def kernel_ratios(
       jnp.moveaxis(log_kernel, 2, 0),
     ),
   )
-  return sign * jnp.moveaxis(ratios, 0, 2)
+  ratios = sign * jnp.moveaxis(ratios, 0, 2)
+  # A sum of infinite terms of both signs is no number, but no accuracy either.
+  ratios = jnp.where(jnp.isnan(ratios), jnp.inf, ratios)
+  return jnp.where(sign == 0.0, jnp.nan, ratios)
 
 
 @functools.partial(jax.jit, static_argnums=0)

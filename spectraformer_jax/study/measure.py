@@ -98,6 +98,11 @@ def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
   exact, uniform = (
     counted(np.asarray(out, np.float64), inputs) for out in (exact, uniform)
   )
+  if not exact.any():
+    raise ValueError(
+      f"inputs {inputs.name!r}: exact attention gives zeros, so there is no "
+      "relative error."
+    )
   # Jax's own attention, since the exact one above is written for accuracy.
   visible = jnp.asarray(inputs.key_mask)[:, None, None, :]
   attend = jax.jit(
@@ -243,7 +248,7 @@ def kernel_figures(
     ]
   )
   off = off.reshape(len(off), -1)
-  off = off[:, np.isfinite(off).all(axis=0)]  # where the kernel is not zero
+  off = off[:, ~np.isnan(off).any(axis=0)]  # where the kernel is not zero
   if not off.size:
     return figures
   bias, bias_half, _ = summarise(off.mean(axis=1))
@@ -272,7 +277,8 @@ def summarise(sample) -> tuple[float, float | None, float | None]:
   mean, count = float(np.mean(sample)), len(sample)
   if count < 2:
     return mean, None, None
-  std = float(np.std(sample, ddof=1))
+  with np.errstate(invalid="ignore"):  # infinite errors have no spread
+    std = float(np.std(sample, ddof=1))
   quantile = distributions.t.ppf(0.5 + CONFIDENCE / 2, count - 1)
   return mean, float(quantile * std / count**0.5), std
 

@@ -119,6 +119,11 @@ def beats_uniform(row: Row) -> bool:
   return row["error"] + (row["error_ci"] or 0.0) < row["uniform_error"]
 
 
+def over_uniform(row: Row) -> float:
+  """The error over that of uniform attention; NaN if that is exact."""
+  return row["error"] / (row["uniform_error"] or math.nan)
+
+
 def _error(row: Row) -> float:
   """For sorting: what is not a number comes last."""
   return row["error"] if math.isfinite(row["error"]) else math.inf

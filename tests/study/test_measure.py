@@ -185,3 +185,9 @@ def test_maps_without_a_fixed_kernel():
   positional = sf.feature_map("cosformer", "none", num_features=None)
   assert not has_kernel(learnt) and not has_kernel(positional)
   assert has_kernel(sf.feature_map("posrf", "iid", num_features=8))
+
+
+def test_values_of_zero_are_refused(toy):
+  zeros = dataclasses.replace(toy, value=0 * toy.value)
+  with pytest.raises(ValueError, match="exact attention gives zeros"):
+    lib.refer(zeros, 1.0, lib.Options(draws=1))

@@ -95,3 +95,9 @@ def test_advice_against_all_pairs():
 def test_advice_where_the_draws_do_not_tell():
   text = advice.advise(setting(row(error=0.795)))
   assert text.startswith("No pair is clearly better than uniform attention")
+
+
+def test_advice_where_uniform_attention_is_exact():
+  found = setting(row(uniform_error=0.0), row("b-x", uniform_error=0.0))
+  assert advice.advise(found).startswith("Every pair is worse")
+  assert len(lines(found)[1]) == 4
