@@ -2,6 +2,8 @@
 
 import math
 
+from spectraformer_jax.components import build_component
+from spectraformer_jax.study.pairs import split_options
 from spectraformer_jax.study.settings import (
   Setting,
   beats_uniform,
@@ -22,7 +24,7 @@ def advise(setting: Setting) -> str:
   """
   best = setting.best()
   uniform = f"uniform attention ({setting.uniform_error:.3g})"
-  found = f"{with_size(best)} (error {with_interval(best)})"
+  found = f"{with_size(best)} (error {with_interval(best)}{_other(best)})"
   if best["error"] >= setting.uniform_error:
     return (
       f"Every pair is worse than {uniform}, which ignores queries and keys; "
@@ -52,6 +54,14 @@ def with_interval(row) -> str:
   """The error and its confidence interval."""
   half = row["error_ci"]
   return f"{row['error']:.3g}" + (f" ± {half:.1g}" if half else "")
+
+
+def _other(row) -> str:
+  """A remark on maps that estimate another kernel than was asked for."""
+  component = build_component(*split_options(row.key["component"]))
+  if getattr(component, "kernel", None) == row.key["target"]:
+    return ""
+  return "; its kernel is another one"
 
 
 def _ties(setting, best) -> str:

@@ -11,6 +11,8 @@ from spectraformer_jax.study.advice import advise
 from spectraformer_jax.study.settings import Setting, over_uniform
 
 UNIFORM = "uniform attention"
+# Columns that a narrow terminal has no room for.
+IN_REPORT_ONLY, WIDE = ("slope", "kernel MSE", "MiB"), 110
 NOTES = """\
 Error: Frobenius norm of the difference from exact attention over that of exact
 attention, mean over draws of the weight matrix; ± is half of its 95 %
@@ -59,6 +61,9 @@ def lines(setting: Setting) -> tuple[list[str], list[list[str]]]:
 def print_setting(setting: Setting, console: Console) -> None:
   """Prints the table and the advice."""
   header, rows = lines(setting)
+  if console.width < WIDE:
+    keep = [i for i, name in enumerate(header) if name not in IN_REPORT_ONLY]
+    header, *rows = ([cells[i] for i in keep] for cells in (header, *rows))
   table = Table(title=setting.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   for name in header:
     left = name == "pair"

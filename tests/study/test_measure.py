@@ -27,9 +27,13 @@ def toy():
 
 @pytest.fixture(scope="module")
 def posrf(toy):
-  """Independent rows, few and many; small scores, so no heavy tails."""
+  """Independent rows, few and many.
+
+  At twice the scale tails are heavy: 150 draws then understate the mean square
+  by several of its standard errors, as a simulation in numpy does, too.
+  """
   return {
-    size: figures("posrf-iid", size, toy, 0.5, draws=150, points=16)
+    size: figures("posrf-iid", size, toy, 0.25, draws=150, points=16)
     for size in (16, 64, 256)
   }
 
@@ -67,11 +71,6 @@ def test_error_is_made_by_the_draws_alone_where_rows_are_many(posrf):
   square = row["error"] ** 2 + row["error_std"] ** 2 * 149 / 150
   assert row["output_variance"] + row["output_bias2"] == pytest.approx(square)
   assert abs(row["output_bias2"]) < 0.1 * row["output_variance"]
-
-
-def test_orthogonal_rows_are_better(toy, posrf):
-  row = figures("posrf-orf", 64, toy, 0.5, draws=30, points=16)
-  assert row["kernel_mse"] < 0.8 * posrf[64]["kernel_mse"]
 
 
 def test_variance_and_bias_of_outputs():
@@ -134,10 +133,12 @@ def test_padding_counts_nowhere(toy):
     ),
     mask,
   )
-  # oprf takes statistics from the data.
+  options = lib.Options(draws=2, points=8)
+  fm = sf.feature_map("oprf", "iid", num_features=16)  # takes statistics
+  program = lib.prepare(fm, masked, options)
   rows = [
-    figures("oprf-iid", 16, inputs, 0.5, draws=2, points=8)
-    for inputs in (masked, filled)
+    lib.measure(program, x, 0.5, lib.refer(x, 0.5, options), options)
+    for x in (masked, filled)
   ]
   for name in ("error", "uniform_error", "kernel_mse", "kernel_mse_iid"):
     assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5), name
@@ -147,9 +148,9 @@ def test_padding_counts_nowhere(toy):
   ("pair", "options"),
   [
     ("trigrf-iid", {}),
-    ("oprf-sgq", {"centred": True}),  # signed rows
+    ("oprf-iid", {"centred": True}),
+    ("posrf-sgq", {}),  # signed rows
     ("posrf-iid", {"kernel": "gaussian"}),
-    ("hrf-iid", {}),
     ("relu-iid", {}),
   ],
 )

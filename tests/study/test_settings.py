@@ -72,14 +72,20 @@ def test_welch():
 
 def test_advice_to_use_the_best_pair():
   found = setting(
-    row("a-x", error=0.2),
-    row("b-x", error=0.201),
-    row("c-x", error=0.4),
+    row("oprf-orf", error=0.2),
+    row("oprf-iid", error=0.201),
+    row("posrf-iid", error=0.4),
   )
   assert advice.advise(found) == (
-    "Use a-x with M = 64 (error 0.2 ± 0.01), 0.25 of the error of uniform "
-    "attention (0.8); these draws do not tell b-x from it; but exact attention "
-    "is 2 times as fast at this length."
+    "Use oprf-orf with M = 64 (error 0.2 ± 0.01), 0.25 of the error of uniform "
+    "attention (0.8); these draws do not tell oprf-iid from it; but exact "
+    "attention is 2 times as fast at this length."
+  )
+  found = setting(row("relu-iid", error=0.2, exact_ms=2.1))
+  assert advice.advise(found) == (
+    "Use relu-iid with M = 64 (error 0.2 ± 0.01; its kernel is another one), "
+    "0.25 of the error of uniform attention (0.8); it takes about as long as "
+    "exact attention."
   )
 
 
@@ -98,6 +104,6 @@ def test_advice_where_the_draws_do_not_tell():
 
 
 def test_advice_where_uniform_attention_is_exact():
-  found = setting(row(uniform_error=0.0), row("b-x", uniform_error=0.0))
+  found = setting(row(uniform_error=0.0), row("oprf-orf", uniform_error=0.0))
   assert advice.advise(found).startswith("Every pair is worse")
   assert len(lines(found)[1]) == 4
