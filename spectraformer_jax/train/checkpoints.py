@@ -54,19 +54,25 @@ class Checkpointer:
   Args:
     directory: made if it is not there; remains of an interrupted save go away.
     keep: how many of the last checkpoints stay, beside the best.
+    read_only: for those who look at the checkpoints of a run that may be
+      writing them: nothing in the directory is touched.
   """
 
-  def __init__(self, directory: Path | str, *, keep: int):
+  def __init__(
+    self, directory: Path | str, *, keep: int, read_only: bool = False
+  ):
     self._directory = Path(directory).absolute()
     self._best: dict[int, int | None] = {}
-    self._directory.mkdir(parents=True, exist_ok=True)
+    if not read_only:
+      self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_LastAndBest(keep, self._best),
         enable_async_checkpointing=False,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
         create=False,  # with processes of its own, orbax cannot
+        read_only=read_only,
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=0, active_processes={0}
         ),

@@ -1,0 +1,148 @@
+"""What the attention layers of a trained model see."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as linen
+
+from spectraformer_jax import data
+from spectraformer_jax.nn import SpectralSelfAttention
+from spectraformer_jax.study.inputs import Inputs, make_inputs
+from spectraformer_jax.train import models, optim, state
+from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.checkpoints import Checkpointer
+from spectraformer_jax.train.config import default_config
+from spectraformer_jax.train.loop import describe, load_data
+from spectraformer_jax.train.steps import model_inputs
+
+PROJECTIONS = ("query", "key", "value")
+
+
+def capture(
+  model: linen.Module, variables: Mapping[str, Any], *args: Any
+) -> list[Inputs]:
+  """Queries, keys, values and masks of every `SpectralSelfAttention`.
+
+  Args:
+    model: any module that has such layers in it.
+    variables: its variables.
+    *args: what it is called with.
+
+  Returns:
+    One `Inputs` for each call of a layer, in order; a layer is named by its
+    path in the model, without "encoder" and "attention".
+
+  Raises:
+    ValueError: the model has no such layer.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from spectraformer_jax import nn
+    >>> encoder = nn.Encoder(attention="softmax", num_layers=1, head_dim=4)
+    >>> x = jnp.ones((1, 5, 8))
+    >>> variables = encoder.init(jax.random.key(0), x)
+    >>> [(c.name, c.query.shape) for c in capture(encoder, variables, x)]
+    [('layer_0', (1, 5, 2, 4))]
+  """
+  calls = []
+
+  def intercept(call, args, kwargs, context):
+    module = context.module
+    if context.method_name != "__call__":
+      return call(*args, **kwargs)
+    if isinstance(module, SpectralSelfAttention):
+      mask = args[1] if len(args) > 1 else kwargs.get("mask")
+      calls.append({"name": _layer_name(module.path), "key_mask": mask})
+      return call(*args, **kwargs)
+    out = call(*args, **kwargs)
+    is_part = isinstance(module.parent, SpectralSelfAttention)
+    if is_part and module.name in PROJECTIONS:
+      calls[-1][module.name] = out
+    return out
+
+  with linen.intercept_methods(intercept):
+    model.apply(variables, *args)
+  if not calls:
+    raise ValueError(
+      f"{type(model).__name__} has no SpectralSelfAttention to capture."
+    )
+  return [make_inputs(**call) for call in calls]
+
+
+def _layer_name(path: tuple[str, ...]) -> str:
+  """A path without what all layers share."""
+  parts = [part for part in path if part not in ("encoder", "attention")]
+  return "/".join(parts) or "attention"
+
+
+def capture_workdir(
+  workdir: Path, *, split: str, examples: int, step: str
+) -> list[Inputs]:
+  """What the layers of a trained run see on the first examples of a split.
+
+  Args:
+    workdir: of `train.py`.
+    split: "train", "dev" or "test".
+    examples: how many.
+    step: "best" (by dev accuracy), "last", or a step that was kept.
+
+  Raises:
+    ValueError: the workdir holds no run, no such checkpoint, or was trained on
+      other data than the task has now.
+  """
+  stored = files.read_config(workdir)
+  if stored is None:
+    raise ValueError(f"{str(workdir)!r} is no workdir: no {files.CONFIG}.")
+  config = default_config()
+  config.update(stored["config"])
+  datasets = load_data(config)
+  files.check_data(
+    workdir, {name: describe(dataset) for name, dataset in datasets.items()}
+  )
+  dataset = datasets[split]
+  if examples > len(dataset):
+    raise ValueError(
+      f"--examples must be at most the {len(dataset)} of split {split!r}, got "
+      f"{examples}."
+    )
+  batches = data.Batches(
+    dataset,
+    examples,
+    seed=0,
+    train=False,
+    pad_to_multiple=config.task.pad_to_multiple,
+  )
+  feature_map = models.make_feature_map(config)
+  model = models.make_model(config, feature_map, batches)
+  like = state.create(
+    model,
+    feature_map,
+    optim.make_optimizer(config.optim, config.train.num_steps),
+    state.run_keys(config.train.seed),
+  )
+  trained = _restore(workdir, step, like)
+  variables = {"params": trained.params, **trained.collections}
+  return capture(model, variables, *model_inputs(next(batches)))
+
+
+def _restore(workdir: Path, step: str, like: state.TrainState):
+  """The state of a step, by number or by what it is."""
+  folder = workdir / files.CHECKPOINTS
+  if not folder.is_dir():
+    raise ValueError(f"{str(workdir)!r} holds no checkpoint.")
+  with Checkpointer(folder, keep=1, read_only=True) as checkpointer:
+    steps = checkpointer.steps()
+    if not steps:
+      raise ValueError(f"{str(workdir)!r} holds no checkpoint.")
+    newest, record = checkpointer.restore(steps[-1], like)
+    best = record["best"] and record["best"]["step"]
+    wanted = {"last": steps[-1], "best": best}.get(step, step)
+    if str(wanted) == str(steps[-1]):
+      return newest
+    if str(wanted) not in map(str, steps):
+      raise ValueError(
+        f"{str(workdir)!r} holds no checkpoint of step {step!r}; it holds best "
+        f"and last, {', '.join(map(str, steps))}."
+      )
+    return checkpointer.restore(int(wanted), like)[0]

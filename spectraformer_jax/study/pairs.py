@@ -1,0 +1,126 @@
+"""Pairs as they are typed: "oprf-orf", "posrf(kernel=gaussian)-rom_hybrid"."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import spectraformer_jax as sf
+from spectraformer_jax.components import build_component
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.pairs import mismatch
+from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
+
+_PART = r"(\w+)(?:\(([^()]*)\))?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A component and a weight matrix with options, as text.
+
+  Attributes:
+    component: "oprf", or "oprf(centred=True)".
+    matrix: "orf", or "rom_hybrid(norms=chi)".
+  """
+
+  component: str
+  matrix: str
+
+  @property
+  def name(self) -> str:
+    """As it is typed."""
+    return f"{self.component}-{self.matrix}"
+
+  def build(self, num_features: int | None) -> FeatureMap:
+    """The feature map; ValueError if a name or option is unknown."""
+    component, component_kwargs = split_options(self.component)
+    matrix, matrix_kwargs = split_options(self.matrix)
+    return sf.feature_map(
+      component,
+      matrix,
+      num_features=num_features,
+      component_kwargs=component_kwargs,
+      weight_matrix_kwargs=matrix_kwargs,
+    )
+
+  @property
+  def has_rows(self) -> bool:
+    """Whether there is a number of features to choose."""
+    return build_component(*split_options(self.component)).info.row_law != (
+      "none"
+    )
+
+
+def split_options(text: str) -> tuple[str, dict[str, Any]]:
+  """A name and its options.
+
+  Raises:
+    ValueError: options that are not of the form (name=value, ...).
+
+  Example:
+    >>> split_options("rom_hybrid(norms=chi, num_factors=2)")
+    ('rom_hybrid', {'norms': 'chi', 'num_factors': 2})
+  """
+  match = re.fullmatch(_PART, text)
+  if not match:
+    raise ValueError(f"{text!r} is not a name, or a name(option=value, ...).")
+  name, inside = match.groups()
+  options = {}
+  for item in filter(None, (inside or "").split(",")):
+    option, equals, value = (part.strip() for part in item.partition("="))
+    if not (option and equals and value):
+      raise ValueError(f"{text!r}: options are written (option=value, ...).")
+    options[option] = _literal(value)
+  return name, options
+
+
+def _literal(text: str) -> Any:
+  """A Python literal, or the text itself."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def parse_pair(text: str) -> Pair:
+  """A pair from its text.
+
+  Raises:
+    ValueError: not of the form component-matrix.
+
+  Example:
+    >>> parse_pair("oprf-orf")
+    Pair(component='oprf', matrix='orf')
+  """
+  match = re.fullmatch(rf"({_PART})-({_PART})", text.replace(" ", ""))
+  if not match:
+    raise ValueError(
+      f"{text!r} is not a pair; write component-matrix, as in oprf-orf or "
+      "oprf(centred=True)-rom_hybrid(norms=chi)."
+    )
+  return Pair(match.group(1), match.group(4))
+
+
+def all_pairs(components: Sequence[str], matrices: Sequence[str]) -> list[Pair]:
+  """Every component with every matrix that it goes with.
+
+  Raises:
+    ValueError: a name or option is unknown, or nothing goes together.
+
+  Example:
+    >>> [pair.name for pair in all_pairs(["posrf", "relu"], ["orf", "none"])]
+    ['posrf-orf', 'relu-orf']
+  """
+  found = []
+  for component in components:
+    f = build_component(*split_options(component))
+    for matrix in matrices:
+      if mismatch(f, WEIGHT_MATRICES.build(*split_options(matrix))) is None:
+        found.append(Pair(component, matrix))
+  if not found:
+    raise ValueError(
+      f"no component of {', '.join(components)} goes with a matrix of "
+      f"{', '.join(matrices)}."
+    )
+  return found

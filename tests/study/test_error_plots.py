@@ -1,0 +1,50 @@
+import pytest
+
+from spectraformer_jax.study import error_plots
+from spectraformer_jax.study.settings import settings_of
+from tests.study.rows import row
+
+ALL = ["error_vs_features.png", "error_vs_scale.png", "heat_map.png"]
+
+
+def names(folder, rows):
+  return [path.name for path in error_plots.draw(settings_of(rows), folder)]
+
+
+def test_only_what_there_is_to_draw(tmp_path):
+  assert names(tmp_path, [row()]) == []
+  assert names(tmp_path, [row(), row(num_features=128)]) == ALL[:1]
+  assert names(tmp_path, [row(), row(scale=2.0)]) == ALL[1:2]
+  assert names(tmp_path, [row(), row("relu-none", None)]) == ALL[2:]
+
+
+def test_one_set_for_each_layer_and_length(tmp_path):
+  rows = [
+    row(num_features=size, inputs=layer)
+    for size in (32, 64)
+    for layer in ("a/layer_0", "a/layer_1")
+  ]
+  assert names(tmp_path, rows) == [
+    "error_vs_features_a_layer_0_256.png",
+    "error_vs_features_a_layer_1_256.png",
+  ]
+
+
+@pytest.mark.parametrize("error", [0.0, float("nan"), float("inf")])
+def test_errors_that_have_no_logarithm(tmp_path, error):
+  rows = [
+    row(pair, size, error if pair == "b-x" else 0.3, scale=scale)
+    for pair in ("a-x", "b-x")
+    for size in (32, 64)
+    for scale in (0.5, 1.0)
+  ]
+  assert names(tmp_path, rows) == ALL
+
+
+def test_the_best_are_shown_if_there_are_many():
+  count = error_plots.MOST_LINES + 3
+  rows = [row(f"c{i}-x", error=0.9 - 0.01 * i) for i in range(count)]
+  styles = error_plots._styles(settings_of(rows))
+  assert set(styles) == {f"c{i}-x" for i in range(3, count)}
+  looks = {(style["color"], style["marker"]) for style in styles.values()}
+  assert len(looks) == len(styles)

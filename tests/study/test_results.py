@@ -1,0 +1,40 @@
+import pytest
+
+from spectraformer_jax.study.results import Results
+from tests.study.rows import row
+
+
+def test_rows_come_back(tmp_path):
+  path = tmp_path / "results.csv"
+  rows = [
+    row(),
+    row("relu-none", None),
+    row(scale=1 / 3, kernel_mse=float("inf")),
+  ]
+  results = Results(path)
+  for one in rows:
+    results.add(one)
+  again = Results(path)
+  for one in rows:
+    assert again.find(one.key) == one
+  assert again.find(row(seed=1).key) is None
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+  path = tmp_path / "results.csv"
+  results = Results(path)
+  results.add(row())
+  results.add(row(scale=2.0))
+  path.write_text(path.read_text()[:-30])
+  results = Results(path)
+  assert results.find(row().key)
+  assert not results.find(row(scale=2.0).key)
+  results.add(row(scale=2.0))
+  assert Results(path).find(row(scale=2.0).key)
+
+
+def test_another_table_is_refused(tmp_path):
+  path = tmp_path / "results.csv"
+  path.write_text("a,b\n1,2\n")
+  with pytest.raises(ValueError, match="is not a table of this command"):
+    Results(path)
