@@ -1,0 +1,4 @@
+"""Which kernel, for which data, at what cost: `python -m spectraformer_jax.study`.
+
+Each command is a module with `add_arguments(parser)` and `run(args)`.
+"""
