@@ -11,7 +11,7 @@ from typing import Any
 
 import spectraformer_jax
 from spectraformer_jax.train import parallel
-from spectraformer_jax.train.config import flatten
+from spectraformer_jax.train.config import default_config, flatten, to_dict
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -39,7 +39,10 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
   stored = read_config(workdir)
   if stored is None:
     return
-  old, new = flatten(stored["config"]), flatten(config)
+  # A key that was not there yet had its default's effect.
+  defaults = flatten(to_dict(default_config()))
+  old = defaults | flatten(stored["config"])
+  new = flatten(config)
   for path in sorted(old.keys() | new.keys()):
     if path.startswith(FREE_SECTIONS) or old.get(path) == new.get(path):
       continue
