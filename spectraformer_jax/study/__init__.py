@@ -1,4 +1,5 @@
-"""Which kernel, for which data, at what cost: `python -m spectraformer_jax.study`.
+"""Which kernel, for which data, at what cost.
 
-Each command is a module with `add_arguments(parser)` and `run(args)`.
+``python -m spectraformer_jax.study``; each command is a module with
+`add_arguments(parser)` and `run(args)`.
 """

@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spectraformer_jax.study import approximation
+from spectraformer_jax.study import approximation, sweep
 
 # Name of a command -> module with add_arguments(parser) and run(args); the
 # first line of its docstring is its help.
 COMMANDS = {
   "approximation": approximation,
+  "sweep": sweep,
 }
 USER_ERROR = 2
 
