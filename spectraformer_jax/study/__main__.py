@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spectraformer_jax.study import approximation, sweep
+from spectraformer_jax.study import approximation, sweep, table
 
 # Name of a command -> module with add_arguments(parser) and run(args); the
 # first line of its docstring is its help.
 COMMANDS = {
   "approximation": approximation,
   "sweep": sweep,
+  "table": table,
 }
 USER_ERROR = 2
 
