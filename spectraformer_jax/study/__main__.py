@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spectraformer_jax.study import approximation, sweep, table
+from spectraformer_jax.study import approximation, plot, sweep, table
 
 # Name of a command -> module with add_arguments(parser) and run(args); the
 # first line of its docstring is its help.
@@ -12,6 +12,7 @@ COMMANDS = {
   "approximation": approximation,
   "sweep": sweep,
   "table": table,
+  "plot": plot,
 }
 USER_ERROR = 2
 
