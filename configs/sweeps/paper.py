@@ -10,6 +10,9 @@ run here.
 $LRA_DATA holds ``aclImdb``, ``cifar-10-batches-bin`` and ``lra_release``
 (docs/lra.md); ListOps is drawn here.
 
+A sparse grid (sgq) has 2 H + 1 = 65 rows and no other number at level 2; all
+other pairs have the paper's 128.
+
 The rows of the paper that are missing: Big Bird, Reformer, Informer
 (docs/sweep.md says why). Those that are not in it: gaussian, local.
 """
@@ -34,7 +37,11 @@ def get_sweep():
   return Sweep(
     tasks={task: f"configs/{task}.py" for task in tasks},
     attentions={
-      **{f"{c}-{m}": {} for c in COMPONENTS for m in MATRICES},
+      **{
+        f"{c}-{m}": {"feature_map.num_features": 65} if m == "sgq" else {}
+        for c in COMPONENTS
+        for m in MATRICES
+      },
       "softmax": {},
       "gaussian": {},
       # As many landmarks, or projected positions, as pairs have features.

@@ -1,5 +1,6 @@
 """The sweeps that are shipped: every cell of theirs can be built."""
 
+import jax
 import pytest
 
 from spectraformer_jax.study import runs as cell_runs
@@ -30,7 +31,14 @@ def test_every_first_cell_builds_its_config_and_feature_map(name):
   for cell in cells:
     config = cell.config()
     is_pair = "-" in cell.attention
-    assert (make_feature_map(config) is not None) == is_pair, cell.name
+    feature_map = make_feature_map(config)
+    assert (feature_map is not None) == is_pair, cell.name
+    if is_pair:
+      # Whether so many rows are possible is known with the head_dim only.
+      sizes = {"head_dim": config.model.head_dim, "num_heads": 2}
+      jax.eval_shape(
+        lambda fm=feature_map, sizes=sizes: fm.init(jax.random.key(0), **sizes)
+      )
 
 
 def test_the_paper_s_table_is_all_there():
@@ -44,7 +52,8 @@ def test_the_paper_s_table_is_all_there():
   for cell in cells[:120]:
     config = cell.config()
     assert config.train.num_steps == 50_000
-    assert config.feature_map.num_features == 128
+    features = 65 if cell.attention.endswith("sgq") else 128
+    assert config.feature_map.num_features == features
 
 
 def test_the_small_sweep_is_as_large_as_it_says():
