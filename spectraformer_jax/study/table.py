@@ -6,18 +6,24 @@ Several folders are read as one sweep (the shards of several machines).
 """
 
 import argparse
-import csv
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spectraformer_jax.study import runs as cell_runs
 from spectraformer_jax.study.runs import Run, Spread
+from spectraformer_jax.study.table_text import (
+  NONE,
+  PAPER,
+  accuracy_text,
+  escape_latex,
+  markdown_table,
+  mean_text,
+  p_text,
+  paper_text,
+  to_csv,
+)
 from spectraformer_jax.train.workdir import write_text
-
-NONE = "-"
-PAPER = "†"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,14 +96,14 @@ class Table:
     time = lambda run: run.seconds / self._seconds
     memory = lambda run: run.peak_bytes / 1e9
 
-    def mean_of(of, digits):
+    def mean_of(of):
       """Over tasks, for an attention that has them all."""
 
       def text(attention):
         spreads = [self.spread(task, attention, of) for task in self.tasks]
         if None in spreads:
           return NONE
-        return f"{statistics.fmean(s.mean for s in spreads):.{digits}f}"
+        return f"{statistics.fmean(s.mean for s in spreads):.2f}"
 
       return text
 
@@ -113,20 +119,15 @@ class Table:
       )
       if task in self._beside:
         yield f"{task} %{PAPER}", lambda name, task=task: paper_text(name, task)
-    yield "mean %", mean_of(accuracy, 2)
+    yield "mean %", mean_of(accuracy)
     yield from self._paper_means("accuracy", "%")
-    for heading, of, digits in (
-      (self._unit, time, 2),
-      ("GB", memory, 2),
-    ):
+    for heading, of in ((self._unit, time), ("GB", memory)):
       for task in self.tasks:
         yield (
           f"{task} {heading}",
-          lambda name, task=task, of=of, digits=digits: mean_text(
-            self.spread(task, name, of), digits
-          ),
+          lambda name, task=task, of=of: mean_text(self.spread(task, name, of)),
         )
-      yield f"mean {heading}", mean_of(of, digits)
+      yield f"mean {heading}", mean_of(of)
       theirs = {"GB": "gigabytes", "h": "hours"}.get(heading)
       yield from self._paper_means(theirs, heading)
 
@@ -145,7 +146,7 @@ class Table:
     yield f"mean {heading}{PAPER}", text
 
   def _parameters(self, attention: str) -> str:
-    """Those of the first task; others differ in embeddings alone."""
+    """Those of the first task that it has."""
     task = next(t for t in self.tasks if (t, attention) in self._grouped)
     return f"{self._grouped[task, attention][0].result['parameters']:,}"
 
@@ -191,7 +192,8 @@ class Table:
       f"Test accuracy of the best-dev parameters: mean (standard deviation) "
       f"over {' to '.join(map(str, seeds[:: len(seeds) - 1 or 1]))} seed(s). "
       f"Time: training on the devices below, without compilation and "
-      f"evaluation. Memory: peak of the {'device' if device else 'process'}.",
+      f"evaluation. Memory: peak of the {'device' if device else 'process'}. "
+      "Parameters: those of the first task.",
       f"`+` and `−`: better or worse than {self.against} (below). No mark: the "
       "difference is not significant, or there are too few seeds to tell.",
       "A mean over tasks is given where an attention has all of them. Standard "
@@ -345,63 +347,3 @@ def cells_csv(runs: Sequence[Run]) -> str:
       for run in runs
     ]
   )
-
-
-def to_csv(rows: Sequence[dict]) -> str:
-  """Rows with equal keys; None is empty."""
-  text = io.StringIO()
-  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  return text.getvalue()
-
-
-def accuracy_text(spread: Spread | None) -> str:
-  """``38.05 (0.78)``."""
-  if spread is None:
-    return NONE
-  sd = NONE if spread.sd is None else f"{spread.sd:.2f}"
-  return f"{spread.mean:.2f} ({sd})"
-
-
-def p_text(p: float) -> str:
-  """Three decimals, and no zero.
-
-  Example:
-    >>> p_text(0.0123), p_text(1e-7)
-    ('0.012', '< 0.001')
-  """
-  return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def mean_text(spread: Spread | None, digits: int) -> str:
-  """The mean alone."""
-  return NONE if spread is None else f"{spread.mean:.{digits}f}"
-
-
-def paper_text(attention: str, task: str) -> str:
-  """The authors' accuracy, or nothing."""
-  figures = cell_runs.paper_figures().get((attention, task))
-  if figures is None:
-    return NONE
-  return f"{figures['accuracy']:.2f} ({figures['accuracy_sd']:.2f})"
-
-
-def markdown_table(
-  headings: Sequence[str], rows: Sequence[Sequence[str]]
-) -> list[str]:
-  """Lines; figures to the right."""
-  line = lambda cells: f"| {' | '.join(cells)} |"
-  rule = f"|---|{'---:|' * (len(headings) - 1)}"
-  return [line(headings), rule, *map(line, rows)]
-
-
-def escape_latex(text: str) -> str:
-  r"""Text for LaTeX.
-
-  Example:
-    >>> print(escape_latex("oprf-fastfood_learnable 5 %"))
-    oprf-fastfood\_learnable 5 \%
-  """
-  text = text.replace("%", r"\%").replace("_", r"\_").replace("−", "$-$")
-  return text.replace(PAPER, r"$^\dagger$")

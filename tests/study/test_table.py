@@ -61,6 +61,21 @@ def test_the_authors_figures_are_marked_and_only_where_they_exist(tmp_path):
   )
 
 
+def test_the_authors_means_stand_beside_ours_for_all_five_tasks(tmp_path):
+  tasks = ("listops", "text", "retrieval", "image", "pathfinder")
+  for task in tasks:
+    hours = {"train_seconds": 7200.0}
+    write_run(tmp_path / "s", task, "softmax", 0, 0.5, **hours)
+    write_run(tmp_path / "s", task, "local", 0, 0.5, **hours)
+  markdown, *_ = make(tmp_path)
+  cells = row(markdown, "softmax")
+  assert list(cells)[2::2][:5] == [f"{task} %" for task in tasks]
+  assert (cells["mean %"], cells["mean %†"]) == ("50.00", "56.82")
+  assert (cells["mean h"], cells["mean h†"]) == ("2.00", "4.56")
+  assert cells["mean GB†"] == "8.79"
+  assert row(markdown, "local")["mean %†"] == "-"
+
+
 def test_figures_of_the_paper_are_complete():
   figures = cell_runs.paper_figures()
   attentions = {attention for attention, _ in figures}
