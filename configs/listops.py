@@ -15,13 +15,13 @@ listops.py:lra: the settings of Long Range Arena's code (listops/configs/
 base_listops_config.py: 4 layers, 8 heads of 64, CLS, 5000 steps) with
 random-feature attention. Column ListOps of the leaderboard in its README:
 Transformer 36.37 %, Performer 18.01 %, the authors' figures. It differs:
-positions are learnt, and the learning rate falls linearly, not with the root of
-the step.
+positions are learnt.
 
-listops.py:quick: the same task, lengths and model; 600 steps of 16 at 1e-3 with
-cosine decay and global-norm clipping. No figure is published. Measured here, seed
-0: test 36.6 % in 9 minutes on two CPU cores; the root operator alone tells 36.0 %
-of that test split, the commonest label 16.4 %.
+listops.py:quick: the same grammar and model with 100 to 511 tokens, 1,000 steps
+of 32 at 1e-3 with cosine decay and global-norm clipping. No figure is
+published. Measured here, seeds 0 and 1, MINUTES on two CPU cores each: test
+QUICK. The root operator alone tells ROOT of that test split, the commonest
+label MAJORITY.
 
 Test accuracy is that of the best-dev parameters; the last ones' is beside it.
 """
@@ -34,13 +34,13 @@ def get_config(variant=None):
   config = common.base("listops")
   config.task.pad_to_multiple = 128
   if variant == "quick":
+    config.task.kwargs = {"min_len": 100, "max_len": 512}
     config.optim.lr = 1e-3
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 100
     config.optim.clip = "global_norm"
-    config.train.num_steps = 600
-    config.train.batch_size = 16
-    config.eval.every = 200
+    config.train.num_steps = 1000
+    config.eval.every = 250
     config.checkpoint.every = 100
     config.logging.every = 10
   if variant == "lra":
@@ -49,9 +49,7 @@ def get_config(variant=None):
     )
     common.set_model(config, mlp_dim=1024, pooling="cls")
     common.set_lra_optimizer(config)
-    config.optim.lr = 0.05 / 1000**0.5
-    config.optim.warmup_steps = 1000
-    config.optim.weight_decay = 0.1
+    common.set_lra_schedule(config, warmup_steps=1000)
     config.train.num_steps = 5000
     config.eval.every = 50
   return config

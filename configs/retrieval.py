@@ -15,7 +15,7 @@ base_match_config.py: 4 layers, CLS, 5000 steps, all of them within the warm-up
 of 8000) with random-feature attention. Column Retrieval of the leaderboard in
 its README: Transformer 57.46 %, Performer 53.82 %, the authors' figures; others
 report above 70 % from that code (its issue 18). It differs: positions are
-learnt, and the last step has almost no learning rate.
+learnt.
 """
 
 from configs import common
@@ -31,9 +31,7 @@ def get_config(variant=None):
     )
     common.set_model(config, mlp_dim=512, pooling="cls")
     common.set_lra_optimizer(config)
-    config.optim.lr = 0.05 / 8000**0.5 * 5000 / 8000
-    config.optim.warmup_steps = 4999
-    config.optim.weight_decay = 0.1
+    common.set_lra_schedule(config, warmup_steps=8000)
     config.train.num_steps = 5000
     config.eval.every = 100
     return config

@@ -14,8 +14,7 @@ text.py:lra: the settings of Long Range Arena's code (text_classification/
 configs/base_tc_config.py: 1000 bytes, 4 layers, CLS) with random-feature
 attention. Column Text of the leaderboard in its README: Transformer 64.27 %,
 Performer 65.40 %, the authors' figures, said to be for longer reviews. It
-differs: positions are learnt, and the learning rate falls linearly, not with
-the root of the step.
+differs: positions are learnt.
 """
 
 from configs import common
@@ -32,9 +31,7 @@ def get_config(variant=None):
     )
     common.set_model(config, mlp_dim=1024, pooling="cls")
     common.set_lra_optimizer(config)
-    config.optim.lr = 0.05 / 8000**0.5
-    config.optim.warmup_steps = 8000
-    config.optim.weight_decay = 0.1
+    common.set_lra_schedule(config, warmup_steps=8000)
     config.train.num_steps = 20_000
     config.eval.every = 100
     return config

@@ -1,5 +1,6 @@
 """Settings of every test: compilation cache, strict ranks, no surprises."""
 
+import hashlib
 import os
 import pathlib
 
@@ -26,3 +27,19 @@ def strict_ranks():
 def rng():
   """A fixed PRNG key."""
   return jax.random.key(0)
+
+
+@pytest.fixture
+def pin():
+  """A function that pins a package to a made-up file until the test ends."""
+  pinned = []
+
+  def pin(package, path):
+    pinned.append((package, package.sha256))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    object.__setattr__(package, "sha256", digest)
+    return path
+
+  yield pin
+  for package, digest in reversed(pinned):
+    object.__setattr__(package, "sha256", digest)

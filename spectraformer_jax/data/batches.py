@@ -1,7 +1,8 @@
 """Batches of numpy arrays, in an order that (seed, epoch) alone decides."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,8 +12,15 @@ from spectraformer_jax.data.dataset import Dataset
 Batch = dict[str, np.ndarray]
 
 
+class _Plan(NamedTuple):
+  """An epoch: examples in order, and the padded length of each batch."""
+
+  order: np.ndarray
+  lengths: np.ndarray
+
+
 class Batches(Iterator[Batch]):
-  """Iterates over a dataset in batches that all have the same shape.
+  """Iterates over a dataset in batches of one shape, or of few.
 
   A batch holds, for b = global_batch / hosts rows:
 
@@ -28,6 +36,11 @@ class Batches(Iterator[Batch]):
   incomplete batch at the end of an epoch. Evaluation is one pass in the
   order of the dataset which counts every example once.
 
+  With `buckets` a batch holds examples of about the same length and is padded
+  to the next bucket only. What is left over in a bucket goes into the next, so
+  an epoch has as many batches and examples as without; the order is still that
+  of (seed, epoch), and evaluation goes from short to long.
+
   Host h of H gets rows ``[h b, (h + 1) b)`` of every global batch, so the
   global order does not depend on the number of hosts, nor does the state.
 
@@ -41,10 +54,12 @@ class Batches(Iterator[Batch]):
     state: where to go on, from :meth:`state`; None for the start.
     pad_to_multiple: the padded length is ``dataset.length`` rounded up to a
       multiple of this.
+    buckets: shorter lengths to pad to, rising; each rounded up likewise. The
+      longer sequence of a pair decides.
 
   Raises:
     ValueError: if a number is out of range, a training batch is larger than the
-      dataset, or the state belongs to other data, batch size or seed.
+      dataset, or the state belongs to other data, batch size, seed or buckets.
 
   Example:
     >>> toy = Dataset.from_sequences(
@@ -67,6 +82,7 @@ class Batches(Iterator[Batch]):
     hosts: int = 1,
     state: Mapping[str, Any] | None = None,
     pad_to_multiple: int = 1,
+    buckets: Sequence[int] = (),
   ):
     self.dataset = dataset
     self.global_batch = check_int("global_batch", global_batch, 1)
@@ -90,10 +106,11 @@ class Batches(Iterator[Batch]):
     self._rows = global_batch // hosts
     multiple = check_int("pad_to_multiple", pad_to_multiple, 1)
     self.length = -(-dataset.length // multiple) * multiple
+    self.lengths = _padded_lengths(buckets, self.length, multiple)
     rounded = len(dataset) if train else len(dataset) + global_batch - 1
     self.steps_per_epoch = rounded // global_batch
     self._epoch, self._step = 0, 0
-    self._order, self._order_epoch = np.arange(len(dataset)), None
+    self._plan, self._plan_epoch = None, None
     if state is not None:
       self._restore(state)
 
@@ -101,45 +118,75 @@ class Batches(Iterator[Batch]):
     """What resumes after the batch returned last; json-able.
 
     ``epoch`` and ``step`` (batches of the epoch already returned) say where;
-    ``seed``, ``global_batch`` and ``fingerprint`` are checked on resuming.
+    ``seed``, ``global_batch``, ``buckets`` and ``fingerprint`` are checked on
+    resuming.
     """
     return {"epoch": self._epoch, "step": self._step} | self._identity()
 
   def __next__(self) -> Batch:
     if self._step == self.steps_per_epoch:
       raise StopIteration
-    if self.train and self._order_epoch != self._epoch:
-      self._order = epoch_order(len(self.dataset), self.seed, self._epoch)
-      self._order_epoch = self._epoch
+    if self._plan_epoch != self._epoch:
+      self._plan, self._plan_epoch = self._make_plan(), self._epoch
     first = self._step * self.global_batch + self._host * self._rows
     ranks = np.arange(first, first + self._rows)
     last = len(self.dataset) - 1
-    batch = self._gather(self._order[np.minimum(ranks, last)])
+    indices = self._plan.order[np.minimum(ranks, last)]
+    batch = self._gather(indices, int(self._plan.lengths[self._step]))
     batch["weight"] = (ranks <= last).astype(np.float32)
     self._step += 1
     if self.train and self._step == self.steps_per_epoch:
       self._epoch, self._step = self._epoch + 1, 0
     return batch
 
-  def _gather(self, indices: np.ndarray) -> Batch:
-    """The examples at these indices, padded."""
+  def _make_plan(self) -> "_Plan":
+    """The order of this epoch, and how long its batches are."""
+    size, steps = self.global_batch, self.steps_per_epoch
+    order = np.arange(len(self.dataset))
+    if self.train:
+      order = epoch_order(len(order), self.seed, self._epoch)[: steps * size]
+    if len(self.lengths) == 1:
+      return _Plan(order, np.full(steps, self.length))
+    longest = np.diff(self.dataset.offsets)
+    if self.dataset.pair:
+      longest = np.maximum(longest, np.diff(self.dataset.offsets_2))
+    bucket = np.searchsorted(self.lengths, longest[order])
+    # Filled from the shortest up, whatever bucket a batch begins in: what is
+    # left over in one then stands at the start of a batch of the next.
+    by_bucket = np.argsort(bucket, kind="stable")
+    order, bucket = order[by_bucket], bucket[by_bucket]
+    ends = np.minimum(np.arange(1, steps + 1) * size, len(order)) - 1
+    lengths = np.asarray(self.lengths)[bucket[ends]]
+    if self.train:
+      # Words apart from those that order the examples.
+      shuffled = epoch_order(steps, self.seed, 2**63 + self._epoch)
+      order = order.reshape(steps, size)[shuffled].ravel()
+      lengths = lengths[shuffled]
+    return _Plan(order, lengths)
+
+  def _gather(self, indices: np.ndarray, width: int) -> Batch:
+    """The examples at these indices, padded to `width`."""
     data = self.dataset
     batch = {}
     batch["tokens"], batch["length"] = self._pad(
-      data.tokens, data.offsets, indices
+      data.tokens, data.offsets, indices, width
     )
     if data.pair:
       batch["tokens_2"], batch["length_2"] = self._pad(
-        data.tokens_2, data.offsets_2, indices
+        data.tokens_2, data.offsets_2, indices, width
       )
     batch["label"] = data.labels[indices]
     return batch
 
   def _pad(
-    self, tokens: np.ndarray, offsets: np.ndarray, indices: np.ndarray
+    self,
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    indices: np.ndarray,
+    width: int,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [rows, length] and lengths [rows]."""
-    padded = np.zeros((len(indices), self.length), self.dataset.id_dtype)
+    """Ids [rows, width] and lengths [rows]."""
+    padded = np.zeros((len(indices), width), self.dataset.id_dtype)
     starts, ends = offsets[indices], offsets[indices + 1]
     lengths = (ends - starts).astype(np.int32)
     # One slice per row: many times faster than a single fancy gather.
@@ -156,6 +203,7 @@ class Batches(Iterator[Batch]):
     return {
       "seed": self.seed,
       "global_batch": self.global_batch,
+      "buckets": self.lengths[:-1],
       "fingerprint": self.dataset.fingerprint,
     }
 
@@ -177,6 +225,23 @@ class Batches(Iterator[Batch]):
         f"state must have step <= {last_step}, and epoch 0 unless train, got "
         f"epoch={self._epoch}, step={self._step} for train={self.train}."
       )
+
+
+def _padded_lengths(
+  buckets: Sequence[int], longest: int, multiple: int
+) -> list[int]:
+  """All lengths that batches have, rising."""
+  lengths = [
+    -(-check_int("buckets", bucket, 1) // multiple) * multiple
+    for bucket in buckets
+  ]
+  lengths.append(longest)
+  if any(a >= b for a, b in itertools.pairwise(lengths)):
+    raise ValueError(
+      f"buckets must rise and lie below the padded length {longest}, after "
+      f"rounding up to multiples of {multiple}, got {tuple(buckets)}."
+    )
+  return lengths
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:

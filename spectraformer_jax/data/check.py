@@ -1,7 +1,6 @@
 """``check``: what is in a task, and whether it is as in Long Range Arena."""
 
 import argparse
-import ast
 import contextlib
 import hashlib
 import logging
@@ -13,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from spectraformer_jax.data import examples, lra_figures
+from spectraformer_jax.data import examples, linear, lra_figures
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.cache import load_split
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import LOGGER
+from spectraformer_jax.data.options import make_parser, parse_options
 from spectraformer_jax.data.source import SPLITS
-from spectraformer_jax.data.tasks import TASKS
+from spectraformer_jax.data.tasks import TASKS, build_source
 
 DIFFERS = 1
 
@@ -39,8 +39,8 @@ def main(args: Sequence[str]) -> int:
   known, options = _parse(args)
   options["seed"] = check_int("seed", known.seed, 0)
   with _messages_shown():
-    source = TASKS.build(known.task, options)
-    show_progress = _Progress()
+    source = build_source(known.task, options, known.cache_dir)
+    show_progress = Progress()
     splits = {
       split: load_split(source, split, known.cache_dir, show_progress)
       for split in SPLITS
@@ -50,6 +50,9 @@ def main(args: Sequence[str]) -> int:
   pictures = known.pictures or pathlib.Path(f"{source.name}.png")
   for line in examples.show(splits["train"], known.examples, pictures):
     print(line)
+  if known.linear:
+    for line in linear.describe(splits):
+      print(line)
   figures = lra_figures.compare(known.task, splits)
   for line in lra_figures.describe(figures):
     print(line)
@@ -126,13 +129,14 @@ def _messages_shown() -> Iterator[None]:
     LOGGER.setLevel(level)
 
 
-class _Progress:
+class Progress:
   """Says every few seconds how far the building of a split is."""
 
   def __init__(self):
     self._last = time.monotonic()
 
   def __call__(self, done: int, total: int) -> None:
+    """Takes how many examples are done."""
     if time.monotonic() - self._last > 5:
       self._last = time.monotonic()
       print(f"building: {done:,} of {total:,} examples", file=sys.stderr)
@@ -140,20 +144,17 @@ class _Progress:
 
 def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
   """Options of the command, and those of the task."""
-  parser = argparse.ArgumentParser(
-    prog="python -m spectraformer_jax.data check",
-    description=(
-      "Builds a task into the cache and says what is in it. Options of the "
-      "task itself are given as --name=value: --data_dir=DIR, --val=lra, "
-      "--tokenizer=no_close and the like."
-    ),
-    allow_abbrev=False,
+  parser = make_parser(
+    "check", "Builds a task into the cache and says what is in it."
   )
   parser.add_argument("task", help=f"one of {', '.join(TASKS.names())}")
-  parser.add_argument("--cache_dir", help="root of the token cache")
-  parser.add_argument("--seed", type=int, default=0)
   parser.add_argument(
     "--examples", type=int, default=3, help="how many texts to show"
+  )
+  parser.add_argument(
+    "--linear",
+    action="store_true",
+    help="also fit the simplest model of words or pixels (needs a minute)",
   )
   parser.add_argument(
     "--pictures",
@@ -161,21 +162,4 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     help="where to draw images; default NAME.png in the current folder",
   )
   known, rest = parser.parse_known_args(args)
-  options = {}
-  for argument in rest:
-    name, equals, text = argument.partition("=")
-    if not name.startswith("--") or not equals:
-      raise ValueError(
-        f"options must be written --name=value, got {argument!r}."
-      )
-    name = name[2:].replace("-", "_")
-    options[name] = text if name == "data_dir" else _value(text)
-  return known, options
-
-
-def _value(text: str) -> Any:
-  """A number where the text is one."""
-  try:
-    return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    return text
+  return known, parse_options(rest)

@@ -2,15 +2,18 @@
 
 ``listops-1000/basic_{train,val,test}.tsv``: a header ``Source<TAB>Target``,
 then one expression and its value per line, in any form that
-:func:`listops_text.encode` takes. Read line by line: the training file has
-about 0.6 GB.
+:func:`listops_text.encode` takes; :func:`export` writes the form of the
+release. Read and written line by line: the training file has about 0.6 GB.
 """
 
+import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 
+from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import checksum, innermost, read_lines
-from spectraformer_jax.data.listops_text import encode
+from spectraformer_jax.data.listops_text import decode, encode
 from spectraformer_jax.data.readers import Found, Row, check_label, reads
 
 NAMES = {"train": "train", "dev": "val", "test": "test"}
@@ -65,3 +68,47 @@ def rows(path: pathlib.Path) -> Iterator[Row]:
     except ValueError as error:
       raise ValueError(f"{where}: {error}") from None
     yield Row(tokens, label)
+
+
+def export(dataset: Dataset, folder: str | os.PathLike) -> pathlib.Path:
+  r"""Writes a split of ListOps as the file that the release has for it.
+
+  Args:
+    dataset: with tokeniser ``"full"``: the form needs closing brackets.
+    folder: made if it is not there; a file that is there is replaced once the
+      new one is complete.
+
+  Returns:
+    The path of the file.
+
+  Raises:
+    ValueError: if the dataset has another tokeniser.
+
+  Example:
+    >>> import tempfile
+    >>> toy = Dataset.from_sequences(
+    ...   [[12, 3, 4, 15]], [3], split="dev", name="toy", vocab_size=32,
+    ...   num_classes=10, length=4, tokenizer="full")
+    >>> path = export(toy, tempfile.mkdtemp())
+    >>> path.name, path.read_text().splitlines()[1]
+    ('basic_val.tsv', '( ( ( [MAX 2 ) 3 ) ] )\t3')
+  """
+  if dataset.tokenizer != "full":
+    raise ValueError(
+      "dataset must have tokenizer='full', whose ids can be written as "
+      f"expressions, got {dataset.tokenizer!r} of {dataset.name!r}."
+    )
+  path = pathlib.Path(folder) / f"basic_{NAMES[dataset.split]}.tsv"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+  try:
+    with open(unfinished, "w", encoding="ascii", newline="\n") as file:
+      file.write("Source\tTarget\n")
+      for index in range(len(dataset)):
+        example = dataset[index]
+        text = decode(example["tokens"].tolist(), "lra")
+        file.write(f"{text}\t{example['label']}\n")
+    unfinished.replace(path)
+  finally:
+    unfinished.unlink(missing_ok=True)
+  return path

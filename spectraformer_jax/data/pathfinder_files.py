@@ -79,7 +79,8 @@ def _find(root: pathlib.Path, side: int) -> Found | None:
 def _explain_difficulty(root: pathlib.Path, name: str) -> None:
   """ValueError if the folder is there with other images only."""
   for folder in folders(root):
-    if folder.name == name:
+    prepared = any(folder.glob("*/dataset_info.json"))  # tfds_folder reads it
+    if folder.name == name and not prepared:
       others = sorted(p.name for p in folder.iterdir() if p.is_dir())
       raise ValueError(
         f"{folder} must hold {DIFFICULTY}/metadata, the difficulty that Long "

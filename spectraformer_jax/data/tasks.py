@@ -1,12 +1,13 @@
 """Task names to datasets."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.cache import load_split
 from spectraformer_jax.data.dataset import Dataset
-from spectraformer_jax.data.source import Progress
+from spectraformer_jax.data.source import Progress, Source
 from spectraformer_jax.registry import Registry
 
 TASKS = Registry("task")
@@ -61,4 +62,23 @@ def load(
   options = task_kwargs | {"seed": check_int("seed", seed, 0)}
   if tokenizer is not None:
     options["tokenizer"] = tokenizer
-  return load_split(TASKS.build(task, options), split, cache_dir, progress)
+  source = build_source(task, options, cache_dir)
+  return load_split(source, split, cache_dir, progress)
+
+
+def build_source(
+  task: str,
+  options: Mapping[str, Any],
+  cache_dir: str | os.PathLike | None = None,
+) -> Source:
+  """Calls the factory of a task.
+
+  Args:
+    task: its name.
+    options: its options.
+    cache_dir: root of the token cache; handed on to tasks that take it, whose
+      package lies there.
+  """
+  if "cache_dir" in TASKS.options(task):
+    options = {**options, "cache_dir": cache_dir}
+  return TASKS.build(task, options)

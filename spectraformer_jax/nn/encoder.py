@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.attention import SpectralSelfAttention
+from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.typing import Array
 
 
@@ -44,7 +45,7 @@ class EncoderLayer(nn.Module):
     """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``."""
 
     def drop(y):
-      return nn.Dropout(self.dropout_rate)(y, deterministic=deterministic)
+      return Dropout(self.dropout_rate)(y, deterministic=deterministic)
 
     y = nn.LayerNorm(dtype=self.dtype)(x)
     y = SpectralSelfAttention(

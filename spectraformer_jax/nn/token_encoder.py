@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
 from spectraformer_jax.typing import Array
 
@@ -83,7 +84,7 @@ class TokenEncoder(nn.Module):
       x = jnp.concatenate([token.astype(x.dtype), x], axis=1)
       if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
-    x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+    x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
     longest = self.max_len + self.prepend_cls
     return part_of(self, Encoder, name="encoder", max_len=longest)(
       x, mask, decode=decode, deterministic=deterministic

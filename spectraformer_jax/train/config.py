@@ -27,7 +27,7 @@ OPEN_SECTIONS = (
 CHOICES = {
   "model.attention": ATTENTIONS,
   "model.pooling": POOLINGS,
-  "optim.schedule": ("linear", "cosine"),
+  "optim.schedule": ("linear", "cosine", "rsqrt"),
   "optim.clip": ("value", "global_norm", "none"),
 }
 POSITIVE_INTS = (
@@ -79,6 +79,7 @@ def default_config() -> ConfigDict:
         "cache_dir": placeholder(str),
         "tokenizer": placeholder(str),
         "pad_to_multiple": 1,
+        "buckets": (),
         "kwargs": {},
       },
       "model": {
@@ -220,8 +221,11 @@ def validate(config: ConfigDict) -> None:
   for path, (is_right, right) in RANGES.items():
     if not is_right(values[path]):
       raise ValueError(f"config.{path} must be {right}, got {values[path]!r}.")
+  for bucket in values["task.buckets"]:
+    check_positive_int("config.task.buckets", bucket)
   steps, warmup = values["train.num_steps"], values["optim.warmup_steps"]
-  if warmup >= steps:
+  # The schedule "rsqrt" knows no last step: a run may end while it rises.
+  if warmup >= steps and values["optim.schedule"] != "rsqrt":
     raise ValueError(
       f"config.optim.warmup_steps must be less than config.train.num_steps "
       f"= {steps}, got {warmup}."

@@ -74,6 +74,7 @@ def train_and_evaluate(
     data.Batches,
     seed=config.train.seed,
     pad_to_multiple=config.task.pad_to_multiple,
+    buckets=config.task.buckets,
     **parallel.hosts(),
   )
   first = make_batches(datasets["train"], config.train.batch_size, train=True)

@@ -3,14 +3,19 @@
 The defaults of `config.default_config` are the official Spectraformer settings:
 AdamW (0.9, 0.999, 1e-6) without weight decay, learning rate 1e-4 reached over
 1000 steps from 1/25 of it, then linear decay to about 0 (PyTorch's one-cycle
-schedule with linear annealing), gradients clipped by value at 1.
+schedule with linear annealing), gradients clipped by value at 1. The schedule
+"rsqrt" is that of Long Range Arena's code for texts.
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from spectraformer_jax.typing import PyTree
+from spectraformer_jax.typing import Array, PyTree
 
 # One-cycle's own numbers: it starts at lr / 25 and ends at that over 10,000.
 START_DIVISOR = 25.0
@@ -31,11 +36,13 @@ def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:
 
   Args:
     optim: the section of the config.
-    num_steps: of the run; the decay ends there.
+    num_steps: of the run; "linear" and "cosine" decay end there.
 
   Returns:
-    A function of the step: lr/25 at 0, lr at `warmup_steps`, then "linear" or
-    "cosine" decay to lr/250000 at `num_steps`. Without warm-up it is lr at 0.
+    A function of the step. "linear" and "cosine": lr/25 at 0, lr at
+    `warmup_steps`, then decay to lr/250000 at `num_steps`; without warm-up lr
+    at 0. "rsqrt": lr * step / warmup_steps up to `warmup_steps`, then
+    lr * sqrt(warmup_steps / step); without warm-up it decays from step 1 on.
 
   Example:
     >>> from spectraformer_jax.train.config import default_config
@@ -44,6 +51,8 @@ def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:
     ['4.0e-06', '1.0e-04', '4.0e-10']
   """
   warmup = optim.warmup_steps
+  if optim.schedule == "rsqrt":
+    return functools.partial(_rsqrt, lr=optim.lr, warmup=warmup)
   decay_steps, end = num_steps - warmup, optim.lr / END_DIVISOR
   decay = {
     "linear": lambda: optax.linear_schedule(optim.lr, end, decay_steps),
@@ -55,6 +64,13 @@ def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:
     return decay
   rise = optax.linear_schedule(optim.lr / START_DIVISOR, optim.lr, warmup)
   return optax.join_schedules([rise, decay], [warmup])
+
+
+def _rsqrt(step: ArrayLike, *, lr: float, warmup: int) -> Array:
+  """Rises linearly from 0, then falls with the root of the step."""
+  step, peak = jnp.asarray(step, jnp.float32), max(warmup, 1)
+  rise = step / warmup if warmup else 1.0
+  return lr * jnp.minimum(rise, jnp.sqrt(peak / jnp.maximum(step, peak)))
 
 
 def decay_mask(params: PyTree) -> PyTree:

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from spectraformer_jax import data
-from spectraformer_jax.data.listops_text import encode
+from spectraformer_jax.data.listops_text import encode, evaluate
 from tests.data import made_up
 
 
@@ -117,6 +117,51 @@ def test_longer_expressions_need_max_len(load, folder):
 
 def test_a_shorter_length_than_that_of_drawn_expressions(load, folder):
   assert load(max_len=4).length == 4
+
+
+def test_drawn_expressions_are_written_in_the_form_of_the_release(tmp_path):
+  sizes = dict(num_train=40, num_dev=7, num_test=9, min_len=20, max_len=90)
+  drawn, folder = {}, tmp_path / "lra_release" / "listops-1000"
+  for split in data.SPLITS:
+    drawn[split] = data.load("listops", split, cache_dir=tmp_path, **sizes)
+    path = data.listops_tsv.export(drawn[split], folder)
+    header, *rows = path.read_text().split("\n")
+    assert header == "Source\tTarget" and rows.pop() == ""
+    assert len(rows) == len(drawn[split])
+    for row in rows:
+      text, value = row.split("\t")
+      assert text.startswith("( ( ") and text.endswith(" ] )")
+      assert str(evaluate(encode(text))) == value
+  names = sorted(path.name for path in folder.iterdir())
+  assert names == ["basic_test.tsv", "basic_train.tsv", "basic_val.tsv"]
+  for split in data.SPLITS:
+    read = data.load(
+      "listops", split, cache_dir=tmp_path, data_dir=tmp_path / "lra_release"
+    )
+    assert read.tokens.tolist() == drawn[split].tokens.tolist()
+    assert read.offsets.tolist() == drawn[split].offsets.tolist()
+    assert read.labels.tolist() == drawn[split].labels.tolist()
+    assert read.provenance == "lra-files"
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path):
+  facts = dict(name="toy", vocab_size=32, num_classes=10, length=9)
+  good = data.Dataset.from_sequences(
+    [[12, 3, 4, 15]], [3], tokenizer="full", **facts
+  )
+  path = data.listops_tsv.export(good, tmp_path)
+  before = path.read_bytes()
+  unclosed = data.Dataset.from_sequences(
+    [[12, 3, 4]], [3], tokenizer="full", **facts
+  )
+  with pytest.raises(ValueError, match="1 operators without one"):
+    data.listops_tsv.export(unclosed, tmp_path)
+  no_close = data.Dataset.from_sequences(
+    [[12, 3, 4]], [3], tokenizer="no_close", **facts
+  )
+  with pytest.raises(ValueError, match="tokenizer='full'.*got 'no_close'"):
+    data.listops_tsv.export(no_close, tmp_path)
+  assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
 
 
 def test_memory_does_not_grow_with_the_file(load, folder):

@@ -13,7 +13,8 @@ package = types.ModuleType("spectraformer_jax")
 package.__path__ = [{path!r}]
 sys.modules["spectraformer_jax"] = package
 import spectraformer_jax.data
-heavy = ("jax", "flax", "optax", "tensorflow", "sklearn", "matplotlib")
+heavy = ("jax", "flax", "optax", "tensorflow", "sklearn", "matplotlib",
+  "tensorflow_datasets")
 sys.exit(", ".join(name for name in heavy if name in sys.modules) or 0)
 """
 

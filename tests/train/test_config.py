@@ -110,7 +110,7 @@ def test_missing_key():
     ("model.dropout_rate", 1.0, r"in \[0, 1\)"),
     ("model.attention", "sofmax", "one of spectral, softmax"),
     ("model.pooling", "max", "one of cls, mean"),
-    ("optim.schedule", "step", "one of linear, cosine"),
+    ("optim.schedule", "step", "one of linear, cosine, rsqrt"),
     ("optim.clip", "norm", "one of value, global_norm, none"),
     ("optim.lr", 0.0, "positive"),
     ("optim.warmup_steps", 50_000, "less than config.train.num_steps"),
@@ -125,6 +125,21 @@ def test_wrong_value(path, value, right):
   message = str(error.value)
   assert f"config.{path}" in message and repr(value) in message
   assert "\n" not in message
+
+
+def test_warmup_may_outlast_a_run_of_the_schedule_without_end():
+  config = default_config()
+  config.optim.schedule, config.optim.warmup_steps = "rsqrt", 80_000
+  validate(config)
+
+
+def test_buckets_are_positive_integers():
+  config = default_config()
+  config.task.buckets = (768, 1024)
+  validate(config)
+  config.task.buckets = (768, 0)
+  with pytest.raises(ValueError, match="config.task.buckets .*got 0"):
+    validate(config)
 
 
 def test_pair_name():

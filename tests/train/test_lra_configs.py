@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from spectraformer_jax import data
 from spectraformer_jax.train.config import default_config, flatten, validate
 from spectraformer_jax.train.loop import train_and_evaluate
 from tests.data import made_up
@@ -24,7 +25,7 @@ RELEASE = {
 LRA = {
   "listops": (5000, 32, 0.05 / math.sqrt(1000), 1000, 50),
   "text": (20_000, 32, 0.05 / math.sqrt(8000), 8000, 100),
-  "retrieval": (5000, 32, 0.05 / math.sqrt(8000) / 1.6, 4999, 100),
+  "retrieval": (5000, 32, 0.05 / math.sqrt(8000), 8000, 100),
   "image": (35_000, 256, 5e-4, 175, 175),
   "pathfinder": (62_400, 512, 1e-3, 312, 312),
   "pathx": (500_000, 64, 1e-3, 2500, 2500),
@@ -94,8 +95,24 @@ def test_settings_of_long_range_arena(task):
   assert (values["optim.b2"], values["optim.eps"]) == (0.98, 1e-9)
   text = task in ("listops", "text", "retrieval")
   assert values["optim.weight_decay"] == (0.1 if text else 0.0)
-  assert values["optim.schedule"] == ("linear" if text else "cosine")
+  assert values["optim.schedule"] == ("rsqrt" if text else "cosine")
   assert values["optim.clip"] == ("global_norm" if task == "pathx" else "none")
+
+
+@pytest.mark.parametrize("variant", [None, "lra", "pathx", "quick"])
+def test_pictures_drawn_here_have_the_settings_of_those_of_the_files(variant):
+  values = values_of("pathfinder_synthetic", variant)
+  settings = data.TASKS.build(
+    values["task.name"], values["task.kwargs"] | {"seed": 0}
+  ).settings
+  assert settings["side"] == (128 if variant == "pathx" else 32)
+  assert settings["bars"] == (6 if variant == "quick" else 14)
+  if variant == "quick":
+    return
+  same = ("pathx", None) if variant == "pathx" else ("pathfinder", variant)
+  others = values_of(*same)
+  different = {p for p in values if values[p] != others[p]}
+  assert different - {"task.kwargs"} == {"task.name"}
 
 
 @pytest.mark.parametrize("task", RELEASE)
@@ -128,6 +145,38 @@ def test_pairs_are_trained(cache_dir, tmp_path):
   result = train_and_evaluate(config, tmp_path / "run")
   assert result["task"] == "retrieval-max_len16"
   assert result["provenance"] == "lra-files"
+  assert math.isfinite(result["test/loss_last"])
+
+
+def test_buckets_are_trained_and_evaluated(cache_dir, tmp_path, monkeypatch):
+  config = importlib.import_module("configs.listops").get_config()
+  values = TINY | {
+    "task.name": "listops",
+    "task.cache_dir": cache_dir,
+    "task.pad_to_multiple": 8,
+    "feature_map.component": "posrf",
+    "feature_map.weight_matrix": "iid",
+    "train.num_steps": 4,
+    "train.batch_size": 8,
+    "eval.every": 4,
+    "eval.batch_size": 8,
+    "checkpoint.every": 4,
+    "logging.every": 4,
+  }
+  config.update_from_flattened_dict(values)
+  config.task.buckets = (12,)
+  sizes = {"num_train": 32, "num_dev": 16, "num_test": 16}
+  config.task.kwargs = {"min_len": 4, "max_len": 24} | sizes
+  widths, gather = [], data.Batches._gather
+  monkeypatch.setattr(
+    data.Batches,
+    "_gather",
+    lambda self, indices, width: (
+      widths.append(width) or gather(self, indices, width)
+    ),
+  )
+  result = train_and_evaluate(config, tmp_path / "run")
+  assert set(widths) == {16, 24}
   assert math.isfinite(result["test/loss_last"])
 
 

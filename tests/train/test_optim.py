@@ -35,6 +35,28 @@ def test_cosine_schedule_at_its_corners():
   np.testing.assert_allclose(schedule(110), 4e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("warmup", [1000, 8000])
+def test_rsqrt_schedule_is_long_range_arenas(warmup):
+  optim = default_config().optim
+  optim.update(schedule="rsqrt", warmup_steps=warmup, lr=0.05 / warmup**0.5)
+  schedule = learning_rate(optim, 5000)
+  for step in (0, 1, 10, 999, 1000, 1001, 5000, 20_000):
+    # "constant * linear_warmup * rsqrt_decay" with a constant of 0.05.
+    expected = 0.05 * min(1, step / warmup) / max(step, warmup) ** 0.5
+    # float32: a few units in the last place.
+    np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
+    traced = jax.jit(schedule)(jnp.int32(step))
+    np.testing.assert_allclose(traced, expected, rtol=1e-6)
+
+
+def test_rsqrt_without_warmup_starts_at_lr():
+  optim = default_config().optim
+  optim.schedule, optim.warmup_steps = "rsqrt", 0
+  schedule = learning_rate(optim, 100)
+  rates = [float(schedule(step)) / optim.lr for step in (0, 1, 4, 100)]
+  np.testing.assert_allclose(rates, [1, 1, 0.5, 0.1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_no_warmup_starts_at_lr(name):
   optim = default_config().optim

@@ -1,0 +1,123 @@
+"""Time and memory of whole training steps of the paper's model.
+
+    python benchmarks/training_step.py
+
+Text is 8 x 4096 tokens, listops 32 x 2048, all of full length; the step is that
+of the training loop (dropout 0.1, AdamW, clipping), on one device. Each figure
+comes from a process of its own. `cpu_s` is CPU time of all threads, the median
+of steps after the first; `--threads=1` keeps XLA to one thread. `temp_mib` is
+what the compiled program plans beside its arguments and results, `first_s` the
+first step with compilation.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+SHAPES = {
+  "text": {"batch": 8, "length": 4096, "vocab_size": 257, "num_classes": 2},
+  "listops": {"batch": 32, "length": 2048, "vocab_size": 16, "num_classes": 10},
+}
+PAIRS = ("posrf-orf", "oprf-orf", "oprf-mm", "trigrf-orf")
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+def measure(task: str, pair: str, repeats: int) -> dict:
+  """The figures of one case, in this process."""
+  import functools
+
+  import jax
+  import jax.numpy as jnp
+
+  import spectraformer_jax as sf
+  from spectraformer_jax.train import optim, state, steps
+  from spectraformer_jax.train.config import default_config
+
+  sizes = dict(SHAPES[task])
+  batch_size, length = sizes.pop("batch"), sizes.pop("length")
+  config = default_config()
+  fm = sf.feature_map(*pair.split("-"), num_features=128)
+  model = sf.nn.Classifier(max_len=length, feature_map=fm, **sizes)
+  rng = jax.random.key(0)
+  shape = (batch_size, length)
+  batch = {
+    "tokens": jax.random.randint(rng, shape, 0, sizes["vocab_size"]),
+    "length": jnp.full(batch_size, length),
+    "label": jnp.zeros(batch_size, jnp.int32),
+    "weight": jnp.ones(batch_size),
+  }
+  tx = optim.make_optimizer(config.optim, config.train.num_steps)
+  keys = state.run_keys(0)
+  train_state = state.create(model, fm, tx, keys)
+  step = functools.partial(steps.train_step, apply_fn=model.apply, tx=tx)
+  start = time.perf_counter()
+  step = jax.jit(step, donate_argnums=0)
+  step = step.lower(train_state, batch, keys.dropout_rng).compile()
+  wall, cpu = [], []
+  for index in range(repeats + 1):
+    clocks = time.perf_counter(), time.process_time()
+    train_state, _ = step(train_state, batch, keys.dropout_rng)
+    jax.block_until_ready(train_state)
+    wall.append(time.perf_counter() - clocks[0])
+    cpu.append(time.process_time() - clocks[1])
+    if index == 0:
+      first = time.perf_counter() - start
+  return {
+    "wall_s": statistics.median(wall[1:]),
+    "cpu_s": statistics.median(cpu[1:]),
+    "temp_mib": step.memory_analysis().temp_size_in_bytes / 2**20,
+    "first_s": first,
+  }
+
+
+def main() -> None:
+  """Measures each case in a child and prints the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--tasks", nargs="+", default=SHAPES, choices=SHAPES)
+  parser.add_argument("--pairs", nargs="+", default=PAIRS)
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--threads", type=int, choices=(1,))
+  parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.one:
+    print(json.dumps(measure(*args.one, args.repeats)))
+    return
+  from rich.console import Console
+  from rich.progress import track
+  from rich.table import Table
+
+  env = dict(os.environ)
+  if args.threads:
+    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {ONE_THREAD}"
+  table = Table("task", "pair", "CPU s", "wall s", "temp MiB", "first step s")
+  cases = [(task, pair) for task in args.tasks for pair in args.pairs]
+  for task, pair in track(cases, "measuring"):
+    child = subprocess.run(
+      [
+        *(sys.executable, __file__, "--one", task, pair),
+        *("--repeats", str(args.repeats)),
+      ],
+      capture_output=True,
+      text=True,
+      env=env,
+    )
+    if child.returncode:
+      print(f"{task} {pair} failed:\n{child.stderr[-800:]}", file=sys.stderr)
+      continue
+    row = json.loads(child.stdout.splitlines()[-1])
+    table.add_row(
+      *(task, pair, f"{row['cpu_s']:.2f}", f"{row['wall_s']:.2f}"),
+      *(f"{row['temp_mib']:,.0f}", f"{row['first_s']:.1f}"),
+    )
+  Console(width=90).print(table)
+
+
+if __name__ == "__main__":
+  sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
+  main()

