@@ -61,6 +61,7 @@ def get_sweep():
         "task.kwargs.min_len": 128,
         "task.kwargs.max_len": 512,
         "train.num_steps": 400,
+        "train.batch_size": 16,
       },
     },
   )

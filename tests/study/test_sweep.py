@@ -73,7 +73,7 @@ def test_cells_are_tasks_times_attentions_times_seeds():
   assert (first.model.num_layers, last.model.num_layers) == (1, 2)
   assert (first.train.seed, last.train.seed) == (0, 3)
   assert last.feature_map.num_features == 16
-  assert last.train.batch_size == 16  # of the variant
+  assert last.optim.schedule == "cosine"  # of the variant
   assert spec.cell_from_json(cells[-1].to_json()) == cells[-1]
 
 
