@@ -36,6 +36,21 @@ def check_kernel(kernel: str) -> None:
     raise ValueError(f"Unknown kernel {kernel!r}.{nearest(kernel, KERNELS)}")
 
 
+def masked_softmax(scores: Array, visible: Array) -> Array:
+  """Softmax over the last axis; zeros where nothing is visible.
+
+  Args:
+    scores: ``[..., S]`` float.
+    visible: bool, broadcastable to `scores`.
+  """
+  scores = jnp.where(visible, scores, -jnp.inf)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+  weights = jnp.exp(scores - top)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return weights / jnp.where(total > 0.0, total, 1.0)
+
+
 def exact_attention(
   query: Array,
   key: Array,
@@ -87,17 +102,15 @@ def exact_attention(
   compute = jnp.promote_types(query.dtype, jnp.float32)
   root = checks.split_scale(scale, query.shape[-1])
   x, y = query.astype(compute) * root, key.astype(compute) * root
+  v = value.astype(compute)
+  if key_mask is not None:
+    # A product with a zero weight would let NaN through.
+    keep = key_mask[:, :, None, None]
+    y, v = jnp.where(keep, y, 0.0), jnp.where(keep, v, 0.0)
   scores = jnp.einsum("btnh,bsnh->bnts", x, y, precision="highest")
   if kernel == "gaussian":
     # The query's own factor is the same for all its keys and cancels.
     scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
-  scores = jnp.where(visible, scores, -jnp.inf)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-  weights = jnp.exp(scores - top)
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  weights /= jnp.where(total > 0.0, total, 1.0)
-  out = jnp.einsum(
-    "bnts,bsnv->btnv", weights, value.astype(compute), precision="highest"
-  )
+  weights = masked_softmax(scores, visible)
+  out = jnp.einsum("bnts,bsnv->btnv", weights, v, precision="highest")
   return out.astype(value.dtype)

@@ -1,5 +1,6 @@
-"""Multi-head self-attention with a feature map, or exact."""
+"""Multi-head self-attention with a feature map, exact, or a baseline."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -7,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.attention import init_state, spectral_attention
+from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
-ATTENTIONS = ("spectral", *KERNELS)
+ATTENTIONS = ("spectral", *KERNELS, *BASELINES)
 
 # Running statistics keep this share of their value at each training step.
 STATS_DECAY = 0.99
@@ -25,8 +27,11 @@ class SpectralSelfAttention(nn.Module):
     num_heads: N.
     head_dim: H.
     feature_map: for attention="spectral"; see `sf.feature_map`.
-    attention: "spectral", or an exact kernel as a baseline through the same
-      module: "softmax" or "gaussian".
+    attention: "spectral", or a baseline through the same module: an exact
+      kernel, "softmax" or "gaussian", or one of `baselines.BASELINES`.
+    attention_kwargs: options of a baseline, as of `baselines`.
+    max_len: longest sequence, for baselines with parameters for each position;
+      None takes the length at initialisation.
     is_causal: position i sees positions 0..i.
     share_projection: one weight matrix for all heads instead of one each.
     dtype: of the dense layers; None takes that of the input.
@@ -48,6 +53,8 @@ class SpectralSelfAttention(nn.Module):
   head_dim: int
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
+  max_len: int | None = None
   is_causal: bool = False
   share_projection: bool = False
   dtype: Any = None
@@ -74,8 +81,9 @@ class SpectralSelfAttention(nn.Module):
       ``[B, T, D]``.
 
     Raises:
-      ValueError: unknown `attention`, no `feature_map` where one is needed, or
-        `decode` with exact attention or without `is_causal`.
+      ValueError: unknown `attention` or option, no `feature_map` where one is
+        needed, `is_causal` where that is not possible, or `decode` with other
+        attention than causal spectral.
     """
     self._check(decode)
     heads = (self.num_heads, self.head_dim)
@@ -105,6 +113,8 @@ class SpectralSelfAttention(nn.Module):
       )
       if decode:
         out, state.value = out
+    elif self.attention in BASELINES:
+      out = self._baseline(query, key, value, mask)
     else:
       out = exact_attention(
         query,
@@ -118,6 +128,22 @@ class SpectralSelfAttention(nn.Module):
       x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out"
     )(out)
 
+  def _baseline(self, query, key, value, mask):
+    """Attention of one of `BASELINES`, whose parameters are "baseline"."""
+    baseline = BASELINES[self.attention]
+    kwargs = dict(self.attention_kwargs or {})
+    if baseline.init_params is not None:
+      sizes = {
+        "num_heads": self.num_heads,
+        "max_len": self.max_len or key.shape[1],
+      }
+      kwargs = self.param(
+        "baseline", lambda rng: baseline.init_params(rng, **sizes, **kwargs)
+      )
+    if baseline.can_be_causal:
+      kwargs["is_causal"] = self.is_causal
+    return baseline.attend(query, key, value, key_mask=mask, **kwargs)
+
   def _check(self, decode):
     """ValueError for options that do not go together."""
     if self.attention not in ATTENTIONS:
@@ -129,8 +155,11 @@ class SpectralSelfAttention(nn.Module):
       raise ValueError(
         f"attention={self.attention!r} with feature_map="
         f"{self.feature_map and self.feature_map.info.name!r}: 'spectral' "
-        "needs a feature map, the exact kernels take none."
+        "needs a feature map, the exact kernels take none, nor do baselines."
       )
+    check_options(
+      self.attention, self.attention_kwargs or {}, is_causal=self.is_causal
+    )
     if decode and not (self.attention == "spectral" and self.is_causal):
       raise ValueError(
         f"decode=True with attention={self.attention!r}, is_causal="

@@ -1,5 +1,6 @@
 """Sequence classifier: the paper's model for Long Range Arena."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ class Classifier(nn.Module):
     pooling: "mean" over the real positions, or "cls": a learned token in front
       of the sequence, whose output is taken.
     num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
-      share_projection, dropout_rate, dtype: see `Encoder`.
+      attention_kwargs, share_projection, dropout_rate, dtype: see `Encoder`.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -44,6 +45,7 @@ class Classifier(nn.Module):
   mlp_dim: int = 128
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
   share_projection: bool = False
   dropout_rate: float = 0.1
   pooling: str = "mean"

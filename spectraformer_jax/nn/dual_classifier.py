@@ -1,5 +1,6 @@
 """Classifier of pairs of sequences: the model for Retrieval."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ class DualClassifier(nn.Module):
   Attributes:
     vocab_size, num_classes, max_len, embed_dim, pooling: see `Classifier`.
     num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
-      share_projection, dropout_rate, dtype: see `Encoder`.
+      attention_kwargs, share_projection, dropout_rate, dtype: see `Encoder`.
 
   Example:
     >>> import jax, spectraformer_jax as sf
@@ -44,6 +45,7 @@ class DualClassifier(nn.Module):
   mlp_dim: int = 128
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
   share_projection: bool = False
   dropout_rate: float = 0.1
   pooling: str = "mean"

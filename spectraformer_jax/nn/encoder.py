@@ -1,5 +1,6 @@
 """Pre-LayerNorm Transformer encoder."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +17,8 @@ class EncoderLayer(nn.Module):
   Attributes:
     mlp_dim: hidden width of the MLP (GELU).
     dropout_rate: after attention, and twice in the MLP.
-    num_heads, head_dim, feature_map, attention, is_causal, share_projection,
-      dtype: see `SpectralSelfAttention`.
+    num_heads, head_dim, feature_map, attention, attention_kwargs, max_len,
+      is_causal, share_projection, dtype: see `SpectralSelfAttention`.
   """
 
   num_heads: int = 2
@@ -25,6 +26,8 @@ class EncoderLayer(nn.Module):
   mlp_dim: int = 128
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
+  max_len: int | None = None
   is_causal: bool = False
   share_projection: bool = False
   dropout_rate: float = 0.1
@@ -50,6 +53,8 @@ class EncoderLayer(nn.Module):
       head_dim=self.head_dim,
       feature_map=self.feature_map,
       attention=self.attention,
+      attention_kwargs=self.attention_kwargs,
+      max_len=self.max_len,
       is_causal=self.is_causal,
       share_projection=self.share_projection,
       dtype=self.dtype,
@@ -67,8 +72,9 @@ class Encoder(nn.Module):
 
   Attributes:
     num_layers: depth.
-    num_heads, head_dim, mlp_dim, feature_map, attention, is_causal,
-      share_projection, dropout_rate, dtype: see `EncoderLayer`.
+    num_heads, head_dim, mlp_dim, feature_map, attention, attention_kwargs,
+      max_len, is_causal, share_projection, dropout_rate, dtype: see
+      `EncoderLayer`.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -85,6 +91,8 @@ class Encoder(nn.Module):
   mlp_dim: int = 128
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
+  max_len: int | None = None
   is_causal: bool = False
   share_projection: bool = False
   dropout_rate: float = 0.1
@@ -107,6 +115,8 @@ class Encoder(nn.Module):
         mlp_dim=self.mlp_dim,
         feature_map=self.feature_map,
         attention=self.attention,
+        attention_kwargs=self.attention_kwargs,
+        max_len=self.max_len,
         is_causal=self.is_causal,
         share_projection=self.share_projection,
         dropout_rate=self.dropout_rate,

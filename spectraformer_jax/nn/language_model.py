@@ -1,6 +1,7 @@
 """Language models, causal and masked, and generation."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,8 @@ class LanguageModel(nn.Module):
 
   Attributes:
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
-      feature_map, attention, share_projection, dropout_rate, dtype: see
-      `TokenEncoder`. Components with data-dependent parameters need
+      feature_map, attention, attention_kwargs, share_projection, dropout_rate,
+      dtype: see `TokenEncoder`. Components with data-dependent parameters need
       statistics="ema", "learned" or "constant".
 
   Example:
@@ -44,6 +45,7 @@ class LanguageModel(nn.Module):
   mlp_dim: int = 128
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
   share_projection: bool = False
   dropout_rate: float = 0.1
   dtype: Any = None
@@ -94,8 +96,8 @@ class MaskedLanguageModel(nn.Module):
 
   Attributes:
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
-      feature_map, attention, share_projection, dropout_rate, dtype: see
-      `TokenEncoder`.
+      feature_map, attention, attention_kwargs, share_projection, dropout_rate,
+      dtype: see `TokenEncoder`.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -117,6 +119,7 @@ class MaskedLanguageModel(nn.Module):
   mlp_dim: int = 128
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
   share_projection: bool = False
   dropout_rate: float = 0.1
   dtype: Any = None

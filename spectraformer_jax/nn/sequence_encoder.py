@@ -1,5 +1,6 @@
 """From tokens to one vector per sequence: what the classifiers share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,8 +21,8 @@ class SequenceEncoder(nn.Module):
     pooling: "mean" over the real positions, or "cls": a learned token in front
       of the sequence, whose output is taken.
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
-      feature_map, attention, share_projection, dropout_rate, dtype: see
-      `TokenEncoder`.
+      feature_map, attention, attention_kwargs, share_projection, dropout_rate,
+      dtype: see `TokenEncoder`.
 
   Example:
     >>> import jax
@@ -42,6 +43,7 @@ class SequenceEncoder(nn.Module):
   mlp_dim: int = 128
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
   share_projection: bool = False
   dropout_rate: float = 0.1
   pooling: str = "mean"

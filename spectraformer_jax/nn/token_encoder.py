@@ -1,6 +1,7 @@
 """From tokens to vectors: what classifiers and language models share."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -24,8 +25,9 @@ class TokenEncoder(nn.Module):
     max_len: longest sequence; size of the table of learned positions.
     embed_dim: D.
     prepend_cls: put a learned token in front of the sequence.
-    num_layers, num_heads, head_dim, mlp_dim, feature_map, attention, is_causal,
-      share_projection, dropout_rate, dtype: see `Encoder`.
+    num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
+      attention_kwargs, is_causal, share_projection, dropout_rate, dtype: see
+      `Encoder`.
   """
 
   vocab_size: int
@@ -37,6 +39,7 @@ class TokenEncoder(nn.Module):
   mlp_dim: int = 128
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
   is_causal: bool = False
   share_projection: bool = False
   dropout_rate: float = 0.1
@@ -82,7 +85,8 @@ class TokenEncoder(nn.Module):
       if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
     x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
-    return part_of(self, Encoder, name="encoder")(
+    longest = self.max_len + self.prepend_cls
+    return part_of(self, Encoder, name="encoder", max_len=longest)(
       x, mask, decode=decode, deterministic=deterministic
     )
 

@@ -5,12 +5,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from spectraformer_jax.study import approximation
+from spectraformer_jax.study import approximation, plot, sweep, table
 
 # Name of a command -> module with add_arguments(parser) and run(args); the
 # first line of its docstring is its help.
 COMMANDS = {
   "approximation": approximation,
+  "sweep": sweep,
+  "table": table,
+  "plot": plot,
 }
 USER_ERROR, INTERRUPTED = 2, 130
 

@@ -20,6 +20,7 @@ from spectraformer_jax.train.parallel import ENGINES
 # who checks them; any key may be set there.
 OPEN_SECTIONS = (
   "task.kwargs",
+  "model.attention_kwargs",
   "feature_map.component_kwargs",
   "feature_map.weight_matrix_kwargs",
 )
@@ -86,6 +87,7 @@ def default_config() -> ConfigDict:
       },
       "model": {
         "attention": "spectral",
+        "attention_kwargs": {},
         "embed_dim": 64,
         "num_layers": 2,
         "num_heads": 2,
@@ -240,7 +242,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def pair_name(config: ConfigDict) -> str:
-  """The pair as it is written, or the exact kernel's name.
+  """The pair as it is written, or the name of the baseline.
 
   Example:
     >>> pair_name(default_config())

@@ -36,14 +36,14 @@ def run(
   counts = ", ".join(f"{f['num_examples']:,} {s}" for s, f in facts.items())
   kinds = parallel.device_kinds()
   begins = f"resumes at step {start}" if start else "starts"
-  exact = (
+  unused = (
     ""
     if config.model.attention == "spectral"
-    else (" (exact: config.feature_map has no effect)")
+    else (" (config.feature_map has no effect)")
   )
   return [
     f"data: {train['name']} ({train['provenance']}), {counts}",
-    f"model: {pair_name(config)}{exact}, {sizes['parameters']:,} parameters, "
+    f"model: {pair_name(config)}{unused}, {sizes['parameters']:,} parameters, "
     f"{sizes['projection_size']:,} projection numbers, "
     f"on {len(kinds)} x {kinds[0]}",
     f"workdir: {workdir}, {begins}, {config.train.num_steps} steps of "

@@ -4,22 +4,24 @@ from ml_collections import ConfigDict
 
 import spectraformer_jax as sf
 from spectraformer_jax import nn
+from spectraformer_jax.baselines import check_options
 from spectraformer_jax.data import Batches
 from spectraformer_jax.feature_maps import FeatureMap
 
 
 def make_feature_map(config: ConfigDict) -> FeatureMap | None:
-  """The pair of the config; None for an exact kernel.
+  """The pair of the config; None for a baseline.
 
   Raises:
-    ValueError: unknown component or matrix, an option it does not have, or a
-      redraw interval for a matrix that cannot be redrawn.
+    ValueError: unknown component or matrix, an option it or the baseline does
+      not have, or a redraw interval for a matrix that cannot be redrawn.
 
   Example:
     >>> from spectraformer_jax.train.config import default_config
     >>> make_feature_map(default_config()).info.name
     'oprf-orf'
   """
+  check_options(config.model.attention, config.model.attention_kwargs.to_dict())
   if config.model.attention != "spectral":
     return None
   section = config.feature_map
@@ -68,6 +70,7 @@ def make_model(
     num_classes=dataset.num_classes,
     feature_map=feature_map,
     attention=section.attention,
+    attention_kwargs=section.attention_kwargs.to_dict(),
     embed_dim=section.embed_dim,
     num_layers=section.num_layers,
     num_heads=section.num_heads,

@@ -40,8 +40,10 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
   stored = read_config(workdir)
   if stored is None:
     return
+  # A key that was not there yet had its default's effect.
   defaults = flatten(to_dict(default_config()))
-  old, new = defaults | flatten(stored["config"]), flatten(config)
+  old = defaults | flatten(stored["config"])
+  new = flatten(config)
   for path in sorted(old.keys() | new.keys()):
     if path.startswith(FREE_SECTIONS) or old.get(path) == new.get(path):
       continue

@@ -7,6 +7,14 @@ import pytest
 
 import spectraformer_jax as sf
 
+# Fewer landmarks and shorter blocks than there are positions.
+BASELINES = {
+  "linformer": {"projected_length": 5},
+  "local": {"block_size": 4, "neighbours": 1},
+  "nystromformer": {"num_landmarks": 4},
+  "skyformer": {"num_landmarks": 6},
+}
+
 
 def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
   """A small classifier, its variables and a ragged batch."""
@@ -28,6 +36,11 @@ def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
     {"pooling": "cls"},
     {"attention": "softmax", "feature_map": None},
     {"attention": "gaussian", "feature_map": None},
+    *(
+      {"attention": name, "feature_map": None, "attention_kwargs": options}
+      for name, options in BASELINES.items()
+    ),
+    {"attention": "linformer", "feature_map": None, "pooling": "cls"},
     {"component_kwargs": {"statistics": "ema"}},
   ],
 )
@@ -43,9 +56,19 @@ def test_padding_changes_no_logit(kwargs):
   )
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_batch_neighbours_change_no_logit(pooling):
-  model, variables, tokens, length = build(pooling=pooling)
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    {},
+    {"pooling": "cls"},
+    *(
+      {"attention": name, "feature_map": None, "attention_kwargs": options}
+      for name, options in BASELINES.items()
+    ),
+  ],
+)
+def test_batch_neighbours_change_no_logit(kwargs):
+  model, variables, tokens, length = build(**kwargs)
   logits = model.apply(variables, tokens, length)
   alone = model.apply(variables, tokens[1:2], length[1:2])
   np.testing.assert_allclose(logits[1:2], alone, atol=1e-6)
@@ -157,6 +180,30 @@ def test_causal_layer_with_running_statistics_keeps_the_future_out():
   np.testing.assert_allclose(after[:, :-1], before[:, :-1], atol=1e-5)
 
 
+def test_parameters_of_a_baseline_are_for_the_longest_sequence():
+  model, variables, *_ = build(
+    attention="linformer",
+    feature_map=None,
+    attention_kwargs={"projected_length": 5},
+  )
+  layer = variables["params"]["encoder"]["layer_0"]["attention"]["baseline"]
+  assert layer["key_projection"].shape == (2, 5, 40)
+
+
+def test_local_attention_can_be_causal_and_linformer_cannot():
+  build_layer = lambda name: sf.nn.SpectralSelfAttention(
+    num_heads=2, head_dim=8, attention=name, is_causal=True
+  )
+  x = jax.random.normal(jax.random.key(0), (2, 12, 16))
+  layer = build_layer("local")
+  variables = layer.init(jax.random.key(1), x)
+  before = layer.apply(variables, x)
+  after = layer.apply(variables, x.at[:, -1].add(5.0))
+  np.testing.assert_allclose(after[:, :-1], before[:, :-1], atol=1e-5)
+  with pytest.raises(ValueError, match="'linformer' cannot be causal"):
+    build_layer("linformer").init(jax.random.key(1), x)
+
+
 def test_dropout_needs_its_key_and_is_off_in_evaluation():
   model, variables, tokens, length = build(dropout_rate=0.5)
   train = lambda seed: model.apply(
@@ -180,6 +227,15 @@ def test_dropout_needs_its_key_and_is_off_in_evaluation():
     ({"attention": "spectrl"}, "Did you mean 'spectral'"),
     ({"feature_map": None}, "'spectral' needs a feature map"),
     ({"attention": "softmax"}, "the exact kernels take none"),
+    ({"attention": "local"}, "nor do baselines"),
+    (
+      {
+        "attention": "local",
+        "feature_map": None,
+        "attention_kwargs": {"blok_size": 4},
+      },
+      "Did you mean 'block_size'",
+    ),
     ({"pooling": "meen"}, "Did you mean 'mean'"),
     ({"max_len": 10}, "longer than max_len=10"),
   ],

@@ -12,6 +12,8 @@ from spectraformer_jax.train.config import (
   to_dict,
   validate,
 )
+from spectraformer_jax.train.models import make_feature_map
+from spectraformer_jax.train.workdir import check_config
 
 EXPERIMENTS = {
   "default": default_config,
@@ -147,3 +149,25 @@ def test_pair_name():
   assert pair_name(config) == "oprf-orf"
   config.model.attention = "softmax"
   assert pair_name(config) == "softmax"
+
+
+def test_options_of_a_baseline_are_checked_by_it_before_anything_is_built():
+  config = default_config()
+  config.model.attention = "local"
+  config.model.attention_kwargs.blok_size = 8
+  validate(config)  # the section takes any key
+  with pytest.raises(ValueError, match="Did you mean 'block_size'"):
+    make_feature_map(config)
+  config.model.attention_kwargs = {"block_size": 8}
+  assert make_feature_map(config) is None
+
+
+def test_a_run_from_before_a_key_was_there_goes_on(tmp_path):
+  config = to_dict(default_config())
+  old = to_dict(default_config())
+  del old["model"]["attention_kwargs"]
+  (tmp_path / "config.json").write_text(json.dumps({"config": old}))
+  check_config(tmp_path, config)
+  config["model"]["attention_kwargs"] = {"block_size": 8}
+  with pytest.raises(ValueError, match="config.model.attention_kwargs is {}"):
+    check_config(tmp_path, config)

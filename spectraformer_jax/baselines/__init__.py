@@ -1,0 +1,99 @@
+"""Efficient attentions of others, to compare with: pure functions.
+
+All of them keep padding out (what a masked position holds, NaN included, and
+how many of them there are, changes nothing) and a row of a batch is not
+influenced by the others. `BASELINES` is what ``attention=...`` of
+`SpectralSelfAttention` selects from.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spectraformer_jax.baselines.linformer import (
+  linformer_attention,
+  linformer_projections,
+)
+from spectraformer_jax.baselines.local import local_attention
+from spectraformer_jax.baselines.nystromformer import nystromformer_attention
+from spectraformer_jax.baselines.skyformer import skyformer_attention
+from spectraformer_jax.registry import nearest
+from spectraformer_jax.typing import Array
+
+__all__ = [
+  "BASELINES",
+  "Baseline",
+  "check_options",
+  "linformer_attention",
+  "linformer_projections",
+  "local_attention",
+  "nystromformer_attention",
+  "skyformer_attention",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+  """How a module runs one of them.
+
+  Attributes:
+    attend: ``(query, key, value, *, key_mask, ...) -> output``.
+    options: names of the options that a user may set.
+    init_params: ``(rng, *, num_heads, max_len, **options)`` -> parameters by
+      keyword of `attend`, which then takes no options; None if there are none.
+    can_be_causal: whether `attend` takes `is_causal`.
+  """
+
+  attend: Callable[..., Array]
+  options: tuple[str, ...]
+  init_params: Callable[..., dict[str, Array]] | None = None
+  can_be_causal: bool = False
+
+
+BASELINES = {
+  "linformer": Baseline(
+    linformer_attention,
+    ("projected_length", "share_key_value"),
+    init_params=linformer_projections,
+  ),
+  "local": Baseline(
+    local_attention, ("block_size", "neighbours"), can_be_causal=True
+  ),
+  "nystromformer": Baseline(
+    nystromformer_attention, ("num_landmarks", "iterations")
+  ),
+  "skyformer": Baseline(
+    skyformer_attention, ("num_landmarks", "regularisation", "iterations")
+  ),
+}
+
+
+def check_options(
+  attention: str, options: Mapping[str, Any], *, is_causal: bool = False
+) -> None:
+  """ValueError for an option that `attention` does not have.
+
+  Args:
+    attention: a name of `BASELINES`; any other takes no options.
+    options: of ``attention_kwargs``.
+    is_causal: whether it is to be causal.
+
+  Example:
+    >>> check_options("local", {"block_size": 64})
+  """
+  known = BASELINES[attention].options if attention in BASELINES else ()
+  for name in options:
+    if name not in known:
+      raise ValueError(
+        f"attention={attention!r} has no option {name!r}."
+        f"{nearest(name, known) if known else ' It takes none.'}"
+      )
+  if (
+    is_causal
+    and attention in BASELINES
+    and not BASELINES[attention].can_be_causal
+  ):
+    raise ValueError(
+      f"attention={attention!r} cannot be causal: it mixes positions before "
+      "it attends; use 'spectral', 'local' or an exact kernel."
+    )

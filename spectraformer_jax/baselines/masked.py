@@ -1,0 +1,123 @@
+"""What the baselines share: masked inputs, ranks of real positions, an inverse.
+
+Everything is per row of the batch: no quantity is taken over several rows, or
+over padding.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax import checks
+from spectraformer_jax.typing import Array
+
+
+def masked_inputs(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  scale: float | None,
+  key_mask: Array | None,
+  is_causal: bool = False,
+  self_attention: bool = True,
+) -> tuple[Array, Array, Array, Array]:
+  """Checked, scaled float32 inputs that hold zeros where padding was.
+
+  Args:
+    query: ``[B, T, N, H]``.
+    key: ``[B, S, N, H]``.
+    value: ``[B, S, N, V]``.
+    scale: of the scores; its root is on each side. None: ``1 / sqrt(H)``.
+    key_mask: ``[B, S]`` bool, or None for all.
+    is_causal: for the checks.
+    self_attention: T == S, and the mask holds for queries as well.
+
+  Returns:
+    query, key, value and a mask ``[B, S]``.
+
+  Raises:
+    ValueError: shapes that do not agree.
+  """
+  checks.check_attention_inputs(query, key, value, is_causal=is_causal)
+  checks.check_key_mask(key_mask, key)
+  if query.shape[2] != key.shape[2]:
+    raise ValueError(
+      "query and key must share heads here, got "
+      f"query.shape={query.shape}, key.shape={key.shape}."
+    )
+  if self_attention and query.shape[1] != key.shape[1]:
+    raise ValueError(
+      "this is self-attention: query and key must share length, got "
+      f"query.shape={query.shape}, key.shape={key.shape}."
+    )
+  if key_mask is None:
+    key_mask = jnp.ones(key.shape[:2], bool)
+  compute = jnp.promote_types(query.dtype, jnp.float32)
+  root = checks.split_scale(scale, query.shape[-1])
+  x, y, v = (array.astype(compute) for array in (query, key, value))
+  # A product with a zero weight would let NaN through.
+  keep = key_mask[:, :, None, None]
+  y, v = jnp.where(keep, y * root, 0.0), jnp.where(keep, v, 0.0)
+  x = jnp.where(keep, x * root, 0.0) if self_attention else x * root
+  return x, y, v, key_mask
+
+
+def ranks(mask: Array) -> tuple[Array, Array]:
+  """Which real position each is, and how many there are.
+
+  Args:
+    mask: ``[B, S]`` bool.
+
+  Returns:
+    ``[B, S]`` ints 0, 1, ... at real positions (anything elsewhere), and
+    ``[B, 1]``, at least 1.
+
+  Example:
+    >>> rank, count = ranks(jnp.array([[False, True, True, False]]))
+    >>> rank[0, 1:3].tolist(), count.tolist()
+    ([0, 1], [[2]])
+  """
+  rank = jnp.cumsum(mask, axis=1) - 1
+  return rank, jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+
+
+def iterative_inverse(matrix: Array, iterations: int) -> Array:
+  r"""The Moore-Penrose inverse, by matrix products alone.
+
+  .. math::
+    Z_{k+1} = \tfrac14 Z_k (13 I - A Z_k (15 I - A Z_k (7 I - A Z_k))),
+    \qquad Z_0 = A^\top / (|A|_1 |A|_\infty)
+
+  Nystromformer, equation 11 (after Razavi et al., 2014). The public releases
+  of Nystromformer and Skyformer start from norms over the whole batch; these
+  are of each matrix.
+
+  Args:
+    matrix: ``[..., m, m]`` float; rows and columns of zeros stay so.
+    iterations: each multiplies the small singular values' share by about 3.
+
+  Returns:
+    ``[..., m, m]``.
+
+  Example:
+    >>> a = jnp.array([[2.0, 1.0], [0.0, 1.0]])
+    >>> bool(jnp.allclose(a @ iterative_inverse(a, 8), jnp.eye(2), atol=1e-5))
+    True
+  """
+  checks.check_positive_int("iterations", iterations)
+  size = jnp.abs(matrix)
+  norms = jnp.max(jnp.sum(size, -1), -1) * jnp.max(jnp.sum(size, -2), -1)
+  norms = jnp.where(norms > 0.0, norms, 1.0)[..., None, None]
+  eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+  eye = eye.reshape((1,) * (matrix.ndim - 2) + eye.shape)
+
+  def product(a, b):
+    return jnp.matmul(a, b, precision="highest")
+
+  def step(z, _):
+    az = product(matrix, z)
+    inner = 15.0 * eye - product(az, 7.0 * eye - az)
+    return 0.25 * product(z, 13.0 * eye - product(az, inner)), None
+
+  start = jnp.swapaxes(matrix, -1, -2) / norms
+  return jax.lax.scan(step, start, length=iterations)[0]

@@ -1,0 +1,91 @@
+"""Nystromformer: the softmax matrix through landmarks."""
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax import checks
+from spectraformer_jax.baselines.masked import (
+  iterative_inverse,
+  masked_inputs,
+  ranks,
+)
+from spectraformer_jax.kernels import masked_softmax
+from spectraformer_jax.typing import Array
+
+
+def nystromformer_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  num_landmarks: int = 64,
+  iterations: int = 6,
+  scale: float | None = None,
+  key_mask: Array | None = None,
+) -> Array:
+  r"""Nystrom approximation of softmax attention, O(T m).
+
+  .. math::
+    O = \operatorname{softmax}(Q \tilde K^\top)\;
+        \operatorname{softmax}(\tilde Q \tilde K^\top)^+\;
+        \operatorname{softmax}(\tilde Q K^\top)\, V
+
+  Landmarks are means over m segments of the *real* positions of each row, so
+  padding moves none of them; a row of fewer than m positions has that many
+  landmarks, and is then attended exactly, up to the iterative inverse. The
+  depthwise convolution that the release adds to the output is left out.
+
+  Args:
+    query: ``[B, T, N, H]``, any float dtype.
+    key: ``[B, T, N, H]``.
+    value: ``[B, T, N, V]``.
+    num_landmarks: m.
+    iterations: of `iterative_inverse`.
+    scale: None means ``1 / sqrt(H)``.
+    key_mask: ``[B, T]`` bool, True at real positions.
+
+  Returns:
+    ``[B, T, N, V]`` in value's dtype, computed in float32 at least. Zeros for a
+    row without keys.
+
+  Raises:
+    ValueError: shapes that do not agree, or sizes that are not positive.
+
+  Example:
+    >>> q = jnp.ones((1, 6, 2, 4))
+    >>> nystromformer_attention(q, q, q, num_landmarks=2).shape
+    (1, 6, 2, 4)
+
+  References:
+    Xiong et al., `Nystromformer <https://arxiv.org/abs/2102.03902>`_, 2021,
+    equations 11 and 13.
+  """
+  checks.check_positive_int("num_landmarks", num_landmarks)
+  x, y, v, mask = masked_inputs(
+    query, key, value, scale=scale, key_mask=key_mask
+  )
+  rank, count = ranks(mask)
+  segment = jnp.where(mask, rank * num_landmarks // count, -1)
+  member = jax.nn.one_hot(segment, num_landmarks, axis=1, dtype=x.dtype)
+  sizes = jnp.sum(member, axis=2)
+  member /= jnp.maximum(sizes, 1.0)[:, :, None]
+  means = lambda array: jnp.einsum(
+    "bms,bsnh->bmnh", member, array, precision="highest"
+  )
+  x_mean, y_mean = means(x), means(y)
+  landmark = sizes > 0.0
+
+  def attend(queries, keys, visible):
+    scores = jnp.einsum("btnh,bsnh->bnts", queries, keys, precision="highest")
+    return masked_softmax(scores, visible[:, None, None, :])
+
+  # Rows of landmarks that there are not would repeat uniform attention.
+  real = landmark[:, None, :, None]
+  core = jnp.where(real, attend(x_mean, y_mean, landmark), 0.0)
+  right = jnp.where(real, attend(x_mean, y, mask), 0.0)
+  seen = jnp.einsum("bnms,bsnv->bnmv", right, v, precision="highest")
+  inverse = iterative_inverse(core, iterations)
+  seen = jnp.einsum("bnlm,bnmv->bnlv", inverse, seen, precision="highest")
+  left = attend(x, y_mean, landmark)
+  out = jnp.einsum("bntl,bnlv->btnv", left, seen, precision="highest")
+  return out.astype(value.dtype)

@@ -1,0 +1,117 @@
+"""Skyformer: the Gaussian kernel matrix through landmarks."""
+
+import jax.numpy as jnp
+
+from spectraformer_jax import checks
+from spectraformer_jax.baselines.masked import (
+  iterative_inverse,
+  masked_inputs,
+  ranks,
+)
+from spectraformer_jax.typing import Array
+
+
+def skyformer_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  num_landmarks: int = 128,
+  regularisation: float = 0.1,
+  iterations: int = 6,
+  scale: float | None = None,
+  key_mask: Array | None = None,
+) -> Array:
+  r"""Nystrom approximation of Gaussian kernel attention, O(T m).
+
+  .. math::
+    O = C(Q, U)\,(C(U, U) + \gamma I)^{-1}\,C(U, K)\,V,
+    \qquad C(x, y) = e^{-|x - y|^2 / 2}
+
+  U are landmarks among queries and keys together, which makes the matrix
+  positive definite. The sum is not normalised, as in the paper, unlike the
+  exact "gaussian" attention of this library.
+
+  The paper draws U at random (and its release again in every evaluation).
+  Here they are half queries, half keys, at evenly spaced *real* positions of
+  each row: no key is needed, and padding moves none of them. A row of at most
+  m / 2 positions uses them all; what is left is the error of gamma and of the
+  iterative inverse.
+
+  Args:
+    query: ``[B, T, N, H]``, any float dtype.
+    key: ``[B, T, N, H]``.
+    value: ``[B, T, N, V]``.
+    num_landmarks: m, even.
+    regularisation: gamma above; 0.1 is the release's.
+    iterations: of the inverse, of the matrix scaled to row sums near 1
+      (section 4.3).
+    scale: None means ``1 / sqrt(H)``.
+    key_mask: ``[B, T]`` bool, True at real positions.
+
+  Returns:
+    ``[B, T, N, V]`` in value's dtype, computed in float32 at least. Zeros at
+    masked positions.
+
+  Raises:
+    ValueError: shapes that do not agree, or options out of range.
+
+  Example:
+    >>> q = jnp.ones((1, 6, 2, 4))
+    >>> skyformer_attention(q, q, q, num_landmarks=4).shape
+    (1, 6, 2, 4)
+
+  References:
+    Chen et al., `Skyformer: Remodel Self-Attention with Gaussian Kernel and
+    Nystrom Method <https://arxiv.org/abs/2111.00035>`_, 2021, sections 4.1
+    to 4.3.
+  """
+  checks.check_positive_int("num_landmarks", num_landmarks)
+  if num_landmarks % 2:
+    raise ValueError(
+      f"num_landmarks must be even (queries and keys), got {num_landmarks}."
+    )
+  if not regularisation > 0:
+    raise ValueError(f"regularisation must be positive, got {regularisation}.")
+  x, y, v, mask = masked_inputs(
+    query, key, value, scale=scale, key_mask=key_mask
+  )
+  half = num_landmarks // 2
+  _, count = ranks(mask)
+  slot = jnp.arange(half)[None]
+  # Of fewer than m / 2 positions each is taken once.
+  rank = slot * jnp.maximum(count, half) // half
+  in_order = jnp.argsort(~mask, axis=1, stable=True)
+  index = jnp.take_along_axis(
+    in_order, jnp.minimum(rank, mask.shape[1] - 1), axis=1
+  )
+  # Unlike `count`, 0 for a row without keys.
+  used = slot < jnp.sum(mask, axis=1, keepdims=True)
+  take = lambda array: jnp.take_along_axis(
+    array, index[:, :, None, None], axis=1
+  )
+  landmarks = jnp.concatenate([take(x), take(y)], axis=1)
+  used = jnp.concatenate([used, used], axis=1)
+
+  def kernel(a, b, a_mask, b_mask):
+    """``[B, N, A, B]``, zero where either is masked."""
+    dots = jnp.einsum("banh,bcnh->bnac", a, b, precision="highest")
+    squares = lambda z: jnp.moveaxis(jnp.sum(jnp.square(z), axis=-1), 1, 2)
+    distance = squares(a)[..., :, None] + squares(b)[..., None, :] - 2 * dots
+    both = a_mask[:, None, :, None] & b_mask[:, None, None, :]
+    return jnp.where(both, jnp.exp(-0.5 * jnp.maximum(distance, 0.0)), 0.0)
+
+  core = kernel(landmarks, landmarks, used, used)
+  eye = jnp.eye(num_landmarks, dtype=x.dtype)[None, None]
+  core = core + regularisation * eye
+  root = jnp.sum(core, axis=-1) ** -0.5
+  core = root[..., :, None] * core * root[..., None, :]
+  right = kernel(landmarks, y, used, mask)
+  seen = jnp.einsum("bnms,bsnv->bnmv", right, v, precision="highest")
+  inverse = iterative_inverse(core, iterations)
+  seen = root[..., None] * jnp.einsum(
+    "bnlm,bnmv->bnlv", inverse, root[..., None] * seen, precision="highest"
+  )
+  left = kernel(x, landmarks, mask, used)
+  out = jnp.einsum("bntl,bnlv->btnv", left, seen, precision="highest")
+  return out.astype(value.dtype)

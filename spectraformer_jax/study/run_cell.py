@@ -1,0 +1,46 @@
+"""Trains one cell in a process of its own: its memory, its crash."""
+
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+from absl import logging
+
+from spectraformer_jax.study.cells import CELL, cell_from_json
+
+FAILED = 1
+
+
+def main(workdir: str, cpus: str) -> int:
+  """Trains the cell that `workdir` describes.
+
+  Args:
+    workdir: holds the cell's description.
+    cpus: numbers of the cores to stay on, comma-separated; empty for all.
+  """
+  # Before JAX counts the cores and starts as many threads.
+  if cpus and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+  from spectraformer_jax.train.loop import train_and_evaluate
+
+  logging.set_verbosity(logging.INFO)
+  folder = Path(workdir)
+  with (folder / ".lock").open("w") as lock:
+    try:
+      # Released by the system however this process ends.
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print("error: another process is running this cell", file=sys.stderr)
+      return FAILED
+    try:
+      cell = cell_from_json((folder / CELL).read_text())
+      train_and_evaluate(cell.config(), folder, command=cell.command(folder))
+    except ValueError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return FAILED
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(*sys.argv[1:]))
