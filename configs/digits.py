@@ -15,13 +15,13 @@ from configs import common
 def get_config(variant=None):
   common.check_variant(variant)
   config = common.base("digits")
-  config.model.dropout_rate = 0.2
+  config.model.dropout_rate = 0.3
   config.optim.lr = 2e-3
   config.optim.schedule = "cosine"
   config.optim.warmup_steps = 50
   config.optim.weight_decay = 0.3
   config.optim.clip = "global_norm"
-  config.train.num_steps = 1000
+  config.train.num_steps = 1500
   config.train.batch_size = 64
   config.eval.every = 100
   config.eval.batch_size = 64
