@@ -20,7 +20,7 @@ class Classifier(nn.Module):
     pooling: "mean" over the real positions, or "cls": a learned token in front
       of the sequence, whose output is taken.
     num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
-      share_projection, dropout_rate, dtype: see `Encoder`.
+      share_projection, dropout_rate, dtype, remat: see `Encoder`.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -47,6 +47,7 @@ class Classifier(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   dtype: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(

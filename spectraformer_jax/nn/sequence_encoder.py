@@ -26,7 +26,7 @@ class SequenceEncoder(nn.Module):
     pooling: "mean" over the real positions, or "cls": a learned token in front
       of the sequence, whose output is taken.
     num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
-      share_projection, dropout_rate, dtype: see `Encoder`.
+      share_projection, dropout_rate, dtype, remat: see `Encoder`.
 
   Example:
     >>> import jax
@@ -51,6 +51,7 @@ class SequenceEncoder(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   dtype: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -97,6 +98,7 @@ class SequenceEncoder(nn.Module):
       share_projection=self.share_projection,
       dropout_rate=self.dropout_rate,
       dtype=self.dtype,
+      remat=self.remat,
       name="encoder",
     )(x, mask, deterministic=deterministic)
     return pool(x.astype(jnp.float32), mask, self.pooling)
