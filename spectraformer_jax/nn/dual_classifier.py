@@ -22,7 +22,8 @@ class DualClassifier(nn.Module):
   Attributes:
     vocab_size, num_classes, max_len, embed_dim, pooling: see `Classifier`.
     num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
-      attention_kwargs, share_projection, dropout_rate, dtype: see `Encoder`.
+      attention_kwargs, share_projection, dropout_rate, dtype, remat: see
+      `Encoder`.
 
   Example:
     >>> import jax, spectraformer_jax as sf
@@ -50,6 +51,7 @@ class DualClassifier(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   dtype: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(

@@ -72,6 +72,8 @@ class Encoder(nn.Module):
 
   Attributes:
     num_layers: depth.
+    remat: in the backward pass, compute each layer's values again instead of
+      keeping them: less memory, more time, the same numbers.
     num_heads, head_dim, mlp_dim, feature_map, attention, attention_kwargs,
       max_len, is_causal, share_projection, dropout_rate, dtype: see
       `EncoderLayer`.
@@ -97,6 +99,7 @@ class Encoder(nn.Module):
   share_projection: bool = False
   dropout_rate: float = 0.1
   dtype: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -108,8 +111,14 @@ class Encoder(nn.Module):
     deterministic: bool = True,
   ) -> Array:
     """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``."""
+
+    def run(layer, x, mask):
+      return layer(x, mask, decode=decode, deterministic=deterministic)
+
+    if self.remat:
+      run = nn.remat(run)
     for index in range(self.num_layers):
-      x = EncoderLayer(
+      layer = EncoderLayer(
         num_heads=self.num_heads,
         head_dim=self.head_dim,
         mlp_dim=self.mlp_dim,
@@ -122,5 +131,6 @@ class Encoder(nn.Module):
         dropout_rate=self.dropout_rate,
         dtype=self.dtype,
         name=f"layer_{index}",
-      )(x, mask, decode=decode, deterministic=deterministic)
+      )
+      x = run(layer, x, mask)
     return nn.LayerNorm(dtype=self.dtype, name="norm")(x)

@@ -49,6 +49,7 @@ class LanguageModel(nn.Module):
   share_projection: bool = False
   dropout_rate: float = 0.1
   dtype: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -123,6 +124,7 @@ class MaskedLanguageModel(nn.Module):
   share_projection: bool = False
   dropout_rate: float = 0.1
   dtype: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(

@@ -48,6 +48,7 @@ class SequenceEncoder(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   dtype: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(

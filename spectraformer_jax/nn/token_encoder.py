@@ -26,8 +26,8 @@ class TokenEncoder(nn.Module):
     embed_dim: D.
     prepend_cls: put a learned token in front of the sequence.
     num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
-      attention_kwargs, is_causal, share_projection, dropout_rate, dtype: see
-      `Encoder`.
+      attention_kwargs, is_causal, share_projection, dropout_rate, dtype,
+      remat: see `Encoder`.
   """
 
   vocab_size: int
@@ -45,6 +45,7 @@ class TokenEncoder(nn.Module):
   dropout_rate: float = 0.1
   prepend_cls: bool = False
   dtype: Any = None
+  remat: bool = False
 
   @nn.compact
   def __call__(

@@ -31,11 +31,14 @@ CHOICES = {
   "optim.schedule": ("linear", "cosine", "rsqrt"),
   "optim.clip": ("value", "global_norm", "none"),
   "train.parallel": ENGINES,
+  "train.precision": ("float32", "bfloat16"),
+  "train.remat": (False, True),
 }
 POSITIVE_INTS = (
   *("model.embed_dim", "model.num_layers", "model.num_heads"),
   *("model.head_dim", "model.mlp_dim", "feature_map.num_features"),
   *("train.num_steps", "train.batch_size", "train.max_skipped_steps"),
+  "train.accumulate",
   *("eval.every", "eval.batch_size"),
   *("checkpoint.every", "checkpoint.keep", "logging.every"),
   "task.pad_to_multiple",
@@ -123,6 +126,9 @@ def default_config() -> ConfigDict:
         "batch_size": 32,
         "max_skipped_steps": 10,
         "parallel": "pmap",
+        "precision": "float32",
+        "accumulate": 1,
+        "remat": False,
       },
       "eval": {"every": 500, "batch_size": 32},
       "checkpoint": {"every": 500, "keep": 2},
@@ -224,7 +230,7 @@ def validate(config: ConfigDict) -> None:
   for path, known in CHOICES.items():
     if values[path] not in known:
       raise ValueError(
-        f"config.{path} must be one of {', '.join(known)}, "
+        f"config.{path} must be one of {', '.join(map(str, known))}, "
         f"got {values[path]!r}."
       )
   for path, (is_right, right) in RANGES.items():

@@ -51,6 +51,18 @@ def run(
   ]
 
 
+def memory(plan: Mapping[str, int]) -> str:
+  """One line about the memory of a training step.
+
+  Example:
+    >>> memory({"arguments": 2**20, "temporary": 2**21, "total": 3 * 2**20})
+    'memory of a step on each device: 1.0 MiB arguments, 2.0 MiB temporary, \
+3.0 MiB total'
+  """
+  sizes = ", ".join(f"{x / 2**20:,.1f} MiB {name}" for name, x in plan.items())
+  return f"memory of a step on each device: {sizes}"
+
+
 def dev(record: Record) -> str:
   """One line about the last evaluation."""
   dev = record.dev

@@ -69,10 +69,10 @@ def train_and_evaluate(
   # 1. Whatever can be wrong is found before anything is compiled.
   validate(config)
   feature_map = models.make_feature_map(config)
-  for section in ("train", "eval"):
-    parallel.check_batch_size(
-      f"config.{section}.batch_size", config[section].batch_size
-    )
+  parallel.check_batch_size(
+    "config.train.batch_size", config.train.batch_size, config.train.accumulate
+  )
+  parallel.check_batch_size("config.eval.batch_size", config.eval.batch_size)
   finished = hosts.from_main(lambda: find_result(workdir, config))
   if finished:
     logging.info("%s holds a finished run.", workdir)
@@ -137,7 +137,12 @@ def train(
 
   # 4. Step functions.
   train_step = parallel.DataParallelStep(
-    functools.partial(steps.train_step, apply_fn=model.apply, tx=tx),
+    functools.partial(
+      steps.train_step,
+      apply_fn=model.apply,
+      tx=tx,
+      accumulate=config.train.accumulate,
+    ),
     engine=config.train.parallel,
     donate_state=True,
   )
@@ -192,6 +197,8 @@ def train(
           train_state = redraw(train_state, keys.redraw_rng)
         batch = next(batches)
         train_state, sums = train_step(train_state, batch, dropout_rng)
+        if step == start and train_step.memory_plan():
+          progress.line(describe.memory(train_step.memory_plan()))
         done = step + 1
         window.add(sums)
         skipped.add(done, batch, sums)

@@ -1,5 +1,6 @@
 """The feature map and the model that a config describes."""
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import spectraformer_jax as sf
@@ -47,8 +48,8 @@ def make_model(
   """The classifier for a task: of pairs, if its examples are pairs.
 
   Args:
-    config: its model section; vocab_size and max_len left at None are the
-      data's.
+    config: its model section, where vocab_size and max_len left at None are
+      the data's, and train.precision and train.remat.
     feature_map: of `make_feature_map`.
     batches: what the model is to read.
 
@@ -78,5 +79,8 @@ def make_model(
     mlp_dim=section.mlp_dim,
     dropout_rate=section.dropout_rate,
     pooling=section.pooling,
+    # Parameters, statistics, feature sums and the head stay float32.
+    dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else None,
+    remat=config.train.remat,
     **sizes,
   )

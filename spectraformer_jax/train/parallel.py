@@ -22,16 +22,18 @@ AXIS = "data"
 ENGINES = ("pmap", "jit")
 
 
-def check_batch_size(name: str, batch_size: int) -> None:
+def check_batch_size(name: str, batch_size: int, parts: int = 1) -> None:
   """Refuses a global batch that the devices cannot share equally.
 
   Raises:
-    ValueError: `batch_size` is not a multiple of the number of devices.
+    ValueError: `batch_size` is not a multiple of the number of devices times
+      `parts`, into which each divides its share.
   """
   devices = jax.device_count()
-  if batch_size % devices:
+  if batch_size % (devices * parts):
+    times = f" times config.train.accumulate = {parts}" if parts > 1 else ""
     raise ValueError(
-      f"{name} must be a multiple of the number of devices = {devices}, "
+      f"{name} must be a multiple of the number of devices = {devices}{times}, "
       f"got {batch_size}."
     )
 
@@ -166,15 +168,54 @@ class DataParallelStep:
     Returns:
       What `step` returns, replicated; not waited for.
     """
-    batch = _split(batch) if self._engine == "pmap" else _shard(batch)
-    shapes = tuple(sorted((n, a.shape, a.dtype) for n, a in batch.items()))
-    start, is_new = time.perf_counter(), shapes not in self._compiled
-    if is_new:
-      self._compiled[shapes] = self._compile(state, batch, *rest)
-    result = self._compiled[shapes](state, batch, *rest)
+    batch = self._place(batch)
+    start, is_new = time.perf_counter(), _shapes(batch) not in self._compiled
+    compiled = self._find(state, batch, *rest)
+    result = compiled(state, batch, *rest)
     if is_new:  # the step is only dispatched, so this is the compiler's time
       self.compile_seconds += time.perf_counter() - start
     return jax.block_until_ready(result) if self._one_at_a_time else result
+
+  def compile(
+    self, state: PyTree, batch: Mapping[str, np.ndarray], *rest: Any
+  ) -> None:
+    """Compiles for batches of this shape, if that was not done yet."""
+    start = time.perf_counter()
+    self._find(state, self._place(batch), *rest)
+    self.compile_seconds += time.perf_counter() - start
+
+  def memory_plan(self) -> dict[str, int] | None:
+    """Bytes that the last compiled program plans with on each device.
+
+    Returns:
+      "arguments" (the state and one batch), "temporary" and "total"; None if
+      nothing was compiled, or the compiler does not say.
+    """
+    compiled = next(reversed(self._compiled.values()), None)
+    analysis = getattr(compiled, "memory_analysis", lambda: None)()
+    if analysis is None:
+      return None
+    arguments, temporary = (
+      analysis.argument_size_in_bytes,
+      analysis.temp_size_in_bytes,
+    )
+    # A donated state and the new one share their memory.
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {
+      "arguments": arguments,
+      "temporary": temporary,
+      "total": arguments + temporary + results,
+    }
+
+  def _place(self, batch):
+    return _split(batch) if self._engine == "pmap" else _shard(batch)
+
+  def _find(self, state, batch, *rest):
+    """The program for placed batches of this shape."""
+    shapes = _shapes(batch)
+    if shapes not in self._compiled:
+      self._compiled[shapes] = self._compile(state, batch, *rest)
+    return self._compiled[shapes]
 
   def _compile(self, *args):
     mapped = map_step(
@@ -188,6 +229,10 @@ class DataParallelStep:
       # this one is compiled by its first call.
       return mapped
     return mapped.lower(*args).compile()
+
+
+def _shapes(batch):
+  return tuple(sorted((n, a.shape, a.dtype) for n, a in batch.items()))
 
 
 def _split(batch):

@@ -76,6 +76,7 @@ def train_step(
   *,
   apply_fn: Callable,
   tx: optax.GradientTransformation,
+  accumulate: int = 1,
   axis_name: str | None = None,
 ) -> tuple[TrainState, Sums]:
   """One update from one batch, or none if its numbers are not finite.
@@ -89,6 +90,7 @@ def train_step(
     rng: the run's dropout key; step and replica are folded in here.
     apply_fn: `model.apply`.
     tx: the optimiser.
+    accumulate: see `gradients`.
     axis_name: the mapped axis of replicas, if any.
 
   Returns:
@@ -96,7 +98,12 @@ def train_step(
     replica.
   """
   grads, sums, updated = gradients(
-    state, batch, rng, apply_fn=apply_fn, axis_name=axis_name
+    state,
+    batch,
+    rng,
+    apply_fn=apply_fn,
+    accumulate=accumulate,
+    axis_name=axis_name,
   )
   params, opt_state = apply_gradients(tx, grads, state)
   collections = {**state.collections, **updated}
@@ -117,6 +124,7 @@ def gradients(
   rng: Array,
   *,
   apply_fn: Callable,
+  accumulate: int = 1,
   axis_name: str | None = None,
 ) -> tuple[PyTree, Sums, PyTree]:
   """Gradient of the weighted mean loss over the global batch.
@@ -130,14 +138,35 @@ def gradients(
     batch: this replica's, see `train_step`.
     rng: the run's dropout key; step and replica are folded in here.
     apply_fn: `model.apply`.
+    accumulate: the replica's batch goes through the model in so many parts, one
+      after the other, to need less memory; its size is a multiple of it.
     axis_name: the mapped axis of replicas, if any.
 
   Returns:
     Gradient, sums over the global batch, and updated collections; the same on
     every replica.
   """
-  mutable = [name for name in state.collections if name == MUTABLE_COLLECTION]
   dropout_rng = replica_rng(rng, state.step, axis_name)
+  find = functools.partial(_summed_gradients, state, apply_fn=apply_fn)
+  if accumulate == 1:
+    found = find(batch, dropout_rng)
+  else:
+    found = _accumulated(find, batch, dropout_rng, accumulate)
+  grads, sums, updated = found
+  if axis_name is not None:
+    replicas = jax.lax.axis_size(axis_name)
+    updated = jax.tree.map(lambda leaf: leaf / replicas, updated)
+    # One psum of everything, so that the compiler makes one all-reduce.
+    grads, sums, updated = jax.lax.psum((grads, sums, updated), axis_name)
+  # A batch without weight has zero gradients, not NaN.
+  scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+  grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+  return grads, sums, updated
+
+
+def _summed_gradients(state, batch, dropout_rng, *, apply_fn):
+  """Gradient of the summed loss of some examples, sums, new collections."""
+  mutable = [name for name in state.collections if name == MUTABLE_COLLECTION]
 
   def loss_fn(params):
     logits, updated = apply_fn(
@@ -151,15 +180,30 @@ def gradients(
     return sums.loss, (sums, updated)
 
   grads, (sums, updated) = jax.grad(loss_fn, has_aux=True)(state.params)
-  if axis_name is not None:
-    replicas = jax.lax.axis_size(axis_name)
-    updated = jax.tree.map(lambda leaf: leaf / replicas, updated)
-    # One psum of everything, so that the compiler makes one all-reduce.
-    grads, sums, updated = jax.lax.psum((grads, sums, updated), axis_name)
-  # A batch without weight has zero gradients, not NaN.
-  scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
-  grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
   return grads, sums, updated
+
+
+def _accumulated(find, batch, dropout_rng, parts):
+  """What `find` finds in the parts of a batch: summed, collections averaged."""
+  split = {
+    name: array.reshape(parts, -1, *array.shape[1:])
+    for name, array in batch.items()
+  }
+  part = lambda number: find(
+    {name: array[number] for name, array in split.items()},
+    jax.random.fold_in(dropout_rng, number),
+  )
+  add = functools.partial(jax.tree.map, jnp.add)
+  # The carry starts from shapes alone, so that the model is compiled once.
+  empty = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, 0)
+  )
+  (grads, sums, updated), _ = jax.lax.scan(
+    lambda total, number: (add(total, part(number)), None),
+    empty,
+    jnp.arange(parts),
+  )
+  return grads, sums, jax.tree.map(lambda leaf: leaf / parts, updated)
 
 
 def apply_gradients(
