@@ -69,7 +69,9 @@ def _ties(setting, best) -> str:
   others = [
     row.pair
     for row in setting.ranking()
-    if row.pair != best.pair and not told_apart(row, best)
+    if row.pair != best.pair
+    and beats_uniform(row)  # or its draws scatter so that nothing can be told
+    and not told_apart(row, best)
   ]
   if not others:
     return ""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as linen
+from absl import logging
 
 from spectraformer_jax import data
 from spectraformer_jax.nn import SpectralSelfAttention
@@ -131,7 +132,11 @@ def _restore(workdir: Path, step: str, like: state.TrainState):
   folder = workdir / files.CHECKPOINTS
   if not folder.is_dir():
     raise ValueError(f"{str(workdir)!r} holds no checkpoint.")
-  with Checkpointer(folder, keep=1, read_only=True) as checkpointer:
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # orbax warns that it will only read
+  checkpointer = Checkpointer(folder, keep=1, read_only=True)
+  logging.set_verbosity(verbosity)
+  with checkpointer:
     steps = checkpointer.steps()
     if not steps:
       raise ValueError(f"{str(workdir)!r} holds no checkpoint.")

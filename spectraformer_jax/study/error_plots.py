@@ -140,7 +140,7 @@ def _draw_heat_maps(group):
       if math.isfinite(ratio):
         dark = not 0.25 < ratio < 4.0
         axes.text(
-          *(j, i, f"{ratio:.2g}"),
+          *(j, i, f"{ratio:.2g}" if ratio < 10.0 else f"{ratio:.0f}"),
           ha="center",
           va="center",
           fontsize=8,

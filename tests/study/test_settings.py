@@ -75,6 +75,7 @@ def test_advice_to_use_the_best_pair():
     row("oprf-orf", error=0.2),
     row("oprf-iid", error=0.201),
     row("posrf-iid", error=0.4),
+    row("trigrf-iid", error=40.0, error_std=100.0, error_ci=70.0),
   )
   assert advice.advise(found) == (
     "Use oprf-orf with M = 64 (error 0.2 ± 0.01), 0.25 of the error of uniform "
