@@ -5,7 +5,7 @@ value are read once and features exist on chip only.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,30 +75,37 @@ class Kernels:
         return f"it takes float32 and bfloat16, not {name} of type {x.dtype}"
     if reason := _refuses_maps(maps, constants, key, state):
       return reason
-    chunk = self.module.chunk_size(
-      chunk, query.shape[1], key.shape[1], is_causal
+    plan = self._plan(
+      maps, constants, state, query, key, value, is_causal, chunk
     )
-    hoisted = _hoist(maps, constants, query, key, chunk)
-    for side in hoisted:
-      if isinstance(side, str):
-        return side
-      unknown = (
-        pallas_hoist.primitives(side.per_token.eqns) - self.module.PRIMITIVES
-      )
-      if unknown:
-        return f"its kernels cannot do {sorted(unknown)}, as the map needs"
-    shapes = [a.shape[2:] for side in hoisted for a in side.constants]
-    return self.module.too_big(
-      pallas_scan.Sizes(
-        chunk=chunk,
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        feature_dim=state.kv.shape[2],
-        constants=shapes,
-        item_bytes=max(x.dtype.itemsize for x in (query, key, value)),
-        is_causal=is_causal,
-      )
+    return plan if isinstance(plan, str) else None
+
+  def _plan(
+    self, maps, constants, state, query, key, value, is_causal, chunk
+  ) -> "_Plan | str":
+    """How to do it, or why it cannot be done."""
+    hoisted = _hoist(maps, constants, query, key, pallas_scan.SMALLEST_CHUNK)
+    if isinstance(hoisted, str):
+      return hoisted
+    for side in (hoisted.query, hoisted.key):
+      needed = pallas_hoist.primitives(side.function.eqns)
+      if unknown := sorted(needed - self.module.PRIMITIVES):
+        return f"its kernels cannot do {unknown}, as the map needs"
+    sizes = pallas_scan.Sizes(
+      length=max(query.shape[1], key.shape[1]),
+      head_dim=query.shape[-1],
+      value_dim=value.shape[-1],
+      feature_dim=state.kv.shape[2],
+      constants=[a.shape[2:] for a in hoisted.constants],
+      item_bytes=max(x.dtype.itemsize for x in (query, key, value)),
+      is_causal=is_causal,
     )
+    tile = self.module.fit(sizes, chunk)
+    if isinstance(tile, str):
+      return tile
+    tiles = sizes.value_dim // tile.value_dim
+    hoisted = _hoist(maps, constants, query, key, tile.chunk)
+    return _Plan(hoisted, tile.chunk, tiles)
 
   def run(
     self,
@@ -116,9 +123,11 @@ class Kernels:
   ) -> tuple[Array, State]:
     """See `api.Implementation`; one kernel if causal, else two."""
     del segment_ids
+    plan = self._plan(
+      maps, constants, state, query, key, value, is_causal, chunk
+    )
+    (constants, query_map, key_map), chunk, tiles = plan
     length, num_keys = query.shape[1], key.shape[1]
-    chunk = self.module.chunk_size(chunk, length, num_keys, is_causal)
-    query_map, key_map = _hoist(maps, constants, query, key, chunk)
     if num_keys % chunk and keep is None:
       keep = jnp.ones(key.shape[:2], bool)
     query, key, value = (
@@ -127,13 +136,17 @@ class Kernels:
     )
     if keep is not None:
       keep = _pad(keep[:, None, :, None].astype(jnp.float32), chunk)[..., 0]
-    sums = _to_sums(state)
-    of_query = len(query_map.constants)
+    # Parts of the values are like more heads, with the same query and key.
+    query, key = (jnp.repeat(x, tiles, axis=1) for x in (query, key))
+    value = _to_heads(value, 3, tiles)
+    constants = [
+      jnp.repeat(a, tiles, axis=1) if a.shape[1] > 1 else a for a in constants
+    ]
+    sums = _to_sums(state, tiles)
 
     def causal_step(constants, sums, xs, keep):
-      split = constants[:of_query], constants[of_query:]
       sums, out = pallas_chunks.causal_chunk(
-        query_map, key_map, *split, sums, *xs, keep
+        query_map, key_map, constants, sums, *xs, keep
       )
       return sums, [out.astype(value.dtype)]
 
@@ -142,8 +155,8 @@ class Kernels:
 
     def query_step(constants, carry, xs, keep):
       del keep
-      sums = Sums(*constants[of_query:])
-      out = pallas_chunks.read(query_map, constants[:of_query], sums, *xs)
+      constants, sums = constants[:-3], Sums(*constants[-3:])
+      out = pallas_chunks.read(query_map, constants, sums, *xs)
       return carry, [out.astype(value.dtype)]
 
     def scan(step, *args, is_linear):
@@ -151,20 +164,33 @@ class Kernels:
       return pallas_scan.scan(calls, *args, is_linear=is_linear)
 
     if is_causal:
-      maps_constants = query_map.constants + key_map.constants
       xs = [query, key, value]
       sums, [out] = scan(
-        causal_step, maps_constants, sums, xs, keep, is_linear=False
+        causal_step, constants, sums, xs, keep, is_linear=False
       )
     else:
-      xs = [key, value]
-      sums, _ = scan(
-        key_step, key_map.constants, sums, xs, keep, is_linear=True
-      )
-      with_sums = query_map.constants + list(sums)
+      xs, empty = [key, value], pallas_chunks.empty_like(sums)
+      own, _ = scan(key_step, constants, empty, xs, keep, is_linear=True)
+      sums = pallas_chunks.join(sums, own)
+      with_sums = constants + list(sums)
       _, [out] = scan(query_step, with_sums, (), [query], None, is_linear=True)
-    out = jnp.swapaxes(out[:, :, :length], 1, 2)[:, :, :, None]
-    return out, _from_sums(sums, state, num_keys)
+    out = _from_heads(out[:, :, :length], 3, tiles)
+    out = jnp.swapaxes(out, 1, 2)[:, :, :, None]
+    return out, _from_sums(sums, state, num_keys, tiles)
+
+
+class _Plan(NamedTuple):
+  """How one call is put to the kernels.
+
+  Attributes:
+    hoisted: the feature maps, for chunks of that size.
+    chunk: C.
+    tiles: parts that values are cut into.
+  """
+
+  hoisted: pallas_hoist.Hoisted
+  chunk: int
+  tiles: int
 
 
 KERNELS = {platform: Kernels(platform) for platform in ("tpu", "gpu")}
@@ -186,15 +212,11 @@ def _refuses_maps(maps, constants, key, state: State) -> str | None:
 
 
 def _hoist(maps, constants, query, key, chunk):
-  """Both maps for chunks of that size, cut in two; or a reason why not."""
-  return [
-    pallas_hoist.hoist(
-      feature_map,
-      constants,
-      jax.ShapeDtypeStruct((chunk, x.shape[-1]), x.dtype),
-    )
-    for feature_map, x in zip(maps, (query, key), strict=True)
-  ]
+  """The maps for chunks of that size, cut in two; or a reason why not."""
+  tokens = (
+    jax.ShapeDtypeStruct((chunk, x.shape[-1]), x.dtype) for x in (query, key)
+  )
+  return pallas_hoist.hoist(maps, constants, *tokens)
 
 
 def _pad(x: Array, multiple: int) -> Array:
@@ -205,20 +227,36 @@ def _pad(x: Array, multiple: int) -> Array:
   return jnp.pad(x, [(0, 0), (0, 0), (0, padding), (0, 0)])
 
 
-def _to_sums(state: State) -> Sums:
-  """Sums ``[B, N, R, F]``."""
+def _to_heads(x: Array, axis: int, tiles: int) -> Array:
+  """Cuts an axis of ``[B, N, ...]`` into tiles, one after another in N."""
+  batch, heads = x.shape[:2]
+  size = x.shape[axis] // tiles
+  x = x.reshape(*x.shape[:axis], tiles, size, *x.shape[axis + 1 :])
+  x = jnp.moveaxis(x, axis, 2)
+  return x.reshape(batch, heads * tiles, *x.shape[3:])
+
+
+def _from_heads(x: Array, axis: int, tiles: int) -> Array:
+  """Takes `_to_heads` back."""
+  x = x.reshape(x.shape[0], -1, tiles, *x.shape[2:])
+  x = jnp.moveaxis(x, 2, axis)
+  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _to_sums(state: State, tiles: int) -> Sums:
+  """Sums ``[B, N, R, F]`` for values in tiles."""
+  rows = (state.total[:, :, None], state.exponent[:, :, None])
   return Sums(
-    jnp.swapaxes(state.kv, 2, 3),
-    state.total[:, :, None],
-    state.exponent[:, :, None],
+    _to_heads(jnp.swapaxes(state.kv, 2, 3), 2, tiles),
+    *(jnp.repeat(row, tiles, axis=1) for row in rows),
   )
 
 
-def _from_sums(sums: Sums, before: State, num_keys: int) -> State:
+def _from_sums(sums: Sums, before: State, num_keys: int, tiles: int) -> State:
   """The state after that many more keys."""
   return before._replace(
-    kv=jnp.swapaxes(sums.kv, 2, 3),
-    total=sums.total[:, :, 0],
-    exponent=sums.exponent[:, :, 0],
+    kv=jnp.swapaxes(_from_heads(sums.kv, 2, tiles), 2, 3),
+    total=sums.total[:, ::tiles, 0],
+    exponent=sums.exponent[:, ::tiles, 0],
     length=before.length + num_keys,
   )

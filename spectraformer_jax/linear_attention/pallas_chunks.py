@@ -62,8 +62,7 @@ def read(
 def causal_chunk(
   query_map: LogMap,
   key_map: LogMap,
-  query_constants: Sequence[Array],
-  key_constants: Sequence[Array],
+  constants: Sequence[Array],
   sums: Sums,
   query: Array,
   key: Array,
@@ -71,11 +70,9 @@ def causal_chunk(
   keep: Array | None,
 ) -> tuple[Sums, Array]:
   """Sums after a chunk, and outputs of queries that see earlier keys."""
-  psi, exponent = _key_features(
-    key_map, key_constants, key, keep, sums.exponent
-  )
+  psi, exponent = _key_features(key_map, constants, key, keep, sums.exponent)
   before = _rescale(sums, exponent)
-  phi = _query_features(query_map, query_constants, query, exponent)
+  phi = _query_features(query_map, constants, query, exponent)
   value = value.astype(jnp.float32)
   weights = _dot(phi, psi, 1, 1)
   row, column = (
@@ -86,6 +83,19 @@ def causal_chunk(
   numerator += _dot(weights, value, 1, 0)
   normalizer += jnp.sum(weights, axis=1, keepdims=True)
   return _add(before, psi, value), divide(numerator, normalizer)
+
+
+def empty_like(sums: Sums) -> Sums:
+  """The sums before any key."""
+  kv, total = jnp.zeros_like(sums.kv), jnp.zeros_like(sums.total)
+  return Sums(kv, total, jnp.full_like(sums.exponent, LOWEST))
+
+
+def join(a: Sums, b: Sums) -> Sums:
+  """The sums over the keys of both; leading axes are welcome."""
+  exponent = jnp.maximum(a.exponent, b.exponent)
+  a, b = (_rescale(sums, exponent) for sums in (a, b))
+  return Sums(a.kv + b.kv, a.total + b.total, exponent)
 
 
 def _key_features(key_map, constants, key, keep, exponent):

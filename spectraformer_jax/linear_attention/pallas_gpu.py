@@ -6,6 +6,8 @@ first and differentiates the body in place.
 """
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
@@ -14,23 +16,42 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from spectraformer_jax.linear_attention import pallas_scan
-from spectraformer_jax.typing import Array, PyTree
+from spectraformer_jax.linear_attention.pallas_scan import read, write
+from spectraformer_jax.typing import Array
 
 CHUNK = 64
-# The least that a matrix unit takes.
-SMALLEST = 16
+SMALLEST = pallas_scan.SMALLEST_CHUNK
 NUM_WARPS = 8
-
+# What one program may take on an H100.
+SHARED_MEMORY = 232_448
 PRIMITIVES = pallas_scan.PRIMITIVES
 
 
-def chunk_size(
-  asked: int | None, length: int, num_keys: int, is_causal: bool
-) -> int:
-  """The size asked for (None: a default), as the hardware can do it."""
-  del is_causal
-  longest = max(length, num_keys, SMALLEST)
-  return min(_power_of_two(asked or CHUNK), _power_of_two(longest))
+def fit(sizes: pallas_scan.Sizes, asked: int | None) -> pallas_scan.Tile | str:
+  """At most the chunk asked for (None: a default), as the hardware can do it.
+
+  Returns:
+    The largest tile, or in words why none fits into shared memory.
+  """
+  dims = {
+    name: getattr(sizes, name)
+    for name in ("head_dim", "value_dim", "feature_dim")
+  }
+  if any(size != _power_of_two(size) for size in dims.values()):
+    return f"it takes powers of two from {SMALLEST}, not {dims}"
+  chunk = min(_power_of_two(asked or CHUNK), _power_of_two(sizes.length))
+  value_dim = sizes.value_dim
+  while (needed := shared_bytes(sizes, chunk, value_dim)) > SHARED_MEMORY:
+    if max(chunk, value_dim) == SMALLEST:
+      return (
+        f"the backward pass would take about {needed} bytes of shared memory "
+        f"of {SHARED_MEMORY}, even with the smallest tiles, with {sizes}"
+      )
+    if chunk >= value_dim:
+      chunk //= 2
+    else:
+      value_dim //= 2
+  return pallas_scan.Tile(chunk, value_dim)
 
 
 def _power_of_two(size: int) -> int:
@@ -38,8 +59,14 @@ def _power_of_two(size: int) -> int:
   return max(SMALLEST, 1 << (size - 1).bit_length())
 
 
-def too_big(sizes) -> str | None:
-  """TODO."""
+def shared_bytes(sizes: pallas_scan.Sizes, chunk: int, value_dim: int) -> int:
+  """What the backward kernel takes; above what the compiler was seen to use."""
+  # Operands of matrix products: constants; sums and their gradient; features
+  # and theirs; values.
+  numbers = sum(math.prod(shape) for shape in sizes.constants if min(shape) > 1)
+  sums, of_tokens = (2, 4) if sizes.is_causal else (1, 2)
+  numbers += sizes.feature_dim * (sums * value_dim + of_tokens * chunk)
+  return 4 * (numbers + chunk * value_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +85,11 @@ class Calls:
 
   def forward(self, constants, carry, xs, mask, *, keeps):
     """See `pallas_scan.Calls`."""
-    batch, heads, length, _ = xs[0].shape
-    count = length // self.chunk
     inputs = constants, carry, xs, mask
-    ys = [
-      jax.ShapeDtypeStruct((batch, heads, length, y.shape[1]), y.dtype)
-      for y in pallas_scan.shapes_of_ys(self.step, self.chunk, *inputs)
-    ]
-    kept = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(
-        (*a.shape[:2], count, *a.shape[2:]), a.dtype
-      ),
-      carry if keeps else [],
+    outputs = pallas_scan.outputs_of_forward(
+      self.step, self.chunk, inputs, keeps=keeps
     )
+    count = xs[0].shape[2] // self.chunk
 
     def kernel(inputs, outputs):
       constants, carry, xs, mask = inputs
@@ -78,26 +97,20 @@ class Calls:
 
       def body(c, carry):
         if keeps:
-          _write(kept, carry, c)
+          write(kept, carry, c)
         carry, out = self.step(
-          _read(constants), carry, self._chunks(xs, c), self._column(mask, c)
+          read(constants), carry, self._chunks(xs, c), self._column(mask, c)
         )
         self._write_chunks(ys, out, c)
         return carry
 
-      _write(last, jax.lax.fori_loop(0, count, body, _read(carry)))
+      write(last, jax.lax.fori_loop(0, count, body, read(carry)))
 
-    return self._call(kernel, inputs, (carry, ys, kept))
+    return self._call(kernel, inputs, outputs)
 
   def backward(self, constants, wanted, kept, xs, mask, d_last, d_ys):
     """See `pallas_scan.Calls`."""
-    batch, heads, length, _ = xs[0].shape
-    count = length // self.chunk
-    d_constants = [
-      jax.ShapeDtypeStruct((batch, heads, *a.shape[2:]), a.dtype)
-      for a, is_wanted in zip(constants, wanted, strict=True)
-      if is_wanted
-    ]
+    count = xs[0].shape[2] // self.chunk
 
     def kernel(inputs, outputs):
       constants, kept, xs, mask, d_last, d_ys = inputs
@@ -108,7 +121,7 @@ class Calls:
         c = count - 1 - step
         more, d_before, d_chunk = pallas_scan.pull_back(
           self.step,
-          _read(constants),
+          read(constants),
           wanted,
           jax.tree.map(lambda ref: ref[c] if ref.ndim == 3 else ref[...], kept),
           self._chunks(xs, c),
@@ -119,34 +132,29 @@ class Calls:
         return jax.tree.map(jnp.add, total, more), d_before
 
       zeros = [jnp.zeros(ref.shape, ref.dtype) for ref in d_constants]
-      total, d_first = jax.lax.fori_loop(0, count, body, (zeros, _read(d_last)))
-      _write(d_constants, total)
-      _write(d_carry, d_first)
+      carry = zeros, read(d_last)
+      total, d_first = jax.lax.fori_loop(0, count, body, carry)
+      write(d_constants, total)
+      write(d_carry, d_first)
 
-    inputs = constants, kept, xs, mask, d_last, d_ys
-    return self._call(kernel, inputs, (d_constants, d_last, xs))
+    return self._call(
+      kernel,
+      (constants, kept, xs, mask, d_last, d_ys),
+      pallas_scan.outputs_of_backward(constants, wanted, d_last, xs),
+    )
 
   def _call(self, kernel, inputs, outputs):
-    """`pl.pallas_call` of trees of arrays, each with all of a head's."""
-    flat_inputs, in_tree = jax.tree.flatten(inputs)
-    flat_outputs, out_tree = jax.tree.flatten(outputs)
-
-    def flat_kernel(*refs):
-      kernel(
-        in_tree.unflatten(refs[: len(flat_inputs)]),
-        out_tree.unflatten(refs[len(flat_inputs) :]),
-      )
-
-    outs = pl.pallas_call(
-      flat_kernel,
-      grid=flat_outputs[0].shape[:2],
-      in_specs=[_whole(a) for a in flat_inputs],
-      out_specs=[_whole(a) for a in flat_outputs],
-      out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in flat_outputs],
+    """Runs a kernel over examples and heads, each with all that is theirs."""
+    call = functools.partial(
+      pl.pallas_call,
+      grid=jax.tree.leaves(outputs)[0].shape[:2],
       compiler_params=plgpu.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
       interpret=self.interpret,
-    )(*flat_inputs)
-    return out_tree.unflatten(outs)
+    )
+    specs = jax.tree.map(_whole, (inputs, outputs))
+    return pallas_scan.call_on_trees(
+      call, kernel, inputs, specs[0], outputs, specs[1]
+    )
 
   def _at(self, c):
     """Positions of chunk c."""
@@ -174,16 +182,3 @@ def _whole(array) -> pl.BlockSpec:
     (None, None, *array.shape[2:]),
     lambda b, n: (b if per_example else 0, n if per_head else 0, *zeros),
   )
-
-
-def _read(refs: PyTree) -> PyTree:
-  """The blocks."""
-  return jax.tree.map(lambda ref: ref[...], refs)
-
-
-def _write(refs: PyTree, values: PyTree, index: Any = ...) -> None:
-  """Writes the blocks, or entry `index` of them."""
-  for ref, value in zip(
-    jax.tree.leaves(refs), jax.tree.leaves(values), strict=True
-  ):
-    ref[index] = value

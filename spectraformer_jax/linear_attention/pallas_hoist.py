@@ -13,54 +13,79 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention.state import FeatureFn
+from spectraformer_jax.linear_attention.fused import Maps
 from spectraformer_jax.typing import Array, PyTree
 
 Var = jax.extend.core.Var
 
 
-class Hoisted(NamedTuple):
-  """A feature map, cut in two.
+class PerToken(NamedTuple):
+  """What is left of a feature map: a function of constants and tokens.
 
   Attributes:
-    constants: what the first part computes, ``[B or 1, N or 1, R, K]`` float32.
-    per_token: the second part: constants of one head and tokens ``[C, H]`` to
+    function: of some constants of one head, and tokens ``[C, H]``, to
       log-features ``[C, F]``.
+    uses: which constants, in the order of its arguments.
   """
 
-  constants: list[Array]
-  per_token: jax.extend.core.ClosedJaxpr
+  function: jax.extend.core.ClosedJaxpr
+  uses: list[int]
 
   def __call__(self, constants: Sequence[Array], x: Array) -> Array:
     """Log-features ``[C, F]`` of x ``[C, H]``, with constants ``[R, K]``."""
-    shapes = [aval.shape for aval in self.per_token.in_avals[:-1]]
-    constants = map(jnp.reshape, constants, shapes)
-    return jax.extend.core.jaxpr_as_fun(self.per_token)(*constants, x)[0]
+    shapes = [aval.shape for aval in self.function.in_avals[:-1]]
+    arguments = [
+      jnp.reshape(constants[use], shape)
+      for use, shape in zip(self.uses, shapes, strict=True)
+    ]
+    return jax.extend.core.jaxpr_as_fun(self.function)(*arguments, x)[0]
+
+
+class Hoisted(NamedTuple):
+  """The feature maps of the two sides, cut in two.
+
+  Attributes:
+    constants: what the first part computes for both sides,
+      ``[B or 1, N or 1, R, K]`` float32.
+    query: the second part for queries.
+    key: the second part for keys.
+  """
+
+  constants: list[Array]
+  query: PerToken
+  key: PerToken
 
 
 def hoist(
-  feature_map: FeatureFn, constants: PyTree, x: jax.ShapeDtypeStruct
+  maps: Maps,
+  constants: PyTree,
+  query: jax.ShapeDtypeStruct,
+  key: jax.ShapeDtypeStruct,
 ) -> Hoisted | str:
-  """Cuts a feature map where it meets the tokens.
+  """Cuts feature maps where they meet the tokens.
 
   Args:
-    feature_map: with log-magnitudes alone.
-    constants: its variables; leaves lead with ``[B or 1, N or 1]``.
-    x: shape and dtype of a chunk, ``[C, H]``.
+    maps: with log-magnitudes alone.
+    constants: their variables; leaves lead with ``[B or 1, N or 1]``.
+    query: shape and dtype of a chunk, ``[C, H]``.
+    key: the same for keys.
 
   Returns:
-    The two parts, or in words why the map cannot be cut.
+    The two parts, or in words why the maps cannot be cut.
   """
   leaves, tree = jax.tree.flatten(constants)
 
-  def of_one_head(leaves, x, position):
-    leaves = [leaf[None, None] for leaf in leaves]
-    out = feature_map(tree.unflatten(leaves), x[None, None], position)
-    return jnp.squeeze(out.log_magnitude, (0, 1))
+  def of_one_head(leaves, query, key, position):
+    constants = tree.unflatten([leaf[None, None] for leaf in leaves])
+    logs = (
+      feature_map(constants, x[None, None], position).log_magnitude
+      for feature_map, x in zip(maps, (query, key), strict=True)
+    )
+    return [jnp.squeeze(log, (0, 1)) for log in logs]
 
   one_head = [jax.ShapeDtypeStruct(a.shape[2:], a.dtype) for a in leaves]
-  traced = jax.make_jaxpr(of_one_head)(one_head, x, jnp.int32(0))
-  *inputs, token, position = traced.jaxpr.invars
+  traced = jax.make_jaxpr(of_one_head)(one_head, query, key, jnp.int32(0))
+  *inputs, query, key, position = traced.jaxpr.invars
   # For each variable known without tokens: does it differ between examples,
   # and between heads?
   differs = {var: (False, False) for var in traced.jaxpr.constvars}
@@ -90,22 +115,34 @@ def hoist(
   for var in wanted:
     if var.aval.dtype != jnp.float32 or len(var.aval.shape) > 2:
       return f"it needs a constant of type {var.aval.str_short()} on chip"
+  first = _first_equal(before)
+  unique = list(dict.fromkeys(first.get(var, var) for var in wanted))
   known = _function(
-    traced.jaxpr, before, [*inputs, *traced.jaxpr.constvars], wanted
+    traced.jaxpr, before, [*inputs, *traced.jaxpr.constvars], unique
   )
   values = _over_leading_axes(
     lambda *leaves: jax.extend.core.jaxpr_as_fun(known)(
       *leaves, *traced.consts
     ),
     leaves,
-    [differs[var] for var in wanted],
+    [differs[var] for var in unique],
   )
   values = [
     jnp.reshape(value, (*value.shape[:2], *_two_axes(var.aval.shape)))
-    for var, value in zip(wanted, values, strict=True)
+    for var, value in zip(unique, values, strict=True)
   ]
+
+  def per_token(token, output):
+    equations = _needed(after, [output])
+    used = {v for equation in equations for v in _variables(equation.invars)}
+    own = [var for var in wanted if var in used]
+    return PerToken(
+      _function(traced.jaxpr, equations, [*own, token], [output]),
+      [unique.index(first.get(var, var)) for var in own],
+    )
+
   return Hoisted(
-    values, _function(traced.jaxpr, after, [*wanted, token], outputs)
+    values, per_token(query, outputs[0]), per_token(key, outputs[1])
   )
 
 
@@ -134,6 +171,23 @@ def _needed(equations, outputs) -> list:
       wanted.update(_variables(equation.invars))
       kept.append(equation)
   return kept[::-1]
+
+
+def _first_equal(equations) -> dict[Var, Var]:
+  """For results computed before from the same inputs: the first of them."""
+  first, results = {}, {}
+  for equation in equations:
+    if any(jax.extend.core.jaxprs_in_params(equation.params)):
+      continue
+    inputs = (
+      first.get(a, a) if isinstance(a, Var) else repr(a)
+      for a in equation.invars
+    )
+    what = equation.primitive, tuple(inputs), repr(equation.params)
+    same = results.setdefault(what, equation.outvars)
+    if same is not equation.outvars:
+      first.update(zip(equation.outvars, same, strict=True))
+  return first
 
 
 def _function(jaxpr, equations, inputs, outputs):

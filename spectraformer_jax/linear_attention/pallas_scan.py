@@ -26,11 +26,15 @@ PRIMITIVES = frozenset(
 )
 
 
+# The least that all units of both platforms take.
+SMALLEST_CHUNK = 16
+
+
 class Sizes(NamedTuple):
   """What decides whether the tiles of a kernel fit on chip.
 
   Attributes:
-    chunk: C.
+    length: the larger of T and S.
     head_dim: H.
     value_dim: V.
     feature_dim: F.
@@ -39,13 +43,20 @@ class Sizes(NamedTuple):
     is_causal: one kernel for queries and keys.
   """
 
-  chunk: int
+  length: int
   head_dim: int
   value_dim: int
   feature_dim: int
   constants: list[tuple[int, int]]
   item_bytes: int
   is_causal: bool
+
+
+class Tile(NamedTuple):
+  """What a kernel works on at a time: C positions, V or fewer values."""
+
+  chunk: int
+  value_dim: int
 
 
 class Calls(Protocol):
@@ -102,7 +113,8 @@ def scan(
     xs: ``[B, N, T, K]``, T a multiple of the chunk size.
     mask: ``[B, 1, T]`` float32 of 0 and 1, or None.
     is_linear: the gradient of a chunk is the same at the last carry as at the
-      one it has seen, so that none is kept.
+      one it has seen, so that none is kept. The first carry is then a constant:
+      it takes no gradient.
 
   Returns:
     The last carry, and ys ``[B, N, T, K]``.
@@ -132,6 +144,8 @@ def scan(
       _sum_shared(next(d_wanted), like) if is_wanted else None
       for is_wanted, like in zip(wanted, constants, strict=True)
     ]
+    if is_linear:
+      d_carry = jax.tree.map(jnp.zeros_like, d_carry)
     return d_constants, d_carry, d_xs, None
 
   run.defvjp(forward, backward, symbolic_zeros=True)
@@ -157,19 +171,92 @@ def pull_back(
   return jax.vjp(of_wanted, floats, carry, xs)[1](gradients)
 
 
-def shapes_of_ys(step: Step, chunk: int, constants, carry, xs, mask):
-  """Shapes of what one step puts out."""
+def outputs_of_forward(step: Step, chunk: int, inputs, *, keeps: bool):
+  """Shapes of the last carry, ys, and the carries kept.
+
+  Args:
+    step: the work on one chunk.
+    chunk: C.
+    inputs: constants, carry, xs and mask, as in `scan`.
+    keeps: whether there is one carry for each chunk.
+  """
+  constants, carry, xs, mask = inputs
+  batch, heads, length, _ = xs[0].shape
   two_axes = lambda a: jax.ShapeDtypeStruct(a.shape[2:], a.dtype)
   of_chunk = lambda a: jax.ShapeDtypeStruct((chunk, a.shape[3]), a.dtype)
   keep = None
   if mask is not None:
     keep = jax.ShapeDtypeStruct((chunk, 1), jnp.bool_)
-  return jax.eval_shape(
+  _, ys = jax.eval_shape(
     step,
     *jax.tree.map(two_axes, (constants, carry)),
     jax.tree.map(of_chunk, xs),
     keep,
-  )[1]
+  )
+  ys = [
+    jax.ShapeDtypeStruct((batch, heads, length, y.shape[1]), y.dtype)
+    for y in ys
+  ]
+  kept = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(
+      (batch, heads, length // chunk, *a.shape[2:]), a.dtype
+    ),
+    carry if keeps else [],
+  )
+  return carry, ys, kept
+
+
+def outputs_of_backward(constants, wanted: list[bool], d_last, xs):
+  """Shapes of the gradients of wanted constants, carry and xs."""
+  lead = xs[0].shape[:2]
+  d_constants = [
+    jax.ShapeDtypeStruct((*lead, *a.shape[2:]), a.dtype)
+    for a, is_wanted in zip(constants, wanted, strict=True)
+    if is_wanted
+  ]
+  return d_constants, d_last, xs
+
+
+def call_on_trees(call: Callable, kernel, inputs, in_specs, outputs, out_specs):
+  """`pl.pallas_call` where a kernel takes a tree of inputs and one of outputs.
+
+  Args:
+    call: `pl.pallas_call` with all other arguments.
+    kernel: of the two trees of refs.
+    inputs: a tree of arrays.
+    in_specs: that tree, of block specs.
+    outputs: a tree of shapes and dtypes.
+    out_specs: that tree, of block specs.
+  """
+  inputs, in_tree = jax.tree.flatten(inputs)
+  outputs, out_tree = jax.tree.flatten(outputs)
+
+  def flat_kernel(*refs):
+    kernel(
+      in_tree.unflatten(refs[: len(inputs)]),
+      out_tree.unflatten(refs[len(inputs) :]),
+    )
+
+  outs = call(
+    flat_kernel,
+    in_specs=jax.tree.leaves(in_specs),
+    out_specs=jax.tree.leaves(out_specs),
+    out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs],
+  )(*inputs)
+  return out_tree.unflatten(outs)
+
+
+def read(refs: PyTree) -> PyTree:
+  """The blocks of a tree of refs."""
+  return jax.tree.map(lambda ref: ref[...], refs)
+
+
+def write(refs: PyTree, values: PyTree, index=...) -> None:
+  """Writes the blocks, or entry `index` of them."""
+  for ref, value in zip(
+    jax.tree.leaves(refs), jax.tree.leaves(values), strict=True
+  ):
+    ref[index] = value
 
 
 def _instantiate(gradients: PyTree) -> PyTree:

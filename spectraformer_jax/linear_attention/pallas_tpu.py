@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from spectraformer_jax.linear_attention import pallas_scan
-from spectraformer_jax.typing import Array, PyTree
+from spectraformer_jax.linear_attention.pallas_scan import read, write
+from spectraformer_jax.typing import Array
 
 # Positions in a chunk; rows of masks come in whole tiles of 128.
 CAUSAL_CHUNK = 256
@@ -29,15 +30,24 @@ VMEM = 16 * 2**20
 PRIMITIVES = pallas_scan.PRIMITIVES | {"concatenate"}
 
 
-def chunk_size(
-  asked: int | None, length: int, num_keys: int, is_causal: bool
-) -> int:
-  """The size asked for (None: a default), as the hardware can do it."""
-  size = asked or (CAUSAL_CHUNK if is_causal else BLOCK)
-  longest = max(length, num_keys)
-  if longest <= size:
-    return _round_up(longest, SUBLANES)
-  return _round_up(size, LANES)
+def fit(sizes: pallas_scan.Sizes, asked: int | None) -> pallas_scan.Tile | str:
+  """The chunk asked for (None: a default), as the hardware can do it.
+
+  Returns:
+    A tile, or in words why none fits into VMEM.
+  """
+  chunk = asked or (CAUSAL_CHUNK if sizes.is_causal else BLOCK)
+  if sizes.length <= chunk:
+    chunk = _round_up(sizes.length, SUBLANES)
+  else:
+    chunk = _round_up(chunk, LANES)
+  needed = vmem_bytes(sizes, chunk)
+  if needed > VMEM:
+    return (
+      f"the backward pass would take about {needed} bytes of VMEM of {VMEM}, "
+      f"with chunks of {chunk} and {sizes}"
+    )
+  return pallas_scan.Tile(chunk, sizes.value_dim)
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -45,23 +55,12 @@ def _round_up(size: int, multiple: int) -> int:
   return -(-size // multiple) * multiple
 
 
-def too_big(sizes: pallas_scan.Sizes) -> str | None:
-  """Why tiles of these sizes do not fit into VMEM, if so."""
-  needed = vmem_bytes(sizes)
-  if needed <= VMEM:
-    return None
-  return (
-    f"the backward pass would take about {needed} bytes of VMEM of {VMEM}, "
-    f"with {sizes}"
-  )
-
-
-def vmem_bytes(sizes: pallas_scan.Sizes) -> int:
+def vmem_bytes(sizes: pallas_scan.Sizes, chunk: int) -> int:
   """What the backward kernel takes; above what compilers were seen to use."""
   tile = lambda rows, columns, item_bytes=4: (
     _round_up(rows, SUBLANES) * _round_up(columns, LANES) * item_bytes
   )
-  chunk, features = sizes.chunk, sizes.feature_dim
+  features = sizes.feature_dim
   sums = tile(sizes.value_dim, features) + 2 * tile(1, features)
   inputs = max(sizes.head_dim, sizes.value_dim)
   # Blocks: constants and sums with their gradients; query, key, value, the
@@ -91,18 +90,9 @@ class Calls:
 
   def forward(self, constants, carry, xs, mask, *, keeps):
     """See `pallas_scan.Calls`."""
-    batch, heads, length, _ = xs[0].shape
-    count = length // self.chunk
     inputs = constants, carry, xs, mask
-    ys = [
-      jax.ShapeDtypeStruct((batch, heads, length, y.shape[1]), y.dtype)
-      for y in pallas_scan.shapes_of_ys(self.step, self.chunk, *inputs)
-    ]
-    kept = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(
-        (*a.shape[:2], count, *a.shape[2:]), a.dtype
-      ),
-      carry if keeps else [],
+    outputs = pallas_scan.outputs_of_forward(
+      self.step, self.chunk, inputs, keeps=keeps
     )
 
     def kernel(inputs, outputs):
@@ -111,45 +101,39 @@ class Calls:
 
       @pl.when(pl.program_id(2) == 0)
       def _():
-        _write(last, _read(carry))
+        write(last, read(carry))
 
-      before = _read(last)
+      before = read(last)
       if keeps:
-        _write(kept, before)
-      after, out = self.step(_read(constants), before, _read(xs), _column(mask))
-      _write(last, after)
-      _write(ys, out)
+        write(kept, before)
+      after, out = self.step(read(constants), before, read(xs), _column(mask))
+      write(last, after)
+      write(ys, out)
 
-    specs = (
-      jax.tree.map(_whole, (constants, carry)),
-      jax.tree.map(self._chunk_spec, xs),
-      self._mask_spec(mask),
-    )
+    last, ys, kept = outputs
     return self._call(
       kernel,
       inputs,
-      (*specs[0], *specs[1:]),
-      (carry, ys, kept),
       (
-        jax.tree.map(_whole, carry),
+        *jax.tree.map(_whole, (constants, carry)),
+        jax.tree.map(self._chunk_spec, xs),
+        self._mask_spec(mask),
+      ),
+      outputs,
+      (
+        jax.tree.map(_whole, last),
         jax.tree.map(self._chunk_spec, ys),
         jax.tree.map(_kept_spec, kept),
       ),
-      count,
+      xs[0].shape,
     )
 
   def backward(self, constants, wanted, kept, xs, mask, d_last, d_ys):
     """See `pallas_scan.Calls`."""
-    batch, heads, length, _ = xs[0].shape
-    count = length // self.chunk
-    backwards = lambda c: count - 1 - c
-    of_chunk = functools.partial(self._chunk_spec, order=backwards)
-    of_kept = functools.partial(_kept_or_whole, order=backwards)
-    d_constants = [
-      jax.ShapeDtypeStruct((batch, heads, *a.shape[2:]), a.dtype)
-      for a, is_wanted in zip(constants, wanted, strict=True)
-      if is_wanted
-    ]
+    last_chunk = xs[0].shape[2] // self.chunk - 1
+    order = lambda c: last_chunk - c
+    of_chunk = functools.partial(self._chunk_spec, order=order)
+    of_kept = functools.partial(_kept_or_whole, order=order)
 
     def kernel(inputs, outputs):
       constants, kept, xs, mask, d_last, d_ys = inputs
@@ -157,22 +141,23 @@ class Calls:
 
       @pl.when(pl.program_id(2) == 0)
       def _():
-        _write(d_carry, _read(d_last))
+        write(d_carry, read(d_last))
         for ref in d_constants:
           ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
       more, d_before, d_chunk = pallas_scan.pull_back(
         self.step,
-        _read(constants),
+        read(constants),
         wanted,
-        *(_read(kept), _read(xs), _column(mask)),
-        (_read(d_carry), _read(d_ys)),
+        *(read(kept), read(xs), _column(mask)),
+        (read(d_carry), read(d_ys)),
       )
       for ref, d in zip(d_constants, more, strict=True):
         ref[...] += d
-      _write(d_carry, d_before)
-      _write(d_xs, d_chunk)
+      write(d_carry, d_before)
+      write(d_xs, d_chunk)
 
+    outputs = pallas_scan.outputs_of_backward(constants, wanted, d_last, xs)
     return self._call(
       kernel,
       (constants, kept, xs, mask, d_last, d_ys),
@@ -180,43 +165,32 @@ class Calls:
         jax.tree.map(_whole, constants),
         jax.tree.map(of_kept, kept),
         jax.tree.map(of_chunk, xs),
-        self._mask_spec(mask, order=backwards),
+        self._mask_spec(mask, order),
         jax.tree.map(_whole, d_last),
         jax.tree.map(of_chunk, d_ys),
       ),
-      (d_constants, d_last, xs),
+      outputs,
       (
-        jax.tree.map(_whole, d_constants),
-        jax.tree.map(_whole, d_last),
+        *jax.tree.map(_whole, outputs[:2]),
         jax.tree.map(of_chunk, xs),
       ),
-      count,
+      xs[0].shape,
     )
 
-  def _call(self, kernel, inputs, in_specs, outputs, out_specs, count):
-    """`pl.pallas_call` of trees of arrays."""
-    flat_inputs, in_tree = jax.tree.flatten(inputs)
-    flat_outputs, out_tree = jax.tree.flatten(outputs)
-
-    def flat_kernel(*refs):
-      kernel(
-        in_tree.unflatten(refs[: len(flat_inputs)]),
-        out_tree.unflatten(refs[len(flat_inputs) :]),
-      )
-
-    batch, heads = flat_outputs[0].shape[:2]
-    outs = pl.pallas_call(
-      flat_kernel,
-      grid=(batch, heads, count),
-      in_specs=jax.tree.leaves(in_specs),
-      out_specs=jax.tree.leaves(out_specs),
-      out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in flat_outputs],
+  def _call(self, kernel, inputs, in_specs, outputs, out_specs, shape):
+    """Runs a kernel over examples, heads and chunks of ``[B, N, T, K]``."""
+    batch, heads, length, _ = shape
+    call = functools.partial(
+      pl.pallas_call,
+      grid=(batch, heads, length // self.chunk),
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary")
       ),
       interpret=self.interpret,
-    )(*flat_inputs)
-    return out_tree.unflatten(outs)
+    )
+    return pallas_scan.call_on_trees(
+      call, kernel, inputs, in_specs, outputs, out_specs
+    )
 
   def _chunk_spec(self, array, order=lambda c: c):
     """Chunks of ``[B, N, T, K]``."""
@@ -226,7 +200,7 @@ class Calls:
     )
 
   def _mask_spec(self, mask, order=lambda c: c):
-    """Chunks of ``[B, T]``, as rows."""
+    """Chunks of ``[B, 1, T]``, as rows."""
     if mask is None:
       return None
     return pl.BlockSpec((None, 1, self.chunk), lambda b, n, c: (b, 0, order(c)))
@@ -252,19 +226,6 @@ def _kept_spec(array, order=lambda c: c) -> pl.BlockSpec:
 def _kept_or_whole(array, order) -> pl.BlockSpec:
   """One for each chunk, or one for all."""
   return _kept_spec(array, order) if array.ndim == 5 else _whole(array)
-
-
-def _read(refs: PyTree) -> PyTree:
-  """The blocks."""
-  return jax.tree.map(lambda ref: ref[...], refs)
-
-
-def _write(refs: PyTree, values: PyTree) -> None:
-  """Writes the blocks."""
-  for ref, value in zip(
-    jax.tree.leaves(refs), jax.tree.leaves(values), strict=True
-  ):
-    ref[...] = value
 
 
 def _column(mask) -> Array | None:
