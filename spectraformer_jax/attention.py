@@ -73,8 +73,8 @@ def spectral_attention(
     initial_state: of an earlier call with `return_state`: its keys come first.
     return_state: also return the state after all keys, for `decode_step`.
     chunk_size: positions in one chunk; None is a default for the backend.
-    implementation: "xla", "reference", a sequence tried in order, or None for
-      the best available.
+    implementation: "xla", "reference", "pallas_tpu", "pallas_gpu", a sequence
+      tried in order, or None for the best available.
 
   Returns:
     ``[B, T, N, V]`` in value's dtype. A query that sees no key gives zeros and
@@ -82,8 +82,8 @@ def spectral_attention(
 
   Raises:
     ValueError: shapes that do not agree, a mask over query and key positions,
-      statistics that would look at the future or at other packed rows, or a
-      state together with segments.
+      statistics that would look at the future or at other packed rows, a
+      state together with segments, or an implementation that cannot run.
 
   Example:
     >>> import spectraformer_jax as sf

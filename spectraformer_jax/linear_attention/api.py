@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from spectraformer_jax import checks
 from spectraformer_jax.linear_attention import (
   chunks,
   fused,
+  pallas,
   reference,
   segments,
 )
@@ -54,8 +56,9 @@ def linear_attention(
     return_state: also return the state after all keys.
     chunk_size: positions in one chunk; None is a default for the backend.
       Changes speed and memory, not the result.
-    implementation: "xla", "reference", a sequence tried in order, or None for
-      the best available. Changes speed, not the result.
+    implementation: "xla", "reference", "pallas_tpu", "pallas_gpu", a sequence
+      tried in order, or None for the best available. Changes speed, not the
+      result.
 
   Returns:
     ``[B, T, N, V]`` in value's dtype; sums are float32. A query that sees no
@@ -64,7 +67,8 @@ def linear_attention(
 
   Raises:
     ValueError: shapes that do not agree, a mask over query and key positions,
-      a state together with segments, or an unknown implementation.
+      a state together with segments, or an implementation that is unknown or
+      cannot run; the message says why.
 
   References:
     Katharopoulos et al., Transformers are RNNs, 2020, equations 5 and 9
@@ -169,7 +173,6 @@ def attend(
         "segment_ids cannot be combined with initial_state or return_state: "
         "a state is the sum of one row."
       )
-  run = IMPLEMENTATIONS[options.implementation[0]]
   batch, length, all_heads, _ = query.shape
   heads, value_dim = key.shape[2], value.shape[3]
   if key_mask is not None:
@@ -178,18 +181,20 @@ def attend(
   if initial_state is None:
     initial_state = start(maps, constants, key, value_dim, options.is_signed)
   _check_state(initial_state, key, value_dim)
-  out, state = run(
+  run = _first_that_runs(
+    options.implementation,
     maps,
     constants,
     initial_state,
     query.reshape(batch, length, heads, all_heads // heads, -1),
     key,
-    value.astype(jnp.float32),
+    value,
     key_mask,
     segment_ids,
     is_causal=options.is_causal,
-    chunk=options.chunk_size or fused.default_chunk(options.is_causal),
+    chunk=options.chunk_size,
   )
+  out, state = run()
   out = out.reshape(batch, length, all_heads, value_dim).astype(value.dtype)
   return out, state
 
@@ -228,6 +233,22 @@ def _check_state(state: State, key: Array, value_dim: int) -> None:
     )
 
 
+def _first_that_runs(names, *args, **kwargs) -> Callable:
+  """The first implementation that can run, with its arguments.
+
+  Raises:
+    ValueError: none can; the message gives the reason of each.
+  """
+  reasons = []
+  for name in names:
+    implementation = IMPLEMENTATIONS[name]
+    reason = implementation.refuses(*args, **kwargs)
+    if reason is None:
+      return functools.partial(implementation.run, *args, **kwargs)
+    reasons.append(f"implementation {name!r} cannot run: {reason}")
+  raise ValueError("; ".join(reasons) + ".")
+
+
 def _xla(
   maps,
   constants,
@@ -242,6 +263,8 @@ def _xla(
   chunk,
 ):
   """The linear form in plain XLA."""
+  value = value.astype(jnp.float32)
+  chunk = chunk or fused.default_chunk(is_causal)
   if segment_ids is not None:
     out = segments.packed(
       maps,
@@ -280,6 +303,7 @@ def _reference(
 ):
   """The quadratic form: every feature and every weight exists."""
   del chunk
+  value = value.astype(jnp.float32)
   visible = checks.visible_keys(query, key, is_causal, keep, segment_ids)
   in_groups = jax.vmap(maps.query, in_axes=(None, 2, None), out_axes=2)
   grouped = jnp.moveaxis(query, 1, 3)
@@ -298,8 +322,35 @@ def _reference(
   return jnp.moveaxis(out, 3, 1), after
 
 
-# In the order in which implementation=None tries them.
-IMPLEMENTATIONS: dict[str, Callable] = {"xla": _xla, "reference": _reference}
+def _never_refuses(*args, **kwargs) -> None:
+  """No reason not to run."""
+  del args, kwargs
+
+
+class Implementation(NamedTuple):
+  """One way to attend.
+
+  Attributes:
+    run: maps and attends. Takes maps, constants, the state, query
+      ``[B, T, N, G, H]``, key, value, key_mask, segment_ids (a pair or None),
+      is_causal and chunk (None for a default); returns ``[B, T, N, G, V]`` and
+      the state after.
+    refuses: with the same arguments, says why it cannot run; None if it can.
+  """
+
+  run: Callable
+  refuses: Callable[..., str | None] = _never_refuses
+
+
+# In the order in which implementation=None tries them. Pallas comes after what
+# always runs: it is for those who ask, until a measurement says otherwise.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+  "xla": Implementation(_xla),
+  "reference": Implementation(_reference),
+} | {
+  f"pallas_{platform}": Implementation(kernels.run, kernels.refuses)
+  for platform, kernels in pallas.KERNELS.items()
+}
 
 
 def names_of(implementation: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -158,12 +158,16 @@ def normalise(
     sign = jnp.where(normalizer < 0.0, -1.0, 1.0)
     floor = SIGNED_FLOOR * magnitude
     normalizer = sign * jnp.maximum(jnp.abs(normalizer), floor)
+  return divide(numerator, normalizer[..., None])
+
+
+def divide(numerator: Array, normalizer: Array) -> Array:
+  """``numerator [..., V] / normalizer [..., 1]``; zeros where that is 0."""
   sees_keys = normalizer != 0.0
   # Brought near 1 first: the gradient squares what it divides by.
   factor = power_of_two(-exponent_of(normalizer))
   normalizer = jnp.where(sees_keys, normalizer * factor, 1.0)
-  out = (numerator * factor[..., None]) / normalizer[..., None]
-  return jnp.where(sees_keys[..., None], out, 0.0)
+  return jnp.where(sees_keys, (numerator * factor) / normalizer, 0.0)
 
 
 def empty_state(
