@@ -1,6 +1,7 @@
 """Trains one cell in a process of its own: its memory, its crash."""
 
 import fcntl
+import logging as python_logging
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,13 @@ def main(workdir: str, cpus: str) -> int:
   from spectraformer_jax.train.loop import train_and_evaluate
 
   logging.set_verbosity(logging.INFO)
+  # Checkpointing has much to say; of others only warnings.
+  logging.get_absl_handler().addFilter(
+    lambda record: (
+      record.levelno > python_logging.INFO
+      or "spectraformer_jax" in Path(record.pathname).parts
+    )
+  )
   folder = Path(workdir)
   with (folder / ".lock").open("w") as lock:
     try:
