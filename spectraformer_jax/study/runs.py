@@ -214,7 +214,8 @@ def welch(
     return points, None, None
   test = stats.ttest_ind(one, two, equal_var=False)
   interval = test.confidence_interval(1.0 - LEVEL)
-  return points, (interval.high - interval.low) / 2.0, float(test.pvalue)
+  half_width = float(interval.high - interval.low) / 2.0
+  return points, half_width, float(test.pvalue)
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:
