@@ -19,9 +19,9 @@ positions are learnt.
 
 listops.py:quick: the same grammar and model with 100 to 511 tokens, 1,000 steps
 of 32 at 1e-3 with cosine decay and global-norm clipping. No figure is
-published. Measured here, seeds 0 and 1, MINUTES on two CPU cores each: test
-QUICK. The root operator alone tells ROOT of that test split, the commonest
-label MAJORITY.
+published. Measured here on two CPU cores, 8 minutes each: test 36.9 % with seed
+0 and 34.9 % with seed 1. The root operator alone tells 34.4 % of that test
+split, the commonest label 17.0 %.
 
 Test accuracy is that of the best-dev parameters; the last ones' is beside it.
 """
