@@ -57,6 +57,7 @@ def floats(tree):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", sf.list_weight_matrices())
 def test_weight_matrices(matrix):
   fm, draw, variables = build(*partner(matrix=matrix))
@@ -65,6 +66,7 @@ def test_weight_matrices(matrix):
     lower(fm.redraw, RNG, variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", sf.list_components())
 def test_components(component):
   fm, _, variables = build(*partner(component=component))

@@ -10,11 +10,11 @@ from absl import logging
 from spectraformer_jax import data
 from spectraformer_jax.nn import SpectralSelfAttention
 from spectraformer_jax.study.inputs import Inputs, make_inputs
-from spectraformer_jax.train import models, optim, state
+from spectraformer_jax.train import describe, models, optim, state
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.checkpoints import Checkpointer
 from spectraformer_jax.train.config import default_config
-from spectraformer_jax.train.loop import describe, load_data
+from spectraformer_jax.train.loop import load_data
 from spectraformer_jax.train.steps import model_inputs
 
 PROJECTIONS = ("query", "key", "value")
@@ -99,7 +99,8 @@ def capture_workdir(
   config.update(stored["config"])
   datasets = load_data(config)
   files.check_data(
-    workdir, {name: describe(dataset) for name, dataset in datasets.items()}
+    workdir,
+    {name: describe.split(dataset) for name, dataset in datasets.items()},
   )
   dataset = datasets[split]
   if examples > len(dataset):

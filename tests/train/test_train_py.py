@@ -45,6 +45,8 @@ def other_value(path, value):
     return optional.get(path.split(".")[-1], 7)
   if isinstance(value, bool):
     return not value
+  if isinstance(value, tuple):
+    return (*value, 7)
   return value + 1 if isinstance(value, int | float) else value + "x"
 
 
