@@ -255,18 +255,25 @@ def test_twenty_kills(cache_dir, tmp_path):
   assert code == 0, err
   moments = random.Random(0)
   command = [TRAIN, f"--workdir={killed}", *as_flags(values)]
+  is_saving = lambda: any((killed / "checkpoints").glob("*tmp*"))
   kills = while_saving = 0
   while kills < 20:
     process = start_python(*command)
     for line in process.stderr:
       if "workdir: " in line:
         break
-    time.sleep(moments.uniform(0.0, 1.5))
+    if kills % 2:
+      # A moment within a save, however slow the machine is.
+      deadline = time.monotonic() + 60
+      while time.monotonic() < deadline and not is_saving():
+        pass
+    else:
+      time.sleep(moments.uniform(0.0, 1.5))
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL  # it had not finished
     kills += 1
-    while_saving += any((killed / "checkpoints").glob("*tmp*"))
+    while_saving += is_saving()
   code, _, err = run_python(*command, timeout=300)
   assert code == 0, err
   assert while_saving > 0
