@@ -66,7 +66,8 @@ def test_every_key_can_be_overridden(experiment, get_config):
   )
   assert code == 0, err
   config, workdir = json.loads(out)
-  assert flatten(config) == wanted
+  # Through JSON, as the config was: it knows no tuples.
+  assert flatten(config) == json.loads(json.dumps(wanted))
   name = experiment.replace(".py", "").replace(":", "-")
   assert workdir == f"runs/{name}-spectralx-seed1"
 
