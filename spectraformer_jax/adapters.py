@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spectraformer_jax import checks
 from spectraformer_jax.attention import spectral_attention
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
@@ -237,7 +238,7 @@ def _and_lengths(
   """A ``[B, T]`` mask that also hides positions from `lengths` ``[B]`` on."""
   if lengths is None:
     return mask
-  real = jnp.arange(x.shape[1])[None, :] < jnp.asarray(lengths)[:, None]
+  real = checks.positions_before(jnp.asarray(lengths), x.shape[1])
   return real if mask is None else mask & real
 
 

@@ -98,6 +98,11 @@ def split_scale(scale: float | None, head_dim: int) -> float:
   return math.sqrt(scale)
 
 
+def positions_before(lengths: Array, size: int) -> Array:
+  """Bool ``[B, size]``: True at the first `lengths` ``[B]`` positions."""
+  return jnp.arange(size)[None, :] < lengths[:, None]
+
+
 def visible_keys(query, key, is_causal, key_mask, segment_ids) -> Array:
   """Bool, broadcastable to [B, N, T, S]: which key each query may see."""
   num_queries, num_keys = query.shape[1], key.shape[1]

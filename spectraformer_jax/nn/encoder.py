@@ -8,6 +8,7 @@ import flax.linen as nn
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.dropout import Dropout
+from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.typing import Array
 
 
@@ -48,18 +49,8 @@ class EncoderLayer(nn.Module):
       return Dropout(self.dropout_rate)(y, deterministic=deterministic)
 
     y = nn.LayerNorm(dtype=self.dtype)(x)
-    y = SpectralSelfAttention(
-      num_heads=self.num_heads,
-      head_dim=self.head_dim,
-      feature_map=self.feature_map,
-      attention=self.attention,
-      attention_kwargs=self.attention_kwargs,
-      max_len=self.max_len,
-      is_causal=self.is_causal,
-      share_projection=self.share_projection,
-      dtype=self.dtype,
-      name="attention",
-    )(y, mask, decode=decode, deterministic=deterministic)
+    attention = part_of(self, SpectralSelfAttention, name="attention")
+    y = attention(y, mask, decode=decode, deterministic=deterministic)
     x = x + drop(y)
     y = nn.LayerNorm(dtype=self.dtype)(x)
     y = drop(nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(y)))
@@ -118,19 +109,6 @@ class Encoder(nn.Module):
     if self.remat:
       run = nn.remat(run)
     for index in range(self.num_layers):
-      layer = EncoderLayer(
-        num_heads=self.num_heads,
-        head_dim=self.head_dim,
-        mlp_dim=self.mlp_dim,
-        feature_map=self.feature_map,
-        attention=self.attention,
-        attention_kwargs=self.attention_kwargs,
-        max_len=self.max_len,
-        is_causal=self.is_causal,
-        share_projection=self.share_projection,
-        dropout_rate=self.dropout_rate,
-        dtype=self.dtype,
-        name=f"layer_{index}",
-      )
+      layer = part_of(self, EncoderLayer, name=f"layer_{index}")
       x = run(layer, x, mask)
     return nn.LayerNorm(dtype=self.dtype, name="norm")(x)

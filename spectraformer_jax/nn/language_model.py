@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.nn.token_encoder import TokenEncoder, part_of
+from spectraformer_jax.nn.parts import part_of
+from spectraformer_jax.nn.token_encoder import TokenEncoder
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -228,7 +229,7 @@ def _real(tokens: Array, length: Array | None) -> Array | None:
   """``[B, T]``, True before `length`; None for all."""
   if length is None:
     return None
-  return jnp.arange(tokens.shape[1])[None, :] < length[:, None]
+  return checks.positions_before(length, tokens.shape[1])
 
 
 def _logits(x: Array, vocab_size: int) -> Array:

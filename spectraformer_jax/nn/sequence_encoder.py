@@ -6,8 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from spectraformer_jax import checks
 from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.nn.token_encoder import TokenEncoder, part_of
+from spectraformer_jax.nn.parts import part_of
+from spectraformer_jax.nn.token_encoder import TokenEncoder
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
@@ -70,7 +72,7 @@ class SequenceEncoder(nn.Module):
       raise ValueError(
         f"Unknown pooling {self.pooling!r}.{nearest(self.pooling, POOLINGS)}"
       )
-    mask = jnp.arange(tokens.shape[1])[None, :] < length[:, None]
+    mask = checks.positions_before(length, tokens.shape[1])
     encoder = part_of(self, TokenEncoder, prepend_cls=self.pooling == "cls")
     x = encoder(tokens, mask, deterministic=deterministic)
     return pool(x.astype(jnp.float32), mask, self.pooling)

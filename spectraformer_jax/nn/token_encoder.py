@@ -1,8 +1,7 @@
 """From tokens to vectors: what classifiers and language models share."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,11 +9,10 @@ import jax.numpy as jnp
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
+from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.typing import Array
 
 _EMBED_INIT = nn.initializers.normal(0.02)
-
-_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class TokenEncoder(nn.Module):
@@ -102,23 +100,3 @@ class TokenEncoder(nn.Module):
     index = count.value + jnp.arange(length)
     count.value = count.value + length
     return table.at[index].get(mode="fill", fill_value=jnp.nan)[None]
-
-
-def part_of(module: nn.Module, kind: type[_Module], **attributes) -> _Module:
-  """A module of another kind with the attributes that `module` has as well.
-
-  Args:
-    module: to be called inside its compact method.
-    kind: class of the part.
-    attributes: those of the part that differ. Without a "name" the variables of
-      the part are those of `module`.
-  """
-  names = {field.name for field in dataclasses.fields(kind)}
-  names -= {"parent", "name", *attributes}
-  same = {
-    name: getattr(module, name) for name in names if hasattr(module, name)
-  }
-  part = kind(**same, **attributes)
-  if "name" not in attributes:
-    nn.share_scope(module, part)
-  return part
