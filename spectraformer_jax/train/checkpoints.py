@@ -107,7 +107,7 @@ class Checkpointer:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state._asdict()),
+          state=ocp.args.StandardSave(_stored(state)),
           record=ocp.args.JsonSave(stored),
         ),
         force=True,
@@ -181,7 +181,7 @@ class Checkpointer:
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(target._asdict()),
+          state=ocp.args.StandardRestore(_stored(target)),
           record=ocp.args.JsonRestore(),
         ),
       )
@@ -212,6 +212,11 @@ class Checkpointer:
 
   def __exit__(self, *exc_info: Any) -> None:
     self._manager.close()
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+  """The parts of the state that there are."""
+  return {k: v for k, v in state._asdict().items() if v is not None}
 
 
 def _check_leaf(path, wanted: np.ndarray, found: np.ndarray) -> None:

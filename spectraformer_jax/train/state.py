@@ -25,12 +25,21 @@ class TrainState(NamedTuple):
     collections: the model's other variables by name: "random_features" (the
       projections), perhaps "feature_stats".
     opt_state: of the optimiser.
+    ema: the moving average of the params, with which the model is evaluated;
+      None where there is none.
   """
 
   step: Array
   params: PyTree
   collections: dict[str, PyTree]
   opt_state: PyTree
+  ema: PyTree = None
+
+  @property
+  def variables(self) -> dict[str, PyTree]:
+    """What the model is evaluated with."""
+    params = self.params if self.ema is None else self.ema
+    return {"params": params, **self.collections}
 
 
 class RunKeys(NamedTuple):
@@ -64,6 +73,8 @@ def create(
   feature_map: FeatureMap | None,
   tx: optax.GradientTransformation,
   keys: RunKeys,
+  *,
+  ema: bool = False,
 ) -> TrainState:
   """The state before the first step.
 
@@ -72,6 +83,7 @@ def create(
     feature_map: the one it was made with, if any.
     tx: the optimiser.
     keys: of the run.
+    ema: whether the average of the parameters is kept as well.
   """
   # Shapes of variables do not depend on those of the input.
   inputs = jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
@@ -80,7 +92,14 @@ def create(
   variables = dict(_init(model, feature_map, keys, inputs))
   params = variables.pop("params")
   opt_state = jax.jit(tx.init)(params)
-  return TrainState(jnp.zeros((), jnp.int32), params, variables, opt_state)
+  return TrainState(
+    jnp.zeros((), jnp.int32),
+    params,
+    variables,
+    opt_state,
+    # Of its own, since a step may reuse the buffers of both.
+    jax.tree.map(jnp.copy, params) if ema else None,
+  )
 
 
 def _init(model, feature_map, keys, inputs) -> Mapping[str, PyTree]:

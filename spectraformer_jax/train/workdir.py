@@ -17,11 +17,12 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+PROFILE = "profile"
 REPORT = "report.md"
 CURVES = "curves.png"
 
 # What does not change the training, so it may change between two starts.
-FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel")
+FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel", "profile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

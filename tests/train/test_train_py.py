@@ -41,7 +41,12 @@ def other_value(path, value):
   if path in OPEN_SECTIONS:
     return {"anything": 3}
   if value is None:
-    optional = {"progress_bar": True, "cache_dir": "x", "tokenizer": "full"}
+    optional = {
+      "progress_bar": True,
+      "cache_dir": "x",
+      "tokenizer": "full",
+      "wandb": "x",
+    }
     return optional.get(path.split(".")[-1], 7)
   if isinstance(value, bool):
     return not value
