@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from spectraformer_jax import data, nn
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn import from_config
 from spectraformer_jax.train import (
   describe,
   hosts,
-  models,
   nonfinite,
   optim,
   parallel,
@@ -72,7 +72,7 @@ def train_and_evaluate(
   # 1. Whatever can be wrong is found before anything is compiled.
   validate(config)
   wandb_run.load(config.logging.wandb)
-  feature_map = models.make_feature_map(config)
+  feature_map = from_config.make_feature_map(config)
   optim.check_feature_map_lr(config.optim, feature_map)
   parallel.check_batch_size(
     "config.train.batch_size", config.train.batch_size, config.train.accumulate
@@ -95,8 +95,9 @@ def train_and_evaluate(
     buckets=config.task.buckets,
     **parallel.hosts(),
   )
-  first = make_batches(datasets["train"], config.train.batch_size, train=True)
-  model = models.make_model(config, feature_map, first)
+  # Its own checks: of the batch size and the buckets.
+  make_batches(datasets["train"], config.train.batch_size, train=True)
+  model = from_config.make_model(config, feature_map, facts["train"])
   with contextlib.ExitStack() as held:
 
     def claim_workdir():
@@ -302,8 +303,10 @@ def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
   return result
 
 
-def load_data(config: ConfigDict) -> dict[str, data.Dataset]:
-  """All splits of the task, from the cache or built into it."""
+def load_data(
+  config: ConfigDict, splits: Sequence[str] = data.SPLITS
+) -> dict[str, data.Dataset]:
+  """Splits of the task, from the cache or built into it."""
   task = config.task
   last_line = time.monotonic()
 
@@ -323,7 +326,7 @@ def load_data(config: ConfigDict) -> dict[str, data.Dataset]:
       progress=progress,
       **task.kwargs,
     )
-    for split in data.SPLITS
+    for split in splits
   }
 
 

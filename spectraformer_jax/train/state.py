@@ -10,6 +10,7 @@ import optax
 
 from spectraformer_jax import nn
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.from_config import example_inputs
 from spectraformer_jax.typing import Array, PyTree
 
 # The one non-learnable collection that training itself updates.
@@ -85,11 +86,7 @@ def create(
     keys: of the run.
     ema: whether the average of the parameters is kept as well.
   """
-  # Shapes of variables do not depend on those of the input.
-  inputs = jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
-  if isinstance(model, nn.DualClassifier):
-    inputs *= 2
-  variables = dict(_init(model, feature_map, keys, inputs))
+  variables = dict(_init(model, feature_map, keys, example_inputs(model)))
   params = variables.pop("params")
   opt_state = jax.jit(tx.init)(params)
   return TrainState(

@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from spectraformer_jax.train import wandb_run
 from spectraformer_jax.train.loop import train_and_evaluate
 from spectraformer_jax.train.writers import read_rows
 
@@ -67,8 +68,6 @@ def test_wandb_and_profile(tiny_config, tmp_path, wandb):
 def test_a_later_start_goes_on_in_the_same_wandb_run(
   tiny_config, tmp_path, wandb
 ):
-  from spectraformer_jax.train import wandb_run
-
   for _ in range(2):
     wandb_run.start("project", tmp_path, {})
   one, two = wandb
