@@ -57,11 +57,11 @@ def load_pretrained(
     >>> load_pretrained("no/such/folder")
     Traceback (most recent call last):
       ...
-    ValueError: 'no/such/folder' is no workdir: it has no config.json.
+    ValueError: 'no/such/folder' is no workdir: no config.json.
   """
   path = Path(path)
   if not (path / CONFIG).exists():
-    raise ValueError(f"{str(path)!r} is no workdir: it has no {CONFIG}.")
+    raise ValueError(f"{str(path)!r} is no workdir: no {CONFIG}.")
   stored = json.loads((path / CONFIG).read_text())
   config = ConfigDict(stored["config"])
   feature_map = from_config.make_feature_map(config)

@@ -218,7 +218,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f"--batch_size must be positive, got {args.batch_size}.")
   stored = files.read_config(Path(args.workdir))
   if stored is None:
-    raise ValueError(f"{args.workdir!r} is no workdir: it has no config.json.")
+    raise ValueError(f"{args.workdir!r} is no workdir: no config.json.")
   facts = stored["data"]["train"]
   if args.input.endswith(".npz"):
     inputs = read_npz(args.input, facts)

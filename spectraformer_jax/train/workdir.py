@@ -12,10 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import spectraformer_jax
-from spectraformer_jax.nn.pretrained import CONFIG
+from spectraformer_jax.nn import pretrained
 from spectraformer_jax.train import parallel
 from spectraformer_jax.train.config import default_config, flatten, to_dict
 
+CONFIG, CHECKPOINTS = pretrained.CONFIG, pretrained.CHECKPOINTS
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"
@@ -107,7 +108,7 @@ def stored_config(workdir: Path) -> ConfigDict:
   """
   stored = read_config(workdir)
   if stored is None:
-    raise ValueError(f"{str(workdir)!r} is no workdir: it has no {CONFIG}.")
+    raise ValueError(f"{str(workdir)!r} is no workdir: no {CONFIG}.")
   config = default_config()
   config.update(stored["config"])
   return config

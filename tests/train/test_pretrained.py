@@ -68,7 +68,7 @@ def copy(uninterrupted, tmp_path):
 
 def test_mistakes(uninterrupted, copy, tmp_path):
   workdir, _ = uninterrupted
-  with pytest.raises(ValueError, match="no workdir: it has no config.json"):
+  with pytest.raises(ValueError, match="no workdir: no config.json"):
     nn.load_pretrained(tmp_path)
   with pytest.raises(ValueError, match="no checkpoint of step 5; .*32, 36, 48"):
     nn.load_pretrained(workdir, step=5)
