@@ -3,6 +3,7 @@
 The config is that of a training run, from its file or from its workdir.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,9 +58,8 @@ def make_model(
   """The classifier for a task: of pairs, if its examples are pairs.
 
   Args:
-    config: its section model, whose keys are attributes of the classifier and
-      where vocab_size and max_len left at None are the data's; task's
-      pad_to_multiple; train's precision and remat.
+    config: its section model, where vocab_size and max_len left at None are
+      the data's; task's pad_to_multiple; train's precision and remat.
     feature_map: of `make_feature_map`.
     facts: of the data: name, vocab_size, num_classes, length and pair, as
       `data.Facts` has them.
@@ -75,7 +75,11 @@ def make_model(
     >>> make_model(config, make_feature_map(config), facts).max_len
     5
   """
-  options = config.model.to_dict()
+  kind = DualClassifier if facts["pair"] else Classifier
+  attributes = {field.name for field in dataclasses.fields(kind)}
+  # What else the section may hold is not about the model's form. A key that a
+  # config does not have yet has the attribute's default.
+  options = {k: v for k, v in config.model.to_dict().items() if k in attributes}
   # Batches are padded to this length.
   multiple = config.task.pad_to_multiple
   length = -(-facts["length"] // multiple) * multiple
@@ -90,7 +94,7 @@ def make_model(
         f"config.model.{name} must be at least {needed} for task "
         f"{facts['name']!r}, got {options[name]}."
       )
-  return (DualClassifier if facts["pair"] else Classifier)(
+  return kind(
     num_classes=facts["num_classes"],
     feature_map=feature_map,
     # Parameters, statistics, feature sums and the head stay float32.
