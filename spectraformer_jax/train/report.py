@@ -35,6 +35,7 @@ def summary(workdir: Path) -> list[tuple[str, str]]:
     ("attention", result["pair"]),
     ("data", f"{result['provenance']}; {_split_sizes(stored['data'])}"),
     ("seeds", "training {}, data {}".format(*seeds)),
+    ("steps", _steps(result["step"], config["train"]["num_steps"])),
     (
       "test accuracy, best-dev parameters",
       f"{_percent(result['test/accuracy_best'])} (step {result['best_step']})",
@@ -194,6 +195,11 @@ def _environment_lines(environments: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _split_sizes(data: Mapping[str, Any]) -> str:
   return ", ".join(f"{s['num_examples']:,} {name}" for name, s in data.items())
+
+
+def _steps(done: int, planned: int) -> str:
+  early = f" of {planned:,}, stopped early" if done < planned else ""
+  return f"{done:,}{early}"
 
 
 def _percent(value: float) -> str:
