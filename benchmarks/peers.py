@@ -220,9 +220,9 @@ def call_of(case: dict, paths: dict) -> tuple[Callable[[], None], str]:
   """What to time, and the version of what it runs on."""
   form = case["form"]
   if "task" in case and form == "spectral":
-    from benchmarks.train_step import make_step
+    from benchmarks.train_step import make_call
 
-    call = make_step(case["task"], case["pair"])
+    call = make_call(case["task"], case["pair"])
   elif "task" in case:
     call = official_step(case, paths["spectraformer"])
   elif form in OURS:
