@@ -4,11 +4,12 @@
 
 Text is 8 x 4096 tokens, listops 32 x 2048, all of full length; the step is that
 of the training loop (dropout 0.1, AdamW, clipping), on one device, and freed
-memory is kept as in train.py. Each figure comes from a process of its own. `cpu_s` is CPU time of all threads, the median
-of steps after the first; `--threads=1` keeps XLA to one thread. `temp_mib` is
-what the compiled program plans beside its arguments and results, `first_s` the
-first step with compilation, and `input %` the share of the steps' time that the
-input pipeline of the training loop made them wait (it should be below 2).
+memory is kept as in train.py. Each figure comes from a process of its own.
+`cpu_s` is CPU time of all threads, the median of steps after the first;
+`--threads=1` keeps XLA to one thread. `temp_mib` is what the compiled program
+plans beside its arguments and results, `first_s` the first step with
+compilation, and `input %` the share of the steps' time that the input pipeline
+of the training loop made them wait (it should be below 2).
 """
 
 import argparse
