@@ -29,7 +29,7 @@ PAIRS = ("posrf-orf", "oprf-orf", "oprf-mm", "trigrf-orf")
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
-def prepare(task: str, pair: str) -> tuple:
+def prepare(task: str, pair: str, remat: bool = False) -> tuple:
   """The jitted step, its state and dropout key, the data and batch size."""
   import functools
 
@@ -45,7 +45,7 @@ def prepare(task: str, pair: str) -> tuple:
   batch_size, length = sizes.pop("batch"), sizes.pop("length")
   config = default_config()
   fm = sf.feature_map(*pair.split("-"), num_features=128)
-  model = sf.nn.Classifier(max_len=length, feature_map=fm, **sizes)
+  model = sf.nn.Classifier(max_len=length, feature_map=fm, remat=remat, **sizes)
   random = np.random.default_rng(0)
   size = (4 * batch_size, length)
   dataset = data.Dataset.from_sequences(
@@ -78,7 +78,7 @@ def make_call(task: str, pair: str) -> Callable[[], None]:
   return call
 
 
-def measure(task: str, pair: str, repeats: int) -> dict:
+def measure(task: str, pair: str, remat: bool, repeats: int) -> dict:
   """The figures of one case, in this process."""
   import jax
 
@@ -86,7 +86,7 @@ def measure(task: str, pair: str, repeats: int) -> dict:
   from spectraformer_jax.train.host_memory import keep_freed_memory
 
   keep_freed_memory()
-  step, train_state, rng, dataset, batch_size = prepare(task, pair)
+  step, train_state, rng, dataset, batch_size = prepare(task, pair, remat)
   with data.Prefetch(
     data.Batches(dataset, batch_size, seed=0, train=True)
   ) as batches:
@@ -122,10 +122,15 @@ def main() -> None:
   parser.add_argument("--pairs", nargs="+", default=PAIRS)
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--threads", type=int, choices=(1,))
+  parser.add_argument(
+    "--remat",
+    action="store_true",
+    help="keep layer inputs alone, as train.remat",
+  )
   parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.one:
-    print(json.dumps(measure(*args.one, args.repeats)))
+    print(json.dumps(measure(*args.one, args.remat, args.repeats)))
     return
   from rich.console import Console
   from rich.progress import track
@@ -143,6 +148,7 @@ def main() -> None:
       [
         *(sys.executable, __file__, "--one", task, pair),
         *("--repeats", str(args.repeats)),
+        *(["--remat"] if args.remat else []),
       ],
       capture_output=True,
       text=True,
