@@ -214,7 +214,7 @@ def _official(path: str) -> None:
 
   sys.path.insert(0, str(Path(path).resolve()))
   # It was written for a torch that had this name.
-  torch.qr = lambda a: torch.linalg.qr(a, mode="reduced")
+  torch.qr = lambda a, some: torch.linalg.qr(a, mode="reduced")
 
 
 def _load(name: str, path: Path):
