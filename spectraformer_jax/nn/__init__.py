@@ -16,6 +16,7 @@ from spectraformer_jax.nn.language_model import (
   MaskedLanguageModel,
   generate,
 )
+from spectraformer_jax.nn.positions import rotate
 from spectraformer_jax.nn.redraw import redraw
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
 from spectraformer_jax.nn.token_encoder import TokenEncoder
@@ -32,4 +33,5 @@ __all__ = [
   "TokenEncoder",
   "generate",
   "redraw",
+  "rotate",
 ]
