@@ -8,6 +8,11 @@ from spectraformer_jax import nn
 from spectraformer_jax.baselines import check_options
 from spectraformer_jax.data import Batches
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.train import objectives
+
+Model = (
+  nn.Classifier | nn.DualClassifier | nn.LanguageModel | nn.MaskedLanguageModel
+)
 
 
 def make_feature_map(config: ConfigDict) -> FeatureMap | None:
@@ -44,8 +49,10 @@ def make_feature_map(config: ConfigDict) -> FeatureMap | None:
 
 def make_model(
   config: ConfigDict, feature_map: FeatureMap | None, batches: Batches
-) -> nn.Classifier | nn.DualClassifier:
-  """The classifier for a task: of pairs, if its examples are pairs.
+) -> Model:
+  """The model for a task: a classifier, of pairs if its examples are pairs.
+
+  With another `train.objective` than "classify" a language model.
 
   Args:
     config: its model section, where vocab_size and max_len left at None are
@@ -57,7 +64,10 @@ def make_model(
     ValueError: a vocabulary or length smaller than the data needs.
   """
   section, dataset = config.model, batches.dataset
-  sizes = {"vocab_size": dataset.vocab_size, "max_len": batches.length}
+  objective = config.train.objective
+  # Hidden tokens have an id of their own, the last.
+  vocab_size = dataset.vocab_size + (objective == "masked")
+  sizes = {"vocab_size": vocab_size, "max_len": batches.length}
   for name, needed in sizes.items():
     given = section[name]
     if given is not None and given < needed:
@@ -66,9 +76,9 @@ def make_model(
         f"{dataset.name!r}, got {given}."
       )
     sizes[name] = given or needed
-  classifier = nn.DualClassifier if dataset.pair else nn.Classifier
-  return classifier(
-    num_classes=dataset.num_classes,
+  if objective == "classify":
+    sizes |= {"num_classes": dataset.num_classes, "pooling": section.pooling}
+  return objectives.model_class(objective, dataset.pair)(
     feature_map=feature_map,
     attention=section.attention,
     attention_kwargs=section.attention_kwargs.to_dict(),
@@ -78,7 +88,9 @@ def make_model(
     head_dim=section.head_dim,
     mlp_dim=section.mlp_dim,
     dropout_rate=section.dropout_rate,
-    pooling=section.pooling,
+    positions=section.positions,
+    mlp=section.mlp,
+    norm=section.norm,
     # Parameters, statistics, feature sums and the head stay float32.
     dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else None,
     remat=config.train.remat,
