@@ -1,7 +1,10 @@
 """What the experiments share."""
 
+import functools
+
 from ml_collections import ConfigDict
 
+from spectraformer_jax.train import recipes
 from spectraformer_jax.train.config import default_config
 
 
@@ -12,26 +15,42 @@ def base(task: str) -> ConfigDict:
   return config
 
 
+def experiment(*variants: str):
+  """Decorates a `get_config(variant)`, whose variants have these names.
+
+  What follows the colon in --config=file.py:... is then one of them, or
+  recipe=NAME for an optimiser of `spectraformer_jax.train.recipes`, or both
+  with a comma between. The recipe comes last, so it is whole; flags for single
+  keys come after it.
+  """
+
+  def decorate(get_config):
+    @functools.wraps(get_config)
+    def with_recipe(text: str | None = None) -> ConfigDict:
+      parts = text.split(",") if text else []
+      names = [part for part in parts if part.startswith("recipe=")]
+      rest = ",".join(part for part in parts if part not in names) or None
+      check_variant(rest, variants)
+      if len(names) > 1:
+        raise ValueError(f"One recipe at a time, got {text!r}.")
+      config = get_config(rest)
+      for name in names:
+        recipes.use(config, name.removeprefix("recipe="))
+      return config
+
+    return with_recipe
+
+  return decorate
+
+
 def check_variant(variant: str | None, known: tuple[str, ...] = ()) -> None:
   """Refuses what follows the colon in --config=file.py:variant if unknown."""
   if variant not in (None, *known):
     options = f"known: {', '.join(known)}" if known else "it has none"
-    raise ValueError(f"Unknown variant {variant!r} of this config; {options}.")
-
-
-def set_lra_optimizer(config: ConfigDict) -> None:
-  """Adam as in the code of Long Range Arena; without clipping."""
-  config.optim.b2 = 0.98
-  config.optim.eps = 1e-9
-  config.optim.clip = "none"
-
-
-def set_lra_schedule(config: ConfigDict, warmup_steps: int) -> None:
-  """Long Range Arena's learning rate for texts: 0.05 over the root of steps."""
-  config.optim.schedule = "rsqrt"
-  config.optim.warmup_steps = warmup_steps
-  config.optim.lr = 0.05 / warmup_steps**0.5
-  config.optim.weight_decay = 0.1
+    raise ValueError(
+      f"Unknown variant {variant!r} of this config; {options}; recipe=NAME "
+      "sets an optimiser."
+    )
 
 
 def set_model(config: ConfigDict, **sizes: int | float | str) -> None:
@@ -42,11 +61,10 @@ def set_model(config: ConfigDict, **sizes: int | float | str) -> None:
 
 def set_quick(config: ConfigDict) -> None:
   """A short run that shows whether anything is learnt."""
-  config.optim.lr = 1e-3
-  config.optim.schedule = "cosine"
-  config.optim.warmup_steps = 30
-  config.optim.clip = "global_norm"
   config.train.num_steps = 300
+  recipes.use(config, "modern")
+  config.optim.warmup_steps = 30
+  config.optim.weight_decay = 0.0
   config.train.batch_size = config.eval.batch_size = 16
   config.eval.every = 150
   config.checkpoint.every = 50

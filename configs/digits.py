@@ -10,18 +10,18 @@ Others:  python train.py --config.feature_map.component=posrf
 """
 
 from configs import common
+from spectraformer_jax.train import recipes
 
 
-def get_config(variant=None):
-  common.check_variant(variant)
+@common.experiment()
+def get_config(variant):
   config = common.base("digits")
   config.model.dropout_rate = 0.3
+  config.train.num_steps = 1500
+  recipes.use(config, "modern")
   config.optim.lr = 2e-3
-  config.optim.schedule = "cosine"
   config.optim.warmup_steps = 50
   config.optim.weight_decay = 0.3
-  config.optim.clip = "global_norm"
-  config.train.num_steps = 1500
   config.train.batch_size = 64
   config.eval.every = 100
   config.eval.batch_size = 64

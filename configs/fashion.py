@@ -22,8 +22,8 @@ pixels of 8,000 images 82.9 % (`check fashion --linear`).
 from configs import common, image
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("quick",))
+@common.experiment("quick")
+def get_config(variant):
   config = image.get_config()
   config.task.name = "fashion"
   if variant == "quick":

@@ -18,10 +18,11 @@ weights, which linear attention does not form.
 """
 
 from configs import common
+from spectraformer_jax.train import recipes
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("lra",))
+@common.experiment("lra")
+def get_config(variant):
   config = common.base("image")
   config.train.batch_size = config.eval.batch_size = 256
   config.optim.warmup_steps = 175
@@ -30,9 +31,11 @@ def get_config(variant=None):
       config, embed_dim=128, num_layers=1, num_heads=8, head_dim=8
     )
     common.set_model(config, mlp_dim=128, pooling="cls", dropout_rate=0.3)
-    common.set_lra_optimizer(config)
+    recipes.use(config, "lra")
     config.optim.lr = 5e-4
     config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 175
+    config.optim.weight_decay = 0.0
     config.train.num_steps = 35_000
     config.eval.every = 175
     return config

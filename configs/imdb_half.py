@@ -21,8 +21,8 @@ pairs of words 90.8 % (`check imdb_half --linear`).
 from configs import common, text
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("quick",))
+@common.experiment("quick")
+def get_config(variant):
   config = text.get_config()
   config.task.name = "imdb_half"
   if variant == "quick":

@@ -27,19 +27,19 @@ Test accuracy is that of the best-dev parameters; the last ones' is beside it.
 """
 
 from configs import common
+from spectraformer_jax.train import recipes
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("quick", "lra"))
+@common.experiment("quick", "lra")
+def get_config(variant):
   config = common.base("listops")
   config.task.pad_to_multiple = 128
   if variant == "quick":
     config.task.kwargs = {"min_len": 100, "max_len": 512}
-    config.optim.lr = 1e-3
-    config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 100
-    config.optim.clip = "global_norm"
     config.train.num_steps = 1000
+    recipes.use(config, "modern")
+    config.optim.warmup_steps = 100
+    config.optim.weight_decay = 0.0
     config.eval.every = 250
     config.checkpoint.every = 100
     config.logging.every = 10
@@ -48,8 +48,9 @@ def get_config(variant=None):
       config, embed_dim=512, num_layers=4, num_heads=8, head_dim=64
     )
     common.set_model(config, mlp_dim=1024, pooling="cls")
-    common.set_lra_optimizer(config)
-    common.set_lra_schedule(config, warmup_steps=1000)
+    recipes.use(config, "lra")
+    config.optim.warmup_steps = 1000
+    config.optim.lr = 0.05 / 1000**0.5
     config.train.num_steps = 5000
     config.eval.every = 50
   return config

@@ -20,10 +20,11 @@ does not form.
 """
 
 from configs import common
+from spectraformer_jax.train import recipes
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("lra",))
+@common.experiment("lra")
+def get_config(variant):
   config = common.base("pathfinder")
   config.optim.warmup_steps = 312
   if variant == "lra":
@@ -31,9 +32,11 @@ def get_config(variant=None):
       config, embed_dim=32, num_layers=4, num_heads=4, head_dim=4
     )
     common.set_model(config, mlp_dim=32, dropout_rate=0.2)
-    common.set_lra_optimizer(config)
+    recipes.use(config, "lra")
     config.optim.lr = 1e-3
     config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 312
+    config.optim.weight_decay = 0.0
     config.train.num_steps = 62_400
     config.train.batch_size = config.eval.batch_size = 512
     config.eval.every = 312

@@ -26,8 +26,8 @@ it leaves 50 % behind in that time is not said.
 from configs import common, pathfinder, pathx
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("lra", "pathx", "quick"))
+@common.experiment("lra", "pathx", "quick")
+def get_config(variant):
   small = {"num_train": 20_000, "num_dev": 2_000, "num_test": 2_000}
   if variant == "pathx":
     config = pathx.get_config()

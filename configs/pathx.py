@@ -18,10 +18,11 @@ attention weights, which linear attention does not form.
 """
 
 from configs import common
+from spectraformer_jax.train import recipes
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("lra",))
+@common.experiment("lra")
+def get_config(variant):
   config = common.base("pathx")
   config.train.batch_size = config.eval.batch_size = 64
   if variant == "lra":
@@ -29,10 +30,11 @@ def get_config(variant=None):
       config, embed_dim=32, num_layers=1, num_heads=2, head_dim=8
     )
     common.set_model(config, mlp_dim=32)
-    common.set_lra_optimizer(config)
+    recipes.use(config, "lra")
     config.optim.lr = 1e-3
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 2500
+    config.optim.weight_decay = 0.0
     config.optim.clip = "global_norm"
     config.train.num_steps = 500_000
     config.eval.every = config.checkpoint.every = 2500

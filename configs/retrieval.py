@@ -19,10 +19,11 @@ learnt.
 """
 
 from configs import common
+from spectraformer_jax.train import recipes
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("lra",))
+@common.experiment("lra")
+def get_config(variant):
   config = common.base("retrieval")
   config.task.pad_to_multiple = 128
   if variant == "lra":
@@ -30,8 +31,7 @@ def get_config(variant=None):
       config, embed_dim=128, num_layers=4, num_heads=4, head_dim=32
     )
     common.set_model(config, mlp_dim=512, pooling="cls")
-    common.set_lra_optimizer(config)
-    common.set_lra_schedule(config, warmup_steps=8000)
+    recipes.use(config, "lra")
     config.train.num_steps = 5000
     config.eval.every = 100
     return config

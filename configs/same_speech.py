@@ -20,8 +20,8 @@ To compare with: the commonest label gives 50.0 %, the share of words in common
 from configs import common, retrieval
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("quick",))
+@common.experiment("quick")
+def get_config(variant):
   config = retrieval.get_config()
   config.task.name = "same_speech"
   if variant == "quick":

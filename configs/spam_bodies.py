@@ -21,8 +21,8 @@ of words and pairs of words 97.9 % (`check spam_bodies --linear`).
 from configs import common, text
 
 
-def get_config(variant=None):
-  common.check_variant(variant, ("quick",))
+@common.experiment("quick")
+def get_config(variant):
   config = text.get_config()
   config.task.name = "spam_bodies"
   if variant == "quick":
