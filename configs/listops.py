@@ -30,7 +30,7 @@ from configs import common
 from spectraformer_jax.train import recipes
 
 
-@common.experiment("quick", "lra")
+@common.experiment("quick", "lra", "deep")
 def get_config(variant):
   config = common.base("listops")
   config.task.pad_to_multiple = 128
@@ -43,6 +43,8 @@ def get_config(variant):
     config.eval.every = 250
     config.checkpoint.every = 100
     config.logging.every = 10
+  if variant == "deep":
+    set_deep(config)
   if variant == "lra":
     common.set_model(
       config, embed_dim=512, num_layers=4, num_heads=8, head_dim=64
@@ -54,3 +56,19 @@ def get_config(variant):
     config.train.num_steps = 5000
     config.eval.every = 50
   return config
+
+
+def set_deep(config):
+  """A model and training that learn the nesting of short expressions."""
+  config.task.kwargs = {"min_len": 20, "max_len": 64}
+  config.task.pad_to_multiple = 8
+  config.task.buckets = (24, 32, 48)
+  common.set_model(config, num_layers=4, num_heads=4, head_dim=16)
+  common.set_model(config, mlp_dim=128, mlp="gated", positions="rotary")
+  common.set_model(config, pooling="cls", dropout_rate=0.0)
+  config.feature_map.num_features = 64
+  config.train.num_steps = 6000
+  config.train.batch_size = 64
+  recipes.use(config, "modern")
+  config.eval.every = config.checkpoint.every = 500
+  config.eval.batch_size = 250
