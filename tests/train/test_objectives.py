@@ -131,6 +131,7 @@ def test_pretraining_learns_tokens(pretrained):
   assert "masked: accuracy is that of guessed tokens" in report
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_bit_for_bit(
   pretrained, tiny_config, tmp_path, monkeypatch
 ):
