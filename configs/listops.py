@@ -60,14 +60,14 @@ def get_config(variant):
 
 def set_deep(config):
   """A model and training that learn the nesting of short expressions."""
-  config.task.kwargs = {"min_len": 20, "max_len": 64}
-  config.task.pad_to_multiple = 8
-  config.task.buckets = (24, 32, 48)
+  config.task.kwargs = {"min_len": 16, "max_len": 48, "num_test": 10_000}
+  config.task.pad_to_multiple = 16
+  config.task.buckets = (32,)
   common.set_model(config, num_layers=4, num_heads=4, head_dim=16)
   common.set_model(config, mlp_dim=128, mlp="gated", positions="rotary")
   common.set_model(config, pooling="cls", dropout_rate=0.0)
   config.feature_map.num_features = 64
-  config.train.num_steps = 6000
+  config.train.num_steps = 3000
   config.train.batch_size = 64
   recipes.use(config, "modern")
   config.eval.every = config.checkpoint.every = 500
