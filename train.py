@@ -34,7 +34,8 @@ USER_ERROR, DIVERGED, IO_ERROR, RESUMABLE = 2, 3, 74, 75
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   str(ROOT / "configs" / "digits.py"),
-  "The experiment: a file, and after a colon its variant if it has any. "
+  "The experiment: a file, and after a colon its variant if it has any, "
+  "recipe=NAME for another optimiser, or both with a comma between. "
   "Change any key with --config.section.key=value.",
   # New keys are let through here and refused by `check_key`, which knows the
   # sections that take any key and names the nearest one otherwise.
@@ -103,6 +104,7 @@ def leave(status: int) -> None:
 def default_workdir(config) -> Path:
   """runs/<config>-<pair>-seed<seed>, in the current folder."""
   source, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+  variant = re.sub(r"\W+", "-", variant)  # "quick,recipe=lra"
   name = Path(source).stem + (f"-{variant}" if variant else "")
   pair = train_config.pair_name(config)
   return Path("runs") / f"{name}-{pair}-seed{config.train.seed}"

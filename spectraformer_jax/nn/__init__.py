@@ -17,6 +17,7 @@ from spectraformer_jax.nn.language_model import (
   generate,
 )
 from spectraformer_jax.nn.positions import rotate
+from spectraformer_jax.nn.pretrained import Pretrained, load_pretrained
 from spectraformer_jax.nn.redraw import redraw
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
 from spectraformer_jax.nn.token_encoder import TokenEncoder
@@ -28,10 +29,12 @@ __all__ = [
   "EncoderLayer",
   "LanguageModel",
   "MaskedLanguageModel",
+  "Pretrained",
   "SequenceEncoder",
   "SpectralSelfAttention",
   "TokenEncoder",
   "generate",
+  "load_pretrained",
   "redraw",
   "rotate",
 ]

@@ -6,15 +6,12 @@ from typing import Any
 
 import flax.linen as linen
 import jax.numpy as jnp
-from absl import logging
 
 from spectraformer_jax import data
-from spectraformer_jax.nn import SpectralSelfAttention, rotate
+from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained, rotate
 from spectraformer_jax.study.inputs import Inputs, make_inputs
-from spectraformer_jax.train import describe, models, optim, state
+from spectraformer_jax.train import describe
 from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.checkpoints import Checkpointer
-from spectraformer_jax.train.config import default_config
 from spectraformer_jax.train.loop import load_data
 from spectraformer_jax.train.steps import model_inputs
 
@@ -96,17 +93,9 @@ def capture_workdir(
     ValueError: the workdir holds no run, no such checkpoint, or was trained on
       other data than the task has now.
   """
-  stored = files.read_config(workdir)
-  if stored is None:
-    raise ValueError(f"{str(workdir)!r} is no workdir: no {files.CONFIG}.")
-  config = default_config()
-  config.update(stored["config"])
-  datasets = load_data(config)
-  files.check_data(
-    workdir,
-    {name: describe.split(dataset) for name, dataset in datasets.items()},
-  )
-  dataset = datasets[split]
+  config = files.stored_config(workdir)
+  (dataset,) = load_data(config, [split]).values()
+  files.check_data(workdir, {split: describe.split(dataset)})
   if examples > len(dataset):
     raise ValueError(
       f"--examples must be at most the {len(dataset)} of split {split!r}, got "
@@ -119,40 +108,5 @@ def capture_workdir(
     train=False,
     pad_to_multiple=config.task.pad_to_multiple,
   )
-  feature_map = models.make_feature_map(config)
-  model = models.make_model(config, feature_map, batches)
-  like = state.create(
-    model,
-    feature_map,
-    optim.make_optimizer(config.optim, config.train.num_steps),
-    state.run_keys(config.train.seed),
-  )
-  trained = _restore(workdir, step, like)
-  variables = {"params": trained.params, **trained.collections}
+  model, variables = load_pretrained(workdir, step=step)
   return capture(model, variables, *model_inputs(next(batches)))
-
-
-def _restore(workdir: Path, step: str, like: state.TrainState):
-  """The state of a step, by number or by what it is."""
-  folder = workdir / files.CHECKPOINTS
-  if not folder.is_dir():
-    raise ValueError(f"{str(workdir)!r} holds no checkpoint.")
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)  # orbax warns that it will only read
-  checkpointer = Checkpointer(folder, keep=1, read_only=True)
-  logging.set_verbosity(verbosity)
-  with checkpointer:
-    steps = checkpointer.steps()
-    if not steps:
-      raise ValueError(f"{str(workdir)!r} holds no checkpoint.")
-    newest, record = checkpointer.restore(steps[-1], like)
-    best = record["best"] and record["best"]["step"]
-    wanted = {"last": steps[-1], "best": best}.get(step, step)
-    if str(wanted) == str(steps[-1]):
-      return newest
-    if str(wanted) not in map(str, steps):
-      raise ValueError(
-        f"{str(workdir)!r} holds no checkpoint of step {step!r}; it holds best "
-        f"and last, {', '.join(map(str, steps))}."
-      )
-    return checkpointer.restore(int(wanted), like)[0]

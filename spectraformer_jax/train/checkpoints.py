@@ -7,7 +7,6 @@ of devices, and a JSON record of everything else a resume needs.
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from spectraformer_jax.nn.pretrained import VARIABLES_CHECKSUM, checksum
 from spectraformer_jax.train.state import TrainState
 
 # Beside the folder of checkpoints: those that could not be read.
@@ -101,13 +101,14 @@ class Checkpointer:
       **record,
       "best_step": best_step,
       "checksum": _checksum(state, {**record, "best_step": best_step}),
+      VARIABLES_CHECKSUM: checksum(state.variables),
     }
     self._best[step] = best_step
     try:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state._asdict()),
+          state=ocp.args.StandardSave(_stored(state)),
           record=ocp.args.JsonSave(stored),
         ),
         force=True,
@@ -181,14 +182,15 @@ class Checkpointer:
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(target._asdict()),
+          state=ocp.args.StandardRestore(_stored(target)),
           record=ocp.args.JsonRestore(),
         ),
       )
       state, record = TrainState(**restored.state), dict(restored.record)
       jax.tree_util.tree_map_with_path(_check_leaf, target, state)
-      checksum = record.pop("checksum", None)  # older versions wrote none
-      if checksum not in (None, _checksum(state, record)):
+      written = record.pop("checksum", None)  # older versions wrote none
+      record.pop(VARIABLES_CHECKSUM, None)
+      if written not in (None, _checksum(state, record)):
         raise ValueError("its content differs from what was written.")
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise ValueError(
@@ -214,6 +216,11 @@ class Checkpointer:
     self._manager.close()
 
 
+def _stored(state: TrainState) -> dict[str, Any]:
+  """The parts of the state that there are."""
+  return {k: v for k, v in state._asdict().items() if v is not None}
+
+
 def _check_leaf(path, wanted: np.ndarray, found: np.ndarray) -> None:
   """Orbax does not compare; a run must not go on from other arrays."""
   if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
@@ -225,11 +232,7 @@ def _check_leaf(path, wanted: np.ndarray, found: np.ndarray) -> None:
 
 def _checksum(state: TrainState, record: Mapping[str, Any]) -> str:
   """Of every bit of the arrays and of the record's values."""
-  digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-  for leaf in jax.tree.leaves(state):
-    digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-    digest.update(np.ascontiguousarray(leaf).view(np.uint8))
-  return digest.hexdigest()
+  return checksum(state, json.dumps(record, sort_keys=True))
 
 
 def _one_line(error: Exception) -> str:

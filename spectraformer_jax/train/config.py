@@ -18,6 +18,7 @@ from spectraformer_jax.nn.positions import POSITIONS
 from spectraformer_jax.nn.sequence_encoder import POOLINGS
 from spectraformer_jax.train.objectives import OBJECTIVES
 from spectraformer_jax.train.parallel import ENGINES
+from spectraformer_jax.train.recipes import recipe
 
 # Sections whose keys belong to somebody else (a component, a matrix, a task),
 # who checks them; any key may be set there.
@@ -63,10 +64,21 @@ RANGES = {
   "optim.eps": (lambda x: x > 0, "positive"),
   "optim.weight_decay": (lambda x: x >= 0, "0 or more"),
   "optim.clip_threshold": (lambda x: x > 0, "positive"),
+  "optim.feature_map_lr": (
+    lambda x: x is None or x >= 0,
+    "0 or more, or None for config.optim.lr",
+  ),
+  "optim.label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
+  "optim.ema_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+  "eval.patience": (lambda x: x >= 0, "0 (never) or more"),
   "task.seed": (lambda x: x >= 0, "0 or more"),
   "train.seed": (lambda x: x >= 0, "0 or more"),
   "logging.interval_seconds": (lambda x: x >= 0, "0 or more"),
+  "profile": (lambda x: x >= 0, "0 (off) or more steps"),
 }
+
+
+NUM_STEPS = 50_000
 
 
 def default_config() -> ConfigDict:
@@ -121,20 +133,15 @@ def default_config() -> ConfigDict:
         "weight_matrix_kwargs": {},
       },
       "optim": {
-        "lr": 1e-4,
-        "schedule": "linear",
-        "warmup_steps": 1000,
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-6,
-        "weight_decay": 0.0,
-        "clip": "value",
-        "clip_threshold": 1.0,
+        **recipe("official", NUM_STEPS),
+        "feature_map_lr": placeholder(float),
+        "label_smoothing": 0.0,
+        "ema_decay": 0.0,
       },
       "train": {
         "seed": 0,
         "objective": "classify",
-        "num_steps": 50_000,
+        "num_steps": NUM_STEPS,
         "batch_size": 32,
         "max_skipped_steps": 10,
         "parallel": "pmap",
@@ -142,14 +149,16 @@ def default_config() -> ConfigDict:
         "accumulate": 1,
         "remat": False,
       },
-      "eval": {"every": 500, "batch_size": 32},
+      "eval": {"every": 500, "batch_size": 32, "patience": 0},
       "checkpoint": {"every": 500, "keep": 2},
       "logging": {
         "every": 50,
         "interval_seconds": 15.0,
         "tensorboard": True,
+        "wandb": placeholder(str),
         "progress_bar": placeholder(bool),
       },
+      "profile": 0,
     }
   )
 

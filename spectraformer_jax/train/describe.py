@@ -1,17 +1,21 @@
 """What a run says about itself: in its log, config.json and last row."""
 
+import collections
 import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from spectraformer_jax.data import Dataset
 from spectraformer_jax.train import parallel
 from spectraformer_jax.train.config import pair_name
 from spectraformer_jax.train.meters import Record
+from spectraformer_jax.train.state import TrainState
+from spectraformer_jax.typing import PyTree
 
 
 def split(dataset: Dataset) -> dict[str, Any]:
@@ -51,6 +55,43 @@ def run(
   ]
 
 
+def variables(state: TrainState) -> list[str]:
+  """A table of the model's parts: numbers learnt, and numbers drawn.
+
+  Example:
+    >>> import numpy as np
+    >>> params = {"head": {"kernel": np.ones((2, 3))}, "encoder": {
+    ...   "layer_0": {"query": {"kernel": np.ones((2, 2))}}}}
+    >>> drawn = {"encoder": {"layer_0": {"rows": np.ones((8, 2))}}}
+    >>> state = TrainState(0, params, {"random_features": drawn}, ())
+    >>> for line in variables(state):
+    ...   print(line)
+    part             parameters  projection
+    encoder/layer_0           4          16
+    head                      6           0
+  """
+  trees = state.params, state.collections.get("random_features", {})
+  counts = [_counts(tree) for tree in trees]
+  parts = sorted(counts[0] | counts[1])
+  width = max(map(len, parts))
+  return [
+    f"{'part':{width}}  parameters  projection",
+    *(
+      f"{part:{width}}  {counts[0][part]:10,}  {counts[1][part]:10,}"
+      for part in parts
+    ),
+  ]
+
+
+def _counts(tree: PyTree) -> collections.Counter:
+  """Numbers in each part: by the first two names of a path, not the leaf's."""
+  counts = collections.Counter()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    names = [str(getattr(part, "key", part)) for part in path]
+    counts["/".join(names[:-1][:2] or names)] += leaf.size
+  return counts
+
+
 def memory(plan: Mapping[str, int]) -> str:
   """One line about the memory of a training step.
 
@@ -73,10 +114,19 @@ def dev(record: Record) -> str:
   )
 
 
+def out_of_patience(record: Record, patience: int) -> str:
+  """One line about why the run ends before its last step."""
+  return (
+    f"stops early at step {record.dev['step']}: {patience} evaluations without "
+    f"a better one than that of step {record.best['step']} "
+    f"(dev accuracy {record.best['accuracy']:.4f})"
+  )
+
+
 def result(config: ConfigDict, test: Dataset, record: Record) -> dict[str, Any]:
   """What the last row holds beside test metrics and sizes."""
   batch_size = config.train.batch_size
-  speed = config.train.num_steps * batch_size / record.train_seconds
+  speed = record.dev["step"] * batch_size / record.train_seconds
   return {
     "dev/accuracy_best": record.best["accuracy"],
     "dev/accuracy_last": record.dev["accuracy"],

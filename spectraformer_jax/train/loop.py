@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from spectraformer_jax import data, nn
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn import from_config
 from spectraformer_jax.train import (
   describe,
   hosts,
-  models,
   nonfinite,
   objectives,
   optim,
@@ -26,13 +26,16 @@ from spectraformer_jax.train import (
   report,
   state,
   steps,
+  wandb_run,
 )
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.config import to_dict, validate
 from spectraformer_jax.train.lock import workdir_lock
 from spectraformer_jax.train.meters import Clock, Record, Window
 from spectraformer_jax.train.nonfinite import SkippedSteps
+from spectraformer_jax.train.profiler import Profiler
 from spectraformer_jax.train.progress import Progress
+from spectraformer_jax.train.selection import is_better, out_of_patience
 from spectraformer_jax.train.signals import StopSignals
 from spectraformer_jax.train.storage import Storage
 from spectraformer_jax.train.writers import MetricWriter, read_rows, result_row
@@ -70,7 +73,9 @@ def train_and_evaluate(
 
   # 1. Whatever can be wrong is found before anything is compiled.
   validate(config)
-  feature_map = models.make_feature_map(config)
+  wandb_run.load(config.logging.wandb)
+  feature_map = from_config.make_feature_map(config)
+  optim.check_feature_map_lr(config.optim, feature_map)
   parallel.check_batch_size(
     "config.train.batch_size", config.train.batch_size, config.train.accumulate
   )
@@ -92,8 +97,9 @@ def train_and_evaluate(
     buckets=config.task.buckets,
     **parallel.hosts(),
   )
-  first = make_batches(datasets["train"], config.train.batch_size, train=True)
-  model = models.make_model(config, feature_map, first)
+  # Its own checks: of the batch size and the buckets.
+  make_batches(datasets["train"], config.train.batch_size, train=True)
+  model = from_config.make_model(config, feature_map, facts["train"])
   with contextlib.ExitStack() as held:
 
     def claim_workdir():
@@ -110,7 +116,7 @@ def train(
   config: ConfigDict,
   workdir: Path,
   feature_map: FeatureMap | None,
-  model: models.Model,
+  model: from_config.Model,
   datasets: Mapping[str, data.Dataset],
   facts: Mapping[str, Mapping[str, Any]],
   make_batches: Callable[..., data.Batches],
@@ -121,17 +127,21 @@ def train(
   keys = state.run_keys(config.train.seed)
   schedule = optim.learning_rate(config.optim, num_steps)
   tx = optim.make_optimizer(config.optim, num_steps)
-  train_state = state.create(model, feature_map, tx, keys)
+  ema_decay = config.optim.ema_decay
+  train_state = state.create(model, feature_map, tx, keys, ema=ema_decay > 0)
   sizes = state.sizes(train_state)
   storage = Storage(workdir / files.CHECKPOINTS, keep=config.checkpoint.keep)
-  first = make_batches(datasets["train"], config.train.batch_size, train=True)
-  record = Record(data=first.state())
+  record = Record(
+    data=make_batches(
+      datasets["train"], config.train.batch_size, train=True
+    ).state()
+  )
   restored = storage.restore_latest(train_state)
   if restored:
     train_state, stored = restored
     record = Record(**stored)
   elif config.model.init_from:
-    train_state = pretrained.start_from(train_state, config, first)
+    train_state = pretrained.start_from(train_state, config)
   start = int(train_state.step)
   train_state = parallel.replicate(train_state)
   dropout_rng = parallel.replicate(keys.dropout_rng)
@@ -149,6 +159,8 @@ def train(
         apply_fn=model.apply,
         tx=tx,
         accumulate=config.train.accumulate,
+        label_smoothing=config.optim.label_smoothing,
+        ema_decay=ema_decay,
       )
     ),
     engine=config.train.parallel,
@@ -185,8 +197,14 @@ def train(
       workdir,
       start_step=start,
       tensorboard=config.logging.tensorboard,
+      wandb=wandb_run.start(config.logging.wandb, workdir, to_dict(config))
+      if hosts.is_main()
+      else None,
       enabled=hosts.is_main(),
     ) as writer,
+    Profiler(
+      workdir / files.PROFILE, config.profile if hosts.is_main() else 0
+    ) as profiler,
     Progress(
       num_steps,
       start,
@@ -194,20 +212,30 @@ def train(
       bar=config.logging.progress_bar if hosts.is_main() else False,
     ) as progress,
   ):
-    for line in describe.run(config, workdir, facts, sizes, start):
+    for line in (
+      *describe.run(config, workdir, facts, sizes, start),
+      *describe.variables(train_state),
+    ):
       progress.line(line)
     window = Window(record.window)
     skipped = SkippedSteps(record, config.train.max_skipped_steps)
     clock = Clock(record, train_step, eval_step)
     with StopSignals() as signals:
       for step in range(start, num_steps):
+        if out_of_patience(record, config.eval):
+          progress.line(describe.out_of_patience(record, config.eval.patience))
+          break
         if interval and step and step % interval == 0:
           train_state = redraw(train_state, keys.redraw_rng)
         batch = next(batches)
+        if step == start:
+          train_step.compile(train_state, batch, dropout_rng)
+          if plan := train_step.memory_plan():
+            progress.line(describe.memory(plan))
         train_state, sums = train_step(train_state, batch, dropout_rng)
-        if step == start and train_step.memory_plan():
-          progress.line(describe.memory(train_step.memory_plan()))
         done = step + 1
+        if profiled := profiler.step(done, sums):
+          progress.line(profiled)
         window.add(sums)
         skipped.add(done, batch, sums)
         progress.step(done)
@@ -226,7 +254,11 @@ def train(
             skipped,
             record,
             guessing(
-              functools.partial(steps.gradient_norms, apply_fn=model.apply)
+              functools.partial(
+                steps.gradient_norms,
+                apply_fn=model.apply,
+                label_smoothing=config.optim.label_smoothing,
+              )
             ),
             train_state,
             dropout_rng,
@@ -250,6 +282,7 @@ def train(
           record.dev = {"step": done, **dev}
           if is_better(record.dev, record.best):
             record.best, save_now = record.dev, True
+          save_now = save_now or out_of_patience(record, config.eval)
           progress.line(describe.dev(record))
         if save_now:
           writer.sync()
@@ -266,7 +299,7 @@ def train(
 
     # 6. Test accuracy of the last and of the best-dev parameters.
     test_last = test_best = evaluate(train_state, datasets["test"])
-    if record.best["step"] != num_steps:
+    if record.best["step"] != record.dev["step"]:
       best_state, _ = storage.restore(record.best["step"], train_state)
       test_best = evaluate(parallel.replicate(best_state), datasets["test"])
     outcome = {
@@ -275,7 +308,8 @@ def train(
       **describe.result(config, datasets["test"], record),
       **sizes,
     }
-    writer.write(num_steps, {"test/accuracy": test_best["accuracy"], **outcome})
+    outcome["test/accuracy"] = test_best["accuracy"]
+    writer.write(record.dev["step"], outcome)
 
 
 def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
@@ -291,8 +325,10 @@ def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
   return result
 
 
-def load_data(config: ConfigDict) -> dict[str, data.Dataset]:
-  """All splits of the task, from the cache or built into it."""
+def load_data(
+  config: ConfigDict, splits: Sequence[str] = data.SPLITS
+) -> dict[str, data.Dataset]:
+  """Splits of the task, from the cache or built into it."""
   task = config.task
   last_line = time.monotonic()
 
@@ -312,7 +348,7 @@ def load_data(config: ConfigDict) -> dict[str, data.Dataset]:
       progress=progress,
       **task.kwargs,
     )
-    for split in data.SPLITS
+    for split in splits
   }
 
 
@@ -353,17 +389,3 @@ def explain_skipped(
     record,
     lambda batch: norms(before, batch, dropout_rng),
   )
-
-
-def is_better(
-  dev: Mapping[str, float], best: Mapping[str, float] | None
-) -> bool:
-  """Higher dev accuracy; among equals, lower dev loss.
-
-  Example:
-    >>> dev = {"accuracy": 0.5, "loss": 1.0}
-    >>> is_better(dev, None), is_better(dev, dev)
-    (True, False)
-  """
-  rank = lambda x: (x["accuracy"], -x["loss"])
-  return best is None or rank(dev) > rank(best)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectraformer_jax import nn
 from spectraformer_jax.checks import positions_before
 from spectraformer_jax.train.steps import replica_rng
 from spectraformer_jax.typing import Array
@@ -27,20 +26,6 @@ OBJECTIVES = ("classify", "masked", "causal")
 _HIDDEN_PERIOD = 7
 # Sets the key of the hidden tokens apart from that of dropout.
 _MASKS = 2**32 - 1
-
-
-def model_class(objective: str, pair: bool) -> type[Any]:
-  """The model that learns it; pairs are guessed one sequence at a time.
-
-  Example:
-    >>> model_class("masked", False).__name__
-    'MaskedLanguageModel'
-  """
-  if objective == "classify":
-    return nn.DualClassifier if pair else nn.Classifier
-  return {"masked": nn.MaskedLanguageModel, "causal": nn.LanguageModel}[
-    objective
-  ]
 
 
 def guessing(

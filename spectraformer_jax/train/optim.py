@@ -1,10 +1,9 @@
 """The optimiser: AdamW, warm-up, decay and gradient clipping.
 
-The defaults of `config.default_config` are the official Spectraformer settings:
-AdamW (0.9, 0.999, 1e-6) without weight decay, learning rate 1e-4 reached over
-1000 steps from 1/25 of it, then linear decay to about 0 (PyTorch's one-cycle
-schedule with linear annealing), gradients clipped by value at 1. The schedule
-"rsqrt" is that of Long Range Arena's code for texts.
+The values that belong together are in `recipes`. The schedule "linear" of the
+official one is PyTorch's one-cycle schedule with linear annealing: from 1/25 of
+the learning rate up to it, then down to about 0. "rsqrt" is that of Long Range
+Arena's code for texts.
 """
 
 import functools
@@ -15,11 +14,15 @@ import optax
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.typing import Array, PyTree
 
 # One-cycle's own numbers: it starts at lr / 25 and ends at that over 10,000.
 START_DIVISOR = 25.0
 END_DIVISOR = 25.0 * 1e4
+
+# The learnable parameters of a layer's feature map lie under this name.
+FEATURE_MAP = "feature_map"
 
 # Any of these in a parameter's path; biases of heads have two axes.
 NOT_DECAYED = {
@@ -27,7 +30,7 @@ NOT_DECAYED = {
   "scale",
   "position_embedding",
   "cls_token",
-  "feature_map",
+  FEATURE_MAP,
 }
 
 
@@ -85,18 +88,63 @@ def decay_mask(params: PyTree) -> PyTree:
     >>> decay_mask({"mlp": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}})
     {'mlp': {'bias': False, 'kernel': True}}
   """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf.ndim > 1 and not _names(path) & NOT_DECAYED, params
+  )
 
-  def decays(path, leaf):
-    names = {str(getattr(part, "key", part)) for part in path}
-    return leaf.ndim > 1 and not names & NOT_DECAYED
 
-  return jax.tree_util.tree_map_with_path(decays, params)
+def check_feature_map_lr(
+  optim: ConfigDict, feature_map: FeatureMap | None
+) -> None:
+  """Refuses a learning rate for parameters that are not there.
+
+  Args:
+    optim: the section of the config.
+    feature_map: of the model, None if it has none.
+
+  Raises:
+    ValueError: `feature_map_lr` is set, and the map has nothing to learn.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> check_feature_map_lr(default_config().optim, None)
+  """
+  if optim.feature_map_lr is None:
+    return
+  init = feature_map and feature_map.init_params
+  if not init or not init(jax.random.key(0), head_dim=4, num_heads=1):
+    name = feature_map.info.name if feature_map else "this attention"
+    raise ValueError(
+      f"config.optim.feature_map_lr must be None for {name}, which has no "
+      f"feature map with parameters to learn, got {optim.feature_map_lr}."
+    )
+
+
+def feature_map_mask(params: PyTree) -> PyTree:
+  """True for the learnable parameters of feature maps.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> feature_map_mask({"feature_map": {"rows": jnp.ones(2)}, "w": 0.0})
+    {'feature_map': {'rows': True}, 'w': False}
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: FEATURE_MAP in _names(path), params
+  )
+
+
+def _names(path) -> set[str]:
+  """The keys of a leaf's path."""
+  return {str(getattr(part, "key", part)) for part in path}
 
 
 def make_optimizer(
   optim: ConfigDict, num_steps: int
 ) -> optax.GradientTransformation:
   """Clipping, then AdamW, as the config says.
+
+  With `feature_map_lr` the learnable parameters of feature maps have a learning
+  rate of their own, which follows the same schedule.
 
   Args:
     optim: the section of the config.
@@ -119,4 +167,8 @@ def make_optimizer(
     weight_decay=optim.weight_decay,
     mask=decay_mask,
   )
-  return optax.chain(clip, adamw)
+  if optim.feature_map_lr is None:
+    return optax.chain(clip, adamw)
+  # AdamW's update is in proportion to the rate, the decay it has included.
+  ratio = optax.scale(optim.feature_map_lr / optim.lr)
+  return optax.chain(clip, adamw, optax.masked(ratio, feature_map_mask))

@@ -126,7 +126,8 @@ def map_step(
 class DataParallelStep:
   """`step(state, batch, *rest, axis_name=...)` on all devices.
 
-  Compiled ahead of time, once for each shape of batch.
+  Compiled ahead of time, once for each shape of batch, by `compile` or else by
+  the first call.
 
   Args:
     step: pure; what it returns is the same on every replica.
@@ -168,21 +169,16 @@ class DataParallelStep:
     Returns:
       What `step` returns, replicated; not waited for.
     """
-    batch = self._place(batch)
-    start, is_new = time.perf_counter(), _shapes(batch) not in self._compiled
+    batch = self._divide(batch)
     compiled = self._find(state, batch, *rest)
-    result = compiled(state, batch, *rest)
-    if is_new:  # the step is only dispatched, so this is the compiler's time
-      self.compile_seconds += time.perf_counter() - start
+    result = compiled(state, self._place(batch), *rest)
     return jax.block_until_ready(result) if self._one_at_a_time else result
 
   def compile(
     self, state: PyTree, batch: Mapping[str, np.ndarray], *rest: Any
   ) -> None:
     """Compiles for batches of this shape, if that was not done yet."""
-    start = time.perf_counter()
-    self._find(state, self._place(batch), *rest)
-    self.compile_seconds += time.perf_counter() - start
+    self._find(state, self._divide(batch), *rest)
 
   def memory_plan(self) -> dict[str, int] | None:
     """Bytes that the last compiled program plans with on each device.
@@ -207,14 +203,24 @@ class DataParallelStep:
       "total": arguments + temporary + results,
     }
 
-  def _place(self, batch):
+  def _divide(self, batch):
+    """The batch as the engine lowers it."""
     return _split(batch) if self._engine == "pmap" else _shard(batch)
 
+  def _place(self, batch):
+    """The divided batch as the compiled program takes it."""
+    if self._engine == "pmap" and jax.process_count() > 1:
+      # A pmap makes global arrays of the hosts' parts, a compiled one does not.
+      return _shard(batch)
+    return batch
+
   def _find(self, state, batch, *rest):
-    """The program for placed batches of this shape."""
+    """The program for divided batches of this shape."""
     shapes = _shapes(batch)
     if shapes not in self._compiled:
+      start = time.perf_counter()
       self._compiled[shapes] = self._compile(state, batch, *rest)
+      self.compile_seconds += time.perf_counter() - start
     return self._compiled[shapes]
 
   def _compile(self, *args):
@@ -222,12 +228,10 @@ class DataParallelStep:
       self._step,
       len(args),
       engine=self._engine,
+      # Of several processes in the order of `_mesh`; of one in pmap's own.
+      devices=jax.devices() if jax.process_count() > 1 else None,
       donate_state=self._donate_state,
     )
-    if self._engine == "pmap" and jax.process_count() > 1:
-      # A compiled pmap does not make global arrays of the hosts' parts, so
-      # this one is compiled by its first call.
-      return mapped
     return mapped.lower(*args).compile()
 
 
@@ -245,7 +249,7 @@ def _split(batch):
 
 
 def _shard(batch):
-  """This host's rows -> global arrays, split over all devices."""
+  """This host's part of axis 0 -> global arrays, split over all devices."""
   sharding = NamedSharding(_mesh(), PartitionSpec(AXIS))
   return {
     name: jax.make_array_from_process_local_data(sharding, array)

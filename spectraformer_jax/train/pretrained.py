@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from spectraformer_jax.data import Batches
-from spectraformer_jax.train import hosts, models, optim, state
+from spectraformer_jax.nn import load_pretrained
+from spectraformer_jax.train import hosts, state
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.config import default_config, flatten, to_dict
-from spectraformer_jax.train.storage import restore_best
 from spectraformer_jax.train.writers import read_rows, result_row
 from spectraformer_jax.typing import PyTree
 
@@ -26,7 +26,7 @@ _FREE = (
 
 
 def start_from(
-  train_state: state.TrainState, config: ConfigDict, batches: Batches
+  train_state: state.TrainState, config: ConfigDict
 ) -> state.TrainState:
   """The first state of a run, with the weights of `config.model.init_from`.
 
@@ -35,32 +35,36 @@ def start_from(
   belong. Heads, pooling and optimiser start anew.
 
   Args:
-    train_state: of `state.create`, with host or device arrays.
+    train_state: of `state.create`.
     config: of this run.
-    batches: what its model reads.
 
   Raises:
     ValueError: no finished run is there, or its model is another.
   """
-  workdir = Path(config.model.init_from)
-  stored = hosts.from_main(lambda: _read(workdir))
-  source = default_config()
-  source.update(stored)
-  _check_same(workdir, to_dict(source), to_dict(config))
-  feature_map = models.make_feature_map(source)
-  like = state.create(
-    models.make_model(source, feature_map, batches),
-    feature_map,
-    optim.make_optimizer(source.optim, source.train.num_steps),
-    state.run_keys(source.train.seed),
+
+  def read():
+    nonlocal variables
+    workdir = Path(config.model.init_from)
+    source = default_config()
+    source.update(_read(workdir))
+    _check_same(workdir, to_dict(source), to_dict(config))
+    trained = dict(load_pretrained(workdir).variables)
+    found, params = trained.pop("params"), dict(train_state.params)
+    for name in SHARED:
+      if name in params:
+        params[name] = _take(name, found[name], params[name])
+    variables = {**train_state.collections, **trained, "params": params}
+
+  variables = None
+  hosts.from_main(read)
+  like = {"params": train_state.params, **train_state.collections}
+  variables = hosts.arrays_from_main(variables, like)
+  params = variables.pop("params")
+  return train_state._replace(
+    params=params,
+    collections=variables,
+    ema=None if train_state.ema is None else jax.tree.map(jnp.copy, params),
   )
-  trained = restore_best(workdir / files.CHECKPOINTS, like)
-  params = dict(train_state.params)
-  for name in SHARED:
-    if name in params:
-      params[name] = _take(name, trained.params[name], params[name])
-  collections = {**train_state.collections, **trained.collections}
-  return train_state._replace(params=params, collections=collections)
 
 
 def _read(workdir: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def summary(workdir: Path) -> list[tuple[str, str]]:
     *_objective(config["train"]),
     ("data", f"{result['provenance']}; {_split_sizes(stored['data'])}"),
     ("seeds", "training {}, data {}".format(*seeds)),
+    ("steps", _steps(result["step"], config["train"]["num_steps"])),
     (
       "test accuracy, best-dev parameters",
       f"{_percent(result['test/accuracy_best'])} (step {result['best_step']})",
@@ -203,6 +204,11 @@ def _objective(train: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _split_sizes(data: Mapping[str, Any]) -> str:
   return ", ".join(f"{s['num_examples']:,} {name}" for name, s in data.items())
+
+
+def _steps(done: int, planned: int) -> str:
+  early = f" of {planned:,}, stopped early" if done < planned else ""
+  return f"{done:,}{early}"
 
 
 def _percent(value: float) -> str:

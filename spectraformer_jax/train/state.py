@@ -11,6 +11,7 @@ import optax
 
 from spectraformer_jax import nn
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.from_config import example_inputs
 from spectraformer_jax.typing import Array, PyTree
 
 # The one non-learnable collection that training itself updates.
@@ -26,12 +27,21 @@ class TrainState(NamedTuple):
     collections: the model's other variables by name: "random_features" (the
       projections), perhaps "feature_stats".
     opt_state: of the optimiser.
+    ema: the moving average of the params, with which the model is evaluated;
+      None where there is none.
   """
 
   step: Array
   params: PyTree
   collections: dict[str, PyTree]
   opt_state: PyTree
+  ema: PyTree = None
+
+  @property
+  def variables(self) -> dict[str, PyTree]:
+    """What the model is evaluated with."""
+    params = self.params if self.ema is None else self.ema
+    return {"params": params, **self.collections}
 
 
 class RunKeys(NamedTuple):
@@ -65,23 +75,29 @@ def create(
   feature_map: FeatureMap | None,
   tx: optax.GradientTransformation,
   keys: RunKeys,
+  *,
+  ema: bool = False,
 ) -> TrainState:
   """The state before the first step.
 
   Args:
-    model: of `models.make_model`.
+    model: of `nn.from_config.make_model`.
     feature_map: the one it was made with, if any.
     tx: the optimiser.
     keys: of the run.
+    ema: whether the average of the parameters is kept as well.
   """
-  # Shapes of variables do not depend on those of the input.
-  inputs = jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
-  if isinstance(model, nn.DualClassifier):
-    inputs *= 2
-  variables = dict(_init(model, feature_map, keys, inputs))
+  variables = dict(_init(model, feature_map, keys, example_inputs(model)))
   params = variables.pop("params")
   opt_state = jax.jit(tx.init)(params)
-  return TrainState(jnp.zeros((), jnp.int32), params, variables, opt_state)
+  return TrainState(
+    jnp.zeros((), jnp.int32),
+    params,
+    variables,
+    opt_state,
+    # Of its own, since a step may reuse the buffers of both.
+    jax.tree.map(jnp.copy, params) if ema else None,
+  )
 
 
 def _init(model, feature_map, keys, inputs) -> Mapping[str, PyTree]:

@@ -51,8 +51,13 @@ def model_inputs(batch: Mapping[str, Array]) -> tuple[Array, ...]:
   return tuple(batch[name] for name in names if name in batch)
 
 
-def weighted_sums(logits: Array, label: Array, weight: Array) -> Sums:
+def weighted_sums(
+  logits: Array, label: Array, weight: Array, label_smoothing: float = 0.0
+) -> Sums:
   """Cross-entropy and hits of logits [B, classes] float32, summed by weight.
+
+  Label smoothing gives that share of the label to all classes alike (Szegedy et
+  al., 2016, section 7).
 
   Example:
     >>> logits = jnp.array([[9.0, 0.0], [9.0, 0.0]])
@@ -61,6 +66,9 @@ def weighted_sums(logits: Array, label: Array, weight: Array) -> Sums:
     (1.0, 1.0)
   """
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  if label_smoothing:
+    uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+    loss = (1 - label_smoothing) * loss + label_smoothing * uniform
   hit = jnp.argmax(logits, axis=-1) == label
   return Sums(
     jnp.sum(loss * weight),
@@ -77,6 +85,8 @@ def train_step(
   apply_fn: Callable,
   tx: optax.GradientTransformation,
   accumulate: int = 1,
+  label_smoothing: float = 0.0,
+  ema_decay: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[TrainState, Sums]:
   """One update from one batch, or none if its numbers are not finite.
@@ -91,6 +101,8 @@ def train_step(
     apply_fn: `model.apply`.
     tx: the optimiser.
     accumulate: see `gradients`.
+    label_smoothing: of the loss, see `weighted_sums`.
+    ema_decay: of the state's average, if it has one; see `averaged`.
     axis_name: the mapped axis of replicas, if any.
 
   Returns:
@@ -103,19 +115,42 @@ def train_step(
     rng,
     apply_fn=apply_fn,
     accumulate=accumulate,
+    label_smoothing=label_smoothing,
     axis_name=axis_name,
   )
   params, opt_state = apply_gradients(tx, grads, state)
   collections = {**state.collections, **updated}
+  ema = state.ema
+  if ema is not None:
+    ema = averaged(ema, params, state.step, ema_decay)
+  new = TrainState(state.step, params, collections, opt_state, ema)
   finite = all_finite((grads, sums.loss))
-  params, collections, opt_state = jax.tree.map(
-    functools.partial(jnp.where, finite),
-    (params, collections, opt_state),
-    (state.params, state.collections, state.opt_state),
-  )
+  new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
   counted = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0.0), sums)
   counted = counted._replace(skipped=1.0 - finite.astype(jnp.float32))
-  return TrainState(state.step + 1, params, collections, opt_state), counted
+  return new._replace(step=state.step + 1), counted
+
+
+def averaged(ema: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
+  """The moving average of the parameters after a step.
+
+  The first steps count for more, so that the initial parameters are soon
+  forgotten: the decay is at most (1 + step) / (10 + step), as in TensorFlow's
+  `ExponentialMovingAverage`.
+
+  Args:
+    ema: before the step.
+    params: after it.
+    step: its number, from 0 on; a scalar.
+    decay: in [0, 1).
+
+  Example:
+    >>> averaged({"w": 0.0}, {"w": 1.0}, jnp.int32(0), 0.999)["w"].item()
+    0.8999999761581421
+  """
+  step = step.astype(jnp.float32)
+  rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
 
 
 def gradients(
@@ -125,6 +160,7 @@ def gradients(
   *,
   apply_fn: Callable,
   accumulate: int = 1,
+  label_smoothing: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[PyTree, Sums, PyTree]:
   """Gradient of the weighted mean loss over the global batch.
@@ -140,6 +176,7 @@ def gradients(
     apply_fn: `model.apply`.
     accumulate: the replica's batch goes through the model in so many parts, one
       after the other, to need less memory; its size is a multiple of it.
+    label_smoothing: of the loss, see `weighted_sums`.
     axis_name: the mapped axis of replicas, if any.
 
   Returns:
@@ -147,7 +184,12 @@ def gradients(
     every replica.
   """
   dropout_rng = replica_rng(rng, state.step, axis_name)
-  find = functools.partial(_summed_gradients, state, apply_fn=apply_fn)
+  find = functools.partial(
+    _summed_gradients,
+    state,
+    apply_fn=apply_fn,
+    label_smoothing=label_smoothing,
+  )
   if accumulate == 1:
     found = find(batch, dropout_rng)
   else:
@@ -164,7 +206,7 @@ def gradients(
   return grads, sums, updated
 
 
-def _summed_gradients(state, batch, dropout_rng, *, apply_fn):
+def _summed_gradients(state, batch, dropout_rng, *, apply_fn, label_smoothing):
   """Gradient of the summed loss of some examples, sums, new collections."""
   mutable = [name for name in state.collections if name == MUTABLE_COLLECTION]
 
@@ -176,7 +218,9 @@ def _summed_gradients(state, batch, dropout_rng, *, apply_fn):
       rngs={"dropout": dropout_rng},
       mutable=mutable,
     )
-    sums = weighted_sums(logits, batch["label"], batch["weight"])
+    sums = weighted_sums(
+      logits, batch["label"], batch["weight"], label_smoothing
+    )
     return sums.loss, (sums, updated)
 
   grads, (sums, updated) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -231,6 +275,7 @@ def gradient_norms(
   rng: Array,
   *,
   apply_fn: Callable,
+  label_smoothing: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[PyTree, Array]:
   """What `train_step` saw, to explain why it skipped.
@@ -240,6 +285,7 @@ def gradient_norms(
     batch: as the step found it.
     rng: the run's dropout key.
     apply_fn: `model.apply`.
+    label_smoothing: of the loss.
     axis_name: the mapped axis of replicas, if any.
 
   Returns:
@@ -248,7 +294,12 @@ def gradient_norms(
     and the mean loss.
   """
   grads, sums, _ = gradients(
-    state, batch, rng, apply_fn=apply_fn, axis_name=axis_name
+    state,
+    batch,
+    rng,
+    apply_fn=apply_fn,
+    label_smoothing=label_smoothing,
+    axis_name=axis_name,
   )
 
   def norms(param, grad):
@@ -268,16 +319,12 @@ def eval_step(
   """Sums of loss, hits and weights of one batch; nothing random is drawn.
 
   Args:
-    state: the same on every replica.
+    state: the same on every replica; its average is used if it has one.
     batch: as for `train_step`; examples of weight 0 do not count.
     apply_fn: `model.apply`.
     axis_name: the mapped axis of replicas, if any.
   """
-  logits = apply_fn(
-    {"params": state.params, **state.collections},
-    *model_inputs(batch),
-    deterministic=True,
-  )
+  logits = apply_fn(state.variables, *model_inputs(batch), deterministic=True)
   sums = weighted_sums(logits, batch["label"], batch["weight"])
   return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 

@@ -55,31 +55,6 @@ class Storage:
       self._checkpointer.__exit__(*exc_info)
 
 
-def restore_best(directory: Path, like: TrainState) -> TrainState:
-  """The best-dev state of a finished run; nothing there is changed.
-
-  Args:
-    directory: of its checkpoints, on process 0's disk.
-    like: see `Checkpointer.restore`.
-
-  Raises:
-    ValueError: no checkpoint can be read, or it holds other shapes.
-  """
-
-  def restore():
-    with Checkpointer(directory, keep=1, read_only=True) as checkpointer:
-      steps = checkpointer.steps()
-      if not steps:
-        raise ValueError(f"{str(directory)!r} holds no checkpoint.")
-      newest, record = checkpointer.restore(steps[-1], like)
-      best = record["best"]["step"]
-      if best == steps[-1]:
-        return newest, record
-      return checkpointer.restore(best, like)
-
-  return _share(restore, like)[0]
-
-
 def _share(
   restore: Callable[[], Restored | None], like: TrainState
 ) -> Restored | None:

@@ -9,19 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 import spectraformer_jax
+from spectraformer_jax.nn import pretrained
 from spectraformer_jax.train import parallel
 from spectraformer_jax.train.config import default_config, flatten, to_dict
 
-CONFIG = "config.json"
+CONFIG, CHECKPOINTS = pretrained.CONFIG, pretrained.CHECKPOINTS
 METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+PROFILE = "profile"
 REPORT = "report.md"
 CURVES = "curves.png"
 
 # What does not change the training, so it may change between two starts.
-FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel")
+FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel", "profile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -61,8 +64,10 @@ def check_data(workdir: Path, data: Mapping[str, Any]) -> None:
     ValueError: names the split whose fingerprint differs.
   """
   stored = read_config(workdir)
-  for split, facts in (stored or {}).get("data", {}).items():
-    old, new = facts["fingerprint"], data[split]["fingerprint"]
+  for split, facts in data.items():
+    if stored is None:
+      return
+    old, new = stored["data"][split]["fingerprint"], facts["fingerprint"]
     if old != new:
       raise ValueError(
         f"workdir {str(workdir)!r} was trained on other data: the {split} "
@@ -93,6 +98,20 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
   """config.json, or None."""
   path = workdir / CONFIG
   return json.loads(path.read_text()) if path.exists() else None
+
+
+def stored_config(workdir: Path) -> ConfigDict:
+  """The config of a run, where a key that is new has its default.
+
+  Raises:
+    ValueError: the folder holds no run.
+  """
+  stored = read_config(workdir)
+  if stored is None:
+    raise ValueError(f"{str(workdir)!r} is no workdir: no {CONFIG}.")
+  config = default_config()
+  config.update(stored["config"])
+  return config
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -35,13 +35,16 @@ def result_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 class MetricWriter:
-  """Appends rows to metrics.jsonl and TensorBoard's files; a context manager.
+  """Appends rows to metrics.jsonl, and to what else shows them.
+
+  A context manager.
 
   Args:
     workdir: the run's folder.
     start_step: rows of later steps, left by a run that was stopped after its
       last checkpoint, are removed first: training will write them again.
     tensorboard: write event files too.
+    wandb: of `wandb_run.start`, to log to as well.
     enabled: False makes one that writes nothing, for all processes but one.
   """
 
@@ -51,9 +54,11 @@ class MetricWriter:
     *,
     start_step: int,
     tensorboard: bool,
+    wandb: Any | None = None,
     enabled: bool = True,
   ):
     self._file = self._tensorboard = None
+    self._wandb = wandb
     if not enabled:
       return
     self._path = workdir / files.METRICS
@@ -74,15 +79,18 @@ class MetricWriter:
       )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """One row; metrics ("train/loss") go to TensorBoard as well."""
+    """One row; metrics ("train/loss") go to the other views as well."""
     if not self._file:
       return
     row = {"step": step, **values, "time": round(time.time(), 3)}
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
-    for name, value in values.items():
-      if self._tensorboard and "/" in name:
+    metrics = {name: value for name, value in values.items() if "/" in name}
+    if self._tensorboard:
+      for name, value in metrics.items():
         self._tensorboard.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log(metrics, step=step)
 
   def sync(self) -> None:
     """Waits until the rows are on disk; call it before a checkpoint."""
@@ -100,3 +108,5 @@ class MetricWriter:
       self._file.close()
     if self._tensorboard:
       self._tensorboard.close()
+    if self._wandb:
+      self._wandb.finish(exit_code=int(exc_info[0] is not None))

@@ -14,7 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from configs import common
 from spectraformer_jax import nn
-from spectraformer_jax.train import models, optim, parallel, state, steps
+from spectraformer_jax.nn import from_config
+from spectraformer_jax.train import optim, parallel, state, steps
 from tests.train.workers import OTHER_COLLECTIVES
 
 topology, engine = sys.argv[1:]
@@ -22,7 +23,7 @@ devices = list(
   topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 )
 config = common.base("text")
-feature_map = models.make_feature_map(config)
+feature_map = from_config.make_feature_map(config)
 model = nn.Classifier(
   vocab_size=257, num_classes=2, max_len=4000, feature_map=feature_map,
   dropout_rate=config.model.dropout_rate,

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from configs import digits, listops
+from spectraformer_jax.nn.from_config import make_feature_map
 from spectraformer_jax.train.config import (
   OPEN_SECTIONS,
   check_key,
@@ -13,7 +14,6 @@ from spectraformer_jax.train.config import (
   to_dict,
   validate,
 )
-from spectraformer_jax.train.models import make_feature_map
 from spectraformer_jax.train.workdir import check_config
 
 EXPERIMENTS = {

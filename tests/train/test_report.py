@@ -45,7 +45,10 @@ def workdir(tmp_path):
     "devices": ["cpu"] * 2,
   }
   stored = {
-    "config": {"train": {"batch_size": 32, "seed": 5}, "task": {"seed": 1}},
+    "config": {
+      "train": {"batch_size": 32, "seed": 5, "num_steps": 20},
+      "task": {"seed": 1},
+    },
     "data": {"train": split, "dev": split, "test": split},
     "environments": [env],
   }

@@ -1,6 +1,7 @@
 """`python train.py` as a user runs it, in processes of its own."""
 
 import json
+import re
 import signal
 import time
 
@@ -41,7 +42,12 @@ def other_value(path, value):
   if path in OPEN_SECTIONS:
     return {"anything": 3}
   if value is None:
-    optional = {"progress_bar": True, "cache_dir": "x", "tokenizer": "full"}
+    optional = {
+      "progress_bar": True,
+      "cache_dir": "x",
+      "tokenizer": "full",
+      "wandb": "x",
+    }
     return optional.get(path.split(".")[-1], 7)
   if isinstance(value, bool):
     return not value
@@ -55,7 +61,10 @@ def other_value(path, value):
   [
     ("digits.py", digits.get_config),
     ("listops.py", listops.get_config),
-    ("listops.py:quick", lambda: listops.get_config("quick")),
+    (
+      "listops.py:quick,recipe=lra",
+      lambda: listops.get_config("quick,recipe=lra"),
+    ),
   ],
 )
 def test_every_key_can_be_overridden(experiment, get_config):
@@ -68,7 +77,7 @@ def test_every_key_can_be_overridden(experiment, get_config):
   config, workdir = json.loads(out)
   # Through JSON, as the config was: it knows no tuples.
   assert flatten(config) == json.loads(json.dumps(wanted))
-  name = experiment.replace(".py", "").replace(":", "-")
+  name = re.sub(r"\W+", "-", experiment.replace(".py", ""))
   assert workdir == f"runs/{name}-spectralx-seed1"
 
 

@@ -1,0 +1,124 @@
+"""The feature map and the model that a config describes.
+
+The config is that of a training run, from its file or from its workdir.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from spectraformer_jax import pairs
+from spectraformer_jax.baselines import check_options
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.classifier import Classifier
+from spectraformer_jax.nn.dual_classifier import DualClassifier
+from spectraformer_jax.nn.language_model import (
+  LanguageModel,
+  MaskedLanguageModel,
+)
+from spectraformer_jax.typing import Array
+
+Model = Classifier | DualClassifier | LanguageModel | MaskedLanguageModel
+
+
+def make_feature_map(config: ConfigDict) -> FeatureMap | None:
+  """The pair of the config; None for a baseline.
+
+  Raises:
+    ValueError: unknown component or matrix, an option it or the baseline does
+      not have, or a redraw interval for a matrix that cannot be redrawn.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> make_feature_map(default_config()).info.name
+    'oprf-orf'
+  """
+  check_options(config.model.attention, config.model.attention_kwargs.to_dict())
+  if config.model.attention != "spectral":
+    return None
+  section = config.feature_map
+  feature_map = pairs.feature_map(
+    section.component,
+    section.weight_matrix,
+    num_features=section.num_features,
+    component_kwargs=section.component_kwargs.to_dict(),
+    weight_matrix_kwargs=section.weight_matrix_kwargs.to_dict(),
+  )
+  if section.redraw_interval and not feature_map.weight_matrix.info.redrawable:
+    raise ValueError(
+      f"config.feature_map.redraw_interval must be 0 for weight matrix "
+      f"{section.weight_matrix!r}, which cannot be redrawn, got "
+      f"{section.redraw_interval}."
+    )
+  return feature_map
+
+
+def make_model(
+  config: ConfigDict,
+  feature_map: FeatureMap | None,
+  facts: Mapping[str, Any],
+) -> Model:
+  """The model for a task: a classifier, of pairs if its examples are pairs.
+
+  With another `train.objective` than "classify" a language model.
+
+  Args:
+    config: its section model, whose keys are attributes of the classifier and
+      where vocab_size and max_len left at None are the data's; task's
+      pad_to_multiple; train's precision and remat.
+    feature_map: of `make_feature_map`.
+    facts: of the data: name, vocab_size, num_classes, length and pair, as
+      `data.Facts` has them.
+
+  Raises:
+    ValueError: a vocabulary or length smaller than the data needs.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> config = default_config()
+    >>> facts = {"name": "toy", "vocab_size": 8, "num_classes": 2, "length": 5,
+    ...   "pair": False}
+    >>> make_model(config, make_feature_map(config), facts).max_len
+    5
+  """
+  options = config.model.to_dict()
+  del options["init_from"]
+  objective = config.train.objective
+  # Hidden tokens have an id of their own, the last.
+  vocab_size = facts["vocab_size"] + (objective == "masked")
+  # Batches are padded to this length.
+  multiple = config.task.pad_to_multiple
+  length = -(-facts["length"] // multiple) * multiple
+  for name, needed in (
+    ("vocab_size", vocab_size),
+    ("max_len", length),
+  ):
+    if options[name] is None:
+      options[name] = needed
+    elif options[name] < needed:
+      raise ValueError(
+        f"config.model.{name} must be at least {needed} for task "
+        f"{facts['name']!r}, got {options[name]}."
+      )
+  if objective == "classify":
+    kind = DualClassifier if facts["pair"] else Classifier
+    options["num_classes"] = facts["num_classes"]
+  else:
+    # Pairs are guessed one sequence at a time.
+    kind = LanguageModel if objective == "causal" else MaskedLanguageModel
+    del options["pooling"]
+  return kind(
+    feature_map=feature_map,
+    # Parameters, statistics, feature sums and the head stay float32.
+    dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else None,
+    remat=config.train.remat,
+    **options,
+  )
+
+
+def example_inputs(model: Model) -> tuple[Array, ...]:
+  """What a model can be initialised with: shapes of variables need no more."""
+  inputs = jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+  return inputs * 2 if isinstance(model, DualClassifier) else inputs

@@ -1,0 +1,106 @@
+"""Loss and accuracy of a checkpoint, on any number of devices."""
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax import data
+from spectraformer_jax.nn import load_pretrained
+from spectraformer_jax.nn.pretrained import find_step
+from spectraformer_jax.train import describe, objectives, parallel, steps
+from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.loop import evaluate_split, load_data
+from spectraformer_jax.train.state import TrainState
+
+
+def evaluate(
+  workdir: Path | str,
+  *,
+  step: int | str = "best",
+  split: str = "test",
+  batch_size: int | None = None,
+  cache_dir: str | None = None,
+) -> dict[str, Any]:
+  """Evaluates a checkpoint of a run again.
+
+  Args:
+    workdir: of the run.
+    step: "best" (by dev accuracy), "last", or the number of a checkpoint.
+    split: "train", "dev" or "test".
+    batch_size: of all devices together; None for the run's, rounded up to a
+      multiple of the devices.
+    cache_dir: root of the token cache; None for the run's.
+
+  Returns:
+    "step", "split", "examples", "loss", "accuracy", "devices".
+
+  Raises:
+    ValueError: no run, no such checkpoint, a checkpoint that is damaged, other
+      data than the run had, or a batch that the devices cannot share.
+  """
+  workdir = Path(workdir)
+  config = files.stored_config(workdir)
+  if split not in data.SPLITS:
+    raise ValueError(
+      f"split must be one of {', '.join(data.SPLITS)}, got {split!r}."
+    )
+  step = find_step(workdir, step)
+  if batch_size is None:
+    devices = jax.device_count()
+    batch_size = -(-config.eval.batch_size // devices) * devices
+  parallel.check_batch_size("batch_size", batch_size)
+  if cache_dir is not None:
+    config.task.cache_dir = cache_dir
+  (dataset,) = load_data(config, [split]).values()
+  files.check_data(workdir, {split: describe.split(dataset)})
+  model, variables = load_pretrained(workdir, step=step)
+  params = variables.pop("params")
+  eval_step = parallel.DataParallelStep(
+    objectives.guessing(
+      functools.partial(steps.eval_step, apply_fn=model.apply),
+      objective=config.train.objective,
+      mask_token=model.vocab_size - 1,
+    ),
+    engine=config.train.parallel,
+  )
+  make_batches = functools.partial(
+    data.Batches,
+    seed=0,
+    pad_to_multiple=config.task.pad_to_multiple,
+    buckets=config.task.buckets,
+    **parallel.hosts(),
+  )
+  state = TrainState(jnp.int32(step), params, variables, opt_state=())
+  means = evaluate_split(
+    eval_step, make_batches, batch_size, parallel.replicate(state), dataset
+  )
+  return {
+    "step": step,
+    "split": split,
+    "examples": len(dataset),
+    **means,
+    "devices": jax.device_count(),
+  }
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints the result as one JSON object."""
+  parser = argparse.ArgumentParser(
+    prog="python -m spectraformer_jax.train evaluate",
+    description="Prints loss and accuracy of a checkpoint as a JSON object.",
+    allow_abbrev=False,
+  )
+  parser.add_argument("--workdir", required=True)
+  parser.add_argument(
+    "--step", default="best", help="best (by dev accuracy), last, or a number"
+  )
+  parser.add_argument("--split", default="test", choices=data.SPLITS)
+  parser.add_argument("--batch_size", type=int)
+  parser.add_argument("--cache_dir", help="root of the token cache")
+  print(json.dumps(evaluate(**vars(parser.parse_args(argv)))))

@@ -1,0 +1,244 @@
+"""Classes and their probabilities for inputs that a user gives."""
+
+import argparse
+import json
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from spectraformer_jax.data.listops_text import CLOSE, encode
+from spectraformer_jax.nn import Classifier, DualClassifier, load_pretrained
+from spectraformer_jax.train import workdir as files
+
+# Ids of each input: of one sequence, or of two for a task of pairs.
+Inputs = list[tuple[np.ndarray, ...]]
+
+
+def predict(
+  workdir: Path | str,
+  inputs: Inputs,
+  *,
+  step: int | str = "best",
+  batch_size: int = 32,
+) -> Iterator[np.ndarray]:
+  """Probabilities of the classes for each input.
+
+  Args:
+    workdir: of the run.
+    inputs: of `read_text` or `read_npz`.
+    step: "best" (by dev accuracy), "last", or the number of a checkpoint.
+    batch_size: inputs that go through the model together.
+
+  Yields:
+    ``[classes]`` float32 for each input, in order.
+
+  Raises:
+    ValueError: no run, no such checkpoint, or one that is damaged.
+  """
+  model, variables = load_pretrained(workdir, step=step)
+  if not isinstance(model, Classifier | DualClassifier):
+    raise ValueError(
+      f"{str(workdir)!r} holds a {type(model).__name__}, which knows no "
+      "classes; finetune it (docs/training.md)."
+    )
+  width = max(len(ids) for pair in inputs for ids in pair)
+
+  @jax.jit
+  def probabilities(*args):
+    return jax.nn.softmax(model.apply(variables, *args))
+
+  for first in range(0, len(inputs), batch_size):
+    rows = inputs[first : first + batch_size]
+    # Rows that fill the batch up, for one shape: their result is dropped.
+    full = rows + rows[:1] * (batch_size - len(rows))
+    args = [
+      array for part in zip(*full, strict=True) for array in _pad(part, width)
+    ]
+    yield from np.asarray(probabilities(*args))[: len(rows)]
+
+
+def _pad(sequences: Sequence[np.ndarray], width: int):
+  """``[B, width]`` ids, and ``[B]`` lengths."""
+  tokens = np.zeros((len(sequences), width), np.int32)
+  for row, ids in zip(tokens, sequences, strict=True):
+    row[: len(ids)] = ids
+  return tokens, np.array([len(ids) for ids in sequences], np.int32)
+
+
+def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
+  """Inputs from text, one a line; two with a tab between for pairs.
+
+  Bytes are cut after the task's length, as the task does. Expressions of
+  ListOps are written as in its files. For all other tasks a line holds ids as
+  the model reads them, separated by spaces.
+
+  Args:
+    lines: with or without their ends.
+    facts: of the data, from config.json: tokenizer, id_shift, length, pair,
+      vocab_size.
+
+  Raises:
+    ValueError: names the line that cannot be read.
+
+  Example:
+    >>> facts = {"tokenizer": "bytes", "id_shift": 1, "length": 4,
+    ...   "pair": False, "vocab_size": 257}
+    >>> read_text(["hello"], facts)[0][0].tolist()
+    [105, 102, 109, 109]
+  """
+  wanted = 2 if facts["pair"] else 1
+  inputs = []
+  for number, line in enumerate(lines, 1):
+    texts = line.rstrip("\r\n").split("\t") if wanted == 2 else [line.strip()]
+    try:
+      if len(texts) != wanted:
+        raise ValueError(
+          f"a pair is two texts with a tab between, got {len(texts)}."
+        )
+      sequences = tuple(_encode(text, facts) for text in texts)
+      for ids in sequences:
+        _check(ids, facts)
+    except ValueError as error:
+      raise ValueError(f"Line {number}: {error}") from error
+    inputs.append(sequences)
+  return inputs
+
+
+def _encode(text: str, facts: dict[str, Any]) -> np.ndarray:
+  """Ids of one text, by the task's tokeniser."""
+  tokenizer = facts["tokenizer"]
+  if tokenizer == "bytes":
+    raw = np.frombuffer(text.encode()[: facts["length"]], np.uint8)
+    return raw.astype(np.int64) + facts["id_shift"]
+  if tokenizer in ("full", "no_close"):
+    ids = encode(text)
+    return ids[ids != CLOSE] if tokenizer == "no_close" else ids
+  try:
+    return np.array([int(word) for word in text.split()], np.int64)
+  except ValueError:
+    raise ValueError(
+      f"tokenizer {tokenizer!r} has no text; write ids with spaces between, "
+      f"got {text[:40]!r}."
+    ) from None
+
+
+def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
+  """Inputs from arrays of ids.
+
+  Args:
+    path: a file of `numpy.savez`: tokens [n, T] ints, and length [n] ints if
+      rows are shorter than T; tokens_2 and length_2 as well for pairs. A batch
+      of `data.Batches` is of this form.
+    facts: as for `read_text`.
+
+  Raises:
+    ValueError: names the array or the row that is not right.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = dict(file)
+  except (zipfile.BadZipFile, ValueError) as error:
+    raise ValueError(f"{str(path)!r} is no .npz of arrays: {error}") from error
+  parts = []
+  for suffix in ("", "_2") if facts["pair"] else ("",):
+    name = f"tokens{suffix}"
+    tokens = arrays.get(name)
+    if tokens is None or tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+      got = f"{tokens.dtype}{tokens.shape}" if tokens is not None else "none"
+      raise ValueError(f"{name} must be ints [n, T], got {got}.")
+    lengths = arrays.get(
+      f"length{suffix}", np.full(len(tokens), tokens.shape[1])
+    )
+    if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
+      raise ValueError(
+        f"length{suffix} must be ints [{len(tokens)}], got "
+        f"{lengths.dtype}{lengths.shape}."
+      )
+    if (
+      lengths.size
+      and not 0 <= lengths.min() <= lengths.max() <= tokens.shape[1]
+    ):
+      raise ValueError(
+        f"length{suffix} must lie in [0, {tokens.shape[1]}], got "
+        f"{lengths.min()} to {lengths.max()}."
+      )
+    parts.append(
+      [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    )
+  if len({len(part) for part in parts}) != 1:
+    raise ValueError(
+      f"tokens and tokens_2 must have as many rows, got {len(parts[0])} and "
+      f"{len(parts[1])}."
+    )
+  inputs = list(zip(*parts, strict=True))
+  for number, sequences in enumerate(inputs):
+    for ids in sequences:
+      try:
+        _check(ids, facts)
+      except ValueError as error:
+        raise ValueError(f"Row {number}: {error}") from error
+  return inputs
+
+
+def _check(ids: np.ndarray, facts: dict[str, Any]) -> None:
+  """ValueError unless the model can read these ids."""
+  if not 1 <= len(ids) <= facts["length"]:
+    raise ValueError(
+      f"an input must have 1 to {facts['length']} tokens, got {len(ids)}."
+    )
+  if ids.min() < 0 or ids.max() >= facts["vocab_size"]:
+    raise ValueError(
+      f"ids must lie in [0, {facts['vocab_size']}), got {ids.min()} to "
+      f"{ids.max()}."
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints label and probabilities of each input, a JSON object a line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m spectraformer_jax.train predict",
+    description=(
+      "Prints the label and the probabilities of all labels for each input, as "
+      "a JSON object a line. Inputs are lines of text (two with a tab between "
+      "for a task of pairs), of ids with spaces between for a task without "
+      "text, or an .npz with tokens [n, T] and length [n]."
+    ),
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "input", nargs="?", default="-", help="a file, or - for standard input"
+  )
+  parser.add_argument("--workdir", required=True)
+  parser.add_argument(
+    "--step", default="best", help="best (by dev accuracy), last, or a number"
+  )
+  parser.add_argument("--batch_size", type=int, default=32)
+  args = parser.parse_args(argv)
+  if args.batch_size < 1:
+    raise ValueError(f"--batch_size must be positive, got {args.batch_size}.")
+  stored = files.read_config(Path(args.workdir))
+  if stored is None:
+    raise ValueError(f"{args.workdir!r} is no workdir: no config.json.")
+  facts = stored["data"]["train"]
+  if args.input.endswith(".npz"):
+    inputs = read_npz(args.input, facts)
+  elif args.input == "-":
+    inputs = read_text(sys.stdin, facts)
+  else:
+    with Path(args.input).open(encoding="utf-8") as file:
+      inputs = read_text(file, facts)
+  if not inputs:
+    raise ValueError(f"{args.input!r} holds no input.")
+  for row in predict(
+    args.workdir, inputs, step=args.step, batch_size=args.batch_size
+  ):
+    found = {
+      "label": int(row.argmax()),
+      "probabilities": [round(float(p), 6) for p in row],
+    }
+    print(json.dumps(found))

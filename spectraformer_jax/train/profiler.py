@@ -1,0 +1,60 @@
+"""A JAX profiler trace of some training steps."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from spectraformer_jax.typing import PyTree
+
+
+class Profiler:
+  """Traces steps into a folder; a context manager.
+
+  The trace begins after the first step of this start, which waits for memory
+  and caches, and ends after `num_steps` more, or with the run.
+
+  Args:
+    folder: gets plugins/profile/<time>/ with what TensorBoard's profile plugin
+      and ui.perfetto.dev read.
+    num_steps: how many to trace; 0 for none.
+  """
+
+  def __init__(self, folder: Path, num_steps: int):
+    self._folder = folder
+    self._num_steps = num_steps
+    self._first: int | None = None
+    self._is_on = False
+
+  def step(self, done: int, result: PyTree) -> str | None:
+    """Notes a step that is under way; starts or ends the trace.
+
+    Args:
+      done: number of the step.
+      result: arrays to wait for where the trace starts and ends.
+
+    Returns:
+      A line to show once the trace is written.
+    """
+    if not self._num_steps:
+      return None
+    if self._first is None:
+      jax.block_until_ready(result)
+      jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+      self._first, self._is_on = done + 1, True
+    elif self._is_on and done == self._first + self._num_steps - 1:
+      jax.block_until_ready(result)
+      self._stop()
+      return f"profile: steps {self._first} to {done} are in {self._folder}"
+    return None
+
+  def _stop(self) -> None:
+    self._is_on = False
+    jax.profiler.stop_trace()
+
+  def __enter__(self) -> "Profiler":
+    return self
+
+  def __exit__(self, *exc_info: Any) -> None:
+    if self._is_on:
+      self._stop()
