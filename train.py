@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from spectraformer_jax.train import config as train_config
-from spectraformer_jax.train import hosts, loop, report
+from spectraformer_jax.train import host_memory, hosts, loop, report
 from spectraformer_jax.train.nonfinite import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent
@@ -127,6 +127,7 @@ def set_up_logging() -> None:
 def main(argv: list[str]) -> None:
   """Runs the experiment."""
   set_up_logging()
+  host_memory.keep_freed_memory()
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C
   try:
     if len(argv) > 1:

@@ -19,15 +19,12 @@ measured again.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 FORMS = ("spectral", "naive", "softmax", "exact")
 COLUMNS = ("form", "is_causal", "backward", "batch", "length")
@@ -120,42 +117,6 @@ def cases(args: argparse.Namespace) -> list[dict]:
     values = (form, is_causal, backward, batch, length)
     found.append(dict(zip(COLUMNS, values, strict=True)))
   return found
-
-
-def measure_all(args: argparse.Namespace) -> list[dict]:
-  """Rows of the CSV, old and new."""
-  from rich.progress import track
-
-  path = Path(args.csv)
-  rows = []
-  if path.exists():
-    with path.open() as file:
-      rows = [
-        {key: json.loads(value) for key, value in row.items()}
-        for row in csv.DictReader(file)
-      ]
-  is_new = not rows
-  done = [{name: row[name] for name in COLUMNS} for row in rows]
-  with path.open("a") as file:
-    writer = csv.writer(file)
-    if is_new:
-      writer.writerow(COLUMNS + FIGURES)
-    for case in track(cases(args), "measuring"):
-      if case in done:
-        continue
-      command = [
-        *(sys.executable, __file__, "--one", json.dumps(case)),
-        *("--repeats", str(args.repeats)),
-      ]
-      child = subprocess.run(command, capture_output=True, text=True)
-      if child.returncode:
-        print(f"{case} failed:\n{child.stderr[-500:]}", file=sys.stderr)
-        continue
-      row = case | json.loads(child.stdout.splitlines()[-1])
-      rows.append(row)
-      writer.writerow([json.dumps(row[key]) for key in COLUMNS + FIGURES])
-      file.flush()
-  return rows
 
 
 def print_table(rows: list[dict]) -> None:
@@ -254,7 +215,12 @@ def main() -> None:
   if args.one:
     print(json.dumps(measure(json.loads(args.one), args.repeats)))
     return
-  rows = measure_all(args)
+  from benchmarks.processes import measure_missing
+
+  rows = measure_missing(
+    *(__file__, args.csv, cases(args), FIGURES),
+    ("--repeats", str(args.repeats)),
+  )
   print_table(rows)
   if args.plot:
     plot(rows, args.plot)

@@ -3,12 +3,13 @@
     python benchmarks/train_step.py
 
 Text is 8 x 4096 tokens, listops 32 x 2048, all of full length; the step is that
-of the training loop (dropout 0.1, AdamW, clipping), on one device. Each figure
-comes from a process of its own. `cpu_s` is CPU time of all threads, the median
-of steps after the first; `--threads=1` keeps XLA to one thread. `temp_mib` is
-what the compiled program plans beside its arguments and results, `first_s` the
-first step with compilation, and `input %` the share of the steps' time that the
-input pipeline of the training loop made them wait (it should be below 2).
+of the training loop (dropout 0.1, AdamW, clipping), on one device, and freed
+memory is kept as in train.py. Each figure comes from a process of its own.
+`cpu_s` is CPU time of all threads, the median of steps after the first;
+`--threads=1` keeps XLA to one thread. `temp_mib` is what the compiled program
+plans beside its arguments and results, `first_s` the first step with
+compilation, and `input %` the share of the steps' time that the input pipeline
+of the training loop made them wait (it should be below 2).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 SHAPES = {
   "text": {"batch": 8, "length": 4096, "vocab_size": 257, "num_classes": 2},
@@ -27,8 +29,8 @@ PAIRS = ("posrf-orf", "oprf-orf", "oprf-mm", "trigrf-orf")
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
-def measure(task: str, pair: str, repeats: int) -> dict:
-  """The figures of one case, in this process."""
+def prepare(task: str, pair: str, remat: bool = False) -> tuple:
+  """The jitted step, its state and dropout key, the data and batch size."""
   import functools
 
   import jax
@@ -43,7 +45,7 @@ def measure(task: str, pair: str, repeats: int) -> dict:
   batch_size, length = sizes.pop("batch"), sizes.pop("length")
   config = default_config()
   fm = sf.feature_map(*pair.split("-"), num_features=128)
-  model = sf.nn.Classifier(max_len=length, feature_map=fm, **sizes)
+  model = sf.nn.Classifier(max_len=length, feature_map=fm, remat=remat, **sizes)
   random = np.random.default_rng(0)
   size = (4 * batch_size, length)
   dataset = data.Dataset.from_sequences(
@@ -55,19 +57,48 @@ def measure(task: str, pair: str, repeats: int) -> dict:
   keys = state.run_keys(0)
   train_state = state.create(model, fm, tx, keys)
   step = functools.partial(steps.train_step, apply_fn=model.apply, tx=tx)
+  step = jax.jit(step, donate_argnums=0)
+  return step, train_state, keys.dropout_rng, dataset, batch_size
+
+
+def make_call(task: str, pair: str) -> Callable[[], None]:
+  """One step on one batch, for `peers.py`; it compiles at the first call."""
+  import jax
+
+  from spectraformer_jax import data
+
+  step, train_state, rng, dataset, batch_size = prepare(task, pair)
+  batch = next(data.Batches(dataset, batch_size, seed=0, train=True))
+
+  def call():
+    nonlocal train_state
+    train_state, _ = step(train_state, batch, rng)
+    jax.block_until_ready(train_state)
+
+  return call
+
+
+def measure(task: str, pair: str, remat: bool, repeats: int) -> dict:
+  """The figures of one case, in this process."""
+  import jax
+
+  from spectraformer_jax import data
+  from spectraformer_jax.train.host_memory import keep_freed_memory
+
+  keep_freed_memory()
+  step, train_state, rng, dataset, batch_size = prepare(task, pair, remat)
   with data.Prefetch(
     data.Batches(dataset, batch_size, seed=0, train=True)
   ) as batches:
     batch = next(batches)
     start = time.perf_counter()
-    step = jax.jit(step, donate_argnums=0)
-    step = step.lower(train_state, batch, keys.dropout_rng).compile()
+    step = step.lower(train_state, batch, rng).compile()
     wall, cpu, waited = [], [], []
     for index in range(repeats + 1):
       clocks = time.perf_counter(), time.process_time()
       batch = next(batches)
       waited.append(time.perf_counter() - clocks[0])
-      train_state, _ = step(train_state, batch, keys.dropout_rng)
+      train_state, _ = step(train_state, batch, rng)
       jax.block_until_ready(train_state)
       wall.append(time.perf_counter() - clocks[0])
       cpu.append(time.process_time() - clocks[1])
@@ -91,10 +122,15 @@ def main() -> None:
   parser.add_argument("--pairs", nargs="+", default=PAIRS)
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--threads", type=int, choices=(1,))
+  parser.add_argument(
+    "--remat",
+    action="store_true",
+    help="keep layer inputs alone, as train.remat",
+  )
   parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.one:
-    print(json.dumps(measure(*args.one, args.repeats)))
+    print(json.dumps(measure(*args.one, args.remat, args.repeats)))
     return
   from rich.console import Console
   from rich.progress import track
@@ -112,6 +148,7 @@ def main() -> None:
       [
         *(sys.executable, __file__, "--one", task, pair),
         *("--repeats", str(args.repeats)),
+        *(["--remat"] if args.remat else []),
       ],
       capture_output=True,
       text=True,

@@ -91,6 +91,8 @@ def sequence_parallel_attention(
     key_mask=key_mask,
     query_mask=query_mask,
   )
+  if chunk_size is not None:
+    checks.check_positive_int("chunk_size", chunk_size)
   if axis not in mesh.shape:
     raise ValueError(f"axis={axis!r} is not one of the mesh: {mesh.shape}.")
   for name, length in (("query", query.shape[1]), ("key", key.shape[1])):

@@ -126,17 +126,26 @@ def test_values_gradients_and_traffic():
 
 
 @pytest.mark.parametrize(
-  ("length", "axis", "message"),
-  [(8, "tokens", "axis='tokens'"), (7, "sequence", "query length 7")],
+  ("length", "axis", "chunk_size", "message"),
+  [
+    (8, "tokens", None, "axis='tokens'"),
+    (7, "sequence", None, "query length 7"),
+    (8, "sequence", 0, "chunk_size must be"),
+  ],
 )
-def test_refusals(length, axis, message):
+def test_refusals(length, axis, chunk_size, message):
   mesh = jax.sharding.AbstractMesh((2,), ("sequence",))
   fm = sf.feature_map("posrf", "orf", num_features=ROWS)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
   x = jnp.ones((1, length, 1, HEAD_DIM))
   with pytest.raises(ValueError, match=message):
     sf.sequence_parallel_attention(
-      *(x, x, x), mesh=mesh, axis=axis, feature_map=fm, variables=variables
+      *(x, x, x),
+      mesh=mesh,
+      axis=axis,
+      feature_map=fm,
+      variables=variables,
+      chunk_size=chunk_size,
     )
 
 

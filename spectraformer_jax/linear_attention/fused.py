@@ -23,7 +23,7 @@ STRIDE = 16
 # per token and the state F V, so C near V is cheapest on a CPU; matrix units
 # want more rows. Without a mask larger blocks cost nothing.
 CAUSAL_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 256}
-BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 1024}
+BLOCK = {"cpu": 512, "gpu": 1024, "tpu": 1024}
 
 
 class Maps(NamedTuple):

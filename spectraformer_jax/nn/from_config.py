@@ -3,6 +3,7 @@
 The config is that of a training run, from its file or from its workdir.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,9 +66,8 @@ def make_model(
   With another `train.objective` than "classify" a language model.
 
   Args:
-    config: its section model, whose keys are attributes of the classifier and
-      where vocab_size and max_len left at None are the data's; task's
-      pad_to_multiple; train's precision and remat.
+    config: its section model, where vocab_size and max_len left at None are
+      the data's; task's pad_to_multiple; train's precision and remat.
     feature_map: of `make_feature_map`.
     facts: of the data: name, vocab_size, num_classes, length and pair, as
       `data.Facts` has them.
@@ -83,9 +83,14 @@ def make_model(
     >>> make_model(config, make_feature_map(config), facts).max_len
     5
   """
-  options = config.model.to_dict()
-  del options["init_from"]
-  objective = config.train.objective
+  # A key that a config does not have yet has its default's effect.
+  objective = config.train.get("objective", "classify")
+  kind = _model_class(objective, facts["pair"])
+  attributes = {field.name for field in dataclasses.fields(kind)}
+  # What else the section may hold is not about the model's form.
+  options = {k: v for k, v in config.model.to_dict().items() if k in attributes}
+  if objective == "classify":
+    options["num_classes"] = facts["num_classes"]
   # Hidden tokens have an id of their own, the last.
   vocab_size = facts["vocab_size"] + (objective == "masked")
   # Batches are padded to this length.
@@ -102,13 +107,6 @@ def make_model(
         f"config.model.{name} must be at least {needed} for task "
         f"{facts['name']!r}, got {options[name]}."
       )
-  if objective == "classify":
-    kind = DualClassifier if facts["pair"] else Classifier
-    options["num_classes"] = facts["num_classes"]
-  else:
-    # Pairs are guessed one sequence at a time.
-    kind = LanguageModel if objective == "causal" else MaskedLanguageModel
-    del options["pooling"]
   return kind(
     feature_map=feature_map,
     # Parameters, statistics, feature sums and the head stay float32.
@@ -116,6 +114,13 @@ def make_model(
     remat=config.train.remat,
     **options,
   )
+
+
+def _model_class(objective: str, pair: bool) -> type[Model]:
+  """What learns it; pairs are guessed one sequence at a time."""
+  if objective == "classify":
+    return DualClassifier if pair else Classifier
+  return {"masked": MaskedLanguageModel, "causal": LanguageModel}[objective]
 
 
 def example_inputs(model: Model) -> tuple[Array, ...]:

@@ -25,6 +25,7 @@ from spectraformer_jax.study.cells import Cell, Sweep
 from spectraformer_jax.study.live import Board
 from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.host_memory import HUGE_PAGES
 from spectraformer_jax.train.writers import read_rows, result_row
 
 INTERRUPTED = 130
@@ -182,6 +183,7 @@ def start_cell(cell: Cell, workdir: Path, cpus: str) -> subprocess.Popen:
       stdout=log,
       stderr=subprocess.STDOUT,
       stdin=subprocess.DEVNULL,
+      env={**HUGE_PAGES, **os.environ},
     )
 
 

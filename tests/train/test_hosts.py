@@ -94,6 +94,7 @@ def test_two_processes_train_like_one(engine, one_process, cache_dir, tmp_path):
     for process in processes:
       _, err = process.communicate(timeout=150)
       assert process.returncode == 0, err
+      assert err.index("memory of a step on each device") < err.index("dev acc")
   # Dropout and projections too: their keys go by replica and step, not by host.
   same_arrays(
     saved_arrays(tmp_path, 12), saved_arrays(one_process, 12), atol=1e-6

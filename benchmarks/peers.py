@@ -1,0 +1,367 @@
+"""Our attention and training step beside those of others, in one run.
+
+    pip install torch performer-pytorch
+    python benchmarks/peers.py --csv=peers.csv
+
+Forms of attention: `spectral` (spectral_attention, posrf-orf, this library),
+`jax_softmax` (jax.nn.dot_product_attention), `torch_softmax`
+(scaled_dot_product_attention) and `performer` (performer-pytorch's FAVOR+).
+More from a checkout of your own; nothing of theirs is in this repository:
+
+    --spectraformer=DIR  the official release (its src folder): posrf with orf,
+                         as `official`, and its training step
+    --favor=FILE         Google's fast_attention.py (needs gin-config), `favor`
+    --fla=DIR            flash-linear-attention, `fla`: its causal sum, with the
+                         features of FAVOR+; its plain torch form where there is
+                         no GPU
+
+Each figure comes from a process of its own, with as many cores as `threads`
+says: `first_s` is the first call (with compilation), `ms` the median of calls
+after it, `cpu_ms` the same in CPU time of all threads, `mib` the most memory
+that the timed calls held above what was there before them (Linux). All inputs
+are random, float32. `--steps` measures whole training steps of the paper's
+model instead (8 texts of 4096 tokens, 32 lists of 2048). `--keep_freed` has the
+C library keep freed blocks, for every form alike, as this library's train.py
+does; without it large blocks go back to the kernel after each use.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks import processes  # noqa: E402
+
+FIGURES = ("ms", "cpu_ms", "mib", "first_s", "version")
+LENGTHS = (256, 512, 1024, 4096, 16384, 65536)
+HEADS, HEAD_DIM, ROWS = 2, 32, 128
+OURS = ("spectral", "jax_softmax")
+QUADRATIC = ("jax_softmax", "torch_softmax")
+STEPS = {"text": (8, 4096, 2), "listops": (32, 2048, 10)}
+
+
+def peak_mib() -> float:
+  """The most memory held since `forget_peak`."""
+  return _status("VmHWM")
+
+
+def forget_peak() -> float:
+  """Gives back freed memory and starts a new peak; the memory held now."""
+  ctypes.CDLL(None).malloc_trim(0)
+  Path("/proc/self/clear_refs").write_text("5")
+  return _status("VmRSS")
+
+
+def _status(name: str) -> float:
+  """A line of /proc/self/status in MiB."""
+  for line in Path("/proc/self/status").read_text().splitlines():
+    if line.startswith(name):
+      return int(line.split()[1]) / 1024
+  raise ValueError(f"/proc/self/status has no {name}.")
+
+
+def ours(form: str, case: dict) -> Callable[[], None]:
+  """A call that returns when its results are there."""
+  import jax
+  import jax.numpy as jnp
+
+  from benchmarks.attention import attention_of
+
+  name = {"spectral": "spectral", "jax_softmax": "softmax"}[form]
+  attention = attention_of(name, case["is_causal"])
+  shape = (3, case["batch"], case["length"], HEADS, HEAD_DIM)
+  return _jitted(jax, jnp, attention, shape, case["backward"])
+
+
+def _jitted(jax, jnp, attention, shape, backward) -> Callable[[], None]:
+  """Compiles at the first call."""
+  inputs = tuple(jax.random.normal(jax.random.key(1), shape))
+  function = attention
+  if backward:
+    loss = lambda *inputs: jnp.sum(jnp.sin(attention(*inputs)))
+    function = jax.value_and_grad(loss, argnums=(0, 1, 2))
+  jitted = jax.jit(function)
+  return lambda: jax.block_until_ready(jitted(*inputs))
+
+
+def favor(case: dict, file: str) -> Callable[[], None]:
+  """Google's FAVOR+, features drawn once."""
+  import jax
+  import jax.numpy as jnp
+
+  module = _load("fast_attention", Path(file))
+  attention = module.make_fast_softmax_attention(
+    HEAD_DIM,
+    nb_features=ROWS,
+    redraw_features=False,
+    unidirectional=case["is_causal"],
+  )
+  shape = (3, case["batch"], case["length"], HEADS, HEAD_DIM)
+  return _jitted(jax, jnp, attention, shape, case["backward"])
+
+
+def in_torch(form: str, case: dict, paths: dict) -> Callable[[], None]:
+  """The same for a form written in torch, ``[B, N, T, H]``."""
+  import torch
+
+  torch.manual_seed(0)
+  torch.set_num_threads(case["threads"])
+  attention = torch_attention(form, case["is_causal"], paths)
+  shape = (case["batch"], HEADS, case["length"], HEAD_DIM)
+  inputs = [
+    torch.randn(shape, requires_grad=case["backward"]) for _ in range(3)
+  ]
+
+  def call():
+    if not case["backward"]:
+      with torch.no_grad():
+        attention(*inputs)
+      return
+    for x in inputs:
+      x.grad = None
+    attention(*inputs).sin().sum().backward()
+
+  return call
+
+
+def torch_attention(form: str, is_causal: bool, paths: dict) -> Callable:
+  """A function of query, key and value ``[B, N, T, H]``."""
+  import torch
+
+  if form == "torch_softmax":
+    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+      *(q, k, v), is_causal=is_causal
+    )
+  if form == "official":
+    sys.path.insert(0, str(Path(paths["spectraformer"]).resolve()))
+    from models.attention_performer import PerformerAttention
+
+    config = {"head_dim": HEAD_DIM, "rp_dim": ROWS}
+    config |= {"kernel_type": "posrf", "feat": "orf"}
+    attention = PerformerAttention(config)
+    return lambda q, k, v: attention(
+      q, k, v, q.new_ones(q.shape[0], q.shape[2])
+    )
+  from performer_pytorch import performer_pytorch as performer
+
+  attention = performer.FastAttention(HEAD_DIM, ROWS, causal=is_causal)
+  if form == "performer":
+    return attention
+  root = Path(paths["fla"]) / "fla" / "ops" / "linear_attn"
+  causal_sum = _load("naive", root / "naive.py").naive_chunk_linear_attn
+  rows = attention.projection_matrix
+
+  def fla(query, key, value):
+    phi, psi = (
+      performer.softmax_kernel(
+        x, projection_matrix=rows, is_query=is_query, device=x.device
+      ).transpose(1, 2)
+      for x, is_query in ((query, True), (key, False))
+    )
+    return causal_sum(phi, psi, value.transpose(1, 2), normalize=True)
+
+  return fla
+
+
+def official_step(case: dict, path: str) -> Callable[[], None]:
+  """The release's model and step: AdamW, gradients clipped by value."""
+  import torch
+
+  sys.path.insert(0, str(Path(path).resolve()))
+  from models.model_LRA import ModelForSC
+
+  torch.manual_seed(0)
+  torch.set_num_threads(case["threads"])
+  batch, length, classes = STEPS[case["task"]]
+  component, matrix = case["pair"].split("-")
+  sizes = {"embedding_dim": 64, "transformer_dim": 64, "head_dim": HEAD_DIM}
+  model = ModelForSC(
+    sizes
+    | {"transformer_hidden_dim": 128, "num_head": HEADS, "num_layers": 2}
+    | {"vocab_size": 512, "max_seq_len": length, "num_classes": classes}
+    | {"dropout_prob": 0.1, "attention_dropout": 0.1, "pooling_mode": "MEAN"}
+    | {"learn_pos_emb": True, "tied_weights": False, "mixed_precision": False}
+    | {"attn_type": "performer", "rp_dim": ROWS, "batch_size": batch}
+    | {"kernel_type": component, "feat": matrix, "max_length": length}
+  )
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-6)
+  tokens = torch.randint(
+    1, 257 if case["task"] == "text" else 16, (batch, length)
+  )
+  mask, label = torch.ones(batch, length), torch.zeros(batch, dtype=torch.long)
+
+  def step():
+    optimizer.zero_grad()
+    model(tokens, mask, label)["loss"].mean().backward()
+    torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)
+    optimizer.step()
+
+  return step
+
+
+def _load(name: str, path: Path):
+  """A module from its file."""
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def call_of(case: dict, paths: dict) -> tuple[Callable[[], None], str]:
+  """What to time, and the version of what it runs on."""
+  form = case["form"]
+  if "task" in case and form == "spectral":
+    from benchmarks.train_step import make_call
+
+    call = make_call(case["task"], case["pair"])
+  elif "task" in case:
+    call = official_step(case, paths["spectraformer"])
+  elif form in OURS:
+    call = ours(form, case)
+  elif form == "favor":
+    call = favor(case, paths["favor"])
+  else:
+    call = in_torch(form, case, paths)
+  library = sys.modules["torch" if "torch" in sys.modules else "jax"]
+  return call, f"{library.__name__} {library.__version__}"
+
+
+def measure(case: dict, repeats: int, paths: dict) -> dict:
+  """The figures of one case, in this process."""
+  cores = sorted(os.sched_getaffinity(0))
+  if len(cores) < case["threads"]:
+    raise ValueError(
+      f"threads={case['threads']}: there are {len(cores)} cores."
+    )
+  # Before the libraries count them.
+  os.sched_setaffinity(0, cores[-case["threads"] :])
+  if case["keep_freed"]:
+    from spectraformer_jax.train.host_memory import keep_freed_memory
+
+    keep_freed_memory()
+  call, version = call_of(case, paths)
+  start = time.perf_counter()
+  call()
+  first = time.perf_counter() - start
+  before = forget_peak()
+  wall, cpu = [], []
+  for _ in range(repeats):
+    clocks = time.perf_counter(), time.process_time()
+    call()
+    wall.append(time.perf_counter() - clocks[0])
+    cpu.append(time.process_time() - clocks[1])
+    if sum(wall) > 10.0 and len(wall) >= 3:
+      break
+  return {
+    "ms": round(1e3 * statistics.median(wall), 3),
+    "cpu_ms": round(1e3 * statistics.median(cpu), 3),
+    "mib": round(max(peak_mib() - before, 0.0), 1),
+    "first_s": round(first, 2),
+    "version": version,
+  }
+
+
+def cases(args: argparse.Namespace, paths: dict) -> list[dict]:
+  """What to measure, short sequences first."""
+  common = {"threads": args.threads, "keep_freed": args.keep_freed}
+  if args.steps:
+    forms = ["spectral"] + ["official"] * bool(paths["spectraformer"])
+    return [
+      {"form": form, "task": task, "pair": pair} | common
+      for task, pair, form in itertools.product(
+        args.tasks, ("posrf-orf", "oprf-orf"), forms
+      )
+    ]
+  forms = [*OURS, "torch_softmax", "performer"]
+  given = {"official": "spectraformer", "favor": "favor", "fla": "fla"}
+  forms += [form for form, flag in given.items() if paths[flag]]
+  found = []
+  for length, batch, backward, is_causal, form in itertools.product(
+    args.lengths, args.batches, (False, True), (False, True), forms
+  ):
+    # The official release has no causal form, fla no other.
+    if form in ("official", "fla") and is_causal != (form == "fla"):
+      continue
+    limit = args.longest_quadratic
+    # performer-pytorch keeps [T, F, H] where it is causal without a GPU.
+    slow = form in QUADRATIC or (form == "performer" and is_causal)
+    if slow and batch * length > limit:
+      continue
+    found.append(
+      {"form": form, "is_causal": is_causal, "backward": backward}
+      | {"batch": batch, "length": length}
+      | common
+    )
+  return found
+
+
+def print_table(rows: list[dict]) -> None:
+  """One line per case, with its CPU time over ours."""
+  from rich.console import Console
+  from rich.table import Table
+
+  def what(row):
+    if "task" in row:
+      return (row["task"], row["pair"])
+    passes = "forward + backward" if row["backward"] else "forward"
+    mode = "causal" if row["is_causal"] else "bidirectional"
+    return (mode, passes, f"{row['batch']} x {row['length']:,}")
+
+  table = Table("what", "form", "thr.", "kept", "ms", "CPU ms", "/ ours", "MiB")
+  key = lambda row: (*what(row), row["threads"], row["keep_freed"])
+  base = {key(r): r["cpu_ms"] for r in rows if r["form"] == "spectral"}
+  for row in sorted(rows, key=key):
+    other = base.get(key(row))
+    table.add_row(
+      *(", ".join(what(row)), row["form"], str(row["threads"])),
+      *("yes" if row["keep_freed"] else "no", f"{row['ms']:,.1f}"),
+      f"{row['cpu_ms']:,.1f}",
+      f"{row['cpu_ms'] / other:.2f}" if other else "",
+      f"{row['mib']:,.0f}",
+    )
+  Console(width=120).print(table)
+
+
+def main() -> None:
+  """Reads the flags and measures."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--csv", default="peers.csv")
+  parser.add_argument("--steps", action="store_true")
+  parser.add_argument("--tasks", nargs="+", default=tuple(STEPS), choices=STEPS)
+  parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+  parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
+  parser.add_argument("--threads", type=int, default=1)
+  parser.add_argument("--keep_freed", action="store_true")
+  parser.add_argument("--repeats", type=int, default=10)
+  parser.add_argument("--longest_quadratic", type=int, default=16384)
+  for name in ("spectraformer", "favor", "fla"):
+    parser.add_argument(f"--{name}")
+  parser.add_argument("--one", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  paths = {
+    name: getattr(args, name) for name in ("spectraformer", "favor", "fla")
+  }
+  if args.one:
+    print(json.dumps(measure(json.loads(args.one), args.repeats, paths)))
+    return
+  given = [f"--{name}={path}" for name, path in paths.items() if path]
+  rows = processes.measure_missing(
+    *(os.path.abspath(__file__), args.csv, cases(args, paths), FIGURES),
+    (*given, "--repeats", str(args.repeats)),
+  )
+  print_table(rows)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,203 @@
+"""Cost of attention and of a training step as one size grows.
+
+    python benchmarks/scaling.py --csv=scaling.csv --plot=scaling.png
+
+Around 2 x 2048 tokens, 2 heads of 32, 128 features, 2 layers: the length T, the
+features M, the head dimension H, the heads N and the depth are each varied
+alone. Attention is posrf-orf, forward + backward, in both forms; `step` a
+training step of the paper's model. CPU time of all threads, medians. The
+exponent is the slope of log time against log size: 1 is linear. Each figure
+comes from a process of its own; rows that the CSV holds are not measured again.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks import processes  # noqa: E402
+
+BASE = {"T": 2048, "M": 128, "H": 32, "N": 2, "depth": 2}
+SIZES = {
+  "T": (512, 1024, 2048, 4096, 8192, 16384),
+  "M": (32, 64, 128, 256, 512),
+  "H": (16, 32, 64, 128),
+  "N": (1, 2, 4, 8),
+  "depth": (1, 2, 4, 8),
+}
+FORMS = ("bidirectional", "causal", "step")
+BATCH = 2
+
+
+def attention(sizes: dict, is_causal: bool):
+  """A jitted gradient and its inputs."""
+  import jax
+  import jax.numpy as jnp
+
+  import spectraformer_jax as sf
+
+  fm = sf.feature_map("posrf", "orf", num_features=sizes["M"])
+  variables = fm.init(
+    jax.random.key(0), head_dim=sizes["H"], num_heads=sizes["N"]
+  )
+  shape = (3, BATCH, sizes["T"], sizes["N"], sizes["H"])
+  inputs = 0.5 * jax.random.normal(jax.random.key(1), shape)
+
+  def loss(inputs):
+    out = sf.spectral_attention(
+      *inputs, feature_map=fm, variables=variables, is_causal=is_causal
+    )
+    return jnp.sum(jnp.sin(out))
+
+  return jax.jit(jax.grad(loss)), (inputs,)
+
+
+def training_step(sizes: dict):
+  """The loop's step and what it takes."""
+  import jax
+  import numpy as np
+
+  import spectraformer_jax as sf
+  from spectraformer_jax.train import optim, state, steps
+  from spectraformer_jax.train.config import default_config
+
+  config = default_config()
+  fm = sf.feature_map("posrf", "orf", num_features=sizes["M"])
+  model = sf.nn.Classifier(
+    max_len=sizes["T"],
+    vocab_size=257,
+    num_classes=2,
+    num_layers=sizes["depth"],
+    num_heads=sizes["N"],
+    head_dim=sizes["H"],
+    feature_map=fm,
+  )
+  tx = optim.make_optimizer(config.optim, config.train.num_steps)
+  keys = state.run_keys(0)
+  batch = {
+    "tokens": np.ones((BATCH, sizes["T"]), np.uint16),
+    "length": np.full(BATCH, sizes["T"], np.int32),
+    "label": np.zeros(BATCH, np.int32),
+    "weight": np.ones(BATCH, np.float32),
+  }
+  step = functools.partial(steps.train_step, apply_fn=model.apply, tx=tx)
+  train_state = state.create(model, fm, tx, keys)
+  return jax.jit(step), (train_state, batch, keys.dropout_rng)
+
+
+def measure(case: dict, repeats: int) -> dict:
+  """CPU milliseconds of one case, in this process."""
+  import jax
+
+  sizes = BASE | {case["axis"]: case["size"]}
+  if case["form"] == "step":
+    function, inputs = training_step(sizes)
+  else:
+    function, inputs = attention(sizes, case["form"] == "causal")
+  jax.block_until_ready(function(*inputs))
+  times = []
+  for _ in range(repeats):
+    start = time.process_time()
+    jax.block_until_ready(function(*inputs))
+    times.append(time.process_time() - start)
+  return {"cpu_ms": round(1e3 * statistics.median(times), 3)}
+
+
+def lines(rows: list[dict]) -> dict[tuple[str, str], list[tuple[int, float]]]:
+  """(axis, form) -> sizes and times."""
+  return {
+    (axis, form): sorted(
+      (row["size"], row["cpu_ms"])
+      for row in rows
+      if (row["axis"], row["form"]) == (axis, form)
+    )
+    for axis in SIZES
+    for form in FORMS
+    if (axis, form) not in (("depth", "bidirectional"), ("depth", "causal"))
+  }
+
+
+def exponent(points: list[tuple[int, float]]) -> float:
+  """Slope of the logarithms over the upper half of the sizes."""
+  import numpy as np
+
+  upper = np.log(points[len(points) // 2 - 1 :])
+  return float(np.polyfit(upper[:, 0], upper[:, 1], 1)[0])
+
+
+def plot(found: dict, path: str) -> None:
+  """A panel for each axis."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  styles = {
+    "bidirectional": ("#0072B2", "o", "-"),
+    "causal": ("#D55E00", "^", "--"),
+    "step": ("#009E73", "s", "-."),
+  }
+  figure, axes = plt.subplots(1, len(SIZES), figsize=(15, 3.6), sharey=True)
+  for ax, axis in zip(axes, SIZES, strict=True):
+    for form, (colour, marker, dash) in styles.items():
+      points = found.get((axis, form))
+      if points:
+        ax.plot(
+          *zip(*points, strict=True),
+          color=colour,
+          marker=marker,
+          linestyle=dash,
+          label=f"{form}, exponent {exponent(points):.2f}",
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xlabel(axis)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8)
+  axes[0].set_ylabel("CPU milliseconds")
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+  """Reads the flags and measures."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--csv", default="scaling.csv")
+  parser.add_argument("--plot", help="also draw a picture")
+  parser.add_argument("--repeats", type=int, default=7)
+  parser.add_argument("--one", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.one:
+    print(json.dumps(measure(json.loads(args.one), args.repeats)))
+    return
+  cases = [
+    {"axis": axis, "size": size, "form": form}
+    for axis, form in lines([])
+    for size in SIZES[axis]
+  ]
+  rows = processes.measure_missing(
+    *(os.path.abspath(__file__), args.csv, cases, ("cpu_ms",)),
+    ("--repeats", str(args.repeats)),
+  )
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table("size", "form", "CPU ms", "exponent")
+  found = lines(rows)
+  for (axis, form), points in found.items():
+    times = ", ".join(f"{size}: {time:.1f}" for size, time in points)
+    table.add_row(axis, form, times, f"{exponent(points):.2f}")
+  Console(width=110).print(table)
+  if args.plot:
+    plot(found, args.plot)
+
+
+if __name__ == "__main__":
+  main()

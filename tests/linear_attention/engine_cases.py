@@ -1,0 +1,70 @@
+"""Maps, inputs and comparisons that tests of the engine share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import spectraformer_jax as sf
+
+CAUSAL = {
+  "posrf": {},
+  "trigrf": {},
+  "oprf": {"statistics": "constant"},
+}
+
+
+@functools.cache
+def build(component="posrf", num_heads=2, **kwargs):
+  """A map and its variables for heads of 4."""
+  fm = sf.feature_map(component, "orf", num_features=8, component_kwargs=kwargs)
+  return fm, fm.init(jax.random.key(7), head_dim=4, num_heads=num_heads)
+
+
+def make(length, keys=None, heads=2, key_heads=2, batch=2, scale=1.0):
+  """Random query, key, value; value dim 3."""
+  rngs = jax.random.split(jax.random.key(length), 3)
+  keys = keys or length
+  return (
+    scale * jax.random.normal(rngs[0], (batch, length, heads, 4)),
+    scale * jax.random.normal(rngs[1], (batch, keys, key_heads, 4)),
+    jax.random.normal(rngs[2], (batch, keys, key_heads, 3)),
+  )
+
+
+def run(arrays, fm, variables, state=None, **kwargs):
+  """Output and gradients for query, key, value, projection-free variables."""
+
+  @jax.jit
+  def both(arrays, state):
+    def loss(arrays, state):
+      out = sf.spectral_attention(
+        *arrays,
+        feature_map=fm,
+        variables=variables,
+        initial_state=state,
+        **kwargs,
+      )
+      weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
+      return jnp.sum(out.astype(jnp.float32) * weights.reshape(out.shape)), out
+
+    if state is None:
+      grads, out = jax.grad(loss, has_aux=True)(arrays, None)
+      return out, grads
+    sums = (state.kv, state.total)
+    with_sums = lambda sums: state._replace(kv=sums[0], total=sums[1])
+    grads, out = jax.grad(
+      lambda arrays, sums: loss(arrays, with_sums(sums)), (0, 1), has_aux=True
+    )(arrays, sums)
+    return out, grads
+
+  return both(arrays, state)
+
+
+def assert_close(actual, expected, tolerance=3e-5):
+  """Same trees up to float32 sums in another order."""
+  for a, b in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)

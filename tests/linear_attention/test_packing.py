@@ -1,0 +1,112 @@
+"""Packed rows and grouped queries."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectraformer_jax as sf
+from tests.linear_attention.engine_cases import assert_close, build, make, run
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("component", ["posrf", "trigrf"])
+def test_packed_rows_equal_separate_rows(is_causal, component):
+  fm, variables = build(component)
+  query, key, value = make(24, batch=1, scale=0.5)
+  ids = jnp.array([[3] * 5 + [7] * 1 + [8] * 12 + [9] * 6])
+  out, grads = run(
+    (query, key, value),
+    fm,
+    variables,
+    is_causal=is_causal,
+    segment_ids=ids,
+    chunk_size=4,
+  )
+  tolerance = 1e-2 if component == "trigrf" else 3e-5
+  for segment in (3, 7, 8, 9):
+    own = np.flatnonzero(np.asarray(ids[0]) == segment)
+    alone = sf.spectral_attention(
+      query[:, own],
+      key[:, own],
+      value[:, own],
+      feature_map=fm,
+      variables=variables,
+      is_causal=is_causal,
+    )
+    assert_close(out[:, own], alone, tolerance)
+  expected = run(
+    (query, key, value),
+    fm,
+    variables,
+    is_causal=is_causal,
+    segment_ids=ids,
+    implementation="reference",
+  )
+  assert_close((out, grads), expected, tolerance)
+
+
+def test_segments_need_not_be_contiguous_and_may_differ_in_length():
+  fm, variables = build()
+  arrays = make(10, keys=14)
+  ids = (
+    jnp.tile(jnp.arange(10) % 3, (2, 1)),
+    jnp.tile(jnp.arange(14) % 4, (2, 1)),
+  )
+  mask = jnp.tile(jnp.arange(14) != 5, (2, 1))
+  kwargs = {"segment_ids": ids, "key_mask": mask}
+  actual = run(arrays, fm, variables, chunk_size=4, **kwargs)
+  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_grouped_queries_equal_repeated_keys(is_causal, packed):
+  fm, variables = build()
+  query, key, value = make(20, heads=6)
+  kwargs = {"is_causal": is_causal, "chunk_size": 8}
+  if packed:
+    kwargs["segment_ids"] = jnp.tile(jnp.arange(20) // 7, (2, 1))
+  out, grads = run((query, key, value), fm, variables, **kwargs)
+  repeated = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), variables)
+  expected, expected_grads = run(
+    (query, jnp.repeat(key, 3, axis=2), jnp.repeat(value, 3, axis=2)),
+    fm,
+    repeated,
+    **kwargs,
+  )
+  assert_close(out, expected)
+  summed = [expected_grads[0]] + [
+    g.reshape(*g.shape[:2], 2, 3, -1).sum(3) for g in expected_grads[1:]
+  ]
+  assert_close(list(grads), summed)
+
+
+def test_statistics_of_grouped_queries():
+  fm, variables = build("oprf")
+  query, key, value = make(20, heads=4)
+  mask = jnp.arange(20)[None, :] < jnp.array([[15], [20]])
+  out = sf.spectral_attention(
+    query, key, value, feature_map=fm, variables=variables, key_mask=mask
+  )
+  # Query heads 0 and 1 share key head 0: their pooled positions count.
+  pooled = query[:, :, :2].reshape(2, 40, 1, 4) * 4**-0.25
+  stats = fm.calibrate(
+    fm.init(jax.random.key(0), head_dim=4),
+    pooled,
+    key[:, :, :1] * 4**-0.25,
+    key_mask=mask,
+    query_mask=jnp.repeat(mask, 2, axis=1),
+  )
+  head = jax.tree.map(lambda x: x[:1], variables)
+  expected = sf.spectral_attention(
+    query[:, :, :2],
+    key[:, :, :1],
+    value[:, :, :1],
+    feature_map=fm,
+    variables=head,
+    stats=stats,
+    key_mask=mask,
+  )
+  assert_close(out[:, :, :2], expected)

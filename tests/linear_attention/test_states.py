@@ -1,0 +1,100 @@
+"""Prefill, decoding, and gradients through a state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import spectraformer_jax as sf
+from tests.linear_attention.engine_cases import (
+  CAUSAL,
+  assert_close,
+  build,
+  make,
+  run,
+)
+
+
+@pytest.mark.parametrize("component", CAUSAL)
+@pytest.mark.parametrize("splits", [(1, 29), (13, 17), (16, 13, 1)])
+def test_prefill_and_decoding_equal_one_pass(component, splits):
+  fm, variables = build(component, **CAUSAL[component])
+  arrays = make(30, scale=2.0)
+  kwargs = {"feature_map": fm, "variables": variables}
+  expected = sf.spectral_attention(*arrays, is_causal=True, **kwargs)
+  state = sf.init_state(
+    fm, variables, batch_size=2, num_heads=2, head_dim=4, value_dim=3
+  )
+  outs, start = [], 0
+  for length in splits:
+    piece = [a[:, start : start + length] for a in arrays]
+    start += length
+    if length == 1:
+      out, state = sf.decode_step(state, *piece, **kwargs)
+    else:
+      out, state = sf.spectral_attention(
+        *piece,
+        is_causal=True,
+        initial_state=state,
+        return_state=True,
+        chunk_size=8,
+        **kwargs,
+      )
+    outs.append(out)
+  assert int(state.length) == 30
+  tolerance = 1e-2 if component == "trigrf" else 3e-5
+  assert_close(jnp.concatenate(outs, axis=1), expected, tolerance)
+
+
+def test_decoding_token_by_token_does_not_grow_the_state():
+  fm, variables = build()
+  arrays = make(12, scale=3.0)
+  kwargs = {"feature_map": fm, "variables": variables}
+  expected = sf.spectral_attention(*arrays, is_causal=True, **kwargs)
+  state = sf.init_state(
+    fm, variables, batch_size=2, num_heads=2, head_dim=4, value_dim=3
+  )
+  shapes = jax.tree.map(jnp.shape, state)
+  step = jax.jit(functools.partial(sf.decode_step, **kwargs))
+  for t in range(12):
+    out, state = step(state, *(a[:, t : t + 1] for a in arrays))
+    assert_close(out, expected[:, t : t + 1])
+  assert jax.tree.map(jnp.shape, state) == shapes
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_flow_through_a_state(is_causal):
+  fm, variables = build()
+  first, second = make(9), make(14)
+  kwargs = {"feature_map": fm, "variables": variables, "return_state": True}
+  _, state = sf.spectral_attention(*first, is_causal=True, **kwargs)
+  actual = run(second, fm, variables, state, is_causal=is_causal, chunk_size=4)
+  expected = run(
+    second,
+    fm,
+    variables,
+    state,
+    is_causal=is_causal,
+    implementation="reference",
+  )
+  assert_close(actual, expected)
+
+
+def test_gradients_reach_what_made_the_state():
+  fm, variables = build()
+  arrays = make(20)
+
+  def loss(split, *arrays):
+    first = [a[:, :split] for a in arrays]
+    rest = [a[:, split:] for a in arrays]
+    kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
+    if not split:
+      return jnp.sum(sf.spectral_attention(*rest, **kwargs)[:, 11:] ** 2)
+    _, state = sf.spectral_attention(*first, return_state=True, **kwargs)
+    out = sf.spectral_attention(*rest, initial_state=state, **kwargs)
+    return jnp.sum(out**2)
+
+  whole = jax.grad(loss, (1, 2, 3))(0, *arrays)
+  split = jax.grad(loss, (1, 2, 3))(11, *arrays)
+  assert_close(split, whole)
