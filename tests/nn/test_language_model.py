@@ -41,8 +41,6 @@ def tokens(length=12):
 OPTIONS = (
   *((component, "learned") for component in COMPONENTS),
   ("posrf", "rotary"),
-  ("oprf", "rotary"),
-  ("posrf", "none"),
 )
 
 
