@@ -16,6 +16,7 @@ from spectraformer_jax.nn.language_model import (
   MaskedLanguageModel,
   generate,
 )
+from spectraformer_jax.nn.positions import rotate
 from spectraformer_jax.nn.pretrained import Pretrained, load_pretrained
 from spectraformer_jax.nn.redraw import redraw
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
@@ -35,4 +36,5 @@ __all__ = [
   "generate",
   "load_pretrained",
   "redraw",
+  "rotate",
 ]

@@ -11,6 +11,7 @@ from spectraformer_jax.attention import init_state, spectral_attention
 from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
+from spectraformer_jax.nn.positions import next_positions, rotate
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
@@ -33,6 +34,8 @@ class SpectralSelfAttention(nn.Module):
     max_len: longest sequence, for baselines with parameters for each position;
       None takes the length at initialisation.
     is_causal: position i sees positions 0..i.
+    rotary: queries and keys are turned by their positions before the feature
+      map or kernel; see `rotate`.
     share_projection: one weight matrix for all heads instead of one each.
     dtype: of the dense layers; None takes that of the input.
 
@@ -56,6 +59,7 @@ class SpectralSelfAttention(nn.Module):
   attention_kwargs: Mapping[str, Any] | None = None
   max_len: int | None = None
   is_causal: bool = False
+  rotary: bool = False
   share_projection: bool = False
   dtype: Any = None
 
@@ -73,8 +77,9 @@ class SpectralSelfAttention(nn.Module):
     Args:
       x: ``[B, T, D]``.
       mask: ``[B, T]`` bool, True at real positions; None for all.
-      decode: the positions follow those of earlier calls, whose state is in the
-        collection "cache"; see `LanguageModel`.
+      decode: the positions follow those of earlier calls, whose state (and
+        number, for rotary positions) is in the collection "cache"; see
+        `LanguageModel`.
       deterministic: False in training: updates running statistics.
 
     Returns:
@@ -82,8 +87,8 @@ class SpectralSelfAttention(nn.Module):
 
     Raises:
       ValueError: unknown `attention` or option, no `feature_map` where one is
-        needed, `is_causal` where that is not possible, or `decode` with other
-        attention than causal spectral.
+        needed, `is_causal` where that is not possible, `rotary` with an odd
+        `head_dim`, or `decode` with other attention than causal spectral.
     """
     self._check(decode)
     heads = (self.num_heads, self.head_dim)
@@ -91,6 +96,9 @@ class SpectralSelfAttention(nn.Module):
       nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)
       for name in ("query", "key", "value")
     )
+    if self.rotary:
+      index = next_positions(self, x.shape[1], decode)
+      query, key = rotate(query, index), rotate(key, index)
     if self.attention == "spectral":
       variables = self._feature_variables()
       kwargs = {

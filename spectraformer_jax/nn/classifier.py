@@ -19,9 +19,9 @@ class Classifier(nn.Module):
     num_classes: number of classes.
     max_len: longest sequence; size of the table of learned positions.
     embed_dim: D.
-    pooling: "mean" over the real positions, or "cls": a learned token in front
-      of the sequence, whose output is taken.
-    num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
+    pooling: "mean", "cls" or "attention"; see `SequenceEncoder`.
+    positions: "learned", "rotary" or "none"; see `TokenEncoder`.
+    num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
       attention_kwargs, share_projection, dropout_rate, dtype, remat: see
       `Encoder`.
 
@@ -44,6 +44,9 @@ class Classifier(nn.Module):
   num_heads: int = 2
   head_dim: int = 32
   mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
+  positions: str = "learned"
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None

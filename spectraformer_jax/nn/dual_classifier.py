@@ -20,8 +20,9 @@ class DualClassifier(nn.Module):
   2.2.3).
 
   Attributes:
-    vocab_size, num_classes, max_len, embed_dim, pooling: see `Classifier`.
-    num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
+    vocab_size, num_classes, max_len, embed_dim, pooling, positions: see
+      `Classifier`.
+    num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
       attention_kwargs, share_projection, dropout_rate, dtype, remat: see
       `Encoder`.
 
@@ -44,6 +45,9 @@ class DualClassifier(nn.Module):
   num_heads: int = 2
   head_dim: int = 32
   mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
+  positions: str = "learned"
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None

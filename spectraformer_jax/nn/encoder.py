@@ -1,4 +1,4 @@
-"""Pre-LayerNorm Transformer encoder."""
+"""Transformer encoder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,27 +9,39 @@ from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.parts import part_of
+from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
+
+MLPS = ("gelu", "gated")
+NORMS = ("pre", "post")
 
 
 class EncoderLayer(nn.Module):
-  """Attention and MLP, each behind a LayerNorm and beside a residual.
+  """Attention and MLP, each with a LayerNorm and beside a residual.
 
   Attributes:
-    mlp_dim: hidden width of the MLP (GELU).
+    mlp_dim: hidden width of the MLP.
+    mlp: "gelu": ``out(gelu(hidden(x)))``; "gated":
+      ``out(silu(gate(x)) * hidden(x))``, half as many parameters again
+      (Shazeer, "GLU Variants Improve Transformer", 2020: SwiGLU).
+    norm: where the LayerNorm is: "pre": ``x + f(norm(x))``, "post":
+      ``norm(x + f(x))``, as in the first Transformers.
     dropout_rate: after attention, and twice in the MLP.
     num_heads, head_dim, feature_map, attention, attention_kwargs, max_len,
-      is_causal, share_projection, dtype: see `SpectralSelfAttention`.
+      is_causal, rotary, share_projection, dtype: see `SpectralSelfAttention`.
   """
 
   num_heads: int = 2
   head_dim: int = 32
   mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None
   max_len: int | None = None
   is_causal: bool = False
+  rotary: bool = False
   share_projection: bool = False
   dropout_rate: float = 0.1
   dtype: Any = None
@@ -43,31 +55,52 @@ class EncoderLayer(nn.Module):
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
-    """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``."""
+    """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``.
+
+    Raises:
+      ValueError: unknown `mlp` or `norm`, and what `SpectralSelfAttention`
+        refuses.
+    """
+    for name, known in (("mlp", MLPS), ("norm", NORMS)):
+      value = getattr(self, name)
+      if value not in known:
+        raise ValueError(f"Unknown {name} {value!r}.{nearest(value, known)}")
+    norms = [nn.LayerNorm(dtype=self.dtype) for _ in range(2)]
+    attention = part_of(self, SpectralSelfAttention, name="attention")
 
     def drop(y):
       return Dropout(self.dropout_rate)(y, deterministic=deterministic)
 
-    y = nn.LayerNorm(dtype=self.dtype)(x)
-    attention = part_of(self, SpectralSelfAttention, name="attention")
-    y = attention(y, mask, decode=decode, deterministic=deterministic)
-    x = x + drop(y)
-    y = nn.LayerNorm(dtype=self.dtype)(x)
-    y = drop(nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(y)))
-    y = nn.Dense(x.shape[-1], dtype=self.dtype)(y)
-    return x + drop(y)
+    def attend(y):
+      return attention(y, mask, decode=decode, deterministic=deterministic)
+
+    def feed_forward(y):
+      hidden = nn.Dense(self.mlp_dim, dtype=self.dtype)(y)
+      if self.mlp == "gated":
+        gate = nn.Dense(self.mlp_dim, dtype=self.dtype, name="gate")(y)
+        hidden = nn.silu(gate) * hidden
+      else:
+        hidden = nn.gelu(hidden)
+      return nn.Dense(x.shape[-1], dtype=self.dtype)(drop(hidden))
+
+    for norm, part in zip(norms, (attend, feed_forward), strict=True):
+      if self.norm == "pre":
+        x = x + drop(part(norm(x)))
+      else:
+        x = norm(x + drop(part(x)))
+    return x
 
 
 class Encoder(nn.Module):
-  """A stack of `EncoderLayer` with a final LayerNorm.
+  """A stack of `EncoderLayer`; with norm="pre" a LayerNorm follows it.
 
   Attributes:
     num_layers: depth.
     remat: in the backward pass, compute each layer's values again instead of
       keeping them: less memory, more time, the same numbers.
-    num_heads, head_dim, mlp_dim, feature_map, attention, attention_kwargs,
-      max_len, is_causal, share_projection, dropout_rate, dtype: see
-      `EncoderLayer`.
+    num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
+      attention_kwargs, max_len, is_causal, rotary, share_projection,
+      dropout_rate, dtype: see `EncoderLayer`.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -82,11 +115,14 @@ class Encoder(nn.Module):
   num_heads: int = 2
   head_dim: int = 32
   mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None
   max_len: int | None = None
   is_causal: bool = False
+  rotary: bool = False
   share_projection: bool = False
   dropout_rate: float = 0.1
   dtype: Any = None
@@ -101,7 +137,11 @@ class Encoder(nn.Module):
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
-    """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``."""
+    """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``.
+
+    Raises:
+      ValueError: what `EncoderLayer` refuses.
+    """
 
     def run(layer, x, mask):
       return layer(x, mask, decode=decode, deterministic=deterministic)
@@ -111,4 +151,6 @@ class Encoder(nn.Module):
     for index in range(self.num_layers):
       layer = part_of(self, EncoderLayer, name=f"layer_{index}")
       x = run(layer, x, mask)
+    if self.norm == "post":
+      return x
     return nn.LayerNorm(dtype=self.dtype, name="norm")(x)

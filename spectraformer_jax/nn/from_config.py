@@ -15,7 +15,13 @@ from spectraformer_jax.baselines import check_options
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.classifier import Classifier
 from spectraformer_jax.nn.dual_classifier import DualClassifier
+from spectraformer_jax.nn.language_model import (
+  LanguageModel,
+  MaskedLanguageModel,
+)
 from spectraformer_jax.typing import Array
+
+Model = Classifier | DualClassifier | LanguageModel | MaskedLanguageModel
 
 
 def make_feature_map(config: ConfigDict) -> FeatureMap | None:
@@ -54,8 +60,10 @@ def make_model(
   config: ConfigDict,
   feature_map: FeatureMap | None,
   facts: Mapping[str, Any],
-) -> Classifier | DualClassifier:
-  """The classifier for a task: of pairs, if its examples are pairs.
+) -> Model:
+  """The model for a task: a classifier, of pairs if its examples are pairs.
+
+  With another `train.objective` than "classify" a language model.
 
   Args:
     config: its section model, where vocab_size and max_len left at None are
@@ -75,16 +83,21 @@ def make_model(
     >>> make_model(config, make_feature_map(config), facts).max_len
     5
   """
-  kind = DualClassifier if facts["pair"] else Classifier
+  # A key that a config does not have yet has its default's effect.
+  objective = config.train.get("objective", "classify")
+  kind = _model_class(objective, facts["pair"])
   attributes = {field.name for field in dataclasses.fields(kind)}
-  # What else the section may hold is not about the model's form. A key that a
-  # config does not have yet has the attribute's default.
+  # What else the section may hold is not about the model's form.
   options = {k: v for k, v in config.model.to_dict().items() if k in attributes}
+  if objective == "classify":
+    options["num_classes"] = facts["num_classes"]
+  # Hidden tokens have an id of their own, the last.
+  vocab_size = facts["vocab_size"] + (objective == "masked")
   # Batches are padded to this length.
   multiple = config.task.pad_to_multiple
   length = -(-facts["length"] // multiple) * multiple
   for name, needed in (
-    ("vocab_size", facts["vocab_size"]),
+    ("vocab_size", vocab_size),
     ("max_len", length),
   ):
     if options[name] is None:
@@ -95,7 +108,6 @@ def make_model(
         f"{facts['name']!r}, got {options[name]}."
       )
   return kind(
-    num_classes=facts["num_classes"],
     feature_map=feature_map,
     # Parameters, statistics, feature sums and the head stay float32.
     dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else None,
@@ -104,7 +116,14 @@ def make_model(
   )
 
 
-def example_inputs(model: Classifier | DualClassifier) -> tuple[Array, ...]:
+def _model_class(objective: str, pair: bool) -> type[Model]:
+  """What learns it; pairs are guessed one sequence at a time."""
+  if objective == "classify":
+    return DualClassifier if pair else Classifier
+  return {"masked": MaskedLanguageModel, "causal": LanguageModel}[objective]
+
+
+def example_inputs(model: Model) -> tuple[Array, ...]:
   """What a model can be initialised with: shapes of variables need no more."""
   inputs = jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
   return inputs * 2 if isinstance(model, DualClassifier) else inputs

@@ -20,9 +20,9 @@ class LanguageModel(nn.Module):
 
   Attributes:
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
-      feature_map, attention, attention_kwargs, share_projection, dropout_rate,
-      dtype: see `TokenEncoder`. Components with data-dependent parameters need
-      statistics="ema", "learned" or "constant".
+      mlp, norm, positions, feature_map, attention, attention_kwargs,
+      share_projection, dropout_rate, dtype: see `TokenEncoder`. Components with
+      data-dependent parameters need statistics="ema", "learned" or "constant".
 
   Example:
     >>> import spectraformer_jax as sf
@@ -44,6 +44,9 @@ class LanguageModel(nn.Module):
   num_heads: int = 2
   head_dim: int = 32
   mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
+  positions: str = "learned"
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None
@@ -69,7 +72,8 @@ class LanguageModel(nn.Module):
       decode: the tokens follow those of earlier calls, which the collection
         "cache" remembers in a size that does not grow: pass
         ``mutable=["cache"]`` and the cache of the call before (none at first).
-        Any number of tokens at once; calls beyond `max_len` in all give NaN.
+        Any number of tokens at once; calls beyond `max_len` in all give NaN
+        where positions are learned.
       deterministic: False in training: dropout (needs rng "dropout") and
         updates of running statistics.
 
@@ -98,8 +102,8 @@ class MaskedLanguageModel(nn.Module):
 
   Attributes:
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
-      feature_map, attention, attention_kwargs, share_projection, dropout_rate,
-      dtype: see `TokenEncoder`.
+      mlp, norm, positions, feature_map, attention, attention_kwargs,
+      share_projection, dropout_rate, dtype: see `TokenEncoder`.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -119,6 +123,9 @@ class MaskedLanguageModel(nn.Module):
   num_heads: int = 2
   head_dim: int = 32
   mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
+  positions: str = "learned"
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None

@@ -13,18 +13,19 @@ from spectraformer_jax.nn.token_encoder import TokenEncoder
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
-POOLINGS = ("cls", "mean")
+POOLINGS = ("cls", "mean", "attention")
 
 
 class SequenceEncoder(nn.Module):
   """Embeds tokens and positions, encodes them, and pools.
 
   Attributes:
-    pooling: "mean" over the real positions, or "cls": a learned token in front
-      of the sequence, whose output is taken.
+    pooling: "mean" over the real positions; "cls": a learned token in front of
+      the sequence, whose output is taken; "attention": a mean over the real
+      positions with weights ``softmax(w . x)``, w learned.
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
-      feature_map, attention, attention_kwargs, share_projection, dropout_rate,
-      dtype: see `TokenEncoder`.
+      mlp, norm, positions, feature_map, attention, attention_kwargs,
+      share_projection, dropout_rate, dtype: see `TokenEncoder`.
 
   Example:
     >>> import jax
@@ -43,6 +44,9 @@ class SequenceEncoder(nn.Module):
   num_heads: int = 2
   head_dim: int = 32
   mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
+  positions: str = "learned"
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None
@@ -75,13 +79,28 @@ class SequenceEncoder(nn.Module):
     mask = checks.positions_before(length, tokens.shape[1])
     encoder = part_of(self, TokenEncoder, prepend_cls=self.pooling == "cls")
     x = encoder(tokens, mask, deterministic=deterministic)
-    return pool(x.astype(jnp.float32), mask, self.pooling)
+    return self._pool(x.astype(jnp.float32), mask)
+
+  def _pool(self, x: Array, mask: Array) -> Array:
+    """``[B, T, D]`` -> ``[B, D]``."""
+    if self.pooling == "cls":
+      return x[:, 0]
+    if self.pooling == "attention":
+      score = nn.Dense(1, use_bias=False, name="pooling")(x)
+      return weighted_mean(x, score, mask)
+    return masked_mean(x, mask)
 
 
-def pool(x: Array, mask: Array, pooling: str) -> Array:
-  """``[B, T, D]`` -> ``[B, D]``: the first position, or the masked mean."""
-  if pooling == "cls":
-    return x[:, 0]
+def weighted_mean(x: Array, score: Array, mask: Array) -> Array:
+  """Mean of ``[B, T, D]`` by softmax of ``[B, T, 1]``; zeros without a mask."""
+  keep = mask[:, :, None]
+  score = jnp.where(keep, score, jnp.finfo(score.dtype).min)
+  weight = jnp.where(keep, nn.softmax(score, axis=1), 0.0)
+  return jnp.sum(weight * jnp.where(keep, x, 0.0), axis=1)
+
+
+def masked_mean(x: Array, mask: Array) -> Array:
+  """Mean of ``[B, T, D]`` over the real positions; zeros if there are none."""
   keep = mask[:, :, None]
   total = jnp.sum(jnp.where(keep, x, 0.0), axis=1)
   return total / jnp.maximum(jnp.sum(keep, axis=1), 1).astype(x.dtype)

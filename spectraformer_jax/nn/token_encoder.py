@@ -10,6 +10,8 @@ from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
 from spectraformer_jax.nn.parts import part_of
+from spectraformer_jax.nn.positions import POSITIONS, next_positions
+from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
 _EMBED_INIT = nn.initializers.normal(0.02)
@@ -22,8 +24,11 @@ class TokenEncoder(nn.Module):
     vocab_size: number of token ids.
     max_len: longest sequence; size of the table of learned positions.
     embed_dim: D.
+    positions: "learned": a table added to the embeddings; "rotary": queries and
+      keys are turned by them, see `rotate`; "none": the order of the tokens is
+      not told.
     prepend_cls: put a learned token in front of the sequence.
-    num_layers, num_heads, head_dim, mlp_dim, feature_map, attention,
+    num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
       attention_kwargs, is_causal, share_projection, dropout_rate, dtype,
       remat: see `Encoder`.
   """
@@ -35,6 +40,9 @@ class TokenEncoder(nn.Module):
   num_heads: int = 2
   head_dim: int = 32
   mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
+  positions: str = "learned"
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None
@@ -63,8 +71,13 @@ class TokenEncoder(nn.Module):
       deterministic: False in training.
 
     Raises:
-      ValueError: a sequence longer than `max_len`.
+      ValueError: a sequence longer than `max_len`, or unknown `positions`.
     """
+    if self.positions not in POSITIONS:
+      raise ValueError(
+        f"Unknown positions {self.positions!r}."
+        f"{nearest(self.positions, POSITIONS)}"
+      )
     if tokens.shape[1] > self.max_len:
       raise ValueError(
         f"tokens.shape={tokens.shape} is longer than max_len={self.max_len}."
@@ -76,7 +89,8 @@ class TokenEncoder(nn.Module):
       dtype=self.dtype,
       name="token_embedding",
     )(tokens.astype(jnp.int32))
-    x = x + self._positions(tokens.shape[1], decode).astype(x.dtype)
+    if self.positions == "learned":
+      x = x + self._learned_positions(tokens.shape[1], decode).astype(x.dtype)
     if self.prepend_cls:
       token = self.param("cls_token", _EMBED_INIT, (1, 1, self.embed_dim))
       token = jnp.broadcast_to(token, (x.shape[0], 1, self.embed_dim))
@@ -85,18 +99,18 @@ class TokenEncoder(nn.Module):
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
     x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
     longest = self.max_len + self.prepend_cls
-    return part_of(self, Encoder, name="encoder", max_len=longest)(
-      x, mask, decode=decode, deterministic=deterministic
+    rotary = self.positions == "rotary"
+    encoder = part_of(
+      self, Encoder, name="encoder", max_len=longest, rotary=rotary
     )
+    return encoder(x, mask, decode=decode, deterministic=deterministic)
 
-  def _positions(self, length: int, decode: bool) -> Array:
+  def _learned_positions(self, length: int, decode: bool) -> Array:
     """Embeddings ``[1, T, D]`` of the next positions; NaN beyond `max_len`."""
     table = self.param(
       "position_embedding", _EMBED_INIT, (self.max_len, self.embed_dim)
     )
     if not decode:
       return table[None, :length]
-    count = self.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
-    index = count.value + jnp.arange(length)
-    count.value = count.value + length
+    index = next_positions(self, length, decode)
     return table.at[index].get(mode="fill", fill_value=jnp.nan)[None]

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as linen
+import jax.numpy as jnp
 
 from spectraformer_jax import data
-from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained
+from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained, rotate
 from spectraformer_jax.study.inputs import Inputs, make_inputs
 from spectraformer_jax.train import describe
 from spectraformer_jax.train import workdir as files
@@ -57,6 +58,9 @@ def capture(
     is_part = isinstance(module.parent, SpectralSelfAttention)
     if is_part and module.name in PROJECTIONS:
       calls[-1][module.name] = out
+      if module.parent.rotary and module.name != "value":
+        # What attention is given is turned after the projection.
+        calls[-1][module.name] = rotate(out, jnp.arange(out.shape[1]))
     return out
 
   with linen.intercept_methods(intercept):

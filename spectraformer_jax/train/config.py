@@ -13,7 +13,10 @@ from ml_collections.config_dict import placeholder
 
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.nn.attention import ATTENTIONS
+from spectraformer_jax.nn.encoder import MLPS, NORMS
+from spectraformer_jax.nn.positions import POSITIONS
 from spectraformer_jax.nn.sequence_encoder import POOLINGS
+from spectraformer_jax.train.objectives import OBJECTIVES
 from spectraformer_jax.train.parallel import ENGINES
 from spectraformer_jax.train.recipes import recipe
 
@@ -29,6 +32,10 @@ OPEN_SECTIONS = (
 CHOICES = {
   "model.attention": ATTENTIONS,
   "model.pooling": POOLINGS,
+  "model.positions": POSITIONS,
+  "model.mlp": MLPS,
+  "model.norm": NORMS,
+  "train.objective": OBJECTIVES,
   "optim.schedule": ("linear", "cosine", "rsqrt"),
   "optim.clip": ("value", "global_norm", "none"),
   "train.parallel": ENGINES,
@@ -110,8 +117,12 @@ def default_config() -> ConfigDict:
         "mlp_dim": 128,
         "dropout_rate": 0.1,
         "pooling": "mean",
+        "positions": "learned",
+        "mlp": "gelu",
+        "norm": "pre",
         "vocab_size": placeholder(int),
         "max_len": placeholder(int),
+        "init_from": placeholder(str),
       },
       "feature_map": {
         "component": "oprf",
@@ -129,6 +140,7 @@ def default_config() -> ConfigDict:
       },
       "train": {
         "seed": 0,
+        "objective": "classify",
         "num_steps": NUM_STEPS,
         "batch_size": 32,
         "max_skipped_steps": 10,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from spectraformer_jax import data
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.nn.pretrained import find_step
-from spectraformer_jax.train import describe, parallel, steps
+from spectraformer_jax.train import describe, objectives, parallel, steps
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.loop import evaluate_split, load_data
 from spectraformer_jax.train.state import TrainState
@@ -62,7 +62,11 @@ def evaluate(
   model, variables = load_pretrained(workdir, step=step)
   params = variables.pop("params")
   eval_step = parallel.DataParallelStep(
-    functools.partial(steps.eval_step, apply_fn=model.apply),
+    objectives.guessing(
+      functools.partial(steps.eval_step, apply_fn=model.apply),
+      objective=config.train.objective,
+      mask_token=model.vocab_size - 1,
+    ),
     engine=config.train.parallel,
   )
   make_batches = functools.partial(

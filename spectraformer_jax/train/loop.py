@@ -19,8 +19,10 @@ from spectraformer_jax.train import (
   describe,
   hosts,
   nonfinite,
+  objectives,
   optim,
   parallel,
+  pretrained,
   report,
   state,
   steps,
@@ -43,7 +45,7 @@ from spectraformer_jax.typing import Array
 def train_and_evaluate(
   config: ConfigDict, workdir: Path | str, *, command: str | None = None
 ) -> dict[str, Any]:
-  """Trains a classifier, or goes on training it, and evaluates it.
+  """Trains a model, or goes on training it, and evaluates it.
 
   A second call with the same config and workdir goes on from the last
   checkpoint, bit for bit on the same devices; if the run has finished it only
@@ -114,7 +116,7 @@ def train(
   config: ConfigDict,
   workdir: Path,
   feature_map: FeatureMap | None,
-  model: nn.Classifier | nn.DualClassifier,
+  model: from_config.Model,
   datasets: Mapping[str, data.Dataset],
   facts: Mapping[str, Mapping[str, Any]],
   make_batches: Callable[..., data.Batches],
@@ -138,25 +140,34 @@ def train(
   if restored:
     train_state, stored = restored
     record = Record(**stored)
+  elif config.model.init_from:
+    train_state = pretrained.start_from(train_state, config)
   start = int(train_state.step)
   train_state = parallel.replicate(train_state)
   dropout_rng = parallel.replicate(keys.dropout_rng)
 
   # 4. Step functions.
+  guessing = functools.partial(
+    objectives.guessing,
+    objective=config.train.objective,
+    mask_token=model.vocab_size - 1,
+  )
   train_step = parallel.DataParallelStep(
-    functools.partial(
-      steps.train_step,
-      apply_fn=model.apply,
-      tx=tx,
-      accumulate=config.train.accumulate,
-      label_smoothing=config.optim.label_smoothing,
-      ema_decay=ema_decay,
+    guessing(
+      functools.partial(
+        steps.train_step,
+        apply_fn=model.apply,
+        tx=tx,
+        accumulate=config.train.accumulate,
+        label_smoothing=config.optim.label_smoothing,
+        ema_decay=ema_decay,
+      )
     ),
     engine=config.train.parallel,
     donate_state=True,
   )
   eval_step = parallel.DataParallelStep(
-    functools.partial(steps.eval_step, apply_fn=model.apply),
+    guessing(functools.partial(steps.eval_step, apply_fn=model.apply)),
     engine=config.train.parallel,
   )
   interval = config.feature_map.redraw_interval if feature_map else 0
@@ -239,7 +250,18 @@ def train(
           skipped.collect()
         if skipped.too_many:
           raise explain_skipped(
-            workdir, skipped, record, config, model, train_state, dropout_rng
+            workdir,
+            skipped,
+            record,
+            guessing(
+              functools.partial(
+                steps.gradient_norms,
+                apply_fn=model.apply,
+                label_smoothing=config.optim.label_smoothing,
+              )
+            ),
+            train_state,
+            dropout_rng,
           )
         if not (log_now or evaluate_now or save_now):
           continue
@@ -350,20 +372,13 @@ def explain_skipped(
   workdir: Path,
   skipped: SkippedSteps,
   record: Record,
-  config: ConfigDict,
-  model: nn.Classifier | nn.DualClassifier,
+  gradient_norms: Callable[..., Any],
   train_state: state.TrainState,
   dropout_rng: Array,
 ) -> Exception:
   """Reports the steps that were skipped; returns the error to raise."""
   step, batch = skipped.too_many
-  norms = parallel.DataParallelStep(
-    functools.partial(
-      steps.gradient_norms,
-      apply_fn=model.apply,
-      label_smoothing=config.optim.label_smoothing,
-    )
-  )
+  norms = parallel.DataParallelStep(gradient_norms)
   # Those parameters are what the step saw, unless one of the few steps that
   # were under way since has changed them: the steps before it did not.
   before = train_state._replace(step=parallel.replicate(np.int32(step - 1)))

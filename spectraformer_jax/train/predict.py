@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from spectraformer_jax.data.listops_text import CLOSE, encode
-from spectraformer_jax.nn import load_pretrained
+from spectraformer_jax.nn import Classifier, DualClassifier, load_pretrained
 from spectraformer_jax.train import workdir as files
 
 # Ids of each input: of one sequence, or of two for a task of pairs.
@@ -41,6 +41,11 @@ def predict(
     ValueError: no run, no such checkpoint, or one that is damaged.
   """
   model, variables = load_pretrained(workdir, step=step)
+  if not isinstance(model, Classifier | DualClassifier):
+    raise ValueError(
+      f"{str(workdir)!r} holds a {type(model).__name__}, which knows no "
+      "classes; finetune it (docs/training.md)."
+    )
   width = max(len(ids) for pair in inputs for ids in pair)
 
   @jax.jit

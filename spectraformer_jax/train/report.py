@@ -33,6 +33,7 @@ def summary(workdir: Path) -> list[tuple[str, str]]:
   lines = [
     ("task", test["name"]),
     ("attention", result["pair"]),
+    *_objective(config["train"]),
     ("data", f"{result['provenance']}; {_split_sizes(stored['data'])}"),
     ("seeds", "training {}, data {}".format(*seeds)),
     ("steps", _steps(result["step"], config["train"]["num_steps"])),
@@ -191,6 +192,14 @@ def _environment_lines(environments: Sequence[Mapping[str, Any]]) -> list[str]:
       "these are the last one's.",
     ]
   return lines
+
+
+def _objective(train: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """What accuracy is about, where it is not the labels."""
+  objective = train.get("objective", "classify")
+  if objective == "classify":
+    return []
+  return [("objective", f"{objective}: accuracy is that of guessed tokens")]
 
 
 def _split_sizes(data: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,7 +71,7 @@ def run_keys(seed: int) -> RunKeys:
 
 
 def create(
-  model: nn.Classifier | nn.DualClassifier,
+  model: flax.linen.Module,
   feature_map: FeatureMap | None,
   tx: optax.GradientTransformation,
   keys: RunKeys,
@@ -80,7 +81,7 @@ def create(
   """The state before the first step.
 
   Args:
-    model: the classifier.
+    model: of `nn.from_config.make_model`.
     feature_map: the one it was made with, if any.
     tx: the optimiser.
     keys: of the run.

@@ -29,7 +29,7 @@ def build(component="posrf", kind=sf.nn.LanguageModel, **kwargs):
   variables = model.init(jax.random.key(0), jnp.zeros((1, 4), int))
   # Larger embeddings, so that tokens matter from the start.
   params = dict(variables["params"])
-  for name in ("token_embedding", "position_embedding"):
+  for name in {"token_embedding", "position_embedding"} & params.keys():
     params[name] = jax.tree.map(lambda x: 50.0 * x, params[name])
   return model, {**variables, "params": params}
 
@@ -38,9 +38,15 @@ def tokens(length=12):
   return jax.random.randint(jax.random.key(1), (2, length), 0, VOCAB)
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_the_future_changes_nothing_before_it(component):
-  model, variables = build(component)
+OPTIONS = (
+  *((component, "learned") for component in COMPONENTS),
+  ("posrf", "rotary"),
+)
+
+
+@pytest.mark.parametrize(("component", "positions"), OPTIONS)
+def test_the_future_changes_nothing_before_it(component, positions):
+  model, variables = build(component, positions=positions)
   apply = jax.jit(model.apply)
   logits = apply(variables, tokens())
   changed = apply(variables, tokens().at[:, 7:].add(1) % VOCAB)
@@ -48,9 +54,9 @@ def test_the_future_changes_nothing_before_it(component):
   assert np.abs(logits[:, 7:] - changed[:, 7:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_decoding_in_pieces_equals_one_pass(component):
-  model, variables = build(component)
+@pytest.mark.parametrize(("component", "positions"), OPTIONS)
+def test_decoding_in_pieces_equals_one_pass(component, positions):
+  model, variables = build(component, positions=positions)
   whole = model.apply(variables, tokens())
   cache, parts = {}, []
   for start, stop in [(0, 5), (5, 6), (6, 7), (7, 12)]:

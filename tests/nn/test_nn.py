@@ -16,6 +16,13 @@ BASELINES = {
 }
 
 
+OPTIONS = (
+  {"positions": "rotary"},
+  {"positions": "rotary", "pooling": "cls", "mlp": "gated", "norm": "post"},
+  {"positions": "none", "pooling": "attention"},
+)
+
+
 def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
   """A small classifier, its variables and a ragged batch."""
   fm = sf.feature_map(*pair, num_features=16, component_kwargs=component_kwargs)
@@ -42,6 +49,7 @@ def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
     ),
     {"attention": "linformer", "feature_map": None, "pooling": "cls"},
     {"component_kwargs": {"statistics": "ema"}},
+    *OPTIONS,
   ],
 )
 def test_padding_changes_no_logit(kwargs):
@@ -65,6 +73,7 @@ def test_padding_changes_no_logit(kwargs):
       {"attention": name, "feature_map": None, "attention_kwargs": options}
       for name, options in BASELINES.items()
     ),
+    *OPTIONS,
   ],
 )
 def test_batch_neighbours_change_no_logit(kwargs):
@@ -237,6 +246,10 @@ def test_dropout_needs_its_key_and_is_off_in_evaluation():
       "Did you mean 'block_size'",
     ),
     ({"pooling": "meen"}, "Did you mean 'mean'"),
+    ({"positions": "rotery"}, "Did you mean 'rotary'"),
+    ({"positions": "rotary", "head_dim": 7}, "even head_dim, got 7"),
+    ({"mlp": "gatd"}, "Did you mean 'gated'"),
+    ({"norm": "pst"}, "Did you mean 'post'"),
     ({"max_len": 10}, "longer than max_len=10"),
   ],
 )

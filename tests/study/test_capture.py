@@ -14,7 +14,8 @@ from spectraformer_jax.typing import FeatureVariables
 from tests.train.conftest import TINY
 
 
-def test_captured_inputs_give_what_the_layer_gave():
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_captured_inputs_give_what_the_layer_gave(positions):
   fm = sf.feature_map("oprf", "iid", num_features=8)
   model = nn.Classifier(
     vocab_size=9,
@@ -25,6 +26,7 @@ def test_captured_inputs_give_what_the_layer_gave():
     head_dim=4,
     mlp_dim=8,
     pooling="cls",
+    positions=positions,
     feature_map=fm,
   )
   tokens = jax.random.randint(jax.random.key(0), (2, 7), 1, 9)

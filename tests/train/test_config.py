@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -19,7 +20,10 @@ EXPERIMENTS = {
   "default": default_config,
   "digits": digits.get_config,
   "listops": listops.get_config,
-  "listops:quick": lambda: listops.get_config("quick"),
+  **{
+    f"listops:{variant}": functools.partial(listops.get_config, variant)
+    for variant in ("quick", "deep", "pretrain", "deep-finetune")
+  },
 }
 
 
@@ -33,6 +37,23 @@ def test_experiments_are_complete_and_valid(name):
   assert json.loads(json.dumps(to_dict(config))) == to_dict(config)
 
 
+def test_stages_of_self_pretraining_differ_in_two_keys():
+  labels = flatten(to_dict(listops.get_config("deep")))
+  stages = {
+    "pretrain": {"train.objective": "masked"},
+    "finetune": {
+      "model.init_from": "runs/listops-deep-pretrain-oprf-orf-seed0"
+    },
+  }
+  for stage, changes in stages.items():
+    values = flatten(to_dict(listops.get_config(f"deep-{stage}")))
+    assert values == labels | changes
+  config = digits.get_config("finetune")
+  assert config.model.init_from == "runs/digits-pretrain-oprf-orf-seed0"
+  with pytest.raises(ValueError, match="Unknown variant 'fast'"):
+    listops.get_config("fast-pretrain")
+
+
 def test_the_papers_settings():
   values = flatten(to_dict(listops.get_config()))
   paper = {
@@ -42,6 +63,11 @@ def test_the_papers_settings():
     "model.head_dim": 32,
     "model.mlp_dim": 128,
     "model.dropout_rate": 0.1,
+    "model.positions": "learned",
+    "model.mlp": "gelu",
+    "model.norm": "pre",
+    "model.pooling": "mean",
+    "train.objective": "classify",
     "feature_map.num_features": 128,
     "optim.lr": 1e-4,
     "optim.warmup_steps": 1000,

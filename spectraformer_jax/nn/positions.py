@@ -1,0 +1,72 @@
+"""Positions of tokens: which come next, and rotation of queries and keys."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from spectraformer_jax.typing import Array
+
+POSITIONS = ("learned", "rotary", "none")
+
+_LONGEST_WAVE = 1e4
+
+
+def next_positions(module: nn.Module, length: int, decode: bool) -> Array:
+  """The positions ``[T]`` of the next tokens, int32, from 0 on.
+
+  Args:
+    module: inside its compact method. If it decodes, its "position" in the
+      collection "cache" counts the tokens of all calls.
+    length: T.
+    decode: whether the tokens follow those of earlier calls.
+  """
+  index = jnp.arange(length, dtype=jnp.int32)
+  if not decode:
+    return index
+  count = module.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
+  index = count.value + index
+  count.value = count.value + length
+  return index
+
+
+def rotate(x: Array, positions: Array) -> Array:
+  r"""Rotary position embedding of queries or keys.
+
+  Entries i and i + H/2 turn as a pair by ``positions * 1e4**(-2i/H)``, so the
+  product of a query at t and a key at s depends on t - s alone, and so does any
+  exact kernel of it. An *estimate* of the kernel by random features does not:
+  to shift both is to draw another W. Packed rows are therefore as if apart only
+  where positions start again in each segment.
+
+  Args:
+    x: ``[B, T, N, H]`` float, H even.
+    positions: ``[T]`` or ``[B, T]``, ints or floats.
+
+  Returns:
+    ``[B, T, N, H]`` in x's dtype; angles are float32. Norms are as before.
+
+  Raises:
+    ValueError: H is odd.
+
+  Example:
+    >>> x = jnp.array([[[[1.0, 0.0]]]])
+    >>> rotate(x, jnp.array([jnp.pi])).round(3).tolist()
+    [[[[-1.0, -0.0]]]]
+
+  References:
+    Su et al., `RoFormer <https://arxiv.org/abs/2104.09864>`_, 2021, equation
+    15; the pairs are halves, not neighbours.
+  """
+  head_dim = x.shape[-1]
+  if head_dim % 2:
+    raise ValueError(f"rotary positions need an even head_dim, got {head_dim}.")
+  half = head_dim // 2
+  speed = _LONGEST_WAVE ** (-np.arange(half, dtype=np.float32) / half)
+  angle = jnp.multiply.outer(positions.astype(jnp.float32), speed)
+  # One axis for the heads, and one for the batch if all rows are alike.
+  angle = angle[..., None, :].reshape(-1, x.shape[1], 1, half)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first = x[..., :half].astype(jnp.float32)
+  second = x[..., half:].astype(jnp.float32)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
