@@ -1,0 +1,388 @@
+"""Attention and whole steps compiled for accelerators that are not there.
+
+    pip install ".[tpu]" && python -m benchmarks.aot --targets v5e v6e
+    pip install ".[cuda]" && python -m benchmarks.aot --targets h100
+
+For one chip of v5e, v6e and H100: attention of bfloat16 query, key and value
+(posrf-orf, two heads of 32, 128 features) and training steps of the paper's
+model, T = 4096, 65536 and 2^20; `pods`: the step on slices of v5e. Each case is
+compiled in a process of its own and becomes a row of --csv; rows that are there
+already are not made again. Nothing is run: time is the compiler's estimate.
+
+  arguments, results, temporary, peak   the plan of the device's memory, MiB
+  cycles, ms            estimated for TPUs, loops multiplied out
+  traffic, least        MiB to and from memory by the compiled text, and query,
+                        key, value, output and their gradients once each
+  least_ms              the latter at the chip's bandwidth
+  all_reduces, others   collectives in the program
+  compile_s             seconds of tracing and compilation
+"""
+
+import argparse
+import csv
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+from unittest import mock
+
+CSV = pathlib.Path(__file__).parent / "aot.csv"
+
+HEADS, HEAD_DIM, NUM_FEATURES = 2, 32, 128
+ROWS_OF_A_CHIP = 2
+
+# Cycles a second and bytes a second of one chip. The clock follows from the
+# peak: v5e 197 TFLOP/s of 4 units of 128 x 128, v6e 918 of 4 of 256 x 256.
+CLOCK = {"v5e": 1.5e9, "v6e": 1.75e9}
+BANDWIDTH = {"v5e": 819e9, "v6e": 1640e9, "h100": 3350e9}
+
+
+class Case(NamedTuple):
+  """One program.
+
+  Attributes:
+    target: "v5e", "v6e", "h100", or a slice such as "v5e:4x4".
+    program: "causal", "bidirectional" or "naive" (bidirectional, all features
+      at once) attention; or "step", a training step, of engine "jit" or "pmap".
+    direction: "forward" or "both".
+    batch: B, of all devices.
+    length: T.
+  """
+
+  target: str
+  program: str
+  direction: str
+  batch: int
+  length: int
+
+  @property
+  def name(self) -> str:
+    """What a row is found by."""
+    return "/".join(map(str, self))
+
+
+class Row(NamedTuple):
+  """The figures of one case; sizes in MiB."""
+
+  case: str
+  arguments: float | None = None
+  results: float | None = None
+  temporary: float | None = None
+  peak: float | None = None
+  cycles: int | None = None
+  ms: float | None = None
+  traffic: float | None = None
+  least: float | None = None
+  least_ms: float | None = None
+  all_reduces: int | None = None
+  others: int | None = None
+  compile_s: float | None = None
+  versions: str | None = None
+  error: str | None = None
+
+
+def cases() -> list[Case]:
+  """All programs, in the order of the table."""
+  sizes = ((8, 2**12), (8, 2**16), (1, 2**20))
+  found = []
+  for target in ("v5e", "v6e", "h100"):
+    for batch, length in sizes:
+      for program in ("causal", "bidirectional"):
+        for direction in ("forward", "both"):
+          found.append(Case(target, program, direction, batch, length))
+      if length <= 2**16:
+        found.append(Case(target, "naive", "both", batch, length))
+      rows = batch if length == 2**12 else 1
+      found.append(Case(target, "step-jit", "both", rows, length))
+  for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
+    for engine in ("jit", "pmap"):
+      batch = chips * ROWS_OF_A_CHIP
+      found.append(Case(topology, f"step-{engine}", "both", batch, 2**12))
+  return found
+
+
+def compile_case(case: Case) -> Row:
+  """Compiles one case, in this process."""
+  import jax
+
+  from benchmarks import hlo_cost
+
+  chip = case.target.split(":")[0]
+  platform = "gpu" if chip == "h100" else "tpu"
+  start = time.perf_counter()
+  # Chunk sizes are those of the backend that JAX runs on.
+  with mock.patch.object(jax, "default_backend", lambda: platform):
+    if case.program.startswith("step"):
+      compiled = _compile_step(case)
+    else:
+      compiled = _compile_attention(case)
+  seconds = time.perf_counter() - start
+  plan, cost = compiled.memory_analysis(), hlo_cost.cost_of(compiled.as_text())
+  least = None
+  if not case.program.startswith("step"):
+    arrays = {"forward": 4, "both": 8}[case.direction]
+    least = 2 * arrays * case.batch * case.length * HEADS * HEAD_DIM
+  is_tpu = platform == "tpu"
+  return Row(
+    case=case.name,
+    arguments=_mib(plan.argument_size_in_bytes),
+    results=_mib(plan.output_size_in_bytes),
+    temporary=_mib(plan.temp_size_in_bytes),
+    peak=_mib(plan.peak_memory_in_bytes),
+    cycles=cost.cycles if is_tpu and not cost.unknown else None,
+    ms=round(1e3 * cost.cycles / CLOCK[chip], 3) if is_tpu else None,
+    traffic=_mib(cost.traffic),
+    least=least and _mib(least),
+    least_ms=least and round(1e3 * least / BANDWIDTH[chip], 3),
+    all_reduces=cost.all_reduces,
+    others=cost.other_collectives,
+    compile_s=round(seconds, 1),
+    versions=versions(platform),
+    error="cycles of an operation are unknown" if cost.unknown else None,
+  )
+
+
+def versions(platform: str) -> str:
+  """Of what a row depends on."""
+  compiler = "libtpu" if platform == "tpu" else "jax-cuda13-plugin"
+  return " ".join(
+    f"{name}-{importlib.metadata.version(name)}" for name in ("jax", compiler)
+  )
+
+
+def _mib(count: int) -> float:
+  return round(count / 2**20, 2)
+
+
+def _compile_attention(case: Case):
+  """The program of attention alone."""
+  import jax
+  import jax.numpy as jnp
+
+  import spectraformer_jax as sf
+
+  fm = sf.feature_map("posrf", "orf", num_features=NUM_FEATURES)
+  variables = jax.eval_shape(
+    lambda rng: fm.init(rng, head_dim=HEAD_DIM, num_heads=HEADS),
+    jax.random.key(0),
+  )
+  shape = case.batch, case.length, HEADS, HEAD_DIM
+  x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+  def naive(query, key, value, variables):
+    scale = HEAD_DIM**-0.25
+    apply = functools.partial(fm.apply, variables)
+    phi = apply(query.astype(jnp.float32) * scale, side="query")
+    psi = apply(key.astype(jnp.float32) * scale, side="key")
+    sums = jnp.einsum("bsnf,bsnv->bnfv", psi, value.astype(jnp.float32))
+    numerator = jnp.einsum("btnf,bnfv->btnv", phi, sums)
+    normalizer = jnp.einsum("btnf,bnf->btn", phi, jnp.sum(psi, axis=1))
+    return (numerator / normalizer[..., None]).astype(value.dtype)
+
+  def attend(query, key, value, variables):
+    if case.program == "naive":
+      return naive(query, key, value, variables)
+    return sf.spectral_attention(
+      *(query, key, value),
+      feature_map=fm,
+      variables=variables,
+      is_causal=case.program == "causal",
+    )
+
+  def both(query, key, value, d_out, variables):
+    out, pull = jax.vjp(
+      lambda *arrays: attend(*arrays, variables), query, key, value
+    )
+    return out, pull(d_out)
+
+  function, arrays = {"forward": (attend, 3), "both": (both, 4)}[case.direction]
+  arguments = (*[x] * arrays, variables)
+  place = _placer(devices_of(case.target)[:1])
+  return jax.jit(function).lower(*place(arguments)).compile()
+
+
+def _compile_step(case: Case):
+  """The training step of the paper's model."""
+  import jax
+  import jax.numpy as jnp
+
+  import spectraformer_jax as sf
+  from configs import common
+  from spectraformer_jax.train import models, optim, parallel, state, steps
+
+  devices = devices_of(case.target)
+  if ":" not in case.target:
+    devices = devices[:1]
+  config = common.base("text")
+  fm = models.make_feature_map(config)
+  model = sf.nn.Classifier(
+    vocab_size=257,
+    num_classes=2,
+    max_len=case.length,
+    feature_map=fm,
+    dropout_rate=config.model.dropout_rate,
+  )
+  tx = optim.make_optimizer(config.optim, config.train.num_steps)
+  keys = state.run_keys(0)
+  train_state = state.create(model, fm, tx, keys)
+  step = functools.partial(steps.train_step, apply_fn=model.apply, tx=tx)
+  engine = case.program.removeprefix("step-")
+  step = parallel.map_step(
+    step, 3, engine=engine, devices=devices, donate_state=True
+  )
+  lead = (case.batch,)
+  if engine == "pmap":
+    lead = len(devices), case.batch // len(devices)
+  batch = {
+    "tokens": jax.ShapeDtypeStruct((*lead, case.length), jnp.uint16),
+    "length": jax.ShapeDtypeStruct(lead, jnp.int32),
+    "label": jax.ShapeDtypeStruct(lead, jnp.int32),
+    "weight": jax.ShapeDtypeStruct(lead, jnp.float32),
+  }
+  place = _placer(devices)
+  return step.lower(
+    place(train_state), place(batch, parallel.AXIS), place(keys.dropout_rng)
+  ).compile()
+
+
+def devices_of(target: str) -> list:
+  """All devices of a slice, or of the smallest one that can be described."""
+  from jax.experimental import topologies
+
+  from benchmarks import compile_kernels
+
+  if ":" not in target:
+    return [compile_kernels.device_of(target)]
+  topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
+  return list(topology.devices)
+
+
+def _placer(devices: list):
+  """Shapes of a tree, on all devices, or split over them by the first axis."""
+  import jax
+  import numpy as np
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  mesh = Mesh(np.array(devices), ("data",))
+
+  def place(tree, *axes):
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+    )
+
+  return place
+
+
+def compile_elsewhere(case: Case) -> Row:
+  """Compiles one case in a process of its own; a failure is a row, too."""
+  env = os.environ | {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+  }
+  child = subprocess.run(
+    [sys.executable, "-m", "benchmarks.aot", "--one", case.name],
+    capture_output=True,
+    text=True,
+    env=env,
+    cwd=pathlib.Path(__file__).parents[1],
+  )
+  if child.returncode:
+    lines = child.stderr.strip().splitlines() or ["no message"]
+    errors = [line for line in lines if "Error" in line or "EXHAUSTED" in line]
+    return Row(case.name, error=(errors or lines)[-1][:200])
+  return Row(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def read_rows(path: pathlib.Path) -> dict[str, Row]:
+  """Rows by the names of their cases; none where there is no file."""
+  if not path.exists():
+    return {}
+  text = ("case", "versions", "error")
+  with path.open(newline="") as file:
+    rows = [
+      Row(
+        **{
+          name: (cell if name in text else float(cell)) if cell else None
+          for name, cell in line.items()
+        }
+      )
+      for line in csv.DictReader(file)
+    ]
+  return {row.case: row for row in rows}
+
+
+def write_rows(path: pathlib.Path, rows: dict[str, Row]) -> None:
+  """Writes them all, in the order of `cases`."""
+  with path.open("w", newline="") as file:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(Row._fields)
+    for case in cases():
+      if case.name in rows:
+        row = rows[case.name]
+        writer.writerow("" if cell is None else cell for cell in row)
+
+
+def print_table(rows: Sequence[Row]) -> None:
+  """What matters most, for looking at."""
+  from rich.console import Console
+  from rich.table import Table
+
+  shown = ("peak", "temporary", "ms", "least_ms", "traffic", "least")
+  table = Table("case", *shown, "all-reduces", "compile s", "error")
+  figure = lambda cell: "" if cell is None else f"{cell:,.5g}"
+  for row in rows:
+    table.add_row(
+      row.case,
+      *(figure(getattr(row, name)) for name in shown),
+      figure(row.all_reduces),
+      figure(row.compile_s),
+      row.error,
+    )
+  Console(width=150).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+  """Compiles what is missing, writes, prints; returns the rows."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  targets = ("v5e", "v6e", "h100", "pods")
+  parser.add_argument("--targets", nargs="+", choices=targets, default=targets)
+  parser.add_argument("--contains", default="", help="in the names of cases")
+  parser.add_argument("--csv", type=pathlib.Path, default=CSV)
+  parser.add_argument(
+    "--again", action="store_true", help="compile what has a row already"
+  )
+  parser.add_argument("--one", help=argparse.SUPPRESS)
+  args = parser.parse_args(argv)
+  if args.one:
+    case = next(case for case in cases() if case.name == args.one)
+    print(json.dumps(compile_case(case)._asdict()))
+    return []
+  chosen = [
+    case
+    for case in cases()
+    if ("pods" if ":" in case.target else case.target) in args.targets
+    and args.contains in case.name
+  ]
+  rows = read_rows(args.csv)
+  for case in chosen:
+    if args.again or case.name not in rows or rows[case.name].error:
+      rows[case.name] = compile_elsewhere(case)
+      write_rows(args.csv, rows)
+  rows = [rows[case.name] for case in chosen]
+  print_table(rows)
+  return rows
+
+
+if __name__ == "__main__":
+  main()
