@@ -21,11 +21,13 @@ import argparse
 import csv
 import functools
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +39,7 @@ from spectraformer_jax.components import (
 from spectraformer_jax.kernels import KERNELS
 
 TOLERANCE = 1.5  # factor
+TABLE_WIDTH = 120
 # Degrees enough that the kernel is exp(x.y) within rounding, and the rate that
 # suits the default sizes: the mean of |x| |y|.
 SERIES = {"max_degree": 24}
@@ -235,16 +238,19 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     scale=args.scale,
     seeds=args.seeds,
   )
-  table = Table(
-    title=f"Kernel error against PosRF, H={args.head_dim}, M={args.num_rows}, "
-    f"scale {args.scale}, {args.num_points}^2 pairs, {args.seeds} seeds"
+  print(
+    f"Kernel error against PosRF, H={args.head_dim}, M={args.num_rows}, "
+    f"scale {args.scale}, {args.num_points}^2 pairs, {args.seeds} seeds\n"
   )
+  table = Table(box=box.MARKDOWN)
   for name in HEADER:
     left = name in ("component", "verdict")
     table.add_column(name, justify="left" if left else "right", no_wrap=True)
   for result in results:
     table.add_row(*cells(result))
-  Console().print(table)
+  Console(width=TABLE_WIDTH).print(table)
+  within = sum(verdict(result) == "ok" for result in results)
+  print(f"\n{len(results)} rows, {within} within a factor of {TOLERANCE}.")
   if args.csv:
     with open(args.csv, "w", newline="") as file:
       writer = csv.writer(file)
@@ -257,4 +263,4 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(any(verdict(result) != "ok" for result in main()))

@@ -5,8 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.scipy.special import gammaln, i0e
+from jax.scipy.special import i0e
 
 from spectraformer_jax import stored_uniforms
 from spectraformer_jax.components.base import (
@@ -16,19 +15,22 @@ from spectraformer_jax.components.base import (
   project,
 )
 from spectraformer_jax.components.data_dependent import DataDependent
+from spectraformer_jax.components.discrete_laws import (
+  P_RANGE,
+  RATE_RANGE,
+  geometric_counts,
+  optimal_p,
+  poisson_counts,
+  stirling_rest,
+)
 from spectraformer_jax.typing import Array, LogFeatures, PyTree
 
 # Below this a coordinate counts as zero: its logarithm is cut off there, and
 # its gradient is zero, so that neither is infinite.
 SMALLEST = 1e-30
 
-# Any rate is unbiased. The range keeps the events of the Poisson law above the
-# resolution of a stored uniform, and its quantiles under the table's size.
-RATE_RANGE = (1e-6, 32.0)
-POISSON_TABLE = 80
-
-P_RANGE = (1e-3, 1.0 - 1e-3)
-P_GRID = 64
+# Coordinates in one product: degrees times logarithms reach a thousand.
+SUMMED_AT_ONCE = 16
 
 
 class Discrete(DataDependent):
@@ -44,8 +46,8 @@ class Discrete(DataDependent):
     """Degrees n ``[M, H]``, float32, from uniforms of that shape."""
     raise NotImplementedError
 
-  def log_unit(self, parameters: PyTree) -> Array:
-    """Log of the size r that coordinates have where degrees suit them.
+  def mean_count(self, parameters: PyTree) -> Array:
+    """Mean of a degree n: r^2, r the size of x that such degrees suit.
 
     Powers are of x / r: they and what makes up for r stay near 1, where those
     of x would cost float32 its last digits.
@@ -53,13 +55,13 @@ class Discrete(DataDependent):
     raise NotImplementedError
 
   def row_term(self, counts: Array, parameters: PyTree) -> Array:
-    """``[M]``: what makes the mean over n of powers of x / r the kernel."""
+    """``[M]``: log-features are it plus sum_l (n_l log(x_l/r) + r^2/2)."""
     raise NotImplementedError
 
   def shifted(self, x: Array, parameters: PyTree) -> tuple[Array, Array]:
-    """What the powers see of x, and the log-factor ``[..., 1]`` for that."""
+    """What the powers see of x, and log-factors ``[..., H]`` to be summed."""
     del parameters
-    return x, jnp.zeros((*x.shape[:-1], 1), x.dtype)
+    return x, jnp.zeros_like(x)
 
   def typical_moments(self, head_dim: int) -> PyTree:
     """Moments of unit-variance, unscaled normal queries and keys."""
@@ -91,13 +93,21 @@ class Discrete(DataDependent):
     del side
     parameters = self.parameters(state, x.shape[-1])
     powers, log_factor = self.shifted(x, parameters)
-    counts = rows.w
-    exponent = project(log_size(powers) - self.log_unit(parameters), counts)
+    counts, mean = rows.w, self.mean_count(parameters)
+    log_powers = log_size(powers) - 0.5 * jnp.log(mean)
+    # At |x|^2 = 200 sums of the order of a thousand cancel, and with them the
+    # fourth digit of a float32 feature. They are added up coordinate by
+    # coordinate, where they are small, and only what n differs from a usual
+    # count (an integer: the difference is exact) is left to the projection.
+    usual = jnp.round(mean)
+    whole = usual * log_powers + (0.5 * mean + log_factor)
+    exponent = _project_in_parts(log_powers, counts - usual)
     exponent += self.row_term(counts, parameters)[None, :]
+    token = jnp.sum(whole, axis=-1, keepdims=True) + self.gaussian_shift(x)
     negative = (powers < 0.0).astype(x.dtype)
     odd = project(negative, jnp.mod(counts, 2.0))
     sign = 1.0 - 2.0 * jnp.mod(odd, 2.0)
-    return LogFeatures(exponent + log_factor + self.gaussian_shift(x), sign)
+    return LogFeatures(exponent + token, sign)
 
   def pair_moment(self, product: Array, parameters: PyTree) -> Array:
     """Log E Z^2 ``[...]`` for coordinate products x_l y_l ``[..., H]``."""
@@ -108,8 +118,15 @@ class Discrete(DataDependent):
     parameters = self.parameters(state, x.shape[-1])
     x, query_factor = self.shifted(x, parameters)
     y, key_factor = self.shifted(y, parameters)
-    factor = 2.0 * (query_factor + key_factor)[..., 0]
+    factor = 2.0 * jnp.sum(query_factor + key_factor, axis=-1)
     return factor + self.pair_moment(x * y, parameters)
+
+
+def _project_in_parts(x: Array, rows: Array) -> Array:
+  """`project` with few terms in each running sum: those sums round."""
+  starts = range(0, x.shape[-1], SUMMED_AT_ONCE)
+  parts = [slice(start, start + SUMMED_AT_ONCE) for start in starts]
+  return sum(project(x[:, part], rows[:, part]) for part in parts)
 
 
 def log_size(x: Array) -> Array:
@@ -118,50 +135,6 @@ def log_size(x: Array) -> Array:
   large = size > SMALLEST
   logarithm = jnp.log(jnp.where(large, size, 1.0))
   return jnp.where(large, logarithm, math.log(SMALLEST))
-
-
-def poisson_counts(uniform: Array, rate: Array) -> Array:
-  """The Poisson(rate) quantiles of `uniform`, float32, by table.
-
-  N > k where u is above the cdf at k. Both are compared on a scale that keeps
-  the digits of small u and of small 1 - u: -1/u below a half, 1/(1 - u) above.
-  """
-  k = np.arange(POISSON_TABLE + 1, dtype=np.float32)
-  mass = jnp.exp(k * jnp.log(rate) - rate - gammaln(k + 1.0))
-  cdf = jnp.cumsum(mass)[:-1]
-  tail = jnp.cumsum(mass[::-1])[::-1][1:]
-  step = jnp.where(cdf < 0.5, -1.0 / cdf, 1.0 / tail)
-  place = jnp.where(uniform < 0.5, -1.0 / uniform, 1.0 / (1.0 - uniform))
-  step = jnp.reshape(step, (1,) * uniform.ndim + (-1,))
-  return jnp.sum(place[..., None] > step, axis=-1, dtype=jnp.float32)
-
-
-def geometric_counts(uniform: Array, p: Array) -> Array:
-  """The quantiles of P(N = n) = p (1 - p)^n, n >= 0, float32."""
-  return jnp.floor(jnp.log1p(-uniform) / jnp.log1p(-p))
-
-
-def optimal_p(product: Array) -> Array:
-  r"""Minimiser of :math:`-H \log p + \sum_l \log I_0(2 m_l / \sqrt{1 - p})`.
-
-  A grid over the logit of p, and one parabola through the least value and its
-  neighbours.
-
-  Args:
-    product: m, ``[H]``, non-negative.
-  """
-  low, high = (math.log(p / (1.0 - p)) for p in P_RANGE)
-  grid = np.linspace(low, high, P_GRID, dtype=np.float32)
-  p = jax.nn.sigmoid(grid)
-  argument = 2.0 * product[None, :] / jnp.sqrt(1.0 - p)[:, None]
-  log_bessel = jnp.log(i0e(argument)) + argument
-  values = jnp.sum(log_bessel - jnp.log(p)[:, None], axis=-1)
-  index = jnp.clip(jnp.argmin(values), 1, P_GRID - 2)
-  before, here, after = (values[index + step] for step in (-1, 0, 1))
-  curvature = jnp.maximum(before - 2.0 * here + after, 1e-30)
-  offset = jnp.clip(0.5 * (before - after) / curvature, -1.0, 1.0)
-  step = (high - low) / (P_GRID - 1)
-  return jnp.clip(jax.nn.sigmoid(low + step * (index + offset)), *P_RANGE)
 
 
 @COMPONENTS.register("poisrf")
@@ -255,14 +228,14 @@ class PoisRF(Discrete):
     """See `Discrete.counts`."""
     return poisson_counts(uniform, parameters["rate"])
 
-  def log_unit(self, parameters):
-    """See `Discrete.log_unit`: of the square root of the rate."""
-    return 0.5 * jnp.log(parameters["rate"])
+  def mean_count(self, parameters):
+    """See `Discrete.mean_count`."""
+    return parameters["rate"]
 
   def row_term(self, counts, parameters):
-    """See `Discrete.row_term`."""
-    num_rows, head_dim = counts.shape
-    return jnp.full((num_rows,), 0.5 * head_dim * parameters["rate"])
+    """See `Discrete.row_term`: none, as r^2 is the rate."""
+    del parameters
+    return jnp.zeros(counts.shape[:1])
 
   def pair_moment(self, product, parameters):
     """See `Discrete.pair_moment`."""
@@ -358,15 +331,20 @@ class GeomRF(Discrete):
     """See `Discrete.counts`."""
     return geometric_counts(uniform, parameters["p"])
 
-  def log_unit(self, parameters):
-    """See `Discrete.log_unit`: of the square root of the mean degree."""
-    p = parameters["p"]
-    return 0.5 * (jnp.log1p(-p) - jnp.log(p))
+  def mean_count(self, parameters):
+    """See `Discrete.mean_count`."""
+    return (1.0 - parameters["p"]) / parameters["p"]
 
   def row_term(self, counts, parameters):
-    """See `Discrete.row_term`."""
-    log_p = jnp.log(parameters["p"])
-    terms = (counts + 1.0) * log_p + gammaln(counts + 1.0)
+    """See `Discrete.row_term`.
+
+    -1/2 of the sum of log(n! p^(n+1)) + r^2, its large terms joined.
+    """
+    p, mean = parameters["p"], self.mean_count(parameters)
+    # No logarithm of 0, whose gradient would be NaN.
+    log_ratio = jnp.log(jnp.maximum(counts, 1.0) / mean)
+    terms = counts * log_ratio - (counts - mean)
+    terms += stirling_rest(counts) + counts * jnp.log1p(-p) + jnp.log(p)
     return -0.5 * jnp.sum(terms, axis=-1)
 
   def pair_moment(self, product, parameters):

@@ -58,8 +58,7 @@ class Shifted(Discrete):
     """See `Discrete.shifted`."""
     shift = jnp.reshape(parameters["shift"], (1,) * (x.ndim - 1) + (-1,))
     # x.c - |c|^2/2, without the digits that cancel.
-    log_factor = jnp.sum((x - 0.5 * shift) * shift, axis=-1, keepdims=True)
-    return x - shift, log_factor
+    return x - shift, (x - 0.5 * shift) * shift
 
 
 def _least(query, key, query_mask, key_mask) -> Array:

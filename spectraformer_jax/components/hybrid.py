@@ -33,8 +33,7 @@ class HRF(KernelComponent):
   with both estimates from one W (hyperbolic positive and trigonometric
   features, the worse where the other is good) and :math:`\hat\lambda`, by
   features of its own, from a second projection T ``[n, H]`` that is drawn
-  beside W and independent of it. (One that shared rows with W would be biased;
-  there is no option for that.)
+  beside W and independent of it.
 
   - "angular": :math:`\lambda = \theta / \pi`, :math:`\theta` the angle between
     x and y: :math:`\psi(x) = n^{-1/2} \mathrm{sign}(T x)`,
@@ -62,10 +61,13 @@ class HRF(KernelComponent):
     mixing: which :math:`\lambda`: "angular" or "gaussian".
     num_mixing_rows: n, rows of T.
     tau: width of the Gaussian :math:`\lambda`, None for 1.
+    independent: that T is drawn apart from W. Always: False, causal or not, is
+      an error, as a T that shares rows with W biases the estimate.
 
   Raises:
     ValueError: unknown kernel or mixing, n that is not a positive integer, a
-      tau that is not positive, or a tau for the angular one.
+      tau that is not positive, a tau for the angular one, or dependent
+      projections.
 
   References:
     Choromanski et al., Hybrid Random Features, 2021, the angular and the
@@ -86,6 +88,7 @@ class HRF(KernelComponent):
   mixing: str = "angular"
   num_mixing_rows: int = 8
   tau: float | None = None
+  independent: bool = True
 
   def __post_init__(self):
     super().__post_init__()
@@ -99,6 +102,11 @@ class HRF(KernelComponent):
       )
     if self.tau is not None and not self.tau > 0:
       raise ValueError(f"tau must be positive, got {self.tau!r}.")
+    if self.independent is not True:
+      raise ValueError(
+        f"independent={self.independent!r}: a second projection that depends "
+        "on W biases the estimate, causal or not; leave it True."
+      )
 
   @property
   def info(self):

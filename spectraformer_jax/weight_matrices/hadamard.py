@@ -21,6 +21,7 @@ from spectraformer_jax.weight_matrices.building_blocks import (
 )
 from spectraformer_jax.weight_matrices.row_laws import open_uniform
 
+CIRCLE_FACTORS = ("outermost", "innermost")
 PADDING = "any num_features, any head_dim (padded to a power of two)"
 
 
@@ -196,6 +197,7 @@ class ROMHybrid(WeightMatrix):
   .. math::
     W_b = \sqrt 2 \begin{pmatrix} \mathrm{Re}\, B \\ \mathrm{Im}\, B
     \end{pmatrix}, \qquad B = \sqrt n\, H D_U H D_1 H D_2
+    \text{ or } \sqrt n\, H D_1 H D_2 H D_U
 
   :math:`D_U` has entries :math:`e^{2 \pi i u}`, the others random signs. A
   complete block has 2 n rows with :math:`W_b^\top W_b = 2 n I`; they are not
@@ -205,9 +207,12 @@ class ROMHybrid(WeightMatrix):
   Args:
     norms: "sqrt_d": rows as they are, of norm sqrt(head_dim) in the mean
       square; "chi": fresh norms of Gaussian rows.
+    circle_factor: where :math:`D_U` stands: "outermost", the first formula, or
+      "innermost", the second. Innermost, an input along an axis meets one phase
+      alone: a bias of the trigonometric estimate of up to 0.09, not 0.01.
 
   Raises:
-    ValueError: unknown `norms`.
+    ValueError: unknown `norms` or `circle_factor`.
 
   References:
     Choromanski, Rowland and Weller, The Unreasonable Effectiveness of
@@ -222,9 +227,15 @@ class ROMHybrid(WeightMatrix):
   """
 
   norms: str = "sqrt_d"
+  circle_factor: str = "outermost"
 
   def __post_init__(self):
     check_norms(self.norms)
+    if self.circle_factor not in CIRCLE_FACTORS:
+      raise ValueError(
+        f"circle_factor must be one of {CIRCLE_FACTORS}, got "
+        f"{self.circle_factor!r}."
+      )
 
   @property
   def info(self):
@@ -238,7 +249,7 @@ class ROMHybrid(WeightMatrix):
       good_for="trigonometric maps with M >= 2 n; otherwise sorf is better",
       constraint="any num_features (best a multiple of 2 n), any head_dim "
       "(padded to a power of two n)",
-      cost="3 M / 2 draws, three products of n x n matrices per block",
+      cost="3 M / 2 draws, four products of n x n matrices per block",
       variance="trig 0.38, pos 0.84 at scale 0.2, H=32, M=128"
       if self.norms == "chi"
       else "trig 0.39, pos 0.44 at scale 0.2, H=32, M=128",
@@ -255,9 +266,13 @@ class ROMHybrid(WeightMatrix):
       signs = jax.random.rademacher(sign_rng, (num_blocks, 2, n), jnp.float32)
       phase = 2.0 * np.pi * open_uniform(phase_rng, (num_blocks, 1, n))
       circle = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=1)
-      inner = circle[..., None] * hadamard_product(signs)[:, None]
-      outer = jnp.matmul(jnp.asarray(hadamard(n)), inner, precision="highest")
-      return np.float32(np.sqrt(2.0 * n)) * outer
+      # Real and imaginary part: with the cosines, and with the sines, as D_U.
+      shared = jnp.broadcast_to(signs[:, None], (num_blocks, 2, 2, n))
+      factors = [circle[:, :, None, :], shared]
+      if self.circle_factor == "innermost":
+        factors.reverse()
+      product = hadamard_product(jnp.concatenate(factors, axis=2))
+      return np.float32(np.sqrt(2.0 * n)) * product
 
     rows = draw_blocks(draw_block, block_rng, num_rows, 2 * n)
     return {"w": _finish(norm_rng, self.norms, rows, head_dim)}

@@ -72,6 +72,25 @@ def lattice_points(num_points: int, dim: int) -> np.ndarray:
   return _to_bits(_korobov(num_points, dim, best))
 
 
+def random_lattice_points(rng: Array, num_points: int, dim: int) -> Array:
+  """Korobov lattice ``[M, H]`` uint32 of a random odd multiplier below M.
+
+  M is at most 2**16: up to there no product overflows.
+  """
+  size = jnp.uint32(num_points)
+  half = jax.random.randint(rng, (), 0, max(num_points // 2, 1))
+  multiplier = 2 * half.astype(jnp.uint32) + 1
+  step = lambda power, _: (power * multiplier % size, power)
+  _, powers = jax.lax.scan(step, jnp.uint32(1), length=dim)
+  index = np.arange(num_points, dtype=np.uint32)
+  points = index[:, None] * powers[None, :] % size
+  if num_points == 1:
+    return points
+  # The integer part of points * 2**32 / M.
+  whole, rest = divmod(2**32, num_points)
+  return points * jnp.uint32(whole) + points * jnp.uint32(rest) // size
+
+
 def digital_shift(rng: Array, points: Array) -> Array:
   """Flips the same random bits in all points: keeps a digital net one."""
   shift = jax.random.bits(rng, (1, points.shape[1]), jnp.uint32)

@@ -17,6 +17,7 @@ from spectraformer_jax.weight_matrices.low_discrepancy import (
   lattice_points,
   modular_shift,
   owen_scramble,
+  random_lattice_points,
   scramble_directions,
   sobol_points,
 )
@@ -32,6 +33,8 @@ from spectraformer_jax.weight_matrices.sobol_table import (
 
 SEQUENCES = ("sobol", "lattice", "halton")
 SCRAMBLINGS = ("shift", "lms", "owen")
+MULTIPLIERS = ("best", "random")
+MAX_RANDOM_LATTICE = 2**16
 _SOURCES = {
   "sobol": "Avron et al. 2016, section 3; Sobol points of Joe and Kuo 2008",
   "lattice": "Avron et al. 2016, section 3; Korobov 1959",
@@ -39,7 +42,8 @@ _SOURCES = {
 }
 _VARIANCES = {
   "sobol": "trig 0.49, pos 0.14 (at 0.1) at scale 0.2, H=32, M=128",
-  "lattice": "trig 0.75, pos 0.24 (at 0.1) at scale 0.2, H=32, M=128",
+  "lattice": "trig 0.75, pos 0.24 (at 0.1) at scale 0.2, H=32, M=128; random "
+  "multiplier: trig 1.6, pos 0.48",
   "halton": "trig 3.1, pos 1.5 (at 0.1) at scale 0.2, H=32, M=128",
 }
 
@@ -66,11 +70,15 @@ class QMC(WeightMatrix):
     scrambling: "shift" (of bits for Sobol, modulo 1 for the others); for Sobol
       also "lms", a random linear scramble and a shift, and "owen", a nested
       uniform scramble by a hash.
+    multiplier: a of the lattice, whose coordinate j steps by a^j / M: "best",
+      good for all pairs of coordinates, or "random", an odd one for each draw
+      (M up to 2**16). A random one often repeats coordinates: worse than
+      independent rows for trigonometric maps.
 
   Raises:
-    ValueError: unknown `sequence` or `scrambling`, or a scrambling that is
+    ValueError: unknown `sequence`, `scrambling` or `multiplier`, or one that is
       not of this sequence; when built, for Sobol, more than 256 dimensions or
-      2**20 rows.
+      2**20 rows, for random multipliers more than 2**16 rows.
 
   References:
     Avron, Sindhwani, Yang and Mahoney, Quasi-Monte Carlo Feature Maps for
@@ -87,6 +95,7 @@ class QMC(WeightMatrix):
 
   sequence: str = "sobol"
   scrambling: str = "shift"
+  multiplier: str = "best"
 
   name: ClassVar[str] = "qmc"
 
@@ -103,6 +112,15 @@ class QMC(WeightMatrix):
       raise ValueError(
         f"scrambling={self.scrambling!r} is for sequence='sobol' alone, got "
         f"sequence={self.sequence!r}: use scrambling='shift'."
+      )
+    if self.multiplier not in MULTIPLIERS:
+      raise ValueError(
+        f"multiplier must be one of {MULTIPLIERS}, got {self.multiplier!r}."
+      )
+    if self.sequence != "lattice" and self.multiplier != "best":
+      raise ValueError(
+        f"multiplier={self.multiplier!r} is for sequence='lattice' alone, got "
+        f"sequence={self.sequence!r}: leave it out."
       )
 
   @property
@@ -125,6 +143,12 @@ class QMC(WeightMatrix):
 
   def check(self, num_rows, head_dim):
     """See `WeightMatrix.check`."""
+    if self.multiplier == "random" and num_rows > MAX_RANDOM_LATTICE:
+      raise ValueError(
+        f"weight matrix {self.name!r} has random multipliers for num_features "
+        f"<= {MAX_RANDOM_LATTICE}, got num_features={num_rows}: use "
+        "multiplier='best'."
+      )
     if self.sequence != "sobol":
       return
     if head_dim > MAX_DIM or num_rows > 2**MAX_BITS:
@@ -141,6 +165,10 @@ class QMC(WeightMatrix):
 
   def _points(self, rng, num_rows, head_dim):
     """Randomised points ``[M, H]`` uint32."""
+    if self.multiplier == "random":
+      rng, multiplier_rng = jax.random.split(rng)
+      points = random_lattice_points(multiplier_rng, num_rows, head_dim)
+      return modular_shift(rng, points)
     if self.sequence == "lattice":
       return modular_shift(rng, jnp.asarray(lattice_points(num_rows, head_dim)))
     if self.sequence == "halton":
@@ -174,6 +202,7 @@ class QMCSobol(QMC):
   """
 
   sequence: str = dataclasses.field(default="sobol", init=False)
+  multiplier: str = dataclasses.field(default="best", init=False)
 
   name: ClassVar[str] = "qmc_sobol"
 
@@ -183,7 +212,11 @@ class QMCSobol(QMC):
 class QMCLattice(QMC):
   """Korobov lattice, shifted: `QMC` with ``sequence="lattice"``.
 
-  It has no options: `sequence` and `scrambling` ("shift") are fixed.
+  Args:
+    multiplier: as for `QMC`.
+
+  Raises:
+    ValueError: as for `QMC`.
 
   References:
     Avron et al. 2016, section 3 (1412.8293); see `QMC`.
@@ -216,5 +249,6 @@ class QMCHalton(QMC):
 
   sequence: str = dataclasses.field(default="halton", init=False)
   scrambling: str = dataclasses.field(default="shift", init=False)
+  multiplier: str = dataclasses.field(default="best", init=False)
 
   name: ClassVar[str] = "qmc_halton"

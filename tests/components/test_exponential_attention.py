@@ -76,7 +76,9 @@ def features64(case, x, w, side, stats):
 @pytest.mark.parametrize(
   "case",
   [
+    "posrf",
     "posrf_hyp",
+    "oprf",
     "oprf_hyp",
     "gerf_default",
     "saderf",

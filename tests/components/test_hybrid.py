@@ -85,7 +85,7 @@ def test_exact_at_the_ends(kernel, mixing, sign):
 
 
 def test_a_second_projection_that_shares_rows_would_be_biased():
-  # Which is why there is no option for it: T is always drawn on its own.
+  # Which is why independent=False is refused: T is always drawn on its own.
   fm = build("hrf", num_features=8, num_mixing_rows=8)
 
   def share(variables):
@@ -131,6 +131,7 @@ def test_feature_dim(mixing):
     ({"num_mixing_rows": 0}, "num_mixing_rows must be a positive integer"),
     ({"mixing": "gaussian", "tau": 0.0}, "tau must be positive, got 0.0"),
     ({"tau": 1.0}, "tau=1.0 is for mixing='gaussian' alone"),
+    ({"independent": False}, "depends on W biases the estimate, causal or not"),
     ({"kernel": "soft"}, "Did you mean 'softmax'"),
   ],
 )

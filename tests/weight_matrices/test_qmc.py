@@ -33,12 +33,13 @@ from tests.weight_matrices.row_samples import (
 
 SCRAMBLINGS = ("shift", "lms", "owen")
 SOBOL = [QMC(scrambling=scrambling) for scrambling in SCRAMBLINGS]
-DESIGNS = [*SOBOL, QMC(sequence="lattice"), QMC(sequence="halton"), LHS()]
+LATTICES = [QMCLattice(), QMCLattice(multiplier="random")]
+DESIGNS = [*SOBOL, *LATTICES, QMC(sequence="halton"), LHS()]
 
 
 def label(matrix):
   if isinstance(matrix, QMC):
-    return f"{matrix.sequence}-{matrix.scrambling}"
+    return f"{matrix.sequence}-{matrix.scrambling}-{matrix.multiplier}"
   return matrix.info.name
 
 
@@ -127,9 +128,10 @@ def test_halton_points_are_those_of_scipy_shifted():
   assert np.abs(shift[0, 0] - shift[1, 0]).min() > 1e-5, "another shift"
 
 
-@pytest.mark.parametrize("num_rows", [64, 50])
-def test_lattice_is_one(num_rows):
-  points, _ = draws(QMC(sequence="lattice"), num_rows, 12, 2, law="uniform")
+@pytest.mark.parametrize("matrix", LATTICES, ids=label)
+@pytest.mark.parametrize("num_rows", [64, 47])
+def test_lattice_is_one(matrix, num_rows):
+  points, _ = draws(matrix, num_rows, 12, 2, law="uniform")
   steps = (points - points[:, :1]) * num_rows
   # All of them multiples of 1/M, each once in every coordinate.
   np.testing.assert_allclose(steps, np.round(steps), atol=num_rows * 2.0**-22)
@@ -145,6 +147,26 @@ def test_lattice_repeats_no_coordinate_it_need_not_repeat():
   points = low_discrepancy.lattice_points(128, 32).astype(np.uint64)
   generators = (points[1] >> np.uint64(25)).astype(int)
   assert len(set(np.minimum(generators, 128 - generators))) == 32
+
+
+def test_random_multipliers_are_odd_powers():
+  rngs = jax.random.split(jax.random.key(0), 400)
+  points = jax.vmap(
+    lambda rng: low_discrepancy.random_lattice_points(rng, 128, 12)
+  )(rngs)
+  steps = np.asarray(points[:, 1] >> 25).astype(int)
+  multipliers = steps[:, 1]
+  expected = [[pow(int(a), j, 128) for j in range(12)] for a in multipliers]
+  np.testing.assert_array_equal(steps, expected)
+  # 64 odd ones, each expected 6 times: none is missed but by a chance of 0.1.
+  assert (multipliers % 2 == 1).all() and len(set(multipliers)) >= 62
+  # At the limit of 2**16 rows, and where M does not divide 2**32.
+  for num_points in (2**16, 50_001):
+    points = low_discrepancy.random_lattice_points(rngs[0], num_points, 3)
+    step = round(float(points[1, 1]) / 2.0**32 * num_points)
+    residues = np.arange(num_points, dtype=object) * step % num_points
+    exact = np.array([r * 2**32 // num_points for r in residues], np.uint32)
+    np.testing.assert_array_equal(points[:, 1], exact)
 
 
 def test_latin_hypercube_has_one_row_in_each_cell():
@@ -247,6 +269,12 @@ def test_errors_name_the_option_and_the_limit():
   ):
     with pytest.raises(ValueError, match="sequence='sobol' alone"):
       QMC(sequence=sequence, scrambling=scrambling)
+  with pytest.raises(ValueError, match="multiplier must be one of"):
+    QMCLattice(multiplier=17)
+  with pytest.raises(ValueError, match="sequence='lattice' alone"):
+    QMC(multiplier="random")
+  with pytest.raises(ValueError, match="<= 65536, got num_features=65537"):
+    QMCLattice(multiplier="random").check(65537, 4)
   for num_features, head_dim in ((8, 257), (2**20 + 1, 4)):
     fm = sf.feature_map("posrf", "qmc", num_features=num_features)
     with pytest.raises(ValueError, match=r"head_dim <= 256 and .* <= 1048576"):

@@ -107,8 +107,9 @@ def test_no_row_vanishes_in_few_dimensions(rng):
   assert np.isfinite(w).all() and np.linalg.norm(w, axis=-1).min() > 1e-2
 
 
-def test_a_complete_hybrid_block_is_a_tight_frame(rng):
-  w = draw("rom_hybrid", rng, 64, 16)
+@pytest.mark.parametrize("circle_factor", ["outermost", "innermost"])
+def test_a_complete_hybrid_block_is_a_tight_frame(rng, circle_factor):
+  w = draw(ROMHybrid(circle_factor=circle_factor), rng, 64, 16)
   for block in (w[:32], w[32:]):
     np.testing.assert_allclose(block.T @ block, 32 * np.eye(16), atol=1e-4)
     # Real and imaginary rows of a unitary matrix, times sqrt(2 n).
@@ -118,13 +119,24 @@ def test_a_complete_hybrid_block_is_a_tight_frame(rng):
     )
 
 
-def test_unit_circle_factor_is_the_outermost(rng):
-  # Then an axis-aligned input meets n phases. Inside, it would meet one, and
-  # all of its complex products would have one argument.
-  w = draw("rom_hybrid", rng, 32, 16)
-  spectrum = [fwht(w[:16, 0]), fwht(w[16:, 0])]
-  argument = np.arctan2(spectrum[1], spectrum[0]) % np.pi
-  assert np.ptp(argument) > 1.0
+@pytest.mark.parametrize("circle_factor", ["outermost", "innermost"])
+def test_place_of_the_unit_circle_factor(rng, circle_factor):
+  # Outermost, an axis-aligned input meets n phases. Innermost it meets one,
+  # and all of its complex products have one argument.
+  w = draw(ROMHybrid(circle_factor=circle_factor), rng, 32, 16)
+  outermost = circle_factor == "outermost"
+  real, imaginary = (
+    fwht(half) if outermost else half for half in (w[:16, 0], w[16:, 0])
+  )
+  # One argument modulo pi: all squares point the same way.
+  products = real + 1j * imaginary
+  spread = 1.0 - np.abs(np.sum(products**2)) / np.sum(np.abs(products) ** 2)
+  assert spread > 0.3 if outermost else spread < 1e-5
+
+
+def test_the_unit_circle_factor_has_two_places():
+  with pytest.raises(ValueError, match="circle_factor must be one of"):
+    ROMHybrid(circle_factor="middle")
 
 
 def test_rom_needs_two_factors():
