@@ -88,9 +88,10 @@ class HRF(KernelComponent):
   mixing: str = "angular"
   num_mixing_rows: int = 8
   tau: float | None = None
-  independent: bool = True
+  # Checked, not kept: there is nothing to choose.
+  independent: dataclasses.InitVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self, independent):
     super().__post_init__()
     if self.mixing not in MIXINGS:
       raise ValueError(f"mixing must be one of {MIXINGS}, got {self.mixing!r}.")
@@ -102,9 +103,9 @@ class HRF(KernelComponent):
       )
     if self.tau is not None and not self.tau > 0:
       raise ValueError(f"tau must be positive, got {self.tau!r}.")
-    if self.independent is not True:
+    if independent is not True:
       raise ValueError(
-        f"independent={self.independent!r}: a second projection that depends "
+        f"independent={independent!r}: a second projection that depends "
         "on W biases the estimate, causal or not; leave it True."
       )
 

@@ -47,6 +47,7 @@ def other_value(path, value):
       "cache_dir": "x",
       "tokenizer": "full",
       "wandb": "x",
+      "init_from": "x",
     }
     return optional.get(path.split(".")[-1], 7)
   if isinstance(value, bool):
