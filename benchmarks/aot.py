@@ -214,13 +214,14 @@ def _compile_step(case: Case):
 
   import spectraformer_jax as sf
   from configs import common
-  from spectraformer_jax.train import models, optim, parallel, state, steps
+  from spectraformer_jax.nn.from_config import make_feature_map
+  from spectraformer_jax.train import optim, parallel, state, steps
 
   devices = devices_of(case.target)
   if ":" not in case.target:
     devices = devices[:1]
   config = common.base("text")
-  fm = models.make_feature_map(config)
+  fm = make_feature_map(config)
   model = sf.nn.Classifier(
     vocab_size=257,
     num_classes=2,
