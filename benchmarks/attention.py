@@ -22,7 +22,6 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 
@@ -73,6 +72,8 @@ def measure(case: dict, repeats: int) -> dict:
   import jax
   import jax.numpy as jnp
 
+  from benchmarks.processes import median_times
+
   shape = (3, case["batch"], case["length"], HEADS, HEAD_DIM)
   inputs = tuple(jax.random.normal(jax.random.key(1), shape))
   attention = attention_of(case["form"], case["is_causal"])
@@ -85,17 +86,12 @@ def measure(case: dict, repeats: int) -> dict:
   compiled = jax.jit(function).lower(*inputs).compile()
   jax.block_until_ready(compiled(*inputs))
   first = time.perf_counter() - start
-  wall, cpu = [], []
-  for _ in range(repeats):
-    clocks = time.perf_counter(), time.process_time()
-    jax.block_until_ready(compiled(*inputs))
-    wall.append(time.perf_counter() - clocks[0])
-    cpu.append(time.process_time() - clocks[1])
-    if sum(wall) > 20.0 and len(wall) >= 3:
-      break
+  wall, cpu = median_times(
+    lambda: jax.block_until_ready(compiled(*inputs)), repeats, enough_s=20.0
+  )
   return {
-    "ms": round(1e3 * statistics.median(wall), 3),
-    "cpu_ms": round(1e3 * statistics.median(cpu), 3),
+    "ms": round(1e3 * wall, 3),
+    "cpu_ms": round(1e3 * cpu, 3),
     "temp_mib": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 2),
     "first_s": round(first, 2),
     "device": jax.devices()[0].device_kind,

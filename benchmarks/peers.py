@@ -31,7 +31,6 @@ import importlib.util
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -39,14 +38,13 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks import processes  # noqa: E402
+from benchmarks import processes, train_step  # noqa: E402
 
 FIGURES = ("ms", "cpu_ms", "mib", "first_s", "version")
 LENGTHS = (256, 512, 1024, 4096, 16384, 65536)
 HEADS, HEAD_DIM, ROWS = 2, 32, 128
 OURS = ("spectral", "jax_softmax")
 QUADRATIC = ("jax_softmax", "torch_softmax")
-STEPS = {"text": (8, 4096, 2), "listops": (32, 2048, 10)}
 
 
 def peak_mib() -> float:
@@ -181,13 +179,18 @@ def official_step(case: dict, path: str) -> Callable[[], None]:
 
   torch.manual_seed(0)
   torch.set_num_threads(case["threads"])
-  batch, length, classes = STEPS[case["task"]]
+  shape = train_step.SHAPES[case["task"]]
+  batch, length = shape["batch"], shape["length"]
   component, matrix = case["pair"].split("-")
   sizes = {"embedding_dim": 64, "transformer_dim": 64, "head_dim": HEAD_DIM}
   model = ModelForSC(
     sizes
     | {"transformer_hidden_dim": 128, "num_head": HEADS, "num_layers": 2}
-    | {"vocab_size": 512, "max_seq_len": length, "num_classes": classes}
+    | {
+      "vocab_size": 512,
+      "max_seq_len": length,
+      "num_classes": shape["num_classes"],
+    }
     | {"dropout_prob": 0.1, "attention_dropout": 0.1, "pooling_mode": "MEAN"}
     | {"learn_pos_emb": True, "tied_weights": False, "mixed_precision": False}
     | {"attn_type": "performer", "rp_dim": ROWS, "batch_size": batch}
@@ -229,9 +232,7 @@ def call_of(case: dict, paths: dict) -> tuple[Callable[[], None], str]:
   """What to time, and the version of what it runs on."""
   form = case["form"]
   if "task" in case and form == "spectral":
-    from benchmarks.train_step import make_call
-
-    call = make_call(case["task"], case["pair"])
+    call = train_step.make_call(case["task"], case["pair"])
   elif "task" in case:
     call = official_step(case, paths["spectraformer"])
   elif form in OURS:
@@ -262,17 +263,10 @@ def measure(case: dict, repeats: int, paths: dict) -> dict:
   call()
   first = time.perf_counter() - start
   before = forget_peak()
-  wall, cpu = [], []
-  for _ in range(repeats):
-    clocks = time.perf_counter(), time.process_time()
-    call()
-    wall.append(time.perf_counter() - clocks[0])
-    cpu.append(time.process_time() - clocks[1])
-    if sum(wall) > 10.0 and len(wall) >= 3:
-      break
+  wall, cpu = processes.median_times(call, repeats, enough_s=10.0)
   return {
-    "ms": round(1e3 * statistics.median(wall), 3),
-    "cpu_ms": round(1e3 * statistics.median(cpu), 3),
+    "ms": round(1e3 * wall, 3),
+    "cpu_ms": round(1e3 * cpu, 3),
     "mib": round(max(peak_mib() - before, 0.0), 1),
     "first_s": round(first, 2),
     "version": version,
@@ -347,7 +341,9 @@ def main() -> None:
   )
   parser.add_argument("--csv", default="peers.csv")
   parser.add_argument("--steps", action="store_true")
-  parser.add_argument("--tasks", nargs="+", default=tuple(STEPS), choices=STEPS)
+  parser.add_argument(
+    "--tasks", nargs="+", default=train_step.SHAPES, choices=train_step.SHAPES
+  )
   parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
   parser.add_argument("--batches", type=int, nargs="+", default=(1, 8))
   parser.add_argument("--threads", type=int, default=1)

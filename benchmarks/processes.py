@@ -1,10 +1,12 @@
-"""Cases measured one by one, each in a process of its own, kept in a CSV."""
+"""Cases timed one by one, each in a process of its own, kept in a CSV."""
 
 import csv
 import json
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -62,3 +64,24 @@ def read(path: str) -> list[dict]:
       {key: json.loads(value) for key, value in row.items()}
       for row in csv.DictReader(file)
     ]
+
+
+def median_times(
+  call: Callable[[], object], repeats: int, *, enough_s: float | None = None
+) -> tuple[float, float]:
+  """Median wall and CPU seconds (of all threads) of a call.
+
+  Args:
+    call: returns when its results are there; it has run once before.
+    repeats: how often it runs.
+    enough_s: it runs no more once it took so long in all, but thrice at least.
+  """
+  wall, cpu = [], []
+  for _ in range(repeats):
+    clocks = time.perf_counter(), time.process_time()
+    call()
+    wall.append(time.perf_counter() - clocks[0])
+    cpu.append(time.process_time() - clocks[1])
+    if enough_s is not None and sum(wall) > enough_s and len(wall) >= 3:
+      break
+  return statistics.median(wall), statistics.median(cpu)

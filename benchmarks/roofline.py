@@ -13,9 +13,7 @@ the cache may come above 1.
 """
 
 import os
-import statistics
 import sys
-import time
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 TOKENS, HEADS, HEAD_DIM, ROWS, WIDTH, MLP = 8 * 4096, 2, 32, 128, 64, 128
@@ -26,14 +24,13 @@ def seconds(function, *inputs, repeats: int = 15) -> float:
   """Median CPU time of a compiled call."""
   import jax
 
+  from benchmarks.processes import median_times
+
   jitted = jax.jit(function)
   jax.block_until_ready(jitted(*inputs))
-  times = []
-  for _ in range(repeats):
-    start = time.process_time()
-    jax.block_until_ready(jitted(*inputs))
-    times.append(time.process_time() - start)
-  return statistics.median(times)
+  return median_times(lambda: jax.block_until_ready(jitted(*inputs)), repeats)[
+    1
+  ]
 
 
 def parts() -> list[tuple]:

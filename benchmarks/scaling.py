@@ -11,12 +11,9 @@ comes from a process of its own; rows that the CSV holds are not measured again.
 """
 
 import argparse
-import functools
 import json
 import os
-import statistics
 import sys
-import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -58,15 +55,12 @@ def attention(sizes: dict, is_causal: bool):
 
 
 def training_step(sizes: dict):
-  """The loop's step and what it takes."""
-  import jax
+  """A call that takes the loop's next step, and its inputs: none."""
   import numpy as np
 
   import spectraformer_jax as sf
-  from spectraformer_jax.train import optim, state, steps
-  from spectraformer_jax.train.config import default_config
+  from benchmarks.train_step import first_step
 
-  config = default_config()
   fm = sf.feature_map("posrf", "orf", num_features=sizes["M"])
   model = sf.nn.Classifier(
     max_len=sizes["T"],
@@ -77,17 +71,20 @@ def training_step(sizes: dict):
     head_dim=sizes["H"],
     feature_map=fm,
   )
-  tx = optim.make_optimizer(config.optim, config.train.num_steps)
-  keys = state.run_keys(0)
+  step, train_state, rng = first_step(model, fm)
   batch = {
     "tokens": np.ones((BATCH, sizes["T"]), np.uint16),
     "length": np.full(BATCH, sizes["T"], np.int32),
     "label": np.zeros(BATCH, np.int32),
     "weight": np.ones(BATCH, np.float32),
   }
-  step = functools.partial(steps.train_step, apply_fn=model.apply, tx=tx)
-  train_state = state.create(model, fm, tx, keys)
-  return jax.jit(step), (train_state, batch, keys.dropout_rng)
+
+  def call():
+    nonlocal train_state
+    train_state, _ = step(train_state, batch, rng)
+    return train_state
+
+  return call, ()
 
 
 def measure(case: dict, repeats: int) -> dict:
@@ -100,12 +97,10 @@ def measure(case: dict, repeats: int) -> dict:
   else:
     function, inputs = attention(sizes, case["form"] == "causal")
   jax.block_until_ready(function(*inputs))
-  times = []
-  for _ in range(repeats):
-    start = time.process_time()
-    jax.block_until_ready(function(*inputs))
-    times.append(time.process_time() - start)
-  return {"cpu_ms": round(1e3 * statistics.median(times), 3)}
+  _, cpu = processes.median_times(
+    lambda: jax.block_until_ready(function(*inputs)), repeats
+  )
+  return {"cpu_ms": round(1e3 * cpu, 3)}
 
 
 def lines(rows: list[dict]) -> dict[tuple[str, str], list[tuple[int, float]]]:

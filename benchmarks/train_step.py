@@ -30,20 +30,14 @@ ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def prepare(task: str, pair: str, remat: bool = False) -> tuple:
-  """The jitted step, its state and dropout key, the data and batch size."""
-  import functools
-
-  import jax
+  """The step, its state and dropout key, the data and batch size."""
   import numpy as np
 
   import spectraformer_jax as sf
   from spectraformer_jax import data
-  from spectraformer_jax.train import optim, state, steps
-  from spectraformer_jax.train.config import default_config
 
   sizes = dict(SHAPES[task])
   batch_size, length = sizes.pop("batch"), sizes.pop("length")
-  config = default_config()
   fm = sf.feature_map(*pair.split("-"), num_features=128)
   model = sf.nn.Classifier(max_len=length, feature_map=fm, remat=remat, **sizes)
   random = np.random.default_rng(0)
@@ -53,12 +47,24 @@ def prepare(task: str, pair: str, remat: bool = False) -> tuple:
     np.zeros(4 * batch_size, int),
     **{"name": task, "length": length, **sizes},
   )
+  return *first_step(model, fm), dataset, batch_size
+
+
+def first_step(model, feature_map) -> tuple:
+  """The training loop's step, jitted, its first state and the dropout key."""
+  import functools
+
+  import jax
+
+  from spectraformer_jax.train import optim, state, steps
+  from spectraformer_jax.train.config import default_config
+
+  config = default_config()
   tx = optim.make_optimizer(config.optim, config.train.num_steps)
   keys = state.run_keys(0)
-  train_state = state.create(model, fm, tx, keys)
+  train_state = state.create(model, feature_map, tx, keys)
   step = functools.partial(steps.train_step, apply_fn=model.apply, tx=tx)
-  step = jax.jit(step, donate_argnums=0)
-  return step, train_state, keys.dropout_rng, dataset, batch_size
+  return jax.jit(step, donate_argnums=0), train_state, keys.dropout_rng
 
 
 def make_call(task: str, pair: str) -> Callable[[], None]:
