@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spectraformer_jax import data
+from spectraformer_jax import commands, data
 from spectraformer_jax.data import __main__ as command
 from spectraformer_jax.data import lra_figures
 from spectraformer_jax.data.check import count_duplicates
@@ -133,7 +133,7 @@ def test_commands(run, monkeypatch):
   assert run()[0] == 2
   code, _, err = run("chekc")
   assert code == 2 and "unknown command 'chekc'" in err
-  monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
   assert "unknown command 'fetch'" in run("fetch", "x")[2]
 
 
