@@ -70,10 +70,9 @@ def load_pretrained(
   try:
     variables = _read(path, step, _shapes(model, feature_map))
   except Exception as error:  # orbax and tensorstore raise many kinds
-    message = " ".join(str(error).split())[:300] or repr(error)
     raise ValueError(
       f"The checkpoint of step {step} in {str(path)!r} cannot be read: "
-      f"{message}"
+      f"{one_line(error)}"
     ) from error
   return Pretrained(model, variables)
 
@@ -123,6 +122,12 @@ def checksum(tree: PyTree, note: str = "") -> str:
     digest.update(f"{leaf.dtype}{leaf.shape}".encode())
     digest.update(np.ascontiguousarray(leaf).view(np.uint8))
   return digest.hexdigest()
+
+
+def one_line(error: Exception) -> str:
+  """The message in at most 300 characters."""
+  text = " ".join(str(error).split()) or repr(error)
+  return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _read_record(path: Path, step: int) -> dict[str, Any]:

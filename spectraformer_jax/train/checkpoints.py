@@ -18,7 +18,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from spectraformer_jax.nn.pretrained import VARIABLES_CHECKSUM, checksum
+from spectraformer_jax.nn.pretrained import (
+  VARIABLES_CHECKSUM,
+  checksum,
+  one_line,
+)
 from spectraformer_jax.train.state import TrainState
 
 # Beside the folder of checkpoints: those that could not be read.
@@ -54,25 +58,19 @@ class Checkpointer:
   Args:
     directory: made if it is not there; remains of an interrupted save go away.
     keep: how many of the last checkpoints stay, beside the best.
-    read_only: for those who look at the checkpoints of a run that may be
-      writing them: nothing in the directory is touched.
   """
 
-  def __init__(
-    self, directory: Path | str, *, keep: int, read_only: bool = False
-  ):
+  def __init__(self, directory: Path | str, *, keep: int):
     self._directory = Path(directory).absolute()
     self._best: dict[int, int | None] = {}
-    if not read_only:
-      self._directory.mkdir(parents=True, exist_ok=True)
+    self._directory.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_LastAndBest(keep, self._best),
         enable_async_checkpointing=False,
-        cleanup_tmp_directories=not read_only,
+        cleanup_tmp_directories=True,
         create=False,  # with processes of its own, orbax cannot
-        read_only=read_only,
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=0, active_processes={0}
         ),
@@ -120,7 +118,7 @@ class Checkpointer:
       raise SaveError(
         f"The checkpoint of step {step} could not be written to "
         f"{str(self._directory)!r}; it has those of steps {self.steps()}. "
-        f"Cause: {_one_line(error)}"
+        f"Cause: {one_line(error)}"
       ) from error
 
   def steps(self) -> list[int]:
@@ -195,7 +193,7 @@ class Checkpointer:
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise ValueError(
         f"The checkpoint of step {step} in {str(self._directory)!r} cannot be "
-        f"read: {_one_line(error)}"
+        f"read: {one_line(error)}"
       ) from error
     self._best[step] = record.pop("best_step", None)
     return state, record
@@ -233,9 +231,3 @@ def _check_leaf(path, wanted: np.ndarray, found: np.ndarray) -> None:
 def _checksum(state: TrainState, record: Mapping[str, Any]) -> str:
   """Of every bit of the arrays and of the record's values."""
   return checksum(state, json.dumps(record, sort_keys=True))
-
-
-def _one_line(error: Exception) -> str:
-  """The message in at most 300 characters."""
-  text = " ".join(str(error).split()) or repr(error)
-  return text if len(text) <= 300 else text[:297] + "..."

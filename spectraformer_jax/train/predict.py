@@ -221,10 +221,7 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.batch_size < 1:
     raise ValueError(f"--batch_size must be positive, got {args.batch_size}.")
-  stored = files.read_config(Path(args.workdir))
-  if stored is None:
-    raise ValueError(f"{args.workdir!r} is no workdir: no config.json.")
-  facts = stored["data"]["train"]
+  facts = files.stored_run(Path(args.workdir))["data"]["train"]
   if args.input.endswith(".npz"):
     inputs = read_npz(args.input, facts)
   elif args.input == "-":

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.train import hosts, state
 from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.config import default_config, flatten, to_dict
+from spectraformer_jax.train.config import flatten, to_dict
 from spectraformer_jax.train.writers import read_rows, result_row
 from spectraformer_jax.typing import PyTree
 
@@ -45,8 +45,8 @@ def start_from(
   def read():
     nonlocal variables
     workdir = Path(config.model.init_from)
-    source = default_config()
-    source.update(_read(workdir))
+    _check_finished(workdir)
+    source = files.stored_config(workdir)
     _check_same(workdir, to_dict(source), to_dict(config))
     trained = dict(load_pretrained(workdir).variables)
     found, params = trained.pop("params"), dict(train_state.params)
@@ -67,15 +67,14 @@ def start_from(
   )
 
 
-def _read(workdir: Path) -> dict[str, Any]:
-  """The config of a finished run."""
+def _check_finished(workdir: Path) -> None:
+  """Refuses a folder that holds no finished run."""
   stored = files.read_config(workdir)
   if stored is None or result_row(read_rows(workdir)) is None:
     raise ValueError(
       f"config.model.init_from must be the workdir of a finished run, got "
       f"{str(workdir)!r}."
     )
-  return stored["config"]
 
 
 def _check_same(

@@ -64,9 +64,9 @@ def check_data(workdir: Path, data: Mapping[str, Any]) -> None:
     ValueError: names the split whose fingerprint differs.
   """
   stored = read_config(workdir)
+  if stored is None:
+    return
   for split, facts in data.items():
-    if stored is None:
-      return
     old, new = stored["data"][split]["fingerprint"], facts["fingerprint"]
     if old != new:
       raise ValueError(
@@ -100,8 +100,8 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
   return json.loads(path.read_text()) if path.exists() else None
 
 
-def stored_config(workdir: Path) -> ConfigDict:
-  """The config of a run, where a key that is new has its default.
+def stored_run(workdir: Path) -> dict[str, Any]:
+  """The content of config.json.
 
   Raises:
     ValueError: the folder holds no run.
@@ -109,8 +109,17 @@ def stored_config(workdir: Path) -> ConfigDict:
   stored = read_config(workdir)
   if stored is None:
     raise ValueError(f"{str(workdir)!r} is no workdir: no {CONFIG}.")
+  return stored
+
+
+def stored_config(workdir: Path) -> ConfigDict:
+  """The config of a run, where a key that is new has its default.
+
+  Raises:
+    ValueError: the folder holds no run.
+  """
   config = default_config()
-  config.update(stored["config"])
+  config.update(stored_run(workdir)["config"])
   return config
 
 

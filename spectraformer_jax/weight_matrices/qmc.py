@@ -100,22 +100,18 @@ class QMC(WeightMatrix):
   name: ClassVar[str] = "qmc"
 
   def __post_init__(self):
-    if self.sequence not in SEQUENCES:
-      raise ValueError(
-        f"sequence must be one of {SEQUENCES}, got {self.sequence!r}."
-      )
-    if self.scrambling not in SCRAMBLINGS:
-      raise ValueError(
-        f"scrambling must be one of {SCRAMBLINGS}, got {self.scrambling!r}."
-      )
+    for name, known in (
+      ("sequence", SEQUENCES),
+      ("scrambling", SCRAMBLINGS),
+      ("multiplier", MULTIPLIERS),
+    ):
+      value = getattr(self, name)
+      if value not in known:
+        raise ValueError(f"{name} must be one of {known}, got {value!r}.")
     if self.sequence != "sobol" and self.scrambling != "shift":
       raise ValueError(
         f"scrambling={self.scrambling!r} is for sequence='sobol' alone, got "
         f"sequence={self.sequence!r}: use scrambling='shift'."
-      )
-    if self.multiplier not in MULTIPLIERS:
-      raise ValueError(
-        f"multiplier must be one of {MULTIPLIERS}, got {self.multiplier!r}."
       )
     if self.sequence != "lattice" and self.multiplier != "best":
       raise ValueError(
