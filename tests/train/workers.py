@@ -24,9 +24,12 @@ OTHER_COLLECTIVES = (
   r" (all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 MAP = feature_map("oprf", "orf", num_features=8)
+EMA_MAP = feature_map(
+  "oprf", "orf", num_features=8, component_kwargs={"statistics": "ema"}
+)
 
 
-def tiny_model(dropout_rate: float = 0.0) -> nn.Classifier:
+def tiny_model(dropout_rate: float = 0.0, feature_map=MAP) -> nn.Classifier:
   return nn.Classifier(
     vocab_size=16,
     num_classes=4,
@@ -37,7 +40,7 @@ def tiny_model(dropout_rate: float = 0.0) -> nn.Classifier:
     head_dim=4,
     mlp_dim=8,
     dropout_rate=dropout_rate,
-    feature_map=MAP,
+    feature_map=feature_map,
   )
 
 
@@ -54,10 +57,10 @@ def tiny_batch(seed: int = 0) -> dict[str, np.ndarray]:
   }
 
 
-def train_steps(tx, num_steps: int, engine: str):
+def train_steps(tx, num_steps: int, engine: str, feature_map=MAP):
   """State and sums after that many steps on all local devices."""
-  model = tiny_model()
-  train_state = state.create(model, MAP, tx, state.run_keys(0))
+  model = tiny_model(feature_map=feature_map)
+  train_state = state.create(model, feature_map, tx, state.run_keys(0))
   step = parallel.DataParallelStep(
     functools.partial(steps.train_step, apply_fn=model.apply, tx=tx),
     engine=engine,
@@ -82,6 +85,9 @@ def run_steps(path: str, engine: str) -> None:
     "gradient",
     jax.tree.map(lambda a, b: np.asarray(a) - b, before.params, after.params),
   )
+  ema, _, text = train_steps(optax.sgd(0.0), 1, engine, EMA_MAP)
+  arrays["ema_all_reduces"] = len(re.findall(r" all-reduce(-start)?\(", text))
+  arrays |= named("ema", ema.collections[state.MUTABLE_COLLECTION])
   config = train_config.default_config().optim
   config.update(lr=1e-3, warmup_steps=2)
   adam, sums, _ = train_steps(optim.make_optimizer(config, 20), 5, engine)
