@@ -23,7 +23,7 @@ STRIDE = 16
 # per token and the state F V, so C near V is cheapest on a CPU; matrix units
 # want more rows. Without a mask larger blocks cost nothing.
 CAUSAL_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 256}
-BLOCK = {"cpu": 512, "gpu": 1024, "tpu": 1024}
+BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 1024}
 
 
 class Maps(NamedTuple):
@@ -69,6 +69,7 @@ def bidirectional(
   return read(maps.query, chunk, constants, state, query, 0), state
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def read(
   query_map: FeatureFn,
   chunk: int,
@@ -94,16 +95,60 @@ def read(
   size = min(chunk, length)
   padded = _pad(query, size)
 
-  @jax.checkpoint
-  def one_block(constants, state, block, position):
-    return chunks.read(query_map, constants, state, block, position)
-
-  def step(_, index):
+  def step(out, index):
     block = _query_block(padded, index, size)
-    return None, one_block(constants, state, block, position + index * size)
+    where = position + index * size
+    found = chunks.read(query_map, constants, state, block, where)
+    return _write(out, found, index), None
 
-  _, out = jax.lax.scan(step, None, jnp.arange(padded.shape[1] // size))
-  return _join(out)[:, :length]
+  out = _empty(padded, state.kv.shape[-1], state.kv.dtype)
+  count = jnp.arange(padded.shape[1] // size)
+  return jax.lax.scan(step, out, count)[0][:, :length]
+
+
+def _read_fwd(query_map, chunk, constants, state, query, position):
+  out = read(query_map, chunk, constants, state, query, position)
+  return out, (constants, state, query, position)
+
+
+def _read_bwd(query_map, chunk, residuals, gradient):
+  """Blocks are independent; what they say of the state is added up."""
+  constants, state, query, position = residuals
+  length = query.shape[1]
+  size = min(chunk, length)
+  padded, gradient = _pad(query, size), _pad(gradient, size)
+
+  def step(carry, index):
+    total, d_query = carry
+    _, pull = jax.vjp(
+      lambda floats, sums, block: chunks.read(
+        query_map,
+        _with_floats(constants, floats),
+        _with_sums(state, sums),
+        block,
+        position + index * size,
+      ),
+      _floats(constants),
+      _sums(state),
+      _query_block(padded, index, size),
+    )
+    *pulled, d_block = pull(_query_block(gradient, index, size))
+    total = _tree_add(total, tuple(pulled))
+    return (total, _write(d_query, d_block, index)), None
+
+  zeros = jax.tree.map(jnp.zeros_like, (_floats(constants), _sums(state)))
+  carry = zeros, jnp.zeros_like(padded)
+  count = jnp.arange(padded.shape[1] // size)
+  ((d_floats, d_sums), d_query), _ = jax.lax.scan(step, carry, count)
+  return (
+    _gradient_of_constants(constants, d_floats),
+    _gradient_of_state(state, d_sums),
+    d_query[:, :length],
+    _no_gradient(jnp.asarray(position)),
+  )
+
+
+read.defvjp(_read_fwd, _read_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -153,7 +198,8 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
   # Relative to the final exponent, the state enters and leaves linearly.
   empty = jax.tree.map(jnp.zeros_like, state)._replace(exponent=exponent)
 
-  def step(total, index):
+  def step(carry, index):
+    total, d_key, d_value = carry
     k, v, *where = _key_block(*padded[:3], index, size, state.length)
     _, pull = jax.vjp(
       lambda floats, k, v: _sums(
@@ -165,12 +211,13 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
       k,
       v,
     )
-    d_floats, d_key, d_value = pull(_sums(gradient))
-    return _tree_add(total, d_floats), (d_key, d_value)
+    d_floats, d_k, d_v = pull(_sums(gradient))
+    total = _tree_add(total, d_floats)
+    return (total, _write(d_key, d_k, index), _write(d_value, d_v, index)), None
 
+  carry = jax.tree.map(jnp.zeros_like, (_floats(constants), *padded[:2]))
   count = jnp.arange(padded[0].shape[1] // size)
-  zeros = jax.tree.map(jnp.zeros_like, _floats(constants))
-  d_floats, (d_key, d_value) = jax.lax.scan(step, zeros, count)
+  (d_floats, d_key, d_value), _ = jax.lax.scan(step, carry, count)
   _, pull = jax.vjp(
     lambda sums: _sums(chunks.rescale(_with_sums(state, sums), exponent)),
     _sums(state),
@@ -178,8 +225,8 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
   return (
     _gradient_of_constants(constants, d_floats),
     _gradient_of_state(state, *pull(_sums(gradient))),
-    _join(d_key)[:, :length].astype(key.dtype),
-    _join(d_value)[:, :length].astype(value.dtype),
+    d_key[:, :length],
+    d_value[:, :length],
     None,
   )
 
@@ -263,18 +310,22 @@ def _causal_forward(plan, constants, state):
   """Output, last state, and the state before each stride."""
   start = state.length
 
-  def stride(state, outer):
-    def step(state, inner):
-      inputs = plan.inputs(plan.index(outer, inner), start)
-      return plan.chunk(constants, state, *inputs)
+  def stride(carry, outer):
+    def step(carry, inner):
+      state, out = carry
+      index = plan.index(outer, inner)
+      state, found = plan.chunk(constants, state, *plan.inputs(index, start))
+      return (state, _write(out, found, index)), None
 
-    after, out = jax.lax.scan(step, state, jnp.arange(plan.inner))
-    return after, (out, state)
+    after, _ = jax.lax.scan(step, carry, jnp.arange(plan.inner))
+    return after, carry[0]
 
-  state, (out, boundaries) = jax.lax.scan(stride, state, jnp.arange(plan.outer))
+  out = _empty(plan.query, plan.value.shape[-1], plan.value.dtype)
+  (state, out), boundaries = jax.lax.scan(
+    stride, (state, out), jnp.arange(plan.outer)
+  )
   state = state._replace(length=start + plan.length)
-  out = out.reshape(-1, *out.shape[2:])
-  return _join(out)[:, : plan.length], state, boundaries
+  return out[:, : plan.length], state, boundaries
 
 
 def _causal_fwd(maps, chunk, constants, state, *inputs):
@@ -300,7 +351,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
     _, states = jax.lax.scan(again, state, jnp.arange(plan.inner))
 
     def step(carry, x):
-      d_floats, d_state = carry
+      d_floats, d_state, *d_inputs = carry
       inner, state = x
       index = plan.index(outer, inner)
       query, key, value, *where = plan.inputs(index, initial.length)
@@ -318,21 +369,26 @@ def _causal_bwd(maps, chunk, residuals, gradients):
       )
       d_chunk = _query_block(d_out, index, plan.size)
       pulled = pull((d_state, d_chunk))
-      return (_tree_add(d_floats, pulled[0]), pulled[1]), pulled[2:]
+      d_inputs = (
+        _write(whole, block, index)
+        for whole, block in zip(d_inputs, pulled[2:], strict=True)
+      )
+      return (_tree_add(d_floats, pulled[0]), pulled[1], *d_inputs), None
 
     return jax.lax.scan(
       step, carry, (jnp.arange(plan.inner), states), reverse=True
     )
 
-  zeros = jax.tree.map(jnp.zeros_like, _floats(constants))
-  carry = (zeros, _sums(d_state))
-  (d_floats, d_sums), d_inputs = jax.lax.scan(
-    stride, carry, (jnp.arange(plan.outer), boundaries), reverse=True
+  d_floats, *d_inputs = jax.tree.map(
+    jnp.zeros_like, (_floats(constants), plan.query, plan.key, plan.value)
   )
-  d_query, d_key, d_value = (
-    _join(d.reshape(-1, *d.shape[2:]))[:, : plan.length].astype(x.dtype)
-    for d, x in zip(d_inputs, inputs[:3], strict=True)
+  (d_floats, d_sums, *d_inputs), _ = jax.lax.scan(
+    stride,
+    (d_floats, _sums(d_state), *d_inputs),
+    (jnp.arange(plan.outer), boundaries),
+    reverse=True,
   )
+  d_query, d_key, d_value = (d[:, : plan.length] for d in d_inputs)
   return (
     _gradient_of_constants(constants, d_floats),
     _gradient_of_state(initial, d_sums),
@@ -440,8 +496,18 @@ def _query_block(query: Array, index, size: int) -> Array:
   return jnp.moveaxis(_slice(query, index, size), 1, 3)
 
 
-def _join(blocks: Array) -> Array:
-  """Stacked blocks ``[n, B, N, ..., C, V] -> [B, n C, N, ..., V]``."""
-  count, batch, size = blocks.shape[0], blocks.shape[1], blocks.shape[-2]
-  joined = jnp.moveaxis(jnp.moveaxis(blocks, -2, 1), 2, 0)
-  return joined.reshape(batch, count * size, *joined.shape[3:])
+def _empty(query: Array, value_dim: int, dtype) -> Array:
+  """Zeros ``[B, T, N, G, V]`` for the outputs of `query`."""
+  return jnp.zeros((*query.shape[:-1], value_dim), dtype)
+
+
+def _write(whole: Array, block: Array, index) -> Array:
+  """``[B, T, N, ..., V]`` with block ``[B, N, ..., C, V]`` number `index`.
+
+  In a loop's carry the block is written in place, in the caller's own layout:
+  stacked blocks would need a second buffer and a transposition.
+  """
+  block = jnp.moveaxis(block, -2, 1).astype(whole.dtype)
+  return jax.lax.dynamic_update_slice_in_dim(
+    whole, block, index * block.shape[1], axis=1
+  )
