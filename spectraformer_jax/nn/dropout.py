@@ -3,7 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from spectraformer_jax.nn.by_token import KEPT
 from spectraformer_jax.typing import Array
 
 _LEVELS = 1 << 16
@@ -47,5 +49,5 @@ class Dropout(nn.Module):
     bits = jax.random.bits(rng, (*x.shape[:-1], half), jnp.uint32)
     # Two numbers of 16 bits from each of 32.
     bits = jnp.concatenate([bits & (_LEVELS - 1), bits >> 16], axis=-1)
-    keep = bits[..., : x.shape[-1]] < kept
+    keep = checkpoint_name(bits[..., : x.shape[-1]] < kept, KEPT)
     return jnp.where(keep, x * (_LEVELS / kept), 0.0)

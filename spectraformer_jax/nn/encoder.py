@@ -7,6 +7,7 @@ import flax.linen as nn
 
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.attention import SpectralSelfAttention
+from spectraformer_jax.nn.by_token import by_token
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.registry import nearest
@@ -65,7 +66,6 @@ class EncoderLayer(nn.Module):
       value = getattr(self, name)
       if value not in known:
         raise ValueError(f"Unknown {name} {value!r}.{nearest(value, known)}")
-    norms = [nn.LayerNorm(dtype=self.dtype) for _ in range(2)]
     attention = part_of(self, SpectralSelfAttention, name="attention")
 
     def drop(y):
@@ -83,12 +83,16 @@ class EncoderLayer(nn.Module):
         hidden = nn.gelu(hidden)
       return nn.Dense(x.shape[-1], dtype=self.dtype)(drop(hidden))
 
-    for norm, part in zip(norms, (attend, feed_forward), strict=True):
+    def beside(part, norm, x):
       if self.norm == "pre":
-        x = x + drop(part(norm(x)))
-      else:
-        x = norm(x + drop(part(x)))
-    return x
+        return x + drop(part(norm(x)))
+      return norm(x + drop(part(x)))
+
+    def second_half(layer, x):
+      return beside(feed_forward, nn.LayerNorm(dtype=layer.dtype), x)
+
+    x = beside(attend, nn.LayerNorm(dtype=self.dtype), x)
+    return by_token(self, second_half, x)
 
 
 class Encoder(nn.Module):
