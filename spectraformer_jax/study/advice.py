@@ -53,7 +53,9 @@ def with_size(row) -> str:
 def with_interval(row) -> str:
   """The error and its confidence interval."""
   half = row["error_ci"]
-  return f"{row['error']:.3g}" + (f" ± {half:.1g}" if half else "")
+  # What does not depend on the draw varies by rounding all the same.
+  varies = half and half > 1e-6 * row["error"]
+  return f"{row['error']:.3g}" + (f" ± {half:.1g}" if varies else "")
 
 
 def _other(row) -> str:

@@ -87,8 +87,8 @@ def make_inputs(name, query, key, value, key_mask=None, query_mask=None):
     >>> make_inputs("toy", x, x, x).key_mask.shape
     (1, 5)
   """
-  query, key, value = (np.asarray(x, np.float32) for x in (query, key, value))
   try:
+    query, key, value = (np.asarray(x, np.float32) for x in (query, key, value))
     checks.check_attention_inputs(query, key, value, is_causal=False)
     if query.shape[2] != key.shape[2]:
       raise ValueError(
@@ -139,7 +139,8 @@ def read_npz(path: Path) -> list[Inputs]:
   try:
     with np.load(path) as file:
       stored = {name: file[name] for name in file.files}
-  except (ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+  # TypeError: a single array (npy) is no context manager.
+  except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
     raise ValueError(f"{str(path)!r} is not an npz file of arrays.") from None
   layers: dict[str, dict[str, np.ndarray]] = {}
   short = {"q": "query", "k": "key", "v": "value"}

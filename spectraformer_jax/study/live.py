@@ -44,6 +44,7 @@ class Board:
     self._running: dict[str, tuple[Cell, float]] = {}
     self._finished: dict[str, tuple[Cell, dict[str, Any]]] = {}
     self._failed: dict[str, str] = {}
+    self._elsewhere: set[str] = set()  # of those that wait
     self._live = None
     if sys.stderr.isatty() if live is None else live:
       self._live = Live(
@@ -70,11 +71,19 @@ class Board:
   def skip(self, cell: Cell, result: dict[str, Any]) -> None:
     """The cell had finished before."""
     del self._waiting[cell.name]
+    self._elsewhere.discard(cell.name)
     self._finished[cell.name] = (cell, result)
+
+  def run_elsewhere(self, cell: Cell) -> None:
+    """Another process runs the cell; it waits until that has ended."""
+    if cell.name not in self._elsewhere:
+      self._elsewhere.add(cell.name)
+      self._line(f"{cell.name}: another process runs it")
 
   def start(self, cell: Cell) -> None:
     """The cell begins."""
     del self._waiting[cell.name]
+    self._elsewhere.discard(cell.name)
     self._running[cell.name] = (cell, time.monotonic())
     self._line(f"{cell.name}: started")
 
@@ -141,6 +150,8 @@ class Board:
         f"{dev[-1]:.3f}" if dev else "-",
         "",
       )
+    for name in sorted(self._elsewhere):
+      table.add_row(name, "in another process", "", "", "")
     for name, (_, result) in list(self._finished.items())[-RECENT:]:
       accuracy = (
         f"{result['dev/accuracy_best']:.3f}",

@@ -137,7 +137,8 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
   """Names that no other beats in both, cheapest first.
 
   Args:
-    points: name -> (cost, accuracy).
+    points: name -> (cost, accuracy); accuracies that differ by less than
+      rounding are equal.
 
   Example:
     >>> pareto_front({"a": (1.0, 5.0), "b": (2.0, 4.0), "c": (3.0, 6.0)})
@@ -146,7 +147,7 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
   front: list[str] = []
   by_cost = sorted(points, key=lambda name: (points[name][0], -points[name][1]))
   for name in by_cost:
-    if not front or points[name][1] > points[front[-1]][1]:
+    if not front or points[name][1] > points[front[-1]][1] + 1e-9:
       front.append(name)
   return front
 

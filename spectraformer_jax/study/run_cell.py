@@ -2,7 +2,9 @@
 
 import logging as python_logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from absl import logging
@@ -10,6 +12,20 @@ from absl import logging
 from spectraformer_jax.study.cells import CELL, cell_from_json
 
 FAILED = 1
+
+
+def stop_with_the_sweep() -> None:
+  """Ends this process as SIGTERM does when the other end of stdin is gone.
+
+  The sweep never writes to it, so however the sweep ends, a kill included, its
+  cells save what they have and stop.
+  """
+
+  def watch():
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def main(workdir: str, cpus: str) -> int:
@@ -45,4 +61,5 @@ def main(workdir: str, cpus: str) -> int:
 
 
 if __name__ == "__main__":
+  stop_with_the_sweep()
   sys.exit(main(*sys.argv[1:]))

@@ -20,12 +20,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from spectraformer_jax.registry import nearest
 from spectraformer_jax.study import cells as spec
 from spectraformer_jax.study.cells import Cell, Sweep
 from spectraformer_jax.study.live import Board
 from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.host_memory import HUGE_PAGES
+from spectraformer_jax.train.lock import in_use
 from spectraformer_jax.train.writers import read_rows, result_row
 
 INTERRUPTED = 130
@@ -81,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Runs the command; 1 if a cell failed."""
-  cells = shard(spec.expand(make_sweep(args)), args.shard)
+  cells = spec.expand(make_sweep(args))
+  _check_one(cells)
+  cells = shard(cells, args.shard)
   if args.jobs < 1:
     raise ValueError(f"--jobs must be at least 1, got {args.jobs}.")
   folder = Path(args.out)
@@ -100,6 +104,20 @@ def run(args: argparse.Namespace) -> int:
   return 1 if failed else 0
 
 
+def _check_one(cells: Sequence[Cell]) -> None:
+  """ValueError if no cell at all has a valid config: then a flag is wrong."""
+  wrong = None
+  for cell in cells:
+    try:
+      cell.config()
+    except ValueError as error:
+      wrong = wrong or error
+    else:
+      return
+  if wrong:
+    raise wrong
+
+
 def make_sweep(args: argparse.Namespace) -> Sweep:
   """The sweep of the file and the flags.
 
@@ -112,7 +130,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
   changes: dict[str, Any] = {}
   if args.tasks:
     changes["tasks"] = {
-      task.replace(":", "-"): sweep.tasks.get(task, _experiment(task))
+      task.replace(":", "-"): sweep.tasks.get(task) or _experiment(task, sweep)
       for task in args.tasks
     }
     changes["task_overrides"] = {
@@ -145,10 +163,18 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
   return dataclasses.replace(sweep, **changes)
 
 
-def _experiment(task: str) -> str:
+def _experiment(task: str, sweep: Sweep) -> str:
   """``configs/listops.py:quick`` of "listops:quick"."""
   name, colon, variant = task.partition(":")
-  return f"configs/{name}.py{colon}{variant}"
+  path = f"configs/{name}.py"
+  if not Path(path).is_file():
+    known = {*sweep.tasks, *(p.stem for p in Path("configs").glob("*.py"))}
+    known -= {"common"}
+    raise ValueError(
+      f"--tasks: there is no config file {path!r} for {task!r}."
+      f"{nearest(task, known)}"
+    )
+  return f"{path}{colon}{variant}"
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -156,6 +182,7 @@ def _split(text: str) -> tuple[str, str]:
   key, equals, value = text.partition("=")
   if not equals:
     raise ValueError(f"{text!r} must be KEY=VALUE.")
+  train_config.check_key(key)
   return key, value
 
 
@@ -182,7 +209,7 @@ def start_cell(cell: Cell, workdir: Path, cpus: str) -> subprocess.Popen:
       [sys.executable, "-m", module, str(workdir), cpus],
       stdout=log,
       stderr=subprocess.STDOUT,
-      stdin=subprocess.DEVNULL,
+      stdin=subprocess.PIPE,  # its end tells the cell that the sweep has died
       env={**HUGE_PAGES, **os.environ},
     )
 
@@ -215,8 +242,7 @@ def run_cells(
     try:
       while queue or running:
         for slot in range(jobs):
-          if queue and slot not in running:
-            cell = queue.pop(0)
+          if slot not in running and (cell := _next(queue, folder, board)):
             board.start(cell)
             process = start(cell, folder / cell.name, share_of_cpus(slot, jobs))
             running[slot] = (cell, process)
@@ -259,6 +285,21 @@ def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
     return False
   files.write_text(workdir / spec.CELL, cell.to_json() + "\n")
   return True
+
+
+def _next(queue: list[Cell], folder: Path, board: Board) -> Cell | None:
+  """Takes the first cell that no other process runs or has finished."""
+  for cell in list(queue):
+    workdir = folder / cell.name
+    if in_use(workdir):
+      board.run_elsewhere(cell)
+      continue
+    queue.remove(cell)
+    result = result_row(read_rows(workdir))
+    if not result:
+      return cell
+    board.skip(cell, result)
+  return None
 
 
 def _conclude(cell: Cell, workdir: Path, status: int, board: Board) -> None:

@@ -9,6 +9,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from spectraformer_jax.study import runs as cell_runs
 from spectraformer_jax.study.runs import Run, Spread
@@ -24,6 +25,11 @@ from spectraformer_jax.study.table_text import (
   to_csv,
 )
 from spectraformer_jax.train.workdir import write_text
+
+# In CSV: the task of the rows of means, and what they are of.
+MEAN = "mean over tasks"
+AVERAGED = ("accuracy", "seconds", "peak_bytes")
+AVERAGED += ("paper_accuracy", "paper_hours", "paper_gigabytes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -279,9 +285,10 @@ class Table:
     """The table, for the package booktabs."""
     headings, rows = self.cells()
     line = lambda cells: " & ".join(map(escape_latex, cells)) + r" \\"
+    notes = [*self._notes(), "", *self._provenance(None)]
     return "\n".join(
       [
-        f"% {PAPER}: the authors' figures, not measured here.",
+        *(f"% {text.strip().replace('**', '')}" for text in notes if text),
         rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
         r"\toprule",
         line(headings),
@@ -294,9 +301,9 @@ class Table:
     )
 
   def csv(self) -> str:
-    """One row for each task and attention, figures in full."""
+    """One row for each task and attention, figures in full; then the means."""
     paper = cell_runs.paper_figures()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for task in self.tasks:
       for attention in self.attentions:
         runs = self._grouped.get((task, attention))
@@ -326,7 +333,19 @@ class Table:
             "paper_gigabytes": theirs.get("gigabytes"),
           }
         )
-    return to_csv(rows)
+    return to_csv([*rows, *self._mean_rows(rows)])
+
+  def _mean_rows(self, rows):
+    """Over tasks, for each attention that has them all, if there are some."""
+    for attention in self.attentions:
+      found = [row for row in rows if row["attention"] == attention]
+      if len(self.tasks) == 1 or len(found) < len(self.tasks):
+        continue
+      means = {"task": MEAN, "attention": attention}
+      for name in AVERAGED:
+        values = [row[name] for row in found]
+        means[name] = None if None in values else statistics.fmean(values)
+      yield dict.fromkeys(found[0]) | means
 
 
 def cells_csv(runs: Sequence[Run]) -> str:

@@ -10,6 +10,18 @@ from pathlib import Path
 LOCK = ".lock"
 
 
+def in_use(workdir: Path) -> bool:
+  """Whether another process holds the lock of a workdir; makes nothing."""
+  try:
+    with (workdir / LOCK).open() as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return True
+  except FileNotFoundError:
+    return False
+  return False
+
+
 @contextlib.contextmanager
 def workdir_lock(workdir: Path) -> Iterator[None]:
   """Keeps other runs out of a workdir, on this and on other machines.

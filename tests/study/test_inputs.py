@@ -58,6 +58,7 @@ def test_one_layer_with_short_names(tmp_path):
     ),
     ({n: np.full((1, 4, 1, 2), np.nan) for n in "qkv"}, "not finite"),
     ({n: np.ones((1, 4, 2 if n == "q" else 1, 2)) for n in "qkv"}, "repeat"),
+    ({n: np.array(["a"]) for n in "qkv"}, "inputs 'f': could not convert"),
     ({}, "holds no arrays"),
   ],
 )
@@ -72,6 +73,12 @@ def test_other_files_are_refused(tmp_path, content):
   (tmp_path / "f.npz").write_bytes(content)
   with pytest.raises(ValueError, match="is not an npz file"):
     read_npz(tmp_path / "f.npz")
+
+
+def test_a_single_array_is_refused(tmp_path):
+  np.save(tmp_path / "f.npy", np.ones((1, 4, 1, 2)))
+  with pytest.raises(ValueError, match="is not an npz file of arrays"):
+    read_npz(tmp_path / "f.npy")
 
 
 def test_pickled_arrays_are_refused(tmp_path):

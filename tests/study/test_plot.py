@@ -42,6 +42,8 @@ def test_the_front_is_what_nothing_beats_in_both():
     "best": (9.0, 61.0),
   }
   assert plot.pareto_front(points) == ["cheap", "better", "best"]
+  points = {"cheap": (1.0, 0.3), "dear": (2.0, 0.1 + 0.2)}
+  assert plot.pareto_front(points) == ["cheap"]
 
 
 def test_heights_are_apart_and_in_order():

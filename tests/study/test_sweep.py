@@ -1,7 +1,9 @@
 """Sweeps: what is run, skipped, resumed, reported."""
 
+import contextlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from spectraformer_jax.study import cells as spec
 from spectraformer_jax.study import sweep
 from spectraformer_jax.study.cells import Sweep, expand
 from spectraformer_jax.study.live import Board
+from spectraformer_jax.train.lock import workdir_lock
 from spectraformer_jax.train.writers import read_rows, result_row
 from tests.train.conftest import ROOT, TINY, start_python
 
@@ -192,6 +195,67 @@ def test_shards_are_all_cells_each_once():
   for wrong in ("3", "0/3", "4/3", "a/b"):
     with pytest.raises(ValueError, match="shard"):
       sweep.shard(cells, wrong)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_cell_of_another_process_is_waited_for(finished, tmp_path, capsys):
+  cells = three_cells()
+  elsewhere = tmp_path / cells[0].name
+  held = contextlib.ExitStack()
+  held.enter_context(workdir_lock(elsewhere))
+
+  def start(cell, workdir, cpus):
+    if cell is cells[2]:  # the last that is free: now the other one ends
+      if finished:
+        (elsewhere / "metrics.jsonl").write_text(json.dumps(RESULT) + "\n")
+      held.close()
+    return fake(started)(cell, workdir, cpus)
+
+  started = []
+  assert not sweep.run_cells(cells, tmp_path, start=start, live=False)
+  names = [cell.name for cell in cells]
+  assert [n for n, _ in started] == names[1:] + names[: not finished]
+  err = capsys.readouterr().err
+  assert err.count(f"{names[0]}: another process runs it") == 1
+
+
+def test_a_cell_ends_with_its_sweep_however_that_ends():
+  cell = subprocess.Popen(
+    [
+      *(sys.executable, "-c"),
+      "import time; from spectraformer_jax.study import run_cell as r; "
+      "r.stop_with_the_sweep(); print('up', flush=True); time.sleep(60)",
+    ],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
+  assert cell.stdout.readline() == b"up\n"
+  assert cell.poll() is None
+  cell.stdin.close()  # as the kernel does when the sweep is killed
+  assert cell.wait(timeout=10) == -signal.SIGTERM
+  cell.stdout.close()
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--tasks=digit"], "config file 'configs/digit.py'.*Did you mean 'digits"),
+    (["--tasks=listops:quik"], "Unknown variant 'quik'"),
+    (["--set=train.num_step=4"], "Did you mean 'train.num_steps'"),
+    (["--vary=train.num_step=4,5"], "Did you mean 'train.num_steps'"),
+    (["--set=train.num_steps=-4"], "must be a positive integer, got -4"),
+    (["--set=train.num_steps"], "must be KEY=VALUE"),
+    (["--seeds=-1"], "config.train.seed must be 0 or more"),
+    (["--shard=3/2"], "i must be from 1 to n"),
+  ],
+)
+def test_a_wrong_flag_is_told_in_one_line(flags, words, tmp_path, capsys):
+  base = ["sweep", f"--out={tmp_path}", "--tasks=digits"]
+  base += ["--attentions", "softmax", "local"]
+  assert study.main(base + flags) == study.USER_ERROR
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.search(words, line)
+  assert not list(tmp_path.iterdir())
 
 
 def test_the_time_left_is_that_of_the_task_shared_by_the_jobs(tmp_path):

@@ -41,7 +41,11 @@ def test_means_deviations_and_costs(tmp_path):
   assert (cells["listops min"], cells["mean min"]) == ("2.00", "3.00")
   assert (cells["listops GB"], cells["parameters"]) == ("1.10", "12,345")
   found = {(r["task"], r["attention"]): r for r in rows}
-  assert len(rows) == 6
+  assert len(rows) == 6 + 3
+  mean = found["mean over tasks", "oprf-orf"]
+  assert float(mean["accuracy"]) == pytest.approx(57.2)
+  assert float(mean["seconds"]) == pytest.approx(180.0)
+  assert (mean["accuracy_sd"], mean["paper_accuracy"]) == ("", "")
   exact = found["listops", "oprf-orf"]
   assert float(exact["accuracy"]) == pytest.approx(42.2)
   assert float(exact["accuracy_sd"]) == pytest.approx(0.2)
@@ -56,9 +60,8 @@ def test_the_authors_figures_are_marked_and_only_where_they_exist(tmp_path):
   assert "digits %†" not in row(markdown, "local")
   assert "† The authors' own figures" in markdown
   assert "not measured here" in markdown
-  assert (
-    "authors' figures, not measured here" in (out / "table.tex").read_text()
-  )
+  latex = (out / "table.tex").read_text()
+  assert re.search("% † The authors' own figures .*not measured here", latex)
 
 
 def test_the_authors_means_stand_beside_ours_for_all_five_tasks(tmp_path):
@@ -122,6 +125,7 @@ def test_one_seed_and_equal_values_are_no_evidence(tmp_path):
   write_run(tmp_path / "s", "digits", "no-spread", 1, 0.9)
   markdown, rows, _ = make(tmp_path)
   assert {r["verdict"] for r in rows} == {"", "-"}
+  assert cell_runs.welch([10.1, 10.3], [10.3, 10.1 - 1e-14])[0] == 0.0
   assert row(markdown, "one-seed")["digits %"] == "90.00 (-)"
   assert markdown.count("too few seeds to tell |") == 2
 
@@ -176,6 +180,8 @@ def test_provenance_and_costs_of_a_device(tmp_path):
     "| digits | digits: generated | 400 / 400 / 400 | 100 x 8 |" in markdown
   )
   assert "python -m x" in markdown
+  latex = (tmp_path / "tables/table.tex").read_text()
+  assert "% git_revision: abc\n" in latex and "% devices: 1 x cpu\n" in latex
 
 
 def test_errors(tmp_path, capsys):
