@@ -19,8 +19,12 @@ tokens, with the settings of configs/pathx.py; 20,000 to train on, 2,000 dev,
 2,000 test, so that drawing them takes minutes and not hours.
 
 pathfinder_synthetic.py:quick: contours of 6 bars, 20,000 pictures to train on,
-600 steps of 32 at 1e-3 with cosine decay. To see that a set-up runs: whether
-it leaves 50 % behind in that time is not said.
+600 steps of 32 at 1e-3 with cosine decay. To see that a set-up runs, not to
+learn: dev accuracy, measured here, seed 0, is 49.4 % after 200 steps, where it
+was stopped, and other settings stayed at chance too (docs/data.md).
+
+To compare with: where the two discs lie, without any path, gives 64 % by
+boosted trees, and 73 % with 6 bars (docs/data.md).
 """
 
 from configs import common, pathfinder, pathx

@@ -11,7 +11,8 @@ Default: the settings of the Spectraformer release for its Retrieval (configs/
 retrieval.py), 50,000 steps. Not run here.
 
 same_speech.py:quick: 300 steps of 8 at 1e-3 with cosine decay and global-norm
-clipping, minutes on a CPU. Not run here.
+clipping, minutes on a CPU. Test accuracy, measured here, seed 0, best-dev
+parameters: 49.4 %: nothing is learnt in so few steps.
 
 To compare with: the commonest label gives 50.0 %, the share of words in common
 59.8 %, a cut of the tf-idf cosine 57.8 % (`check same_speech --linear`).
