@@ -100,7 +100,7 @@ def join(a: Sums, b: Sums) -> Sums:
 
 def _key_features(key_map, constants, key, keep, exponent):
   """Features ``[C, F]`` relative to the returned exponent ``[1, F]``."""
-  features, own = split(key_map(constants, key))
+  features, own = split(key_map(constants, key), jnp.exp)
   visible = own if keep is None else jnp.where(keep, own, LOWEST)
   exponent = jax.lax.stop_gradient(exponent)
   exponent = jnp.maximum(exponent, jnp.max(visible, axis=0, keepdims=True))
@@ -113,7 +113,7 @@ def _key_features(key_map, constants, key, keep, exponent):
 
 def _query_features(query_map, constants, query, exponent):
   """Features ``[C, F]`` of queries for sums of that exponent."""
-  features, own = split(query_map(constants, query))
+  features, own = split(query_map(constants, query), jnp.exp)
   own = own + jax.lax.stop_gradient(exponent)
   below = own - jnp.max(own, axis=1, keepdims=True)
   return features * power_of_two(below + QUERY_EXPONENT)
