@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from spectraformer_jax.linear_attention import chunks
+from spectraformer_jax.linear_attention import blocks, chunks, leaves
 from spectraformer_jax.linear_attention.state import FeatureFn, State
 from spectraformer_jax.typing import Array, PyTree
 
@@ -93,15 +92,15 @@ def read(
   """
   length = query.shape[1]
   size = min(chunk, length)
-  padded = _pad(query, size)
+  padded = blocks.pad(query, size)
 
   def step(out, index):
-    block = _query_block(padded, index, size)
+    block = blocks.query_block(padded, index, size)
     where = position + index * size
     found = chunks.read(query_map, constants, state, block, where)
-    return _write(out, found, index), None
+    return blocks.write(out, found, index), None
 
-  out = _empty(padded, state.kv.shape[-1], state.kv.dtype)
+  out = blocks.empty(padded, state.kv.shape[-1], state.kv.dtype)
   count = jnp.arange(padded.shape[1] // size)
   return jax.lax.scan(step, out, count)[0][:, :length]
 
@@ -116,35 +115,37 @@ def _read_bwd(query_map, chunk, residuals, gradient):
   constants, state, query, position = residuals
   length = query.shape[1]
   size = min(chunk, length)
-  padded, gradient = _pad(query, size), _pad(gradient, size)
+  padded, gradient = blocks.pad(query, size), blocks.pad(gradient, size)
 
   def step(carry, index):
     total, d_query = carry
     _, pull = jax.vjp(
       lambda floats, sums, block: chunks.read(
         query_map,
-        _with_floats(constants, floats),
-        _with_sums(state, sums),
+        leaves.with_floats(constants, floats),
+        leaves.with_sums(state, sums),
         block,
         position + index * size,
       ),
-      _floats(constants),
-      _sums(state),
-      _query_block(padded, index, size),
+      leaves.floats(constants),
+      leaves.sums(state),
+      blocks.query_block(padded, index, size),
     )
-    *pulled, d_block = pull(_query_block(gradient, index, size))
-    total = _tree_add(total, tuple(pulled))
-    return (total, _write(d_query, d_block, index)), None
+    *pulled, d_block = pull(blocks.query_block(gradient, index, size))
+    total = leaves.tree_add(total, tuple(pulled))
+    return (total, blocks.write(d_query, d_block, index)), None
 
-  zeros = jax.tree.map(jnp.zeros_like, (_floats(constants), _sums(state)))
+  zeros = jax.tree.map(
+    jnp.zeros_like, (leaves.floats(constants), leaves.sums(state))
+  )
   carry = zeros, jnp.zeros_like(padded)
   count = jnp.arange(padded.shape[1] // size)
   ((d_floats, d_sums), d_query), _ = jax.lax.scan(step, carry, count)
   return (
-    _gradient_of_constants(constants, d_floats),
-    _gradient_of_state(state, d_sums),
+    leaves.gradient_of_constants(constants, d_floats),
+    leaves.gradient_of_state(state, d_sums),
     d_query[:, :length],
-    _no_gradient(jnp.asarray(position)),
+    leaves.no_gradient(jnp.asarray(position)),
   )
 
 
@@ -173,11 +174,11 @@ def accumulate(
     keep: bool ``[B, S]`` or None.
   """
   length = key.shape[1]
-  key, value, keep, size = _blocks_of_keys(key, value, keep, chunk)
+  key, value, keep, size = blocks.blocks_of_keys(key, value, keep, chunk)
   start = state.length
 
   def step(state, index):
-    block = _key_block(key, value, keep, index, size, start)
+    block = blocks.key_block(key, value, keep, index, size, start)
     return chunks.add_keys(key_map, constants, state, *block), None
 
   count = jnp.arange(key.shape[1] // size)
@@ -193,38 +194,44 @@ def _accumulate_fwd(key_map, chunk, constants, state, key, value, keep):
 def _accumulate_bwd(key_map, chunk, residuals, gradient):
   """Each block contributes a sum of its own, so blocks are independent."""
   constants, state, key, value, keep, exponent = residuals
-  padded = _blocks_of_keys(key, value, keep, chunk)
+  padded = blocks.blocks_of_keys(key, value, keep, chunk)
   length, size = key.shape[1], padded[3]
   # Relative to the final exponent, the state enters and leaves linearly.
   empty = jax.tree.map(jnp.zeros_like, state)._replace(exponent=exponent)
 
   def step(carry, index):
     total, d_key, d_value = carry
-    k, v, *where = _key_block(*padded[:3], index, size, state.length)
+    k, v, *where = blocks.key_block(*padded[:3], index, size, state.length)
     _, pull = jax.vjp(
-      lambda floats, k, v: _sums(
+      lambda floats, k, v: leaves.sums(
         chunks.add_keys(
-          key_map, _with_floats(constants, floats), empty, k, v, *where
+          key_map, leaves.with_floats(constants, floats), empty, k, v, *where
         )
       ),
-      _floats(constants),
+      leaves.floats(constants),
       k,
       v,
     )
-    d_floats, d_k, d_v = pull(_sums(gradient))
-    total = _tree_add(total, d_floats)
-    return (total, _write(d_key, d_k, index), _write(d_value, d_v, index)), None
+    d_floats, d_k, d_v = pull(leaves.sums(gradient))
+    total = leaves.tree_add(total, d_floats)
+    return (
+      total,
+      blocks.write(d_key, d_k, index),
+      blocks.write(d_value, d_v, index),
+    ), None
 
-  carry = jax.tree.map(jnp.zeros_like, (_floats(constants), *padded[:2]))
+  carry = jax.tree.map(jnp.zeros_like, (leaves.floats(constants), *padded[:2]))
   count = jnp.arange(padded[0].shape[1] // size)
   (d_floats, d_key, d_value), _ = jax.lax.scan(step, carry, count)
   _, pull = jax.vjp(
-    lambda sums: _sums(chunks.rescale(_with_sums(state, sums), exponent)),
-    _sums(state),
+    lambda sums: leaves.sums(
+      chunks.rescale(leaves.with_sums(state, sums), exponent)
+    ),
+    leaves.sums(state),
   )
   return (
-    _gradient_of_constants(constants, d_floats),
-    _gradient_of_state(state, *pull(_sums(gradient))),
+    leaves.gradient_of_constants(constants, d_floats),
+    leaves.gradient_of_state(state, *pull(leaves.sums(gradient))),
     d_key[:, :length],
     d_value[:, :length],
     None,
@@ -281,19 +288,21 @@ class _Plan:
     if multiple != self.length and keep is None:
       keep = jnp.ones(key.shape[:2], bool)
     self.query, self.key, self.value, self.keep = (
-      _pad(x, multiple) for x in (query, key, value, keep)
+      blocks.pad(x, multiple) for x in (query, key, value, keep)
     )
     # Padding belongs to the last segment: it is masked in any case.
-    self.segment = _pad(segment, multiple, mode="edge")
+    self.segment = blocks.pad(segment, multiple, mode="edge")
 
   def inputs(self, index, start):
     """Query, key, value, position, keep and segment of one chunk."""
     segment = self.segment
     if segment is not None:
-      segment = _slice(segment, index, self.size)
+      segment = blocks.slice(segment, index, self.size)
     return (
-      _query_block(self.query, index, self.size),
-      *_key_block(self.key, self.value, self.keep, index, self.size, start),
+      blocks.query_block(self.query, index, self.size),
+      *blocks.key_block(
+        self.key, self.value, self.keep, index, self.size, start
+      ),
       segment,
     )
 
@@ -315,12 +324,12 @@ def _causal_forward(plan, constants, state):
       state, out = carry
       index = plan.index(outer, inner)
       state, found = plan.chunk(constants, state, *plan.inputs(index, start))
-      return (state, _write(out, found, index)), None
+      return (state, blocks.write(out, found, index)), None
 
     after, _ = jax.lax.scan(step, carry, jnp.arange(plan.inner))
     return after, carry[0]
 
-  out = _empty(plan.query, plan.value.shape[-1], plan.value.dtype)
+  out = blocks.empty(plan.query, plan.value.shape[-1], plan.value.dtype)
   (state, out), boundaries = jax.lax.scan(
     stride, (state, out), jnp.arange(plan.outer)
   )
@@ -339,7 +348,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
   constants, initial, boundaries, inputs = residuals
   plan = _Plan(maps, chunk, *inputs)
   d_out, d_state = gradients
-  d_out = _pad(d_out, plan.size * plan.inner * plan.outer)
+  d_out = blocks.pad(d_out, plan.size * plan.inner * plan.outer)
 
   def stride(carry, x):
     outer, state = x
@@ -358,40 +367,45 @@ def _causal_bwd(maps, chunk, residuals, gradients):
 
       def one_chunk(floats, sums, query, key, value):
         after, out = plan.chunk(
-          _with_floats(constants, floats),
-          _with_sums(state, sums),
+          leaves.with_floats(constants, floats),
+          leaves.with_sums(state, sums),
           *(query, key, value, *where),
         )
-        return _sums(after), out
+        return leaves.sums(after), out
 
       _, pull = jax.vjp(
-        one_chunk, _floats(constants), _sums(state), query, key, value
+        one_chunk,
+        leaves.floats(constants),
+        leaves.sums(state),
+        query,
+        key,
+        value,
       )
-      d_chunk = _query_block(d_out, index, plan.size)
+      d_chunk = blocks.query_block(d_out, index, plan.size)
       pulled = pull((d_state, d_chunk))
       d_inputs = (
-        _write(whole, block, index)
+        blocks.write(whole, block, index)
         for whole, block in zip(d_inputs, pulled[2:], strict=True)
       )
-      return (_tree_add(d_floats, pulled[0]), pulled[1], *d_inputs), None
+      return (leaves.tree_add(d_floats, pulled[0]), pulled[1], *d_inputs), None
 
     return jax.lax.scan(
       step, carry, (jnp.arange(plan.inner), states), reverse=True
     )
 
   d_floats, *d_inputs = jax.tree.map(
-    jnp.zeros_like, (_floats(constants), plan.query, plan.key, plan.value)
+    jnp.zeros_like, (leaves.floats(constants), plan.query, plan.key, plan.value)
   )
   (d_floats, d_sums, *d_inputs), _ = jax.lax.scan(
     stride,
-    (d_floats, _sums(d_state), *d_inputs),
+    (d_floats, leaves.sums(d_state), *d_inputs),
     (jnp.arange(plan.outer), boundaries),
     reverse=True,
   )
   d_query, d_key, d_value = (d[:, : plan.length] for d in d_inputs)
   return (
-    _gradient_of_constants(constants, d_floats),
-    _gradient_of_state(initial, d_sums),
+    leaves.gradient_of_constants(constants, d_floats),
+    leaves.gradient_of_state(initial, d_sums),
     d_query,
     d_key,
     d_value,
@@ -401,113 +415,3 @@ def _causal_bwd(maps, chunk, residuals, gradients):
 
 
 causal.defvjp(_causal_fwd, _causal_bwd)
-
-
-def _sums(state: State):
-  """The part of a state that gradients flow through."""
-  return state.kv, state.total, state.magnitude
-
-
-def _with_sums(state: State, sums) -> State:
-  """A state with other sums."""
-  return state._replace(kv=sums[0], total=sums[1], magnitude=sums[2])
-
-
-def _gradient_of_state(state: State, sums) -> State:
-  """Gradient of the sums; the rest of a state has none."""
-  segment = None if state.segment is None else _no_gradient(state.segment)
-  return _with_sums(state, sums)._replace(
-    exponent=jnp.zeros_like(state.exponent),
-    length=_no_gradient(state.length),
-    segment=segment,
-  )
-
-
-def _is_float(leaf: Array) -> bool:
-  """Whether gradients flow through a leaf."""
-  return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _floats(tree: PyTree) -> list[Array]:
-  """The leaves that gradients flow through."""
-  return [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
-
-
-def _with_floats(tree: PyTree, floats: list[Array]) -> PyTree:
-  """The tree with other float leaves."""
-  new = iter(floats)
-  return jax.tree.map(lambda x: next(new) if _is_float(x) else x, tree)
-
-
-def _gradient_of_constants(constants: PyTree, d_floats: list[Array]) -> PyTree:
-  """Gradients of the float leaves; integers have none."""
-  new = iter(d_floats)
-  return jax.tree.map(
-    lambda x: next(new) if _is_float(x) else _no_gradient(x), constants
-  )
-
-
-def _no_gradient(x: Array):
-  """The gradient of integers."""
-  return np.zeros(x.shape, jax.dtypes.float0)
-
-
-def _tree_add(a: PyTree, b: PyTree) -> PyTree:
-  """Leafwise sum."""
-  return jax.tree.map(jnp.add, a, b)
-
-
-def _pad(x: Array | None, multiple: int, mode: str = "constant"):
-  """Pads axis 1 to a multiple; None stays None."""
-  if x is None:
-    return None
-  padding = -x.shape[1] % multiple
-  if not padding:
-    return x
-  widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
-  return jnp.pad(x, widths, mode=mode)
-
-
-def _slice(x: Array, index, size: int) -> Array:
-  """Block `index` of axis 1."""
-  return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
-
-
-def _blocks_of_keys(key, value, keep, chunk: int):
-  """Padded keys, values and mask, and the block size."""
-  size = min(chunk, key.shape[1])
-  if key.shape[1] % size and keep is None:
-    keep = jnp.ones(key.shape[:2], bool)
-  return _pad(key, size), _pad(value, size), _pad(keep, size), size
-
-
-def _key_block(key, value, keep, index, size: int, start):
-  """Keys and values ``[B, N, C, .]`` of a block, its position and mask."""
-  block_key, block_value = (
-    jnp.swapaxes(_slice(x, index, size), 1, 2) for x in (key, value)
-  )
-  if keep is not None:
-    keep = _slice(keep, index, size)[:, None, :, None]
-  return block_key, block_value, start + index * size, keep
-
-
-def _query_block(query: Array, index, size: int) -> Array:
-  """Block `index` of ``[B, T, N, G, H]``, as ``[B, N, G, C, H]``."""
-  return jnp.moveaxis(_slice(query, index, size), 1, 3)
-
-
-def _empty(query: Array, value_dim: int, dtype) -> Array:
-  """Zeros ``[B, T, N, G, V]`` for the outputs of `query`."""
-  return jnp.zeros((*query.shape[:-1], value_dim), dtype)
-
-
-def _write(whole: Array, block: Array, index) -> Array:
-  """``[B, T, N, ..., V]`` with block ``[B, N, ..., C, V]`` number `index`.
-
-  In a loop's carry the block is written in place, in the caller's own layout:
-  stacked blocks would need a second buffer and a transposition.
-  """
-  block = jnp.moveaxis(block, -2, 1).astype(whole.dtype)
-  return jax.lax.dynamic_update_slice_in_dim(
-    whole, block, index * block.shape[1], axis=1
-  )

@@ -1,0 +1,62 @@
+"""Sequences in blocks of positions: padding, reading and writing one block."""
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.typing import Array
+
+
+def pad(x: Array | None, multiple: int, mode: str = "constant"):
+  """Pads axis 1 to a multiple; None stays None."""
+  if x is None:
+    return None
+  padding = -x.shape[1] % multiple
+  if not padding:
+    return x
+  widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths, mode=mode)
+
+
+def slice(x: Array, index, size: int) -> Array:
+  """Block `index` of axis 1."""
+  return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+
+
+def blocks_of_keys(key, value, keep, chunk: int):
+  """Padded keys, values and mask, and the block size."""
+  size = min(chunk, key.shape[1])
+  if key.shape[1] % size and keep is None:
+    keep = jnp.ones(key.shape[:2], bool)
+  return pad(key, size), pad(value, size), pad(keep, size), size
+
+
+def key_block(key, value, keep, index, size: int, start):
+  """Keys and values ``[B, N, C, .]`` of a block, its position and mask."""
+  block_key, block_value = (
+    jnp.swapaxes(slice(x, index, size), 1, 2) for x in (key, value)
+  )
+  if keep is not None:
+    keep = slice(keep, index, size)[:, None, :, None]
+  return block_key, block_value, start + index * size, keep
+
+
+def query_block(query: Array, index, size: int) -> Array:
+  """Block `index` of ``[B, T, N, G, H]``, as ``[B, N, G, C, H]``."""
+  return jnp.moveaxis(slice(query, index, size), 1, 3)
+
+
+def empty(query: Array, value_dim: int, dtype) -> Array:
+  """Zeros ``[B, T, N, G, V]`` for the outputs of `query`."""
+  return jnp.zeros((*query.shape[:-1], value_dim), dtype)
+
+
+def write(whole: Array, block: Array, index) -> Array:
+  """``[B, T, N, ..., V]`` with block ``[B, N, ..., C, V]`` number `index`.
+
+  In a loop's carry the block is written in place, in the caller's own layout:
+  stacked blocks would need a second buffer and a transposition.
+  """
+  block = jnp.moveaxis(block, -2, 1).astype(whole.dtype)
+  return jax.lax.dynamic_update_slice_in_dim(
+    whole, block, index * block.shape[1], axis=1
+  )

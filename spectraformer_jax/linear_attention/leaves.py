@@ -1,0 +1,62 @@
+"""What gradients flow through, in states and in the maps' variables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectraformer_jax.linear_attention.state import State
+from spectraformer_jax.typing import Array, PyTree
+
+
+def sums(state: State):
+  """The part of a state that gradients flow through."""
+  return state.kv, state.total, state.magnitude
+
+
+def with_sums(state: State, sums) -> State:
+  """A state with other sums."""
+  return state._replace(kv=sums[0], total=sums[1], magnitude=sums[2])
+
+
+def gradient_of_state(state: State, sums) -> State:
+  """Gradient of the sums; the rest of a state has none."""
+  segment = None if state.segment is None else no_gradient(state.segment)
+  return with_sums(state, sums)._replace(
+    exponent=jnp.zeros_like(state.exponent),
+    length=no_gradient(state.length),
+    segment=segment,
+  )
+
+
+def is_float(leaf: Array) -> bool:
+  """Whether gradients flow through a leaf."""
+  return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def floats(tree: PyTree) -> list[Array]:
+  """The leaves that gradients flow through."""
+  return [leaf for leaf in jax.tree.leaves(tree) if is_float(leaf)]
+
+
+def with_floats(tree: PyTree, floats: list[Array]) -> PyTree:
+  """The tree with other float leaves."""
+  new = iter(floats)
+  return jax.tree.map(lambda x: next(new) if is_float(x) else x, tree)
+
+
+def gradient_of_constants(constants: PyTree, d_floats: list[Array]) -> PyTree:
+  """Gradients of the float leaves; integers have none."""
+  new = iter(d_floats)
+  return jax.tree.map(
+    lambda x: next(new) if is_float(x) else no_gradient(x), constants
+  )
+
+
+def no_gradient(x: Array):
+  """The gradient of integers."""
+  return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def tree_add(a: PyTree, b: PyTree) -> PyTree:
+  """Leafwise sum."""
+  return jax.tree.map(jnp.add, a, b)
