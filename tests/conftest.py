@@ -1,5 +1,6 @@
 """Settings of every test: compilation cache, strict ranks, no surprises."""
 
+import collections
 import hashlib
 import os
 import pathlib
@@ -11,9 +12,27 @@ os.environ.setdefault(
   str(pathlib.Path(__file__).parent.parent / ".jax_cache"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Most of a test's time is XLA's compiler. The slow run, and whoever sets this
+# to 0, tests programs optimized as users' are.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Marks slow what `quick_every` leaves out of the quick run."""
+  cases = collections.defaultdict(list)
+  for item in items:
+    is_slow = item.get_closest_marker("slow")
+    if item.get_closest_marker("quick_every") and not is_slow:
+      cases[item.path, item.originalname].append(item)
+  for group in cases.values():
+    (step,) = group[0].get_closest_marker("quick_every").args
+    for number, item in enumerate(group):
+      if number % step:
+        item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

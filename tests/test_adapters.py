@@ -185,6 +185,7 @@ def test_linen_layers_in_an_nnx_model():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(2)
 def test_jax_nn_signature(is_causal):
   fm, variables = build()
   attention = sf.as_dot_product_attention(fm, variables)

@@ -61,6 +61,7 @@ def naive64(component, w, query, key, value, rho=None, visible=None):
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("case", ["plain", "causal", "mask"])
+@pytest.mark.quick_every(4)
 def test_stabilised_equals_naive_float64(component, case):
   fm, variables = build(component, **CONSTANT.get(component, {}))
   query, key, value = make(keys=None if case == "causal" else 13)
@@ -103,6 +104,7 @@ def test_large_norms_stay_accurate(component):
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.quick_every(2)
 def test_gradients_equal_those_of_the_plain_formula(component):
   fm, variables = build(component)
   query, key, value = make(scale=0.5)
@@ -130,6 +132,7 @@ def test_gradients_equal_those_of_the_plain_formula(component):
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(3)
 def test_more_features_approach_exact_attention(component, is_causal):
   query, key, value = make(scale=0.5)
   exact = sf.exact_attention(query, key, value, is_causal=is_causal)

@@ -118,6 +118,7 @@ def all_finite(tree):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
+@pytest.mark.quick_every(4)
 def test_component_contract(name):
   component = COMPONENTS.build(name)
   assert component.info.name == name
@@ -126,6 +127,7 @@ def test_component_contract(name):
 
 
 @pytest.mark.parametrize("name", ALL_MATRICES)
+@pytest.mark.quick_every(5)
 def test_weight_matrix_contract(name):
   matrix = WEIGHT_MATRICES.build(name)
   assert matrix.info.name == name
@@ -188,6 +190,7 @@ def check_pair(component_name, matrix_name):
 
 
 @pytest.mark.parametrize(("component", "matrix"), covering_pairs())
+@pytest.mark.quick_every(4)
 def test_pair_attends(component, matrix):
   check_pair(component, matrix)
 
@@ -217,6 +220,7 @@ def test_every_pair_builds():
   "name",
   [name for name in ALL_COMPONENTS if COMPONENTS.build(name).needs_stats],
 )
+@pytest.mark.quick_every(2)
 def test_causal_needs_statistics_of_the_past(name):
   feature_map = build(name, usual_matrix(name))
   variables = feature_map.init(jax.random.key(0), head_dim=HEAD_DIM)
@@ -309,6 +313,7 @@ def variants(component):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
+@pytest.mark.quick_every(3)
 def test_no_nan_at_any_scale(name):
   check_scales(build(name, usual_matrix(name)))
 
@@ -322,6 +327,7 @@ def test_no_nan_at_any_scale_with_options(name):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
+@pytest.mark.quick_every(2)
 def test_padding_never_reaches_outputs(name):
   run = masked_run(build(name, usual_matrix(name)), jnp.float32)
   inputs = draw_inputs(1, QUERIES, KEYS)
@@ -342,6 +348,7 @@ def test_padding_never_reaches_outputs(name):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
+@pytest.mark.quick_every(2)
 def test_padding_equals_slicing(name):
   feature_map = build(name, usual_matrix(name))
   run = masked_run(feature_map, jnp.float32)
@@ -360,6 +367,7 @@ def test_padding_equals_slicing(name):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
+@pytest.mark.quick_every(2)
 def test_examples_do_not_depend_on_their_neighbours(name):
   run = masked_run(build(name, usual_matrix(name)), jnp.float32)
   inputs = draw_inputs(1, QUERIES, KEYS)
@@ -370,6 +378,7 @@ def test_examples_do_not_depend_on_their_neighbours(name):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
+@pytest.mark.quick_every(2)
 def test_queries_that_see_no_key_give_zeros(name):
   run = masked_run(build(name, usual_matrix(name)), jnp.float32)
   inputs = draw_inputs(1, QUERIES, KEYS)

@@ -50,12 +50,17 @@ def with_size(row) -> str:
   return row.pair if size is None else f"{row.pair} with M = {size}"
 
 
-def with_interval(row) -> str:
-  """The error and its confidence interval."""
+def half_width(row) -> float | None:
+  """Half of the error's confidence interval; None without one."""
   half = row["error_ci"]
   # What does not depend on the draw varies by rounding all the same.
-  varies = half and half > 1e-6 * row["error"]
-  return f"{row['error']:.3g}" + (f" ± {half:.1g}" if varies else "")
+  return half if half and half > 1e-6 * row["error"] else None
+
+
+def with_interval(row) -> str:
+  """The error and its confidence interval."""
+  half = half_width(row)
+  return f"{row['error']:.3g}" + ("" if half is None else f" ± {half:.1g}")
 
 
 def _other(row) -> str:

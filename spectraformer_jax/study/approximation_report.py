@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spectraformer_jax.study.advice import advise
+from spectraformer_jax.study.advice import advise, half_width
 from spectraformer_jax.study.settings import Setting, over_uniform
 
 UNIFORM = "uniform attention"
@@ -48,7 +48,7 @@ def lines(setting: Setting) -> tuple[list[str], list[list[str]]]:
     table.append(
       [str(place), row.pair]
       + [_figure(by_size.get(size, without_size)) for size in sizes]
-      + [_figure(row["error_ci"], 1)]
+      + [_figure(half_width(row), 1)]
       + [_figure(over_uniform(row), 2)]
       + [_slope(setting.slope(row.pair)), _figure(row["kernel_mse_median"])]
       + [_figure(row["ms"]), _figure(row["temp_mib"])]

@@ -60,6 +60,7 @@ def fill(array, mask, poison):
 
 @every
 @pytest.mark.parametrize("poison", [jnp.nan, 1e4])
+@pytest.mark.quick_every(3)
 def test_what_padding_holds_changes_nothing(name, poison):
   *qkv, mask = inputs()
   # Those that take a mask of keys alone cannot know which queries are padding.
@@ -85,6 +86,7 @@ def test_what_padding_holds_changes_nothing(name, poison):
 
 
 @every
+@pytest.mark.quick_every(3)
 def test_how_much_padding_there_is_changes_nothing(name):
   *qkv, mask = inputs()
   out = ATTENDS[name](*qkv, key_mask=mask)
@@ -99,6 +101,7 @@ def test_how_much_padding_there_is_changes_nothing(name):
 
 
 @every
+@pytest.mark.quick_every(3)
 def test_batch_neighbours_change_nothing(name):
   *qkv, mask = inputs()
   out = ATTENDS[name](*qkv, key_mask=mask)
@@ -110,6 +113,7 @@ def test_batch_neighbours_change_nothing(name):
 
 
 @every
+@pytest.mark.quick_every(3)
 def test_a_row_without_keys_gives_zeros_and_no_nan(name):
   *qkv, mask = inputs()
   mask = mask.at[1].set(False)
@@ -120,6 +124,7 @@ def test_a_row_without_keys_gives_zeros_and_no_nan(name):
 
 
 @every
+@pytest.mark.quick_every(3)
 def test_output_has_the_dtype_of_value(name):
   *qkv, mask = inputs(dtype=jnp.bfloat16)
   out = ATTENDS[name](*qkv, key_mask=mask)
@@ -133,6 +138,7 @@ def test_output_has_the_dtype_of_value(name):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("block_size", [12, 16])
+@pytest.mark.quick_every(3)
 def test_local_with_one_block_is_exact(block_size, is_causal):
   *qkv, mask = inputs()
   kwargs = {"key_mask": mask, "is_causal": is_causal}
@@ -143,6 +149,7 @@ def test_local_with_one_block_is_exact(block_size, is_causal):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("neighbours", [0, 1, 9])
+@pytest.mark.quick_every(4)
 def test_local_sees_its_blocks_and_no_others(neighbours, is_causal):
   q, k, v, _ = inputs(length=11)
   block = np.arange(11) // 3
@@ -187,6 +194,7 @@ def test_linformer_uses_both_projections():
 
 
 @pytest.mark.parametrize("num_landmarks", [12, 17])
+@pytest.mark.quick_every(2)
 def test_nystromformer_with_all_landmarks_is_exact(num_landmarks):
   *qkv, mask = inputs()
   # Keys that are far apart, so that the inverse converges.
@@ -199,6 +207,7 @@ def test_nystromformer_with_all_landmarks_is_exact(num_landmarks):
   np.testing.assert_allclose(fill(out, mask, 0.0), exact, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_nystromformer_landmarks_are_means_of_real_segments():
   q, k, v, mask = inputs()
   out = baselines.nystromformer_attention(
@@ -227,6 +236,7 @@ def gaussian_sums(q, k, v):
 
 
 @pytest.mark.parametrize("num_landmarks", [24, 30])
+@pytest.mark.quick_every(2)
 def test_skyformer_with_all_landmarks_is_exact(num_landmarks):
   q, k, v, _ = inputs()
   q, k = 2.0 * q, 2.0 * k
@@ -241,6 +251,7 @@ def test_skyformer_with_all_landmarks_is_exact(num_landmarks):
   np.testing.assert_allclose(out, gaussian_sums(q, k, v), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_skyformer_gets_better_with_landmarks():
   q, k, v, _ = inputs()
   attend = jax.jit(

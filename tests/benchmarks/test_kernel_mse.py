@@ -14,6 +14,7 @@ def run(tmp_path_factory):
   return {result.row.label: result for result in results}, lines
 
 
+@pytest.mark.slow
 def test_known_ratios(run):
   results, _ = run
   assert results["posrf"].geo == 1.0

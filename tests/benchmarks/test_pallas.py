@@ -1,6 +1,9 @@
+import pytest
+
 from benchmarks import pallas
 
 
+@pytest.mark.slow
 def test_measures_and_says_what_is_refused():
   results = pallas.measure(
     ("xla", "reference", "pallas_gpu"),

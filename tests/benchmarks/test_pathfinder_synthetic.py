@@ -1,6 +1,9 @@
+import pytest
+
 from benchmarks import pathfinder_synthetic
 
 
+@pytest.mark.slow
 def test_prints_a_row_for_each_kind_and_what_leaks(capsys):
   lines = pathfinder_synthetic.main(["--seconds=0.05", "--flood=5"])
   assert capsys.readouterr().out.splitlines() == "\n".join(lines).splitlines()

@@ -21,6 +21,7 @@ def run(tmp_path_factory):
   }
 
 
+@pytest.mark.slow
 def test_iid_rows_have_the_closed_form_variance(run):
   # 300 draws, averages of 64 pairs: standard errors 3 to 7 %.
   for num_rows in (32, 128):
@@ -69,6 +70,7 @@ def test_a_figure_outside_the_tolerance_is_flagged_unless_it_is_excepted():
   assert script.summary(lines).endswith("0 without reference, 1 off.")
 
 
+@pytest.mark.slow
 def test_draw_times():
   header, *lines = script.main(["--draw_time", "--matrices", "iid", "orf"])
   assert header[:2] == ["matrix", "ms"]

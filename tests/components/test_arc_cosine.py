@@ -17,11 +17,13 @@ from tests.components.sampling import (
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.quick_every(2)
 def test_arccos_mean_and_square(order):
   check_mean_and_square(build("arccos", order=order), 20_000)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-3, 0.4])
+@pytest.mark.quick_every(2)
 def test_relu_mean_and_square(epsilon):
   check_mean_and_square(build("relu", epsilon=epsilon), 20_000)
 
@@ -62,6 +64,7 @@ def test_higher_orders_are_the_integral(order):
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.quick_every(2)
 def test_zero_vectors_have_kernel_zero(order):
   fm = build("arccos", num_features=8, order=order)
   variables = fm.init(jax.random.key(0), head_dim=4)
@@ -73,6 +76,7 @@ def test_zero_vectors_have_kernel_zero(order):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(2)
 def test_queries_that_meet_no_key_give_zeros(is_causal):
   # Without W and epsilon, disjoint supports have all products zero.
   fm = build("relu", "none", None, rows="none", epsilon=0.0)

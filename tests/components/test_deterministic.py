@@ -104,6 +104,7 @@ def test_taylor2_normalizers_are_at_least_half_the_keys():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(2)
 def test_cosformer_knows_positions(is_causal):
   fm, variables = exact("cosformer", max_length=10, epsilon=0.05)
   query, key, value = inputs()
@@ -187,6 +188,7 @@ def test_rfa_mean_and_square(learned):
 
 
 @pytest.mark.parametrize("learned", ["scalar", "per_dim"])
+@pytest.mark.quick_every(2)
 def test_rfa_trains_its_width_and_sees_directions_alone(learned):
   fm = build("rfa", num_features=64, learned=learned)
   variables = fm.init(jax.random.key(0), head_dim=4)

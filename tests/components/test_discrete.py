@@ -42,6 +42,7 @@ def data(num_queries=7, num_keys=5, scale=0.5, seed=0):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+@pytest.mark.quick_every(3)
 def test_mean_and_square_with_statistics_of_the_pairs(name, kernel):
   fm = build(name, kernel=kernel)
   stats = shared_stats(fm, PAIRS[:, 0], PAIRS[:, 1])
@@ -49,11 +50,13 @@ def test_mean_and_square_with_statistics_of_the_pairs(name, kernel):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.quick_every(3)
 def test_mean_and_square_with_a_constant(name):
   check_mean_and_square(build(name, statistics="constant"), 20_000)
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.quick_every(3)
 def test_mean_and_square_with_learned_parameters(name):
   # Moved off their start; the shift of the plus forms then has coordinates on
   # both sides.
@@ -64,6 +67,7 @@ def test_mean_and_square_with_learned_parameters(name):
 
 
 @pytest.mark.parametrize("name", PLUS)
+@pytest.mark.quick_every(2)
 def test_plus_stays_unbiased_where_running_minima_are_no_bounds(name):
   fm = build(name, statistics="ema")
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
@@ -80,6 +84,7 @@ def test_plus_stays_unbiased_where_running_minima_are_no_bounds(name):
 
 @pytest.mark.parametrize("name", PLUS)
 @pytest.mark.parametrize("scale", [0.0, 0.5, 30.0])
+@pytest.mark.quick_every(4)
 def test_plus_is_positive_with_statistics_of_its_data(name, scale):
   fm = build(name, num_features=64)
   query, key = data(scale=scale)
@@ -95,6 +100,7 @@ def test_plus_is_positive_with_statistics_of_its_data(name, scale):
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.quick_every(2)
 def test_signs_are_those_of_the_product(name):
   # Against the formula as it is written, in float64.
   fm = build(name, num_features=200)
@@ -199,6 +205,7 @@ def test_geometric_counts_are_quantiles(p):
 
 
 @pytest.mark.parametrize("matrix", ["iid", "lhs", "qmc"])
+@pytest.mark.quick_every(2)
 def test_stored_uniforms_keep_their_bits_in_bfloat16(matrix):
   fm = build("poisrf", matrix, num_features=16, statistics="constant")
   rng = jax.random.key(3)
@@ -250,6 +257,7 @@ def test_statistics_honour_masks_and_unequal_lengths(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.quick_every(3)
 def test_learned_starts_at_the_constant_and_has_gradients(name):
   constant, learned = (
     build(name, num_features=32, statistics=s) for s in ("constant", "learned")
@@ -288,6 +296,7 @@ def test_constant_is_the_closed_form_of_unit_variance_data():
       np.testing.assert_allclose(leaf, expected, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_power():
   # d/dx of the estimate, away from 0; and finite at 0.
   fm = build("poisrf", num_features=50_000, statistics="constant")
@@ -358,6 +367,7 @@ def reference_attention(fm, query, key, value, uniform, own):
   ("name", "limit"), [("poisrf_plus", 4e-5), ("geomrf_plus", 7e-5)]
 )
 @pytest.mark.parametrize("head_dim", [8, 64])
+@pytest.mark.quick_every(3)
 def test_large_norms_stay_accurate(name, limit, head_dim):
   # T11: |x|^2 about 200, where log-features are sums of the order of a
   # thousand, or ten thousand (geometric, head_dim 8). The limits are below the

@@ -36,6 +36,7 @@ def kernel_values(kernel, pairs=PAIRS):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.quick_every(5)
 def test_mean_and_second_moment(case, kernel):
   num_features = 32
   fm = build(case, num_features, kernel=kernel)
@@ -63,6 +64,7 @@ def test_mean_and_second_moment(case, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("matrix", ["iid", "orf"])
+@pytest.mark.quick_every(3)
 def test_gerf_with_a_zero_is_posrf_and_trigrf(kernel, matrix):
   x = jnp.asarray(data()[0])[:, None, :]
   for sign, other in ((1, "posrf"), (-1, "trigrf")):
@@ -161,6 +163,7 @@ def test_diagonal_form_equals_the_dense_formula(case, kernel):
 
 
 @pytest.mark.parametrize("case", [*DENSE, "oprf_hyp"])
+@pytest.mark.quick_every(4)
 def test_constant_and_learned_start_as_oprf_and_train(case):
   x = jnp.asarray(data()[0])[:, None, :]
   constant, learned = (
@@ -252,6 +255,7 @@ def test_biased_norms_are_warned_of_once(recwarn):
     )
 
 
+@pytest.mark.slow
 def test_what_the_warning_says_is_so():
   # At x = y = 0 posrf is exact and oprf should be 1 on average.
   with pytest.warns(UserWarning):

@@ -91,6 +91,7 @@ def features64(case, x, w, side, stats):
     "c_asderf",
   ],
 )
+@pytest.mark.quick_every(4)
 def test_large_norms_stay_accurate(case):
   # T11: |x|^2 about 200, float32 against the naive formula in float64.
   fm = build(case, 128, "orf")
@@ -126,6 +127,7 @@ def test_large_norms_stay_accurate(case):
     for case in CASES
   ],
 )
+@pytest.mark.quick_every(3)
 def test_no_nan_at_any_scale(case, dtype):
   # One example per scale: examples do not see each other.
   scales = jnp.asarray([0.0, 1e-3, 1.0, 10.0, 30.0])
@@ -167,6 +169,7 @@ def test_no_nan_at_any_scale(case, dtype):
 
 
 @pytest.mark.parametrize("case", ["gerf_complex", "perdim", "c_asderf"])
+@pytest.mark.quick_every(2)
 def test_padding_and_neighbours_do_not_matter(case):
   # T6, T7, T9, T10: hidden keys, other examples, T != S.
   fm = build(case, 16, "orf")
@@ -196,6 +199,7 @@ def test_padding_and_neighbours_do_not_matter(case):
 @pytest.mark.parametrize(
   "case", ["posrf_hyp", "gerf_complex", "perdim", "sderf", "aderf", "c_posrf"]
 )
+@pytest.mark.quick_every(4)
 def test_causal_sources_of_statistics(case):
   query, _, value = make()
   component = component_of(case)
@@ -237,6 +241,7 @@ def changed_past(fm, variables, x, value, stats):
 
 
 @pytest.mark.parametrize("case", ["aderf", "c_oprf_hyp"])
+@pytest.mark.quick_every(2)
 def test_running_statistics_in_a_layer(case):
   fm = build(case, statistics="ema")
   layer = sf.nn.SpectralSelfAttention(

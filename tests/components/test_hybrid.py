@@ -26,11 +26,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.quick_every(4)
 def test_mean_and_square(case):
   fm = build("hrf", **({"num_mixing_rows": 3} | CASES[case]))
   check_mean_and_square(fm, 20_000)
 
 
+@pytest.mark.slow
 def test_orthogonal_rows_stay_unbiased():
   fm = build("hrf", "orf", num_features=4, num_mixing_rows=2)
   check_mean_and_square(fm, 10_000, squares=False)
@@ -74,6 +76,7 @@ def test_angular_variance_is_the_formula_of_its_parts():
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 @pytest.mark.parametrize("mixing", ["angular", "gaussian"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.quick_every(3)
 def test_exact_at_the_ends(kernel, mixing, sign):
   fm = build("hrf", num_features=3, kernel=kernel, mixing=mixing)
   x = PAIRS[:, 0]
@@ -84,6 +87,7 @@ def test_exact_at_the_ends(kernel, mixing, sign):
   assert (np.abs(error).max() < 1e-5) == exact
 
 
+@pytest.mark.slow
 def test_a_second_projection_that_shares_rows_would_be_biased():
   # Which is why independent=False is refused: T is always drawn on its own.
   fm = build("hrf", num_features=8, num_mixing_rows=8)
@@ -116,6 +120,7 @@ def test_projections_are_independent_and_both_redrawn():
 
 
 @pytest.mark.parametrize("mixing", ["angular", "gaussian"])
+@pytest.mark.quick_every(2)
 def test_feature_dim(mixing):
   fm = build("hrf", num_features=5, num_mixing_rows=3, mixing=mixing)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)

@@ -106,6 +106,7 @@ def structured(kind, head_dim=8):
     "mean",
   ],
 )
+@pytest.mark.quick_every(4)
 def test_order_of_mean_log_second_moments(kind):
   query, key = structured(kind)
 
@@ -192,6 +193,7 @@ def test_fewer_tokens_than_dimensions_keep_maps_inverse(case):
 
 @pytest.mark.parametrize("num_tokens", [5, 40])
 @pytest.mark.parametrize("case", ["sderf", "aderf", "asderf"])
+@pytest.mark.quick_every(4)
 def test_rounding_does_not_choose_the_features(case, num_tokens):
   # Signs of eigenvectors, and their choice where eigenvalues are equal (zero,
   # for fewer tokens than dimensions), are those of rounding.

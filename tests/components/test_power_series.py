@@ -24,6 +24,7 @@ from tests.components.sampling import (
 
 @pytest.mark.parametrize("coefficients", ["exp", "inverse", "log"])
 @pytest.mark.parametrize("degrees", ["geometric", "poisson"])
+@pytest.mark.quick_every(4)
 def test_maclaurin_mean_and_square(coefficients, degrees):
   rate = {"rate": 0.8} if degrees == "poisson" else {}
   fm = build(
@@ -37,6 +38,7 @@ def test_maclaurin_mean_and_square(coefficients, degrees):
 
 
 @pytest.mark.parametrize("matrix", ["lhs", "qmc"])
+@pytest.mark.quick_every(2)
 def test_maclaurin_multiplies_independent_draws_of_coupled_rows(matrix):
   # Both balance two rows of one draw so that one is minus the other: products
   # of them would be biased.
@@ -110,6 +112,7 @@ def test_the_ball_keeps_series_that_need_it_convergent():
   )
 
 
+@pytest.mark.slow
 def test_poisson_degrees_of_the_best_rate_beat_others_and_geometric_ones():
   x, y = (jnp.asarray(2.0 * PAIRS[2, side]) for side in (0, 1))
   product = float(jnp.sum((x * y) ** 2))
@@ -128,6 +131,7 @@ def test_poisson_degrees_of_the_best_rate_beat_others_and_geometric_ones():
   assert best < moment() - 0.1
 
 
+@pytest.mark.slow
 def test_maclaurin_gradient_at_zero_is_that_of_the_linear_term():
   fm = build("maclaurin", num_features=4000)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
@@ -142,6 +146,7 @@ def test_maclaurin_gradient_at_zero_is_that_of_the_linear_term():
 
 @pytest.mark.parametrize("degree", [1, 2, 3])
 @pytest.mark.parametrize("num_features", [7, 16])
+@pytest.mark.quick_every(4)
 def test_tensorsketch_is_unbiased(degree, num_features):
   fm = build("tensorsketch", num_features=num_features, degree=degree)
   check_mean_and_square(fm, 20_000, squares=False)

@@ -159,6 +159,7 @@ def test_bad_buckets(make_toy, buckets, message):
     of(make_toy(), buckets=buckets)
 
 
+@pytest.mark.slow
 def test_logits_do_not_depend_on_the_bucket(make_toy):
   toy = make_toy(16)
   model = nn.Classifier(

@@ -45,6 +45,7 @@ def drawn():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_every(3)
 def test_labels_say_whether_a_path_joins_the_discs(drawn, kind):
   pictures = drawn(kind)
   joined, touching = flood.check(pictures, kind[0])

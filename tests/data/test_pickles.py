@@ -291,6 +291,7 @@ def test_iterate_gives_the_items(write, protocol):
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.quick_every(2)
 def test_iterate_holds_a_part_of_a_large_file(write, protocol):
   items = [
     {"input_ids_0": np.full(4000, i, np.int32), "label": np.int32(i % 2)}

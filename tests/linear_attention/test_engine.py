@@ -23,6 +23,7 @@ from tests.linear_attention.engine_cases import (
 @pytest.mark.parametrize("component", CAUSAL)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
+@pytest.mark.quick_every(7)
 def test_values_and_gradients_equal_the_reference(component, is_causal, length):
   fm, variables = build(component, **CAUSAL[component])
   arrays = make(length, scale=0.5)
@@ -35,6 +36,7 @@ def test_values_and_gradients_equal_the_reference(component, is_causal, length):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(2)
 def test_bfloat16_inputs(is_causal):
   fm, variables = build()
   arrays = tuple(a.astype(jnp.bfloat16) for a in make(100))
@@ -51,6 +53,7 @@ def test_bfloat16_inputs(is_causal):
   assert_close(as_float(grads), expected_grads, 2.0**-6)
 
 
+@pytest.mark.slow
 def test_learnable_parameters_take_gradients_through_every_chunk():
   fm, variables = build("oprf", statistics="learned")
   arrays = make(50)
@@ -88,6 +91,7 @@ def test_learnable_parameters_take_gradients_through_every_chunk():
     ("trigrf", 3.0),
   ],
 )
+@pytest.mark.quick_every(4)
 def test_the_future_changes_no_bit(component, scale):
   fm, variables = build(component, **CAUSAL[component])
   attend = jax.jit(

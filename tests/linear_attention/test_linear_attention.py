@@ -42,6 +42,7 @@ def run(arrays, **kwargs):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
+@pytest.mark.quick_every(3)
 def test_values_and_gradients(implementation, is_causal, masked, length):
   arrays = make(length)
   kwargs = {"is_causal": is_causal}
@@ -58,6 +59,7 @@ def test_values_and_gradients(implementation, is_causal, masked, length):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 50, 100, 1000])
+@pytest.mark.quick_every(2)
 def test_chunk_size_does_not_matter(chunk_size):
   arrays = make(100)
   out, _ = run(arrays, is_causal=True, chunk_size=chunk_size)
@@ -79,6 +81,7 @@ def test_bfloat16_inputs_are_summed_in_float32(is_causal):
   )
 
 
+@pytest.mark.slow
 def test_cross_attention():
   arrays = make(5, keys=9)
   out, grads = run(arrays)
@@ -90,6 +93,7 @@ def test_cross_attention():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("poison", [jnp.nan, 1e30, -jnp.inf])
+@pytest.mark.quick_every(4)
 def test_padding_has_no_influence(is_causal, poison):
   phi, psi, value = make(20)
   mask = jnp.arange(20)[None, :] < jnp.array([[13], [20]])
@@ -108,6 +112,7 @@ def test_padding_has_no_influence(is_causal, poison):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(2)
 def test_no_visible_key_gives_zeros_and_zero_gradients(is_causal):
   mask = jnp.zeros((2, 9), bool)
   out, grads = run(make(9), is_causal=is_causal, key_mask=mask)

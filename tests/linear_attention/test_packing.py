@@ -11,6 +11,7 @@ from tests.linear_attention.engine_cases import assert_close, build, make, run
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("component", ["posrf", "trigrf"])
+@pytest.mark.quick_every(3)
 def test_packed_rows_equal_separate_rows(is_causal, component):
   fm, variables = build(component)
   query, key, value = make(24, batch=1, scale=0.5)
@@ -46,6 +47,7 @@ def test_packed_rows_equal_separate_rows(is_causal, component):
   assert_close((out, grads), expected, tolerance)
 
 
+@pytest.mark.slow
 def test_segments_need_not_be_contiguous_and_may_differ_in_length():
   fm, variables = build()
   arrays = make(10, keys=14)
@@ -62,6 +64,7 @@ def test_segments_need_not_be_contiguous_and_may_differ_in_length():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.quick_every(3)
 def test_grouped_queries_equal_repeated_keys(is_causal, packed):
   fm, variables = build()
   query, key, value = make(20, heads=6)
@@ -83,6 +86,7 @@ def test_grouped_queries_equal_repeated_keys(is_causal, packed):
   assert_close(list(grads), summed)
 
 
+@pytest.mark.slow
 def test_statistics_of_grouped_queries():
   fm, variables = build("oprf")
   query, key, value = make(20, heads=4)

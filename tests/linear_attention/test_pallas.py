@@ -110,6 +110,7 @@ def chunk_of(platform):
 @pytest.mark.parametrize(
   "chunks", [pytest.param(0.1, marks=pytest.mark.slow), 2.4]
 )
+@pytest.mark.quick_every(3)
 def test_values_and_gradients_equal_the_reference(platform, is_causal, chunks):
   fm, variables = build()
   length = int(chunks * chunk_of(platform)) or 1
@@ -135,6 +136,7 @@ def test_values_and_gradients_equal_the_reference(platform, is_causal, chunks):
     pytest.param("saderf", "gpu", marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.quick_every(2)
 def test_components_of_the_family(component, platform):
   fm, variables = build(component)
   arrays = make(40, keys=50)
@@ -166,6 +168,7 @@ def test_bfloat16_inputs(platform):
   ("num_heads", "is_causal"),
   [pytest.param(1, True, marks=pytest.mark.slow), (2, False)],
 )
+@pytest.mark.slow
 def test_values_in_parts(num_heads, is_causal, monkeypatch):
   parts = []
 
@@ -203,6 +206,7 @@ def test_values_in_parts(num_heads, is_causal, monkeypatch):
     pytest.param("gpu", False, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_states_go_in_and_out(platform, is_causal):
   fm, variables = build("oprf", statistics="constant")
   first, second = make(20), make(36)
@@ -283,6 +287,7 @@ def test_the_future_changes_no_bit(platform):
 @pytest.mark.parametrize(
   "is_causal", [pytest.param(False, marks=pytest.mark.slow), True]
 )
+@pytest.mark.slow
 def test_no_races_and_nothing_out_of_bounds(is_causal, monkeypatch, capfd):
   checked = pltpu.InterpretParams(
     detect_races=True,

@@ -18,6 +18,7 @@ from tests.linear_attention.engine_cases import (
 
 @pytest.mark.parametrize("component", CAUSAL)
 @pytest.mark.parametrize("splits", [(1, 29), (13, 17), (16, 13, 1)])
+@pytest.mark.quick_every(4)
 def test_prefill_and_decoding_equal_one_pass(component, splits):
   fm, variables = build(component, **CAUSAL[component])
   arrays = make(30, scale=2.0)
@@ -64,6 +65,7 @@ def test_decoding_token_by_token_does_not_grow_the_state():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(2)
 def test_gradients_flow_through_a_state(is_causal):
   fm, variables = build()
   first, second = make(9), make(14)
@@ -81,6 +83,7 @@ def test_gradients_flow_through_a_state(is_causal):
   assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_gradients_reach_what_made_the_state():
   fm, variables = build()
   arrays = make(20)

@@ -30,6 +30,7 @@ def layer(**kwargs):
 
 @pytest.mark.parametrize("mlp", ["gelu", "gated"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.quick_every(3)
 def test_blocks_change_nothing(mlp, norm, monkeypatch):
   loss, params, x = layer(mlp=mlp, norm=norm)
   whole = jax.value_and_grad(loss, (0, 1))(params, x)
@@ -46,6 +47,7 @@ def test_blocks_change_nothing(mlp, norm, monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_dropout_of_the_backward_pass_is_that_of_the_forward_pass(monkeypatch):
   """Else the gradient would not be the slope."""
   monkeypatch.setattr(by_token, "BLOCK", 7)

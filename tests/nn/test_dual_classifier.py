@@ -29,6 +29,7 @@ def build(**kwargs):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.quick_every(2)
 def test_it_is_the_classifiers_encoder_and_an_mlp(pooling):
   model, variables, (one, length, two, length_2) = build(pooling=pooling)
   encoder = sf.nn.SequenceEncoder(
@@ -70,6 +71,7 @@ def test_names_are_those_of_the_classifier():
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.quick_every(2)
 def test_padding_changes_no_logit(pooling):
   model, variables, (one, length, two, length_2) = build(pooling=pooling)
   logits = jax.jit(model.apply)(variables, one, length, two, length_2)
@@ -87,6 +89,7 @@ def test_batch_neighbours_change_no_logit():
   np.testing.assert_allclose(alone, logits[1:2], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_order_of_the_pair_matters_and_both_get_gradients():
   model, variables, (one, length, two, length_2) = build()
   logits = jax.jit(model.apply)(variables, one, length, two, length_2)
@@ -107,6 +110,7 @@ def test_order_of_the_pair_matters_and_both_get_gradients():
   assert (positions[:20] > 0).all() and not positions[20:].any()
 
 
+@pytest.mark.slow
 def test_running_statistics_and_dropout():
   fm = sf.feature_map(
     "oprf", "iid", num_features=16, component_kwargs={"statistics": "ema"}

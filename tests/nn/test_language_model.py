@@ -45,6 +45,7 @@ OPTIONS = (
 
 
 @pytest.mark.parametrize(("component", "positions"), OPTIONS)
+@pytest.mark.quick_every(3)
 def test_the_future_changes_nothing_before_it(component, positions):
   model, variables = build(component, positions=positions)
   apply = jax.jit(model.apply)
@@ -55,6 +56,7 @@ def test_the_future_changes_nothing_before_it(component, positions):
 
 
 @pytest.mark.parametrize(("component", "positions"), OPTIONS)
+@pytest.mark.quick_every(5)
 def test_decoding_in_pieces_equals_one_pass(component, positions):
   model, variables = build(component, positions=positions)
   whole = model.apply(variables, tokens())
@@ -74,6 +76,7 @@ def test_decoding_in_pieces_equals_one_pass(component, positions):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("component", ["posrf", "oprf"])
+@pytest.mark.quick_every(4)
 def test_generation_with_state_equals_recomputation(component, temperature):
   model, variables = build(component)
   rng = jax.random.key(4)
@@ -98,6 +101,7 @@ def test_generation_with_state_equals_recomputation(component, temperature):
   assert len(np.unique(new)) > 1
 
 
+@pytest.mark.slow
 def test_the_cache_does_not_grow():
   model, variables = build()
   sizes = []
@@ -121,6 +125,7 @@ def test_beyond_max_len_is_nan_and_not_another_position():
   assert np.isnan(out).all()
 
 
+@pytest.mark.slow
 def test_padding_changes_no_logit():
   for kind in (sf.nn.LanguageModel, sf.nn.MaskedLanguageModel):
     model, variables = build(kind=kind)

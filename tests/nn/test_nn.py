@@ -52,6 +52,7 @@ def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
     *OPTIONS,
   ],
 )
+@pytest.mark.quick_every(5)
 def test_padding_changes_no_logit(kwargs):
   model, variables, tokens, length = build(**kwargs)
   logits = model.apply(variables, tokens, length)
@@ -76,6 +77,7 @@ def test_padding_changes_no_logit(kwargs):
     *OPTIONS,
   ],
 )
+@pytest.mark.quick_every(4)
 def test_batch_neighbours_change_no_logit(kwargs):
   model, variables, tokens, length = build(**kwargs)
   logits = model.apply(variables, tokens, length)
@@ -124,6 +126,7 @@ def test_collections_and_redraw():
   assert float(jnp.abs(before - after).max()) > 0.0
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_projection():
   model, variables, tokens, length = build()
   grads = jax.grad(lambda v: model.apply(v, tokens, length).sum())(variables)

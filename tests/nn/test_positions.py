@@ -93,6 +93,7 @@ def test_norm_comes_before_or_after():
   assert float(jnp.abs(pre - post).max()) > 0.1
 
 
+@pytest.mark.slow
 def test_gated_mlp_is_the_formula():
   x = normal(0, 1, 3, 16)
   fm = sf.feature_map("posrf", "orf", num_features=16)

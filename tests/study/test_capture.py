@@ -15,6 +15,7 @@ from tests.train.conftest import TINY
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.quick_every(2)
 def test_captured_inputs_give_what_the_layer_gave(positions):
   fm = sf.feature_map("oprf", "iid", num_features=8)
   model = nn.Classifier(
@@ -90,6 +91,7 @@ def stored_params(folder, step):
 
 
 @pytest.mark.filterwarnings("ignore")  # orbax: restored without shardings
+@pytest.mark.slow
 def test_workdir_by_hand(run):
   folder, config = run
   for step, name in ((4, "last"), (2, "2")):

@@ -38,6 +38,7 @@ def posrf(toy):
   }
 
 
+@pytest.mark.slow
 def test_kernel_mse_is_that_of_the_closed_form(posrf):
   for row in posrf.values():
     standard_error = row["kernel_mse_ci"] / distributions.t.ppf(0.975, 149)
@@ -154,6 +155,7 @@ def test_padding_counts_nowhere(toy):
     ("relu-iid", {}),
   ],
 )
+@pytest.mark.quick_every(3)
 def test_ratios_are_those_of_products_of_features(toy, pair, options):
   component, matrix = pair.split("-")
   fm = sf.feature_map(

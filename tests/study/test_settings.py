@@ -61,6 +61,15 @@ def test_uniform_attention_stands_where_its_error_ranks_it():
   assert {len(cells) for cells in table} == {len(header)}
 
 
+def test_rounding_is_no_confidence_interval():
+  found = setting(row("cosformer-none", error=0.5, error_ci=2e-16), row())
+  header, table = lines(found)
+  column = header.index("±")
+  shown = {cells[1]: cells[column] for cells in table}
+  assert shown["cosformer-none"] == "-" and shown["posrf-iid"] == "0.01"
+  assert "±" not in advice.with_interval(found.rows[0])
+
+
 def test_welch():
   assert told_apart(row(error=0.5), row(error=0.6))
   assert not told_apart(row(error=0.5), row(error=0.505))
