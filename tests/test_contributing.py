@@ -17,6 +17,7 @@ def test_there_is_an_example_of_each_kind():
 
 # In an interpreter of its own: a registered name would show up in other tests.
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
+@pytest.mark.quick_every(2)
 def test_example_runs(index, tmp_path):
   doctests = "\nimport doctest\nassert doctest.testmod().attempted\n"
   process = run_python(BLOCKS[index] + doctests, tmp_path)

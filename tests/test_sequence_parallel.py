@@ -99,6 +99,7 @@ def case(component, is_causal, groups):
   }
 
 
+@pytest.mark.slow
 def test_values_gradients_and_traffic():
   env = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

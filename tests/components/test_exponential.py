@@ -36,7 +36,7 @@ def kernel_values(kernel, pairs=PAIRS):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(8)
 def test_mean_and_second_moment(case, kernel):
   num_features = 32
   fm = build(case, num_features, kernel=kernel)

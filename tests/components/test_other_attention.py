@@ -71,7 +71,7 @@ def inputs(num_queries=9, num_keys=9):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.quick_every(7)
+@pytest.mark.quick_every(12)
 def test_no_nan_at_any_scale(case, dtype):
   fm, variables = make(case)
 
@@ -102,7 +102,7 @@ def test_no_nan_at_any_scale(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_the_future_has_no_influence(case):
   fm, variables = make(case)
   arrays = inputs()
@@ -124,7 +124,7 @@ def test_the_future_has_no_influence(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(5)
 def test_attention_is_that_of_the_features(case):
   # T != S, a mask, and naive float64 sums of the features themselves.
   fm, variables = make(case)

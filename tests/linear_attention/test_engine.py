@@ -141,6 +141,7 @@ def test_large_norms_are_accurate_in_causal_attention():
   np.testing.assert_allclose(out, expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_memory_of_forward_and_backward_does_not_hold_features():
   fm = sf.feature_map("posrf", "orf", num_features=512)
   variables = fm.init(jax.random.key(0), head_dim=4)

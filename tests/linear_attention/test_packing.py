@@ -11,7 +11,7 @@ from tests.linear_attention.engine_cases import assert_close, build, make, run
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("component", ["posrf", "trigrf"])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_packed_rows_equal_separate_rows(is_causal, component):
   fm, variables = build(component)
   query, key, value = make(24, batch=1, scale=0.5)

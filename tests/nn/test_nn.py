@@ -52,7 +52,7 @@ def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
     *OPTIONS,
   ],
 )
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(7)
 def test_padding_changes_no_logit(kwargs):
   model, variables, tokens, length = build(**kwargs)
   logits = model.apply(variables, tokens, length)

@@ -317,6 +317,7 @@ def test_flags_change_what_the_file_says(tmp_path, capsys):
   assert "give a sweep file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_finishes(tmp_path):
   """Real cells: one killed in training, one that cannot be built."""
   tiny = {k: v for k, v in TINY.items() if k != "task.name"}

@@ -30,6 +30,7 @@ def compilations():
 
 
 @pytest.mark.parametrize("engine", parallel.ENGINES)
+@pytest.mark.quick_every(2)
 def test_compiled_once_and_ahead(engine, compilations):
   model, tx = workers.tiny_model(0.1), optax.adam(1e-3)
   train_state = parallel.replicate(
@@ -51,6 +52,7 @@ def test_compiled_once_and_ahead(engine, compilations):
   assert len(compilations) == before + 1
 
 
+@pytest.mark.slow
 def test_plan_comes_before_the_first_step(
   tiny_config, tmp_path, monkeypatch, caplog, compilations
 ):

@@ -117,6 +117,7 @@ def stopped(patient, tmp_path_factory):
   return workdir, train_and_evaluate(patient, workdir)
 
 
+@pytest.mark.slow
 def test_early_stopping(stopped):
   workdir, result = stopped
   # Evaluations at 4, 8, 12, 16: three were no better than the first.
@@ -128,6 +129,7 @@ def test_early_stopping(stopped):
   assert "16 of 40, stopped early" in (workdir / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_average_and_patience_go_on_after_a_stop(
   stopped, patient, tmp_path, monkeypatch
 ):

@@ -47,6 +47,7 @@ def checkpoint_steps(workdir):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.quick_every(2)
 def test_signal_saves_the_step_under_way(
   name, uninterrupted, tiny_config, tmp_path, monkeypatch
 ):
@@ -91,6 +92,7 @@ def test_no_handlers_outside_of_the_main_thread():
   assert seen == [signal.getsignal(signal.SIGTERM)]
 
 
+@pytest.mark.slow
 def test_train_py_exits_with_the_resumable_status(cache_dir, tmp_path):
   values = TINY | {
     "task.cache_dir": cache_dir,
@@ -152,6 +154,7 @@ def can_mount():
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs user namespaces")
+@pytest.mark.slow
 def test_full_disk(cache_dir, tmp_path):
   values = TINY | {
     "task.cache_dir": cache_dir,
@@ -195,6 +198,7 @@ def test_batch_that_is_not_finite_is_skipped(
   assert arrays["['step']"] == 24 and counts == {23}
 
 
+@pytest.mark.slow
 def test_run_that_diverges_stops_with_a_report(tiny_config, tmp_path):
   config = tiny_config(
     **{"optim.lr": 1e38, "train.max_skipped_steps": 5, "checkpoint.every": 1}
@@ -241,6 +245,7 @@ def test_two_runs_in_one_workdir(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_twenty_kills(cache_dir, tmp_path):
   # Saving at every step takes most of the time, so most kills fall into it.
   values = TINY | {

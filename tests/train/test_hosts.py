@@ -87,6 +87,7 @@ def one_process(tmp_path_factory, tiny_config):
 
 
 @pytest.mark.parametrize("engine", ["pmap", "jit"])
+@pytest.mark.slow
 def test_two_processes_train_like_one(engine, one_process, cache_dir, tmp_path):
   values = TINY | SHORT | {"task.cache_dir": cache_dir}
   values["train.parallel"] = engine
@@ -109,6 +110,7 @@ def test_two_processes_train_like_one(engine, one_process, cache_dir, tmp_path):
   np.testing.assert_allclose(losses(tmp_path), losses(one_process), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_dies_and_the_run_goes_on_elsewhere(cache_dir, tmp_path):
   values = TINY | {
     "task.cache_dir": cache_dir,
@@ -135,6 +137,7 @@ def test_one_process_dies_and_the_run_goes_on_elsewhere(cache_dir, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.alone
 def test_signal_to_one_process_stops_both(number, name, cache_dir, tmp_path):
   values = TINY | {
     "task.cache_dir": cache_dir,
@@ -152,6 +155,7 @@ def test_signal_to_one_process_stops_both(number, name, cache_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_death_of_process_0(cache_dir, tmp_path):
   values = TINY | {"task.cache_dir": cache_dir, "train.num_steps": 100_000}
   with two_processes(tmp_path, values) as processes:

@@ -94,6 +94,7 @@ def test_finished_run_is_not_trained_again(
 
 
 @pytest.mark.parametrize("stop_at", [3, 23, 47])
+@pytest.mark.quick_every(3)
 def test_resume_is_bit_for_bit(
   stop_at, uninterrupted, tiny_config, tmp_path, monkeypatch
 ):
@@ -111,6 +112,7 @@ def test_resume_is_bit_for_bit(
   assert without_times(read_rows(tmp_path)) == without_times(read_rows(workdir))
 
 
+@pytest.mark.slow
 def test_redraw_changes_projections_and_resumes(
   tiny_config, tmp_path, monkeypatch
 ):
@@ -146,6 +148,7 @@ def test_optimizer_and_projection_are_saved(uninterrupted):
 
 
 @pytest.mark.parametrize("devices", [(8, 1), (1, 8)])
+@pytest.mark.slow
 def test_checkpoint_moves_between_device_counts(devices, tiny_config, tmp_path):
   # Dropout keys belong to replicas, so only without dropout are runs equal.
   config = tiny_config(**{"model.dropout_rate": 0.0, "train.num_steps": 12})

@@ -148,6 +148,7 @@ def test_pairs_are_trained(cache_dir, tmp_path):
   assert math.isfinite(result["test/loss_last"])
 
 
+@pytest.mark.slow
 def test_buckets_are_trained_and_evaluated(cache_dir, tmp_path, monkeypatch):
   config = importlib.import_module("configs.listops").get_config()
   values = TINY | {

@@ -98,6 +98,7 @@ def test_remat_gives_the_same_gradient():
   assert relative_error(grads, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_for_the_backward_pass(capsys):
   # What is kept, not the compiler's plan: XLA's for CPU is hardly smaller.
   def kept(remat):
@@ -155,6 +156,7 @@ def test_bfloat16_gradient_is_close(plain):
   np.testing.assert_allclose(sums[0], plain[1][0], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_all_of_them_train(tiny_config, tmp_path):
   config = tiny_config(
     **{

@@ -145,6 +145,7 @@ def test_pretraining_resumes_bit_for_bit(
   assert without_times(read_rows(tmp_path)) == without_times(read_rows(workdir))
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_the_pretrained_weights(
   pretrained, tiny_config, tmp_path
 ):

@@ -33,6 +33,7 @@ def batch_of(dataset, size):
   return next(data.Batches(dataset, size, seed=0, train=False))
 
 
+@pytest.mark.slow
 def test_gives_the_best_or_any_other_checkpoint(uninterrupted, dev):
   workdir, result = uninterrupted
   model, variables = nn.load_pretrained(workdir)
@@ -98,6 +99,7 @@ def test_what_is_not_what_was_written_is_refused(copy, monkeypatch):
     nn.load_pretrained(copy)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_given(tiny_config, tmp_path, dev):
   changes = {"optim.ema_decay": 0.5, "train.num_steps": 8, "eval.every": 8}
   result = train_and_evaluate(tiny_config(**changes), tmp_path)
@@ -106,6 +108,7 @@ def test_the_average_is_what_is_given(tiny_config, tmp_path, dev):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.quick_every(2)
 def test_evaluate(devices, uninterrupted):
   workdir, result = uninterrupted
   code, out, err = run_python(
@@ -233,6 +236,7 @@ def test_no_archive(tmp_path, uninterrupted, capsys):
   assert "unknown command 'classify'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_matrix_that_cannot_be_drawn_while_tracing(tiny_config, tmp_path):
   config = tiny_config(**{"feature_map.weight_matrix": "fastfood_learnable"})
   facts = FACTS | {"name": "toy", "num_classes": 3}

