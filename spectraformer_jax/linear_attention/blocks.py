@@ -17,7 +17,7 @@ def pad(x: Array | None, multiple: int, mode: str = "constant"):
   return jnp.pad(x, widths, mode=mode)
 
 
-def slice(x: Array, index, size: int) -> Array:
+def take(x: Array, index, size: int) -> Array:
   """Block `index` of axis 1."""
   return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
 
@@ -33,16 +33,16 @@ def blocks_of_keys(key, value, keep, chunk: int):
 def key_block(key, value, keep, index, size: int, start):
   """Keys and values ``[B, N, C, .]`` of a block, its position and mask."""
   block_key, block_value = (
-    jnp.swapaxes(slice(x, index, size), 1, 2) for x in (key, value)
+    jnp.swapaxes(take(x, index, size), 1, 2) for x in (key, value)
   )
   if keep is not None:
-    keep = slice(keep, index, size)[:, None, :, None]
+    keep = take(keep, index, size)[:, None, :, None]
   return block_key, block_value, start + index * size, keep
 
 
 def query_block(query: Array, index, size: int) -> Array:
   """Block `index` of ``[B, T, N, G, H]``, as ``[B, N, G, C, H]``."""
-  return jnp.moveaxis(slice(query, index, size), 1, 3)
+  return jnp.moveaxis(take(query, index, size), 1, 3)
 
 
 def empty(query: Array, value_dim: int, dtype) -> Array:

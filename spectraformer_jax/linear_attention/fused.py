@@ -297,7 +297,7 @@ class _Plan:
     """Query, key, value, position, keep and segment of one chunk."""
     segment = self.segment
     if segment is not None:
-      segment = blocks.slice(segment, index, self.size)
+      segment = blocks.take(segment, index, self.size)
     return (
       blocks.query_block(self.query, index, self.size),
       *blocks.key_block(

@@ -33,11 +33,11 @@ QUERY_EXPONENT = 40.0
 # magnitudes: what float32 sums leave of a value that should be zero.
 SIGNED_FLOOR = 1e-6
 
-LOG_2_HIGH = 0.693145751953125
-LOG_2_LOW = math.log(2.0) - LOG_2_HIGH
+_LOG_2_HIGH = 0.693145751953125
+_LOG_2_LOW = math.log(2.0) - _LOG_2_HIGH
 
 _LIMIT = 0.501 * math.log(2.0)
-EXP_COEFFICIENTS = tuple(
+_EXP_COEFFICIENTS = tuple(
   Chebyshev.interpolate(np.exp, 6, domain=[-_LIMIT, _LIMIT])
   .convert(kind=Polynomial)
   .coef.tolist()
@@ -91,8 +91,8 @@ def _exp_near_zero_jvp(primals, tangents):
 
 def _polynomial(x: Array) -> Array:
   """Interpolates exp at Chebyshev's points."""
-  out = jnp.full_like(x, EXP_COEFFICIENTS[-1])
-  for coefficient in EXP_COEFFICIENTS[-2::-1]:
+  out = jnp.full_like(x, _EXP_COEFFICIENTS[-1])
+  for coefficient in _EXP_COEFFICIENTS[-2::-1]:
     out = out * x + coefficient
   return out
 
@@ -108,7 +108,7 @@ def split(
   """
   exponent = whole_exponent(log_magnitude)
   # In two parts, the first of 16 bits, so that its product is exact.
-  rest = log_magnitude - exponent * LOG_2_HIGH - exponent * LOG_2_LOW
+  rest = log_magnitude - exponent * _LOG_2_HIGH - exponent * _LOG_2_LOW
   return exp(rest), exponent
 
 

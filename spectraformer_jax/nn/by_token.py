@@ -23,8 +23,8 @@ def by_token(
   """`function(module, x)`, which maps each token alone, in blocks of tokens.
 
   The backward pass makes the values of a block again and drops them with it, so
-  that hidden values of a whole batch never exist. Few tokens are one block,
-  and nothing is made again.
+  that hidden values of a whole batch never exist. Few tokens (or
+  none) are one block, and nothing is made again.
 
   Args:
     module: whose submodules `function` calls.
@@ -36,7 +36,7 @@ def by_token(
   """
   tokens = x.reshape(-1, x.shape[-1])
   count = -(-len(tokens) // BLOCK)
-  if count == 1:
+  if count <= 1:
     return function(module, x)
   padded = jnp.pad(tokens, ((0, count * BLOCK - len(tokens)), (0, 0)))
 

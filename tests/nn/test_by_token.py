@@ -47,6 +47,13 @@ def test_blocks_change_nothing(mlp, norm, monkeypatch):
   )
 
 
+def test_an_empty_batch_stays_empty():
+  module = EncoderLayer(attention="softmax", num_heads=2, head_dim=4, mlp_dim=6)
+  x = jnp.ones(SHAPE)
+  variables = module.init(jax.random.key(1), x)
+  assert module.apply(variables, x[:0]).shape == (0, *SHAPE[1:])
+
+
 @pytest.mark.slow
 def test_dropout_of_the_backward_pass_is_that_of_the_forward_pass(monkeypatch):
   """Else the gradient would not be the slope."""

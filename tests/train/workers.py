@@ -20,6 +20,7 @@ from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import loop, optim, parallel, state, steps
 
 BATCH, LENGTH = 16, 12
+ALL_REDUCE = r" all-reduce(-start)?\("
 OTHER_COLLECTIVES = (
   r" (all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
@@ -78,7 +79,7 @@ def run_steps(path: str, engine: str) -> None:
   # With lr 1 and no clipping the change of the parameters is the gradient.
   before = state.create(tiny_model(), MAP, optax.sgd(1.0), state.run_keys(0))
   after, sums, text = train_steps(optax.sgd(1.0), 1, engine)
-  arrays["all_reduces"] = len(re.findall(r" all-reduce(-start)?\(", text))
+  arrays["all_reduces"] = len(re.findall(ALL_REDUCE, text))
   arrays["others"] = len(re.findall(OTHER_COLLECTIVES, text))
   arrays |= named("sums", sums)
   arrays |= named(
@@ -86,7 +87,7 @@ def run_steps(path: str, engine: str) -> None:
     jax.tree.map(lambda a, b: np.asarray(a) - b, before.params, after.params),
   )
   ema, _, text = train_steps(optax.sgd(0.0), 1, engine, EMA_MAP)
-  arrays["ema_all_reduces"] = len(re.findall(r" all-reduce(-start)?\(", text))
+  arrays["ema_all_reduces"] = len(re.findall(ALL_REDUCE, text))
   arrays |= named("ema", ema.collections[state.MUTABLE_COLLECTION])
   config = train_config.default_config().optim
   config.update(lr=1e-3, warmup_steps=2)
