@@ -50,6 +50,7 @@ def oracle(query, key, value, mask, fm, variables, stats):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("component", ["posrf", "oprf"])
+@pytest.mark.quick_every(4)
 def test_masks_of_flax(name, jit, component):
   mask, is_causal = MASKS[name]
   fm, variables = build(component)

@@ -104,7 +104,7 @@ def test_large_norms_stay_accurate(component):
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(3)
 def test_gradients_equal_those_of_the_plain_formula(component):
   fm, variables = build(component)
   query, key, value = make(scale=0.5)
@@ -171,6 +171,7 @@ def test_gaussian_kernel_is_gaussian_attention(component):
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("poison", [jnp.nan, 1e30])
+@pytest.mark.quick_every(3)
 def test_padding_has_no_influence(component, poison):
   fm, variables = build(component)
   query, key, value = make()

@@ -118,7 +118,7 @@ def all_finite(tree):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(14)
 def test_component_contract(name):
   component = COMPONENTS.build(name)
   assert component.info.name == name
@@ -127,7 +127,7 @@ def test_component_contract(name):
 
 
 @pytest.mark.parametrize("name", ALL_MATRICES)
-@pytest.mark.quick_every(8)
+@pytest.mark.quick_every(20)
 def test_weight_matrix_contract(name):
   matrix = WEIGHT_MATRICES.build(name)
   assert matrix.info.name == name
@@ -190,7 +190,7 @@ def check_pair(component_name, matrix_name):
 
 
 @pytest.mark.parametrize(("component", "matrix"), covering_pairs())
-@pytest.mark.quick_every(8)
+@pytest.mark.quick_every(20)
 def test_pair_attends(component, matrix):
   check_pair(component, matrix)
 
@@ -313,7 +313,7 @@ def variants(component):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(10)
 def test_no_nan_at_any_scale(name):
   check_scales(build(name, usual_matrix(name)))
 
@@ -367,7 +367,7 @@ def test_padding_equals_slicing(name):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(10)
 def test_examples_do_not_depend_on_their_neighbours(name):
   run = masked_run(build(name, usual_matrix(name)), jnp.float32)
   inputs = draw_inputs(1, QUERIES, KEYS)
@@ -378,7 +378,7 @@ def test_examples_do_not_depend_on_their_neighbours(name):
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(10)
 def test_queries_that_see_no_key_give_zeros(name):
   run = masked_run(build(name, usual_matrix(name)), jnp.float32)
   inputs = draw_inputs(1, QUERIES, KEYS)

@@ -26,6 +26,7 @@ def test_known_ratios(run):
   )
 
 
+@pytest.mark.slow
 def test_ordering_by_theory(run):
   # Families that contain one another, each at its own optimum.
   results, _ = run

@@ -30,6 +30,7 @@ def test_iid_rows_have_the_closed_form_variance(run):
       assert float(row[name]) == pytest.approx(1.0, abs=0.2), (num_rows, name)
 
 
+@pytest.mark.slow
 def test_orthogonal_rows_gain(run):
   assert float(run["orf", 128]["trig.1"]) < 0.12
   assert float(run["orf", 32]["trig.2"]) == pytest.approx(0.378, rel=0.15)

@@ -24,7 +24,7 @@ def lifted(shift=0.0):
 
 @pytest.mark.parametrize("case", ["c_posrf", "c_oprf_hyp", "c_asderf"])
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(6)
 def test_relative_error_does_not_change_with_an_offset(case, kernel):
   # Same rows and same centred vectors: the estimate relative to the kernel is
   # the same, only if the factors that make up for centring are exact.
@@ -63,7 +63,7 @@ def test_centring_is_the_base_where_means_vanish():
 @pytest.mark.parametrize(
   "name", ["poisrf", "geomrf", "poisrf_plus", "geomrf_plus", "hrf"]
 )
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(10)
 def test_maps_of_other_families_stay_unbiased(name, kernel):
   # Those of the exponential families: test_exponential.
   fm = sf.feature_map(

@@ -188,7 +188,7 @@ def test_rfa_mean_and_square(learned):
 
 
 @pytest.mark.parametrize("learned", ["scalar", "per_dim"])
-@pytest.mark.quick_every(2)
+@pytest.mark.slow
 def test_rfa_trains_its_width_and_sees_directions_alone(learned):
   fm = build("rfa", num_features=64, learned=learned)
   variables = fm.init(jax.random.key(0), head_dim=4)

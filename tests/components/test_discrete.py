@@ -42,7 +42,7 @@ def data(num_queries=7, num_keys=5, scale=0.5, seed=0):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(8)
 def test_mean_and_square_with_statistics_of_the_pairs(name, kernel):
   fm = build(name, kernel=kernel)
   stats = shared_stats(fm, PAIRS[:, 0], PAIRS[:, 1])
@@ -56,7 +56,7 @@ def test_mean_and_square_with_a_constant(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_mean_and_square_with_learned_parameters(name):
   # Moved off their start; the shift of the plus forms then has coordinates on
   # both sides.
@@ -84,7 +84,7 @@ def test_plus_stays_unbiased_where_running_minima_are_no_bounds(name):
 
 @pytest.mark.parametrize("name", PLUS)
 @pytest.mark.parametrize("scale", [0.0, 0.5, 30.0])
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(6)
 def test_plus_is_positive_with_statistics_of_its_data(name, scale):
   fm = build(name, num_features=64)
   query, key = data(scale=scale)
@@ -257,7 +257,7 @@ def test_statistics_honour_masks_and_unequal_lengths(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_learned_starts_at_the_constant_and_has_gradients(name):
   constant, learned = (
     build(name, num_features=32, statistics=s) for s in ("constant", "learned")
@@ -367,7 +367,7 @@ def reference_attention(fm, query, key, value, uniform, own):
   ("name", "limit"), [("poisrf_plus", 4e-5), ("geomrf_plus", 7e-5)]
 )
 @pytest.mark.parametrize("head_dim", [8, 64])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_large_norms_stay_accurate(name, limit, head_dim):
   # T11: |x|^2 about 200, where log-features are sums of the order of a
   # thousand, or ten thousand (geometric, head_dim 8). The limits are below the

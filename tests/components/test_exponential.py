@@ -36,7 +36,7 @@ def kernel_values(kernel, pairs=PAIRS):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_every(8)
+@pytest.mark.quick_every(16)
 def test_mean_and_second_moment(case, kernel):
   num_features = 32
   fm = build(case, num_features, kernel=kernel)
@@ -163,7 +163,7 @@ def test_diagonal_form_equals_the_dense_formula(case, kernel):
 
 
 @pytest.mark.parametrize("case", [*DENSE, "oprf_hyp"])
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(6)
 def test_constant_and_learned_start_as_oprf_and_train(case):
   x = jnp.asarray(data()[0])[:, None, :]
   constant, learned = (

@@ -127,7 +127,7 @@ def test_large_norms_stay_accurate(case):
     for case in CASES
   ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_no_nan_at_any_scale(case, dtype):
   # One example per scale: examples do not see each other.
   scales = jnp.asarray([0.0, 1e-3, 1.0, 10.0, 30.0])
@@ -169,7 +169,7 @@ def test_no_nan_at_any_scale(case, dtype):
 
 
 @pytest.mark.parametrize("case", ["gerf_complex", "perdim", "c_asderf"])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(3)
 def test_padding_and_neighbours_do_not_matter(case):
   # T6, T7, T9, T10: hidden keys, other examples, T != S.
   fm = build(case, 16, "orf")
@@ -199,7 +199,7 @@ def test_padding_and_neighbours_do_not_matter(case):
 @pytest.mark.parametrize(
   "case", ["posrf_hyp", "gerf_complex", "perdim", "sderf", "aderf", "c_posrf"]
 )
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(6)
 def test_causal_sources_of_statistics(case):
   query, _, value = make()
   component = component_of(case)

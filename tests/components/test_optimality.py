@@ -193,7 +193,7 @@ def test_fewer_tokens_than_dimensions_keep_maps_inverse(case):
 
 @pytest.mark.parametrize("num_tokens", [5, 40])
 @pytest.mark.parametrize("case", ["sderf", "aderf", "asderf"])
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(6)
 def test_rounding_does_not_choose_the_features(case, num_tokens):
   # Signs of eigenvectors, and their choice where eigenvalues are equal (zero,
   # for fewer tokens than dimensions), are those of rounding.

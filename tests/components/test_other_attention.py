@@ -102,7 +102,7 @@ def test_no_nan_at_any_scale(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(10)
 def test_the_future_has_no_influence(case):
   fm, variables = make(case)
   arrays = inputs()
@@ -124,7 +124,7 @@ def test_the_future_has_no_influence(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(10)
 def test_attention_is_that_of_the_features(case):
   # T != S, a mask, and naive float64 sums of the features themselves.
   fm, variables = make(case)
@@ -153,7 +153,7 @@ def test_attention_is_that_of_the_features(case):
 
 
 @pytest.mark.parametrize("name", ["poisrf", "geomrf", "hrf", "maclaurin"])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_many_features_approach_exact_attention(name):
   matrix, kwargs = "iid", {}
   if name == "hrf":

@@ -24,7 +24,7 @@ from tests.components.sampling import (
 
 @pytest.mark.parametrize("coefficients", ["exp", "inverse", "log"])
 @pytest.mark.parametrize("degrees", ["geometric", "poisson"])
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(6)
 def test_maclaurin_mean_and_square(coefficients, degrees):
   rate = {"rate": 0.8} if degrees == "poisson" else {}
   fm = build(

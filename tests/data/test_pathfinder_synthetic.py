@@ -56,6 +56,7 @@ def test_labels_say_whether_a_path_joins_the_discs(drawn, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_every(3)
 def test_discs_are_at_a_start_and_an_end(drawn, kind):
   pictures = drawn(kind)
   for snakes, discs in zip(pictures.snakes, pictures.discs, strict=True):

@@ -23,7 +23,7 @@ from tests.linear_attention.engine_cases import (
 @pytest.mark.parametrize("component", CAUSAL)
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
-@pytest.mark.quick_every(7)
+@pytest.mark.quick_every(11)
 def test_values_and_gradients_equal_the_reference(component, is_causal, length):
   fm, variables = build(component, **CAUSAL[component])
   arrays = make(length, scale=0.5)

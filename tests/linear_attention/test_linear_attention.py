@@ -42,7 +42,7 @@ def run(arrays, **kwargs):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(7)
 def test_values_and_gradients(implementation, is_causal, masked, length):
   arrays = make(length)
   kwargs = {"is_causal": is_causal}

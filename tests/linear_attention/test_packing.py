@@ -64,7 +64,7 @@ def test_segments_need_not_be_contiguous_and_may_differ_in_length():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_grouped_queries_equal_repeated_keys(is_causal, packed):
   fm, variables = build()
   query, key, value = make(20, heads=6)

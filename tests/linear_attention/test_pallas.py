@@ -110,7 +110,7 @@ def chunk_of(platform):
 @pytest.mark.parametrize(
   "chunks", [pytest.param(0.1, marks=pytest.mark.slow), 2.4]
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_values_and_gradients_equal_the_reference(platform, is_causal, chunks):
   fm, variables = build()
   length = int(chunks * chunk_of(platform)) or 1

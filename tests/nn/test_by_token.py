@@ -30,7 +30,7 @@ def layer(**kwargs):
 
 @pytest.mark.parametrize("mlp", ["gelu", "gated"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.quick_every(4)
+@pytest.mark.slow
 def test_blocks_change_nothing(mlp, norm, monkeypatch):
   loss, params, x = layer(mlp=mlp, norm=norm)
   whole = jax.value_and_grad(loss, (0, 1))(params, x)

@@ -45,7 +45,7 @@ OPTIONS = (
 
 
 @pytest.mark.parametrize(("component", "positions"), OPTIONS)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_the_future_changes_nothing_before_it(component, positions):
   model, variables = build(component, positions=positions)
   apply = jax.jit(model.apply)
@@ -56,7 +56,7 @@ def test_the_future_changes_nothing_before_it(component, positions):
 
 
 @pytest.mark.parametrize(("component", "positions"), OPTIONS)
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(6)
 def test_decoding_in_pieces_equals_one_pass(component, positions):
   model, variables = build(component, positions=positions)
   whole = model.apply(variables, tokens())
@@ -76,7 +76,7 @@ def test_decoding_in_pieces_equals_one_pass(component, positions):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("component", ["posrf", "oprf"])
-@pytest.mark.quick_every(4)
+@pytest.mark.slow
 def test_generation_with_state_equals_recomputation(component, temperature):
   model, variables = build(component)
   rng = jax.random.key(4)

@@ -52,7 +52,7 @@ def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
     *OPTIONS,
   ],
 )
-@pytest.mark.quick_every(7)
+@pytest.mark.quick_every(14)
 def test_padding_changes_no_logit(kwargs):
   model, variables, tokens, length = build(**kwargs)
   logits = model.apply(variables, tokens, length)
@@ -77,7 +77,7 @@ def test_padding_changes_no_logit(kwargs):
     *OPTIONS,
   ],
 )
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(9)
 def test_batch_neighbours_change_no_logit(kwargs):
   model, variables, tokens, length = build(**kwargs)
   logits = model.apply(variables, tokens, length)
@@ -136,6 +136,7 @@ def test_no_gradient_reaches_the_projection():
   assert float(jnp.abs(kernel).max()) > 0.0
 
 
+@pytest.mark.slow
 def test_learnable_parameters_are_params():
   model, variables, tokens, length = build(
     component_kwargs={"statistics": "learned"}
@@ -149,6 +150,7 @@ def test_learnable_parameters_are_params():
   assert float(jnp.abs(grad["component"]["rho_logit"]).max()) > 0.0
 
 
+@pytest.mark.slow
 def test_running_statistics_move_in_training_only():
   model, variables, tokens, length = build(
     component_kwargs={"statistics": "ema"}

@@ -75,6 +75,7 @@ def test_packed_rows_equal_rows_apart_where_positions_start_again():
 
 
 @pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.quick_every(2)
 def test_only_positions_tell_the_order(rotary):
   x = normal(0, 1, 6, 16)
   out, _ = encode(x, rotary=rotary)

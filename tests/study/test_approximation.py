@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_all_rows_are_there(folder):
   rows = read(folder)
   assert len(rows) == (2 + 1) * 2

@@ -114,6 +114,7 @@ def test_workdir_by_hand(run):
     assert layer.key_mask.all()
 
 
+@pytest.mark.slow
 def test_workdirs_that_are_none(run, tmp_path):
   folder, _ = run
   arguments = {"split": "dev", "examples": 2, "step": "best"}

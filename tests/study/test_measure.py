@@ -47,6 +47,7 @@ def test_kernel_mse_is_that_of_the_closed_form(posrf):
     assert standard_error < 0.15 * row["kernel_mse_iid"]  # it could be seen
 
 
+@pytest.mark.slow
 def test_kernel_is_unbiased(posrf):
   for row in posrf.values():
     assert abs(row["kernel_bias"]) < 1.8 * row["kernel_bias_ci"]
@@ -155,7 +156,7 @@ def test_padding_counts_nowhere(toy):
     ("relu-iid", {}),
   ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(5)
 def test_ratios_are_those_of_products_of_features(toy, pair, options):
   component, matrix = pair.split("-")
   fm = sf.feature_map(

@@ -26,6 +26,7 @@ def test_every_sweep_file_is_looked_at_here():
 
 
 @pytest.mark.parametrize("name", ["paper", "small"])
+@pytest.mark.quick_every(2)
 def test_every_first_cell_builds_its_config_and_feature_map(name):
   cells = [cell for cell in cells_of(name) if cell.seed == 0]
   for cell in cells:
@@ -41,6 +42,7 @@ def test_every_first_cell_builds_its_config_and_feature_map(name):
       )
 
 
+@pytest.mark.slow
 def test_the_paper_s_table_is_all_there():
   cells = cells_of("paper")
   assert len(cells) == 24 * 5 * 3

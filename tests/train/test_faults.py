@@ -47,7 +47,7 @@ def checkpoint_steps(workdir):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.quick_every(2)
+@pytest.mark.slow
 def test_signal_saves_the_step_under_way(
   name, uninterrupted, tiny_config, tmp_path, monkeypatch
 ):
@@ -114,6 +114,7 @@ def test_train_py_exits_with_the_resumable_status(cache_dir, tmp_path):
 
 
 @broken_reads
+@pytest.mark.slow
 def test_damaged_checkpoint_falls_back(
   uninterrupted, tiny_config, tmp_path, monkeypatch
 ):

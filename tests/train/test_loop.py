@@ -172,6 +172,7 @@ def test_checkpoint_moves_between_device_counts(devices, tiny_config, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_engines_train_alike(uninterrupted, tiny_config, tmp_path, monkeypatch):
   # Begun with pmap, gone on with jit: the same steps in the same order.
   with monkeypatch.context() as patch:
@@ -185,6 +186,7 @@ def test_engines_train_alike(uninterrupted, tiny_config, tmp_path, monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_exact_softmax_baseline(tiny_config, tmp_path):
   config = tiny_config(
     **{"model.attention": "softmax", "train.num_steps": 4, "eval.every": 4}

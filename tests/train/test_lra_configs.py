@@ -124,6 +124,7 @@ def test_headers_say_what_to_expect(task):
     module.get_config("fast")
 
 
+@pytest.mark.slow
 def test_pairs_are_trained(cache_dir, tmp_path):
   made_up.write_aan(tmp_path / "lra" / "tsv_data")
   config = importlib.import_module("configs.retrieval").get_config()

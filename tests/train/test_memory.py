@@ -89,6 +89,7 @@ def test_parts_have_their_own_dropout():
   assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradient():
   model = workers.tiny_model(dropout_rate=0.5)
   expected, sums = gradients(model)
@@ -143,6 +144,7 @@ def test_memory_plan():
   assert plan["temporary"] > 0 and step.compile_seconds > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_gradient_is_close(plain):
   model = workers.tiny_model().clone(dtype=jnp.bfloat16)
   train_state = state.create(model, workers.MAP, TX, state.run_keys(0))

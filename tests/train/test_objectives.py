@@ -122,6 +122,7 @@ def pretrained(tiny_config, tmp_path_factory):
   return workdir, train_and_evaluate(tiny_config(**MASKED), workdir)
 
 
+@pytest.mark.slow
 def test_pretraining_learns_tokens(pretrained):
   workdir, result = pretrained
   rows = [row for row in read_rows(workdir) if "train/loss" in row]
@@ -188,6 +189,7 @@ def test_finetuning_starts_from_the_pretrained_weights(
     ({"model.init_from": "/nowhere"}, "finished run, got '/nowhere'"),
   ],
 )
+@pytest.mark.quick_every(4)
 def test_other_weights_are_refused(
   changes, words, pretrained, tiny_config, tmp_path
 ):
