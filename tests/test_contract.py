@@ -197,7 +197,6 @@ def test_pair_attends(component, matrix):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
-@pytest.mark.release
 def test_every_pair_attends(name):
   wrong = {}
   for component, matrix in PAIRS:
@@ -321,7 +320,6 @@ def test_no_nan_at_any_scale(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL_COMPONENTS)
-@pytest.mark.release
 def test_no_nan_at_any_scale_with_options(name):
   matrix = WEIGHT_MATRICES.build(usual_matrix(name))
   for component in variants(COMPONENTS.build(name)):

@@ -246,7 +246,6 @@ def test_two_runs_in_one_workdir(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.release
 def test_twenty_kills(cache_dir, tmp_path):
   # Saving at every step takes most of the time, so most kills fall into it.
   values = TINY | {

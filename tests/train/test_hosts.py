@@ -137,7 +137,6 @@ def test_one_process_dies_and_the_run_goes_on_elsewhere(cache_dir, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.release
 def test_signal_to_one_process_stops_both(number, name, cache_dir, tmp_path):
   values = TINY | {
     "task.cache_dir": cache_dir,
@@ -155,7 +154,6 @@ def test_signal_to_one_process_stops_both(number, name, cache_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.release
 def test_death_of_process_0(cache_dir, tmp_path):
   values = TINY | {"task.cache_dir": cache_dir, "train.num_steps": 100_000}
   with two_processes(tmp_path, values) as processes:
