@@ -190,7 +190,7 @@ def check_pair(component_name, matrix_name):
 
 
 @pytest.mark.parametrize(("component", "matrix"), covering_pairs())
-@pytest.mark.quick_every(20)
+@pytest.mark.quick_every(40)
 def test_pair_attends(component, matrix):
   check_pair(component, matrix)
 

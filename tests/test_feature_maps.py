@@ -30,6 +30,7 @@ def kernel_values(fm):
 @pytest.mark.parametrize("component", ["trigrf", "posrf", "oprf"])
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 @pytest.mark.parametrize("matrix", ["iid", "orf"])
+@pytest.mark.quick_every(4)
 def test_unbiased(component, kernel, matrix):
   fm = sf.feature_map(
     component, matrix, num_features=16, component_kwargs={"kernel": kernel}

@@ -151,6 +151,7 @@ def test_average_and_patience_go_on_after_a_stop(
   )
 
 
+@pytest.mark.slow
 def test_killed_before_its_result_it_trains_no_further(
   stopped, patient, tmp_path, caplog
 ):

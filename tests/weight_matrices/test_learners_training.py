@@ -76,6 +76,7 @@ def learnable(variables):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.quick_every(4)
 def test_optimiser_moves_every_learnable_leaf(name):
   _, start, end = trained(name)
   old, new = learnable(start), learnable(end)
@@ -108,6 +109,7 @@ def assert_restored(model, restored, saved):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.quick_every(4)
 def test_a_saved_model_is_restored_exactly(name):
   model, start, end = trained(name)
   # The model that reads has other parameters, permutations and signs.
