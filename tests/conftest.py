@@ -12,8 +12,8 @@ os.environ.setdefault(
   str(pathlib.Path(__file__).parent.parent / ".jax_cache"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Most of a test's time is XLA's compiler. The slow run, and whoever sets this
-# to 0, tests programs optimized as users' are.
+# Most of a test's time is XLA's compiler. Whoever sets this to 0 tests programs
+# optimized as users' are; CI does, for the slow cases.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax

@@ -31,20 +31,17 @@ SCALES = (0.0, 1e-3, 1.0, 10.0, 30.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-  """Programs here are many and run once: quick to compile, shared, forgotten.
+def share_programs():
+  """Programs here are many and run once: shared, then forgotten.
 
   Pairs share most programs, which are too small to be cached otherwise.
   Thousands of programs in memory at once would crash the process.
   """
   update = jax.config.update
   seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-  unoptimised = jax.config.read("jax_disable_most_optimizations")
   update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  update("jax_disable_most_optimizations", True)
   yield
   update("jax_persistent_cache_min_compile_time_secs", seconds)
-  update("jax_disable_most_optimizations", unoptimised)
   masked_run.cache_clear()
   jax.clear_caches()
 

@@ -23,8 +23,8 @@ def by_token(
   """`function(module, x)`, which maps each token alone, in blocks of tokens.
 
   The backward pass makes the values of a block again and drops them with it, so
-  that hidden values of a whole batch never exist. Few tokens (or
-  none) are one block, and nothing is made again.
+  that hidden values of a whole batch never exist. Few tokens, or none, are one
+  block, and nothing is made again.
 
   Args:
     module: whose submodules `function` calls.

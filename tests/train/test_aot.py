@@ -16,7 +16,7 @@ from configs import common
 from spectraformer_jax import nn
 from spectraformer_jax.nn import from_config
 from spectraformer_jax.train import optim, parallel, state, steps
-from tests.train.workers import OTHER_COLLECTIVES
+from tests.train.workers import ALL_REDUCE, OTHER_COLLECTIVES
 
 topology, engine = sys.argv[1:]
 devices = list(
@@ -54,7 +54,7 @@ compiled = mapped.lower(
 text = compiled.as_text()
 print(json.dumps({
   "devices": len(devices),
-  "all_reduces": len(re.findall(r" all-reduce(-start)?\\(", text)),
+  "all_reduces": len(re.findall(ALL_REDUCE, text)),
   "others": len(re.findall(OTHER_COLLECTIVES, text)),
   "peak_mib": compiled.memory_analysis().peak_memory_in_bytes / 2**20,
 }))
