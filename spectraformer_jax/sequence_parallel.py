@@ -112,7 +112,7 @@ def sequence_parallel_attention(
     feature_map=feature_map,
     root=checks.split_scale(scale, query.shape[-1]),
     is_causal=is_causal,
-    chunk=chunk_size or fused.default_chunk(is_causal),
+    chunk=chunk_size or fused.default_chunk(is_causal, key),
     mesh=mesh,
     axis=axis,
   )

@@ -264,7 +264,7 @@ def _xla(
 ):
   """The linear form in plain XLA."""
   value = value.astype(jnp.float32)
-  chunk = chunk or fused.default_chunk(is_causal)
+  chunk = chunk or fused.default_chunk(is_causal, key)
   if segment_ids is not None:
     out = segments.packed(
       maps,

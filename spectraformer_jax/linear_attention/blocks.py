@@ -40,23 +40,34 @@ def key_block(key, value, keep, index, size: int, start):
   return block_key, block_value, start + index * size, keep
 
 
-def query_block(query: Array, index, size: int) -> Array:
-  """Block `index` of ``[B, T, N, G, H]``, as ``[B, N, G, C, H]``."""
-  return jnp.moveaxis(take(query, index, size), 1, 3)
+def flat(query: Array) -> Array:
+  """``[B, T, N, G, H] -> [B, T, N G, H]``, as loops should take it.
+
+  For the layout of an axis of size 1, like G, XLA would copy all of it.
+  """
+  return query.reshape(*query.shape[:2], -1, query.shape[-1])
+
+
+def query_block(query: Array, heads: int, index, size: int) -> Array:
+  """Block `index` of ``[B, T, N G, H]``, as ``[B, N, G, C, H]``."""
+  block = take(query, index, size)
+  block = block.reshape(*block.shape[:2], heads, -1, block.shape[-1])
+  return jnp.moveaxis(block, 1, 3)
 
 
 def empty(query: Array, value_dim: int, dtype) -> Array:
-  """Zeros ``[B, T, N, G, V]`` for the outputs of `query`."""
+  """Zeros ``[B, T, N G, V]`` for the outputs of `query`."""
   return jnp.zeros((*query.shape[:-1], value_dim), dtype)
 
 
 def write(whole: Array, block: Array, index) -> Array:
-  """``[B, T, N, ..., V]`` with block ``[B, N, ..., C, V]`` number `index`.
+  """``[B, T, N (G), V]`` with block ``[B, N, (G,) C, V]`` number `index`.
 
   In a loop's carry the block is written in place, in the caller's own layout:
   stacked blocks would need a second buffer and a transposition.
   """
   block = jnp.moveaxis(block, -2, 1).astype(whole.dtype)
+  block = block.reshape(*block.shape[:2], *whole.shape[2:])
   return jax.lax.dynamic_update_slice_in_dim(
     whole, block, index * block.shape[1], axis=1
   )

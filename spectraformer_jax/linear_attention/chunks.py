@@ -2,9 +2,15 @@
 
 import jax.numpy as jnp
 
+from spectraformer_jax.linear_attention.products import (
+  keys_times_values,
+  mean_of_values,
+  queries_times_state,
+)
 from spectraformer_jax.linear_attention.state import (
   FeatureFn,
   State,
+  guarded,
   key_features,
   normalise,
   query_features,
@@ -21,6 +27,7 @@ def add_keys(
   value: Array,
   position: Array,
   keep: Array | None,
+  is_final: bool = False,
 ) -> State:
   """The state after the keys of one block.
 
@@ -32,9 +39,10 @@ def add_keys(
     value: ``[B, N, C, V]``.
     position: of the first key.
     keep: bool ``[B, 1, C, 1]`` or None.
+    is_final: the state has the exponent of all keys already.
   """
   psi, exponent = key_features(
-    key_map, constants, key, position, keep, state.exponent
+    key_map, constants, key, position, keep, state.exponent, is_final
   )
   return _add(rescale(state, exponent), psi, value)
 
@@ -45,10 +53,20 @@ def read(
   state: State,
   query: Array,
   position: Array,
-) -> Array:
-  """Queries ``[B, N, G, C, H]`` see the state -> ``[B, N, G, C, V]``."""
-  phi = query_features(query_map, constants, query, position, state.exponent)
-  return _by_group(normalise(*_sums_of_state(state, phi)), query)
+  top: Array | None = None,
+) -> tuple[Array, Array | None]:
+  """Queries ``[B, N, G, C, H]`` see the state.
+
+  Returns:
+    ``[B, N, G, C, V]`` and the largest exponent of each query, which may be
+    given as `top` where it is known; see `query_features`.
+  """
+  phi, top = query_features(
+    query_map, constants, query, position, state.exponent, top
+  )
+  normalizer = guarded(*_normalizers(state, phi))
+  out = mean_of_values(phi, state.kv, normalizer)
+  return _by_group(out, query), top
 
 
 def causal_chunk(
@@ -85,7 +103,7 @@ def causal_chunk(
     key_map, constants, key, position, keep, state.exponent
   )
   before = rescale(state, exponent)
-  phi = query_features(query_map, constants, query, position, exponent)
+  phi, _ = query_features(query_map, constants, query, position, exponent)
   visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
   if segment is not None:
     visible &= (segment[:, :, None] == segment[:, None, :])[:, None]
@@ -96,7 +114,8 @@ def causal_chunk(
     return jnp.where(visible, weights, 0.0)
 
   weights = within(phi, psi)
-  numerator, normalizer, magnitude = _sums_of_state(before, phi)
+  numerator = queries_times_state(phi, before.kv)
+  normalizer, magnitude = _normalizers(before, phi)
   if segment is not None:
     old = jnp.tile(segment == before.segment[:, None], (1, groups))[:, None]
     numerator = jnp.where(old[..., None], numerator, 0.0)
@@ -124,20 +143,19 @@ def _add(state: State, psi: Array, value: Array) -> State:
   if magnitude is not None:
     magnitude = magnitude + jnp.sum(jnp.abs(psi), axis=2)
   return state._replace(
-    kv=state.kv + jnp.einsum("bncf,bncv->bnfv", psi, value),
+    kv=state.kv + keys_times_values(psi, value),
     total=state.total + jnp.sum(psi, axis=2),
     magnitude=magnitude,
   )
 
 
-def _sums_of_state(state: State, phi: Array):
-  """Numerator, normalizer and magnitude that queries find in the state."""
-  numerator = jnp.einsum("bncf,bnfv->bncv", phi, state.kv)
+def _normalizers(state: State, phi: Array):
+  """Normalizer and magnitude ``[B, N, G C]`` that queries find in the state."""
   normalizer = jnp.einsum("bncf,bnf->bnc", phi, state.total)
   if state.magnitude is None:
-    return numerator, normalizer, None
+    return normalizer, None
   magnitude = jnp.einsum("bncf,bnf->bnc", jnp.abs(phi), state.magnitude)
-  return numerator, normalizer, magnitude
+  return normalizer, magnitude
 
 
 def _next_segment(state: State, psi, value, segment) -> State:

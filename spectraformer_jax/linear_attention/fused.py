@@ -20,9 +20,12 @@ STRIDE = 16
 
 # Default chunk sizes. In the causal form the masked product costs C (F + V)
 # per token and the state F V, so C near V is cheapest on a CPU; matrix units
-# want more rows. Without a mask larger blocks cost nothing.
+# want more rows.
 CAUSAL_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 256}
-BLOCK = {"cpu": 256, "gpu": 1024, "tpu": 1024}
+# Without a mask larger blocks cost nothing until features leave the cache: on a
+# CPU all rows (examples and heads) of a block have this many positions.
+CPU_POSITIONS = 2048
+BLOCK = 1024
 
 
 class Maps(NamedTuple):
@@ -32,10 +35,14 @@ class Maps(NamedTuple):
   key: FeatureFn
 
 
-def default_chunk(is_causal: bool) -> int:
-  """A good chunk size for the backend in use."""
-  sizes = CAUSAL_CHUNK if is_causal else BLOCK
-  return sizes.get(jax.default_backend(), sizes["gpu"])
+def default_chunk(is_causal: bool, key: Array) -> int:
+  """A good chunk size for the backend in use and keys ``[B, S, N, H]``."""
+  backend = jax.default_backend()
+  if is_causal:
+    return CAUSAL_CHUNK.get(backend, CAUSAL_CHUNK["gpu"])
+  if backend == "cpu":
+    return max(64, min(BLOCK, CPU_POSITIONS // (key.shape[0] * key.shape[2])))
+  return BLOCK
 
 
 def bidirectional(
@@ -90,35 +97,44 @@ def read(
   Returns:
     ``[B, T, N, G, V]``.
   """
-  length = query.shape[1]
+  return _read_blocks(query_map, chunk, constants, state, query, position)[0]
+
+
+def _read_blocks(query_map, chunk, constants, state, query, position):
+  """The output, and for each block the largest exponents of its queries."""
+  length, heads = query.shape[1:3]
   size = min(chunk, length)
-  padded = blocks.pad(query, size)
+  padded = blocks.pad(blocks.flat(query), size)
 
   def step(out, index):
-    block = blocks.query_block(padded, index, size)
+    block = blocks.query_block(padded, heads, index, size)
     where = position + index * size
-    found = chunks.read(query_map, constants, state, block, where)
-    return blocks.write(out, found, index), None
+    found, top = chunks.read(query_map, constants, state, block, where)
+    return blocks.write(out, found, index), top
 
   out = blocks.empty(padded, state.kv.shape[-1], state.kv.dtype)
   count = jnp.arange(padded.shape[1] // size)
-  return jax.lax.scan(step, out, count)[0][:, :length]
+  out, tops = jax.lax.scan(step, out, count)
+  return out[:, :length].reshape(*query.shape[:-1], -1), tops
 
 
 def _read_fwd(query_map, chunk, constants, state, query, position):
-  out = read(query_map, chunk, constants, state, query, position)
-  return out, (constants, state, query, position)
+  out, tops = _read_blocks(query_map, chunk, constants, state, query, position)
+  return out, (constants, state, query, position, tops)
 
 
 def _read_bwd(query_map, chunk, residuals, gradient):
   """Blocks are independent; what they say of the state is added up."""
-  constants, state, query, position = residuals
-  length = query.shape[1]
+  constants, state, query, position, tops = residuals
+  length, heads = query.shape[1:3]
   size = min(chunk, length)
-  padded, gradient = blocks.pad(query, size), blocks.pad(gradient, size)
+  padded, gradient = (
+    blocks.pad(blocks.flat(x), size) for x in (query, gradient)
+  )
 
-  def step(carry, index):
+  def step(carry, x):
     total, d_query = carry
+    index, top = x
     _, pull = jax.vjp(
       lambda floats, sums, block: chunks.read(
         query_map,
@@ -126,12 +142,13 @@ def _read_bwd(query_map, chunk, residuals, gradient):
         leaves.with_sums(state, sums),
         block,
         position + index * size,
-      ),
+        top,
+      )[0],
       leaves.floats(constants),
       leaves.sums(state),
-      blocks.query_block(padded, index, size),
+      blocks.query_block(padded, heads, index, size),
     )
-    *pulled, d_block = pull(blocks.query_block(gradient, index, size))
+    *pulled, d_block = pull(blocks.query_block(gradient, heads, index, size))
     total = leaves.tree_add(total, tuple(pulled))
     return (total, blocks.write(d_query, d_block, index)), None
 
@@ -140,11 +157,11 @@ def _read_bwd(query_map, chunk, residuals, gradient):
   )
   carry = zeros, jnp.zeros_like(padded)
   count = jnp.arange(padded.shape[1] // size)
-  ((d_floats, d_sums), d_query), _ = jax.lax.scan(step, carry, count)
+  ((d_floats, d_sums), d_query), _ = jax.lax.scan(step, carry, (count, tops))
   return (
     leaves.gradient_of_constants(constants, d_floats),
     leaves.gradient_of_state(state, d_sums),
-    d_query[:, :length],
+    d_query[:, :length].reshape(query.shape),
     leaves.no_gradient(jnp.asarray(position)),
   )
 
@@ -205,7 +222,11 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
     _, pull = jax.vjp(
       lambda floats, k, v: leaves.sums(
         chunks.add_keys(
-          key_map, leaves.with_floats(constants, floats), empty, k, v, *where
+          key_map,
+          leaves.with_floats(constants, floats),
+          empty,
+          *(k, v, *where),
+          is_final=True,
         )
       ),
       leaves.floats(constants),
@@ -279,6 +300,7 @@ class _Plan:
 
   def __init__(self, maps, chunk, query, key, value, keep, segment):
     self.maps = maps
+    self.shape = query.shape
     self.length = query.shape[1]
     self.size = min(chunk, self.length)
     count = -(-self.length // self.size)
@@ -288,7 +310,7 @@ class _Plan:
     if multiple != self.length and keep is None:
       keep = jnp.ones(key.shape[:2], bool)
     self.query, self.key, self.value, self.keep = (
-      blocks.pad(x, multiple) for x in (query, key, value, keep)
+      blocks.pad(x, multiple) for x in (blocks.flat(query), key, value, keep)
     )
     # Padding belongs to the last segment: it is masked in any case.
     self.segment = blocks.pad(segment, multiple, mode="edge")
@@ -299,12 +321,16 @@ class _Plan:
     if segment is not None:
       segment = blocks.take(segment, index, self.size)
     return (
-      blocks.query_block(self.query, index, self.size),
+      self.query_block(self.query, index),
       *blocks.key_block(
         self.key, self.value, self.keep, index, self.size, start
       ),
       segment,
     )
+
+  def query_block(self, query, index):
+    """One chunk of an array that is like the queries."""
+    return blocks.query_block(query, self.shape[2], index, self.size)
 
   def chunk(self, constants, state, *inputs):
     """State and output after one chunk."""
@@ -334,7 +360,8 @@ def _causal_forward(plan, constants, state):
     stride, (state, out), jnp.arange(plan.outer)
   )
   state = state._replace(length=start + plan.length)
-  return out[:, : plan.length], state, boundaries
+  out = out[:, : plan.length].reshape(*plan.shape[:-1], -1)
+  return out, state, boundaries
 
 
 def _causal_fwd(maps, chunk, constants, state, *inputs):
@@ -348,7 +375,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
   constants, initial, boundaries, inputs = residuals
   plan = _Plan(maps, chunk, *inputs)
   d_out, d_state = gradients
-  d_out = blocks.pad(d_out, plan.size * plan.inner * plan.outer)
+  d_out = blocks.pad(blocks.flat(d_out), plan.size * plan.inner * plan.outer)
 
   def stride(carry, x):
     outer, state = x
@@ -381,7 +408,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
         key,
         value,
       )
-      d_chunk = blocks.query_block(d_out, index, plan.size)
+      d_chunk = plan.query_block(d_out, index)
       pulled = pull((d_state, d_chunk))
       d_inputs = (
         blocks.write(whole, block, index)
@@ -406,7 +433,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
   return (
     leaves.gradient_of_constants(constants, d_floats),
     leaves.gradient_of_state(initial, d_sums),
-    d_query,
+    d_query.reshape(plan.shape),
     d_key,
     d_value,
     None,

@@ -124,6 +124,22 @@ def exponent_of(x: Array) -> Array:
   return ((bits >> 23) - 127).astype(jnp.float32)
 
 
+@jax.custom_jvp
+def exponential_of(log_magnitude: Array, features: Array) -> Array:
+  """The features, whose derivative is themselves.
+
+  Said so, the backward pass reads them; XLA would compute them again.
+  """
+  del log_magnitude
+  return _once(jax.lax.stop_gradient(features))
+
+
+@exponential_of.defjvp
+def _exponential_of_jvp(primals, tangents):
+  out = exponential_of(*primals)
+  return out, out * tangents[0]
+
+
 def key_features(
   key_map: FeatureFn,
   constants: PyTree,
@@ -131,6 +147,7 @@ def key_features(
   position: Array,
   keep: Array | None,
   exponent: Array,
+  is_final: bool = False,
 ) -> tuple[Array, Array]:
   """Features ``[B, N, C, F]`` of keys, relative to the returned exponent.
 
@@ -141,19 +158,22 @@ def key_features(
     position: of the first key.
     keep: bool ``[B, 1, C, 1]``, False for hidden keys; None for all True.
     exponent: the state's; the result is at least this.
+    is_final: no visible key has a larger exponent: it need not be looked for.
   """
   log_magnitude, factor = key_map(constants, key, position)
   if log_magnitude is None:
     features = factor
   else:
     features, own = split(log_magnitude)
-    visible = jax.lax.stop_gradient(log_magnitude)
-    if keep is not None:
-      visible = jnp.where(keep, visible, LOWEST)
-    top = whole_exponent(jnp.max(visible, axis=2))
-    exponent = _once(jnp.maximum(exponent, top))
+    if not is_final:
+      visible = jax.lax.stop_gradient(log_magnitude)
+      if keep is not None:
+        visible = jnp.where(keep, visible, LOWEST)
+      top = whole_exponent(jnp.max(visible, axis=2))
+      exponent = _once(jnp.maximum(exponent, top))
     below = jnp.minimum(own - exponent[:, :, None], 0.0)
     features = features * power_of_two(below + KEY_EXPONENT)
+    features = exponential_of(log_magnitude, features)
     if factor is not None:
       features = features * factor
   if keep is not None:
@@ -167,14 +187,24 @@ def query_features(
   query: Array,
   position: Array,
   exponent: Array,
-) -> Array:
+  top: Array | None = None,
+) -> tuple[Array, Array | None]:
   """Features of queries ``[B, N, G, C, H]`` for sums of that exponent.
 
   They take back the keys' exponents, and then each query's largest one, which
   cancels when the output is normalized.
 
+  Args:
+    query_map: the feature map of queries.
+    constants: its variables.
+    query: ``[B, N, G, C, H]``.
+    position: of the first query.
+    exponent: of the sums.
+    top: the largest exponents, where they are known.
+
   Returns:
-    ``[B, N, G C, F]``: the groups one after another.
+    ``[B, N, G C, F]``, the groups one after another, and the largest exponents
+    ``[B, N, G C, 1]``; None for features without.
   """
   in_groups = jax.vmap(query_map, in_axes=(None, 2, None), out_axes=2)
   log_magnitude, factor = jax.tree.map(
@@ -182,13 +212,15 @@ def query_features(
     in_groups(constants, query, position),
   )
   if log_magnitude is None:
-    return factor
+    return factor, None
   features, own = split(log_magnitude)
   exponent = exponent[:, :, None]
-  top = jax.lax.stop_gradient(log_magnitude) + exponent * math.log(2.0)
-  top = _once(whole_exponent(jnp.max(top, axis=-1, keepdims=True)))
+  if top is None:
+    whole = jax.lax.stop_gradient(log_magnitude) + exponent * math.log(2.0)
+    top = _once(whole_exponent(jnp.max(whole, axis=-1, keepdims=True)))
   features = features * power_of_two(own + exponent - top + QUERY_EXPONENT)
-  return features if factor is None else features * factor
+  features = exponential_of(log_magnitude, features)
+  return features if factor is None else features * factor, top
 
 
 def _once(x: Array) -> Array:
@@ -210,16 +242,20 @@ def rescale(state: State, exponent: Array) -> State:
 def normalise(
   numerator: Array, normalizer: Array, magnitude: Array | None
 ) -> Array:
-  """``numerator [..., V] / normalizer [...]``; zeros where no key is seen.
+  """``numerator [..., V] / normalizer [...]``; zeros where no key is seen."""
+  return divide(numerator, guarded(normalizer, magnitude)[..., None])
 
-  A signed normalizer is kept off zero: at least `SIGNED_FLOOR` of the sum of
-  magnitudes, with its sign (+ for 0).
+
+def guarded(normalizer: Array, magnitude: Array | None) -> Array:
+  """A signed normalizer kept off zero; a positive one as it is.
+
+  It is at least `SIGNED_FLOOR` of the sum of magnitudes, with its sign (+ for
+  0).
   """
-  if magnitude is not None:
-    sign = jnp.where(normalizer < 0.0, -1.0, 1.0)
-    floor = SIGNED_FLOOR * magnitude
-    normalizer = sign * jnp.maximum(jnp.abs(normalizer), floor)
-  return divide(numerator, normalizer[..., None])
+  if magnitude is None:
+    return normalizer
+  sign = jnp.where(normalizer < 0.0, -1.0, 1.0)
+  return sign * jnp.maximum(jnp.abs(normalizer), SIGNED_FLOOR * magnitude)
 
 
 def divide(numerator: Array, normalizer: Array) -> Array:

@@ -1,0 +1,96 @@
+"""The matrix products of linear attention, with gradients that are cheap.
+
+On a CPU a product that reads its wide operand across rows takes up to twice as
+long, and autodiff asks for such ones. These, and what their gradients need, are
+written with the small operand turned instead.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from spectraformer_jax.linear_attention.state import divide
+from spectraformer_jax.typing import Array
+
+
+@jax.custom_vjp
+def keys_times_values(psi: Array, value: Array) -> Array:
+  """``psi^T value``: ``[..., C, F]`` and ``[..., C, V]`` -> ``[..., F, V]``."""
+  return _turned(_turned(value) @ psi)
+
+
+def _keys_fwd(psi, value):
+  return keys_times_values(psi, value), (psi, value)
+
+
+def _keys_bwd(operands, gradient):
+  psi, value = operands
+  return value @ _turned(gradient), psi @ gradient
+
+
+keys_times_values.defvjp(_keys_fwd, _keys_bwd)
+
+
+@jax.custom_vjp
+def queries_times_state(phi: Array, kv: Array) -> Array:
+  """``phi kv``: ``[..., C, F]`` and ``[..., F, V]`` -> ``[..., C, V]``."""
+  return phi @ kv
+
+
+def _queries_fwd(phi, kv):
+  return queries_times_state(phi, kv), (phi, kv)
+
+
+def _queries_bwd(operands, gradient):
+  phi, kv = operands
+  return gradient @ _turned(kv), keys_times_values(phi, gradient)
+
+
+queries_times_state.defvjp(_queries_fwd, _queries_bwd)
+
+
+@jax.custom_vjp
+def mean_of_values(phi: Array, kv: Array, normalizer: Array) -> Array:
+  """``phi kv / normalizer``: ``[..., C, V]``, zeros where that is 0.
+
+  Args:
+    phi: ``[..., C, F]``.
+    kv: ``[..., F, V]``.
+    normalizer: ``[..., C]``.
+  """
+  return divide(phi @ kv, normalizer[..., None])
+
+
+def _mean_fwd(phi, kv, normalizer):
+  return mean_of_values(phi, kv, normalizer), (phi, kv, normalizer)
+
+
+def _mean_bwd(operands, gradient):
+  """Needs neither output nor ``phi kv``: gradient . phi kv = d_phi . phi."""
+  phi, kv, normalizer = operands
+  gradient = divide(gradient, normalizer[..., None])
+  d_phi = gradient @ _turned(kv)
+  slope = jnp.sum(phi * d_phi, axis=-1, keepdims=True)
+  d_normalizer = -divide(slope, normalizer[..., None])[..., 0]
+  return d_phi, keys_times_values(phi, gradient), d_normalizer
+
+
+mean_of_values.defvjp(_mean_fwd, _mean_bwd)
+
+
+def _turned(x: Array) -> Array:
+  """``[..., A, B] -> [..., B, A]``, on a CPU in memory too.
+
+  Without the barriers XLA makes it a part of the product before or after it.
+  """
+  return jax.lax.platform_dependent(x, cpu=_turned_in_memory, default=_swap)
+
+
+def _turned_in_memory(x: Array) -> Array:
+  row_major = Layout(tuple(range(x.ndim)))
+  barrier = jax.lax.optimization_barrier
+  return barrier(with_layout_constraint(_swap(barrier(x)), row_major))
+
+
+def _swap(x: Array) -> Array:
+  return jnp.swapaxes(x, -1, -2)

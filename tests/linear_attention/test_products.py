@@ -1,0 +1,80 @@
+"""Products whose gradients are written by hand, against plain autodiff."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spectraformer_jax.linear_attention import products
+from spectraformer_jax.linear_attention.state import divide
+
+# phi, psi [B, N, C, F]; kv [B, N, F, V]; value [B, N, C, V]; normalizer.
+SHAPES = {"C": 5, "F": 7, "V": 3}
+
+
+def draw(*letters, low=None):
+  shape = (2, 3, *(SHAPES[letter] for letter in letters))
+  rng = jax.random.key(sum(map(ord, "".join(letters))))
+  if low is None:
+    return jax.random.normal(rng, shape)
+  return jax.random.uniform(rng, shape, minval=low)
+
+
+CASES = {
+  "keys_times_values": (
+    products.keys_times_values,
+    lambda psi, value: jnp.einsum("bncf,bncv->bnfv", psi, value),
+    (draw("C", "F"), draw("C", "V")),
+  ),
+  "queries_times_state": (
+    products.queries_times_state,
+    lambda phi, kv: jnp.einsum("bncf,bnfv->bncv", phi, kv),
+    (draw("C", "F"), draw("F", "V")),
+  ),
+  "mean_of_values": (
+    products.mean_of_values,
+    lambda phi, kv, normalizer: (
+      jnp.einsum("bncf,bnfv->bncv", phi, kv) / normalizer[..., None]
+    ),
+    (draw("C", "F"), draw("F", "V"), draw("C", low=0.5)),
+  ),
+}
+
+
+def value_and_gradients(function, operands):
+  """The result, and gradients of a fixed weighting of it."""
+
+  def loss(*operands):
+    out = function(*operands)
+    weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
+    return jnp.sum(out * weights.reshape(out.shape)), out
+
+  arguments = tuple(range(len(operands)))
+  (_, out), grads = jax.jit(jax.value_and_grad(loss, arguments, has_aux=True))(
+    *operands
+  )
+  return out, *grads
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+  function, plain, operands = CASES[name]
+  actual = value_and_gradients(function, operands)
+  expected = value_and_gradients(plain, operands)
+  for a, e in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)  # float32 sums
+
+
+def test_no_visible_key_gives_zeros_and_zero_gradients():
+  phi, kv, normalizer = CASES["mean_of_values"][2]
+  hidden = normalizer.at[0, 1, 2].set(0.0)
+  out, *grads = value_and_gradients(products.mean_of_values, (phi, kv, hidden))
+  assert not jnp.any(out[0, 1, 2])
+  assert not jnp.any(grads[0][0, 1, 2])
+  assert not jnp.any(grads[2][0, 1, 2])
+  expected = value_and_gradients(
+    lambda phi, kv, normalizer: divide(phi @ kv, normalizer[..., None]),
+    (phi, kv, hidden),
+  )
+  for a, e in zip((out, *grads), expected, strict=True):
+    np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
