@@ -15,8 +15,7 @@ from spectraformer_jax.linear_attention.api import (
   names_of,
   start,
 )
-from spectraformer_jax.linear_attention.fused import Maps
-from spectraformer_jax.linear_attention.state import State
+from spectraformer_jax.linear_attention.state import Maps, State
 from spectraformer_jax.typing import (
   Array,
   FeatureVariables,

@@ -14,7 +14,7 @@ from spectraformer_jax.attention import (
   statistics_of,
 )
 from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.linear_attention import fused
+from spectraformer_jax.linear_attention import bidirectional, blocks, causal
 from spectraformer_jax.linear_attention.api import start
 from spectraformer_jax.linear_attention.state import (
   LOWEST,
@@ -112,7 +112,7 @@ def sequence_parallel_attention(
     feature_map=feature_map,
     root=checks.split_scale(scale, query.shape[-1]),
     is_causal=is_causal,
-    chunk=chunk_size or fused.default_chunk(is_causal, key),
+    chunk=chunk_size or blocks.default_chunk(is_causal, key),
     mesh=mesh,
     axis=axis,
   )
@@ -164,7 +164,7 @@ def _sequence_parallel(
     value = value.astype(jnp.float32)
     index = jax.lax.axis_index(axis)
     empty = start(maps, constants, key, value.shape[3], is_signed)
-    own = fused.accumulate(
+    own = bidirectional.accumulate(
       *(maps.key, chunk, constants),
       empty._replace(length=index * key.shape[1]),
       *(key, value, keep),
@@ -174,9 +174,11 @@ def _sequence_parallel(
     if is_causal:
       state = state._replace(length=position)
       inputs = (query, key, value, keep, None)
-      out, _ = fused.causal(maps, chunk, constants, state, *inputs)
+      out, _ = causal.causal(maps, chunk, constants, state, *inputs)
     else:
-      out = fused.read(maps.query, chunk, constants, state, query, position)
+      out = bidirectional.read(
+        maps.query, chunk, constants, state, query, position
+      )
     return out.reshape(*shape[:3], -1)
 
   divided = P(None, axis)

@@ -1,7 +1,8 @@
 """Attention on features: a dot product, so sums over keys are all it needs.
 
-`api` checks and chooses; `reference` is the quadratic oracle; `fused` maps and
-sums chunk by chunk (`chunks`, `state`); `segments` does packed rows.
+`api` checks and chooses; `reference` is the quadratic oracle; `bidirectional`
+and `causal` map and sum chunk by chunk (`chunks`, `products`, `state`);
+`segments` does packed rows.
 """
 
 from spectraformer_jax.linear_attention.api import (

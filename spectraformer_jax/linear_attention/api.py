@@ -10,13 +10,15 @@ import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.linear_attention import (
+  bidirectional,
+  blocks,
+  causal,
   chunks,
-  fused,
   pallas,
   reference,
   segments,
 )
-from spectraformer_jax.linear_attention.state import State, empty_state
+from spectraformer_jax.linear_attention.state import Maps, State, empty_state
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array, LogFeatures, PyTree
 
@@ -112,7 +114,7 @@ def _plain(constants: PyTree, x: Array, position: Array) -> LogFeatures:
   return LogFeatures(None, x.astype(jnp.float32))
 
 
-_PLAIN = fused.Maps(_plain, _plain)
+_PLAIN = Maps(_plain, _plain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ class AttendOptions:
 # Jitted, so that calls outside of jit are compiled once as well.
 @functools.partial(jax.jit, static_argnames=("maps", "options"))
 def attend(
-  maps: fused.Maps,
+  maps: Maps,
   constants: PyTree,
   query: Array,
   key: Array,
@@ -200,7 +202,7 @@ def attend(
 
 
 def start(
-  maps: fused.Maps,
+  maps: Maps,
   constants: PyTree,
   key: Array,
   value_dim: int,
@@ -264,7 +266,7 @@ def _xla(
 ):
   """The linear form in plain XLA."""
   value = value.astype(jnp.float32)
-  chunk = chunk or fused.default_chunk(is_causal, key)
+  chunk = chunk or blocks.default_chunk(is_causal, key)
   if segment_ids is not None:
     out = segments.packed(
       maps,
@@ -280,10 +282,10 @@ def _xla(
     )
     return out, None
   if is_causal:
-    return fused.causal(
+    return causal.causal(
       maps, chunk, constants, state, query, key, value, keep, None
     )
-  return fused.bidirectional(
+  return bidirectional.bidirectional(
     maps, constants, state, query, key, value, keep, chunk=chunk
   )
 

@@ -1,9 +1,28 @@
-"""Sequences in blocks of positions: padding, reading and writing one block."""
+"""Sequences in blocks of positions: sizes, padding, reading and writing one."""
 
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.typing import Array
+
+# Default chunk sizes. In the causal form the masked product costs C (F + V)
+# per token and the state F V, so C near V is cheapest on a CPU; matrix units
+# want more rows.
+CAUSAL_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 256}
+# Without a mask larger blocks cost nothing until features leave the cache: on a
+# CPU all rows (examples and heads) of a block have this many positions.
+CPU_POSITIONS = 2048
+BLOCK = 1024
+
+
+def default_chunk(is_causal: bool, key: Array) -> int:
+  """A good chunk size for the backend in use and keys ``[B, S, N, H]``."""
+  backend = jax.default_backend()
+  if is_causal:
+    return CAUSAL_CHUNK.get(backend, CAUSAL_CHUNK["gpu"])
+  if backend == "cpu":
+    return max(64, min(BLOCK, CPU_POSITIONS // (key.shape[0] * key.shape[2])))
+  return BLOCK
 
 
 def pad(x: Array | None, multiple: int, mode: str = "constant"):

@@ -15,9 +15,8 @@ from spectraformer_jax.linear_attention import (
   pallas_hoist,
   pallas_scan,
 )
-from spectraformer_jax.linear_attention.fused import Maps
 from spectraformer_jax.linear_attention.pallas_chunks import Sums
-from spectraformer_jax.linear_attention.state import State
+from spectraformer_jax.linear_attention.state import Maps, State
 from spectraformer_jax.typing import Array, PyTree
 
 DTYPES = (jnp.float32, jnp.bfloat16)

@@ -13,7 +13,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention.fused import Maps
+from spectraformer_jax.linear_attention.state import Maps
 from spectraformer_jax.typing import Array, PyTree
 
 Var = jax.extend.core.Var

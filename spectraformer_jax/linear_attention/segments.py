@@ -7,13 +7,13 @@ it that share its id, which is what the causal form with segments computes.
 
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention import fused
-from spectraformer_jax.linear_attention.state import State
+from spectraformer_jax.linear_attention.causal import causal
+from spectraformer_jax.linear_attention.state import Maps, State
 from spectraformer_jax.typing import Array, PyTree
 
 
 def packed(
-  maps: fused.Maps,
+  maps: Maps,
   constants: PyTree,
   state: State,
   query: Array,
@@ -63,9 +63,7 @@ def packed(
   if keep is not None:
     keep = _take(keep, order)
   state = state._replace(segment=ids[:, 0])
-  out, _ = fused.causal(
-    maps, chunk, constants, state, query, key, value, keep, ids
-  )
+  out, _ = causal(maps, chunk, constants, state, query, key, value, keep, ids)
   return _take(out, place)
 
 

@@ -21,6 +21,7 @@ from spectraformer_jax.typing import Array, LogFeatures, PyTree
 # log_magnitude of None stands for features without exponent.
 FeatureFn = Callable[[PyTree, Array, Array], LogFeatures]
 
+
 # The exponent before any key: below every real one, and exact in float32.
 LOWEST = -(2.0**20)
 
@@ -42,6 +43,13 @@ _EXP_COEFFICIENTS = tuple(
   .convert(kind=Polynomial)
   .coef.tolist()
 )
+
+
+class Maps(NamedTuple):
+  """The feature maps of the two sides; static."""
+
+  query: FeatureFn
+  key: FeatureFn
 
 
 class State(NamedTuple):

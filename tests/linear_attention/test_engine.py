@@ -1,4 +1,4 @@
-"""The fused engine: values, gradients, exact causality, memory, errors."""
+"""The engine: values, gradients, exact causality, memory, errors."""
 
 import functools
 

@@ -1,0 +1,200 @@
+"""Queries that see earlier keys: feature map and prefix sum in one pass.
+
+Sequences are cut into chunks. Features are made chunk by chunk and dropped
+again, in the backward pass as well: what stays between the two is query, key,
+value and the state at every `STRIDE`-th chunk boundary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.linear_attention import blocks, chunks, leaves
+from spectraformer_jax.linear_attention.state import Maps, State
+from spectraformer_jax.typing import Array, PyTree
+
+# Chunks between two states that are kept for the backward pass.
+STRIDE = 16
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def causal(
+  maps: Maps,
+  chunk: int,
+  constants: PyTree,
+  state: State,
+  query: Array,
+  key: Array,
+  value: Array,
+  keep: Array | None,
+  segment: Array | None,
+) -> tuple[Array, State]:
+  """Query i sees the initial state and visible keys 0..i of its segment.
+
+  Args:
+    maps: feature maps.
+    chunk: positions in a chunk.
+    constants: variables of the maps.
+    state: sums over keys that came before.
+    query: ``[B, T, N, G, H]``.
+    key: ``[B, T, N, H]``.
+    value: ``[B, T, N, V]`` float32.
+    keep: bool ``[B, T]`` or None.
+    segment: ids ``[B, T]`` of packed rows, not decreasing, or None.
+
+  Returns:
+    ``[B, T, N, G, V]`` float32 and the state after the last key.
+  """
+  plan = _Plan(maps, chunk, query, key, value, keep, segment)
+  out, state, _ = _causal_forward(plan, constants, state)
+  return out, state
+
+
+class _Plan:
+  """Padded inputs of the causal form, and the work on one chunk of them."""
+
+  def __init__(self, maps, chunk, query, key, value, keep, segment):
+    self.maps = maps
+    self.shape = query.shape
+    self.length = query.shape[1]
+    self.size = min(chunk, self.length)
+    count = -(-self.length // self.size)
+    self.outer = -(-count // STRIDE)
+    self.inner = -(-count // self.outer)
+    multiple = self.size * self.inner * self.outer
+    if multiple != self.length and keep is None:
+      keep = jnp.ones(key.shape[:2], bool)
+    self.query, self.key, self.value, self.keep = (
+      blocks.pad(x, multiple) for x in (blocks.flat(query), key, value, keep)
+    )
+    # Padding belongs to the last segment: it is masked in any case.
+    self.segment = blocks.pad(segment, multiple, mode="edge")
+
+  def inputs(self, index, start):
+    """Query, key, value, position, keep and segment of one chunk."""
+    segment = self.segment
+    if segment is not None:
+      segment = blocks.take(segment, index, self.size)
+    return (
+      self.query_block(self.query, index),
+      *blocks.key_block(
+        self.key, self.value, self.keep, index, self.size, start
+      ),
+      segment,
+    )
+
+  def query_block(self, query, index):
+    """One chunk of an array that is like the queries."""
+    return blocks.query_block(query, self.shape[2], index, self.size)
+
+  def chunk(self, constants, state, *inputs):
+    """State and output after one chunk."""
+    return chunks.causal_chunk(*self.maps, constants, state, *inputs)
+
+  def index(self, outer, inner):
+    """The number of a chunk."""
+    return outer * self.inner + inner
+
+
+def _causal_forward(plan, constants, state):
+  """Output, last state, and the state before each stride."""
+  start = state.length
+
+  def stride(carry, outer):
+    def step(carry, inner):
+      state, out = carry
+      index = plan.index(outer, inner)
+      state, found = plan.chunk(constants, state, *plan.inputs(index, start))
+      return (state, blocks.write(out, found, index)), None
+
+    after, _ = jax.lax.scan(step, carry, jnp.arange(plan.inner))
+    return after, carry[0]
+
+  out = blocks.empty(plan.query, plan.value.shape[-1], plan.value.dtype)
+  (state, out), boundaries = jax.lax.scan(
+    stride, (state, out), jnp.arange(plan.outer)
+  )
+  state = state._replace(length=start + plan.length)
+  out = out[:, : plan.length].reshape(*plan.shape[:-1], -1)
+  return out, state, boundaries
+
+
+def _causal_fwd(maps, chunk, constants, state, *inputs):
+  plan = _Plan(maps, chunk, *inputs)
+  out, after, boundaries = _causal_forward(plan, constants, state)
+  return (out, after), (constants, state, boundaries, inputs)
+
+
+def _causal_bwd(maps, chunk, residuals, gradients):
+  """Strides last to first; inside one, states are made again, then used."""
+  constants, initial, boundaries, inputs = residuals
+  plan = _Plan(maps, chunk, *inputs)
+  d_out, d_state = gradients
+  d_out = blocks.pad(blocks.flat(d_out), plan.size * plan.inner * plan.outer)
+
+  def stride(carry, x):
+    outer, state = x
+
+    def again(state, inner):
+      inputs = plan.inputs(plan.index(outer, inner), initial.length)
+      return plan.chunk(constants, state, *inputs)[0], state
+
+    _, states = jax.lax.scan(again, state, jnp.arange(plan.inner))
+
+    def step(carry, x):
+      d_floats, d_state, *d_inputs = carry
+      inner, state = x
+      index = plan.index(outer, inner)
+      query, key, value, *where = plan.inputs(index, initial.length)
+
+      def one_chunk(floats, sums, query, key, value):
+        after, out = plan.chunk(
+          leaves.with_floats(constants, floats),
+          leaves.with_sums(state, sums),
+          *(query, key, value, *where),
+        )
+        return leaves.sums(after), out
+
+      _, pull = jax.vjp(
+        one_chunk,
+        leaves.floats(constants),
+        leaves.sums(state),
+        query,
+        key,
+        value,
+      )
+      d_chunk = plan.query_block(d_out, index)
+      pulled = pull((d_state, d_chunk))
+      d_inputs = (
+        blocks.write(whole, block, index)
+        for whole, block in zip(d_inputs, pulled[2:], strict=True)
+      )
+      return (leaves.tree_add(d_floats, pulled[0]), pulled[1], *d_inputs), None
+
+    return jax.lax.scan(
+      step, carry, (jnp.arange(plan.inner), states), reverse=True
+    )
+
+  d_floats, *d_inputs = jax.tree.map(
+    jnp.zeros_like, (leaves.floats(constants), plan.query, plan.key, plan.value)
+  )
+  (d_floats, d_sums, *d_inputs), _ = jax.lax.scan(
+    stride,
+    (d_floats, leaves.sums(d_state), *d_inputs),
+    (jnp.arange(plan.outer), boundaries),
+    reverse=True,
+  )
+  d_query, d_key, d_value = (d[:, : plan.length] for d in d_inputs)
+  return (
+    leaves.gradient_of_constants(constants, d_floats),
+    leaves.gradient_of_state(initial, d_sums),
+    d_query.reshape(plan.shape),
+    d_key,
+    d_value,
+    None,
+    None,
+  )
+
+
+causal.defvjp(_causal_fwd, _causal_bwd)
