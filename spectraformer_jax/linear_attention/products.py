@@ -82,14 +82,20 @@ def _turned(x: Array) -> Array:
   """``[..., A, B] -> [..., B, A]``, on a CPU in memory too.
 
   Without the barriers XLA makes it a part of the product before or after it.
+  Without the layouts it may turn nothing, and the product has an operand or a
+  result in columns, at which XLA aborts for small shapes.
   """
   return jax.lax.platform_dependent(x, cpu=_turned_in_memory, default=_swap)
 
 
 def _turned_in_memory(x: Array) -> Array:
+  return _in_rows(_swap(_in_rows(x)))
+
+
+def _in_rows(x: Array) -> Array:
+  """x, computed before its use, the last axis contiguous."""
   row_major = Layout(tuple(range(x.ndim)))
-  barrier = jax.lax.optimization_barrier
-  return barrier(with_layout_constraint(_swap(barrier(x)), row_major))
+  return jax.lax.optimization_barrier(with_layout_constraint(x, row_major))
 
 
 def _swap(x: Array) -> Array:
