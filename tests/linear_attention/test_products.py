@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import spectraformer_jax as sf
 from spectraformer_jax.linear_attention import products
 from spectraformer_jax.linear_attention.state import divide
 
@@ -78,3 +79,17 @@ def test_no_visible_key_gives_zeros_and_zero_gradients():
   )
   for a, e in zip((out, *grads), expected, strict=True):
     np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_two_positions(is_causal):
+  # Where a turned operand stayed in columns XLA aborted the process.
+  phi, psi, value = (jnp.ones((2, 2, 2, size)) for size in (6, 6, 3))
+  loss = lambda *arrays: jnp.sum(
+    sf.linear_attention(*arrays, is_causal=is_causal)
+  )
+  out, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(phi, psi, value)
+  assert float(out) == value.size  # means of ones
+  # A weight of each value that the causal form gives to fewer queries.
+  expected = np.array([1.5, 0.5] if is_causal else [1.0, 1.0])
+  np.testing.assert_allclose(grads[2][0, :, 0, 0], expected, rtol=1e-6)
