@@ -87,11 +87,11 @@ def start_python(
   )
 
 
-def run_python(*args: str, timeout: float = 120, **kwargs):
+def run_python(*args: str, timeout: float = 600, **kwargs):
   """Runs `start_python` to its end; (return code, stdout, stderr)."""
-  process = start_python(*args, **kwargs)
-  try:
-    out, err = process.communicate(timeout=timeout)
-  finally:
-    process.kill()
+  with start_python(*args, **kwargs) as process:  # its pipes are closed
+    try:
+      out, err = process.communicate(timeout=timeout)
+    finally:
+      process.kill()
   return process.returncode, out, err
