@@ -45,6 +45,12 @@ LENGTHS = (256, 512, 1024, 4096, 16384, 65536)
 HEADS, HEAD_DIM, ROWS = 2, 32, 128
 OURS = ("spectral", "jax_softmax")
 QUADRATIC = ("jax_softmax", "torch_softmax")
+# A file by which what a flag names is known; a file itself has none.
+CHECKOUTS = {
+  "spectraformer": "models/model_LRA.py",
+  "favor": "",
+  "fla": "fla/ops/linear_attn/naive.py",
+}
 
 
 def peak_mib() -> float:
@@ -350,13 +356,16 @@ def main() -> None:
   parser.add_argument("--keep_freed", action="store_true")
   parser.add_argument("--repeats", type=int, default=10)
   parser.add_argument("--longest_quadratic", type=int, default=16384)
-  for name in ("spectraformer", "favor", "fla"):
+  for name in CHECKOUTS:
     parser.add_argument(f"--{name}")
   parser.add_argument("--one", help=argparse.SUPPRESS)
   args = parser.parse_args()
-  paths = {
-    name: getattr(args, name) for name in ("spectraformer", "favor", "fla")
-  }
+  paths = {name: getattr(args, name) for name in CHECKOUTS}
+  for name, path in paths.items():
+    if path and not (Path(path) / CHECKOUTS[name]).is_file():
+      parser.error(
+        f"--{name}={path}: no {CHECKOUTS[name] or 'such file'} there."
+      )
   if args.one:
     print(json.dumps(measure(json.loads(args.one), args.repeats, paths)))
     return

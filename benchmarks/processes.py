@@ -50,7 +50,7 @@ def measure_missing(
         continue
       row = case | json.loads(child.stdout.splitlines()[-1])
       rows.append(row)
-      writer.writerow([json.dumps(row[name]) for name in (*names, *figures)])
+      writer.writerow([_cell(row[name]) for name in (*names, *figures)])
       file.flush()
   return rows
 
@@ -61,9 +61,22 @@ def read(path: str) -> list[dict]:
     return []
   with Path(path).open() as file:
     return [
-      {key: json.loads(value) for key, value in row.items()}
+      {key: _value(cell) for key, cell in row.items()}
       for row in csv.DictReader(file)
     ]
+
+
+def _cell(value: object) -> str:
+  """A string as it is, all else in JSON."""
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def _value(cell: str) -> object:
+  """What `_cell` wrote; a string that looks like JSON does not come back."""
+  try:
+    return json.loads(cell)
+  except json.JSONDecodeError:
+    return cell
 
 
 def median_times(

@@ -1,6 +1,10 @@
 """Measured rows are kept; only what is missing runs, and failures are named."""
 
+import pathlib
+import sys
 import textwrap
+
+import pytest
 
 from benchmarks import peers, processes
 
@@ -12,7 +16,7 @@ if case["size"] == 3:
 with pathlib.Path(__file__).with_name("ran.txt").open("a") as file:
   file.write(f"{case['size']}\\n")
 print("chatter")
-print(json.dumps({"ms": 10 * case["size"]}))
+print(json.dumps({"ms": 10 * case["size"], "version": "jax 1.0"}))
 """
 
 
@@ -20,14 +24,14 @@ def test_only_what_is_missing_runs(tmp_path, capsys):
   script = tmp_path / "script.py"
   script.write_text(textwrap.dedent(SCRIPT))
   path = str(tmp_path / "rows.csv")
-  cases = [{"size": 1}, {"size": 3}]
-  rows = processes.measure_missing(str(script), path, cases, ("ms",))
-  assert rows == [{"size": 1, "ms": 10}]
+  measure = lambda *sizes: processes.measure_missing(
+    str(script), path, [{"size": size} for size in sizes], ("ms", "version")
+  )
+  row = lambda size: {"size": size, "ms": 10 * size, "version": "jax 1.0"}
+  assert measure(1, 3) == [row(1)]
   assert "no such size" in capsys.readouterr().err
-  cases = [{"size": 1}, {"size": 2}]
-  rows = processes.measure_missing(str(script), path, cases, ("ms",))
-  assert rows == [{"size": 1, "ms": 10}, {"size": 2, "ms": 20}]
-  assert processes.read(path) == rows
+  assert measure(1, 2) == processes.read(path) == [row(1), row(2)]
+  assert "1,10,jax 1.0" in pathlib.Path(path).read_text().splitlines()
   assert (tmp_path / "ran.txt").read_text().split() == ["1", "2"]
 
 
@@ -37,3 +41,11 @@ def test_peak_is_above_what_is_held():
   block[:: 2**12] = b"x" * (len(block) // 2**12)
   del block
   assert 60 < peers.peak_mib() - before < 80
+
+
+def test_a_checkout_that_is_none(tmp_path, monkeypatch, capsys):
+  flags = ["peers.py", f"--spectraformer={tmp_path}"]
+  monkeypatch.setattr(sys, "argv", flags)
+  with pytest.raises(SystemExit):
+    peers.main()
+  assert "no models/model_LRA.py there" in capsys.readouterr().err
