@@ -101,6 +101,10 @@ def run(args: argparse.Namespace) -> int:
     return INTERRUPTED
   for name, why in failed.items():
     print(f"failed: {name}: {why}", file=sys.stderr)
+  print(
+    f"{len(cells) - len(failed)} of {len(cells)} cells have finished. Compare:"
+    f" python -m spectraformer_jax.study table {folder} --out=DIR"
+  )
   return 1 if failed else 0
 
 

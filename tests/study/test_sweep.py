@@ -258,6 +258,19 @@ def test_a_wrong_flag_is_told_in_one_line(flags, words, tmp_path, capsys):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+  ("failed", "status", "words"),
+  [({}, 0, "2 of 2"), ({"digits/local/seed0": "full"}, 1, "1 of 2")],
+)
+def test_the_end_is_told(failed, status, words, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sweep, "run_cells", lambda *_, **__: failed)
+  command = ["sweep", f"--out={tmp_path}", "--tasks=digits"]
+  assert study.main([*command, "--attentions", "softmax", "local"]) == status
+  told = capsys.readouterr()
+  assert told.out.startswith(f"{words} cells have finished.")
+  assert told.err.count("failed: ") == len(failed)
+
+
 def test_the_time_left_is_that_of_the_task_shared_by_the_jobs(tmp_path):
   cells = expand(
     Sweep(
