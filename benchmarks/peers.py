@@ -253,13 +253,7 @@ def call_of(case: dict, paths: dict) -> tuple[Callable[[], None], str]:
 
 def measure(case: dict, repeats: int, paths: dict) -> dict:
   """The figures of one case, in this process."""
-  cores = sorted(os.sched_getaffinity(0))
-  if len(cores) < case["threads"]:
-    raise ValueError(
-      f"threads={case['threads']}: there are {len(cores)} cores."
-    )
-  # Before the libraries count them.
-  os.sched_setaffinity(0, cores[-case["threads"] :])
+  processes.use_cores(case["threads"])
   if case["keep_freed"]:
     from spectraformer_jax.train.host_memory import keep_freed_memory
 

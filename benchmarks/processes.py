@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -53,6 +54,23 @@ def measure_missing(
       writer.writerow([_cell(row[name]) for name in (*names, *figures)])
       file.flush()
   return rows
+
+
+def use_cores(count: int) -> None:
+  """Keeps this process to that many cores; call it before jax counts them.
+
+  XLA's own flags for one thread do not hold back all of its threads.
+
+  Args:
+    count: cores, the last ones of those that the process may use.
+
+  Raises:
+    ValueError: the process has fewer.
+  """
+  cores = sorted(os.sched_getaffinity(0))
+  if len(cores) < count:
+    raise ValueError(f"threads={count}: there are {len(cores)} cores.")
+  os.sched_setaffinity(0, cores[-count:])
 
 
 def read(path: str) -> list[dict]:

@@ -3,7 +3,7 @@
     python benchmarks/roofline.py
 
 Parts of the paper's model for text (8 x 4096 tokens, 2 heads of 32, 128
-features, width 64), forward alone, each compiled by itself, on one thread. The
+features, width 64), forward alone, each compiled by itself, on one core. The
 limit is the larger of operations / peak and bytes / bandwidth, with both
 measured first: the peak of a matrix product of 1024, the bandwidth of a copy of
 256 MiB. Operations are counted by hand (a multiplication and an addition are
@@ -15,7 +15,6 @@ the cache may come above 1.
 import os
 import sys
 
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 TOKENS, HEADS, HEAD_DIM, ROWS, WIDTH, MLP = 8 * 4096, 2, 32, 128, 64, 128
 TRANSCENDENTAL = 10
 
@@ -133,12 +132,13 @@ def measure() -> tuple[float, float, list[tuple]]:
 
 def main() -> None:
   """Prints the table."""
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"
   from rich.console import Console
   from rich.table import Table
 
+  from benchmarks.processes import use_cores
   from spectraformer_jax.train.host_memory import keep_freed_memory
 
+  use_cores(1)
   keep_freed_memory()
   peak, bandwidth, rows = measure()
   table = Table(

@@ -6,8 +6,8 @@ Text is 8 x 4096 tokens, listops 32 x 2048, all of full length; the step is that
 of the training loop (dropout 0.1, AdamW, clipping), on one device, and freed
 memory is kept as in train.py. Each figure comes from a process of its own.
 `cpu_s` is CPU time of all threads, the median of steps after the first;
-`--threads=1` keeps XLA to one thread. `temp_mib` is what the compiled program
-plans beside its arguments and results, `first_s` the first step with
+`--threads=1` keeps the process to one core. `temp_mib` is what the compiled
+program plans beside its arguments and results, `first_s` the first step with
 compilation, and `input %` the share of the steps' time that the input pipeline
 of the training loop made them wait (it should be below 2).
 """
@@ -26,7 +26,6 @@ SHAPES = {
   "listops": {"batch": 32, "length": 2048, "vocab_size": 16, "num_classes": 10},
 }
 PAIRS = ("posrf-orf", "oprf-orf", "oprf-mm", "trigrf-orf")
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def prepare(task: str, pair: str, remat: bool = False) -> tuple:
@@ -84,15 +83,19 @@ def make_call(task: str, pair: str) -> Callable[[], None]:
   return call
 
 
-def measure(task: str, pair: str, remat: bool, repeats: int) -> dict:
+def measure(case: argparse.Namespace) -> dict:
   """The figures of one case, in this process."""
+  from benchmarks.processes import use_cores
+
+  if case.threads:
+    use_cores(case.threads)
   import jax
 
   from spectraformer_jax import data
   from spectraformer_jax.train.host_memory import keep_freed_memory
 
   keep_freed_memory()
-  step, train_state, rng, dataset, batch_size = prepare(task, pair, remat)
+  step, train_state, rng, dataset, batch_size = prepare(*case.one, case.remat)
   with data.Prefetch(
     data.Batches(dataset, batch_size, seed=0, train=True)
   ) as batches:
@@ -100,7 +103,7 @@ def measure(task: str, pair: str, remat: bool, repeats: int) -> dict:
     start = time.perf_counter()
     step = step.lower(train_state, batch, rng).compile()
     wall, cpu, waited = [], [], []
-    for index in range(repeats + 1):
+    for index in range(case.repeats + 1):
       clocks = time.perf_counter(), time.process_time()
       batch = next(batches)
       waited.append(time.perf_counter() - clocks[0])
@@ -127,7 +130,9 @@ def main() -> None:
   parser.add_argument("--tasks", nargs="+", default=SHAPES, choices=SHAPES)
   parser.add_argument("--pairs", nargs="+", default=PAIRS)
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--threads", type=int, choices=(1,))
+  parser.add_argument(
+    "--threads", type=int, help="cores to use, by default all"
+  )
   parser.add_argument(
     "--remat",
     action="store_true",
@@ -136,15 +141,12 @@ def main() -> None:
   parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.one:
-    print(json.dumps(measure(*args.one, args.remat, args.repeats)))
+    print(json.dumps(measure(args)))
     return
   from rich.console import Console
   from rich.progress import track
   from rich.table import Table
 
-  env = dict(os.environ)
-  if args.threads:
-    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {ONE_THREAD}"
   table = Table(
     "task", "pair", "CPU s", "wall s", "temp MiB", "first step s", "input %"
   )
@@ -154,11 +156,11 @@ def main() -> None:
       [
         *(sys.executable, __file__, "--one", task, pair),
         *("--repeats", str(args.repeats)),
+        *(["--threads", str(args.threads)] if args.threads else []),
         *(["--remat"] if args.remat else []),
       ],
       capture_output=True,
       text=True,
-      env=env,
     )
     if child.returncode:
       print(f"{task} {pair} failed:\n{child.stderr[-800:]}", file=sys.stderr)
