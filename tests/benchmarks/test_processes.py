@@ -1,12 +1,15 @@
 """Measured rows are kept; only what is missing runs, and failures are named."""
 
 import pathlib
+import subprocess
 import sys
 import textwrap
 
 import pytest
 
 from benchmarks import peers, processes
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 SCRIPT = """
 import json, pathlib, sys
@@ -49,3 +52,14 @@ def test_a_checkout_that_is_none(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     peers.main()
   assert "no models/model_LRA.py there" in capsys.readouterr().err
+
+
+def test_use_cores_keeps_the_process_to_that_many():
+  script = (
+    "import os; from benchmarks.processes import use_cores; use_cores(1); "
+    "print(len(os.sched_getaffinity(0)))"
+  )
+  command = [sys.executable, "-c", script]
+  assert subprocess.check_output(command, cwd=ROOT, text=True) == "1\n"
+  with pytest.raises(ValueError, match="threads=100000: there are"):
+    processes.use_cores(100_000)
