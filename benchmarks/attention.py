@@ -10,11 +10,12 @@ Forms that are compared, on the same random float32 inputs:
   softmax      jax.nn.dot_product_attention
   exact        exact_attention of this library
 
-Each figure comes from a process of its own. `first_s` is the first call with
-compilation, `ms` the median of calls after it, `cpu_ms` the same in CPU time of
-all threads, `temp_mib` what the compiled program plans beside its arguments and
-results. Quadratic forms are left out where their weights alone would need more
-than `--limit_gib`. The CSV is written row by row; rows that it holds are not
+Each figure comes from a process of its own; forms of the same case are timed in
+turn, a call of each at a time. `first_s` is the first call with compilation,
+`ms` the median of calls after it, `cpu_ms` the same in CPU time of all threads,
+`temp_mib` what the compiled program plans beside its arguments and results.
+Quadratic forms are left out where their weights alone would need more than
+`--limit_gib`. The CSV is written as figures come; rows that it holds are not
 measured again.
 """
 
@@ -87,7 +88,10 @@ def measure(case: dict, repeats: int) -> dict:
   jax.block_until_ready(compiled(*inputs))
   first = time.perf_counter() - start
   wall, cpu = median_times(
-    lambda: jax.block_until_ready(compiled(*inputs)), repeats, enough_s=20.0
+    lambda: jax.block_until_ready(compiled(*inputs)),
+    repeats,
+    enough_s=20.0,
+    in_turn=True,
   )
   return {
     "ms": round(1e3 * wall, 3),
@@ -216,6 +220,7 @@ def main() -> None:
   rows = measure_missing(
     *(__file__, args.csv, cases(args), FIGURES),
     ("--repeats", str(args.repeats)),
+    compared="form",
   )
   print_table(rows)
   if args.plot:

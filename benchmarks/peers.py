@@ -16,12 +16,13 @@ More from a checkout of your own; nothing of theirs is in this repository:
                          no GPU
 
 Each figure comes from a process of its own, with as many cores as `threads`
-says: `first_s` is the first call (with compilation), `ms` the median of calls
-after it, `cpu_ms` the same in CPU time of all threads, `mib` the most memory
-that the timed calls held above what was there before them (Linux). All inputs
-are random, float32. `--steps` measures whole training steps of the paper's
-model instead (8 texts of 4096 tokens, 32 lists of 2048). `--keep_freed` has the
-C library keep freed blocks, for every form alike, as this library's train.py
+says; forms of the same case are timed in turn, a call of each at a time.
+`first_s` is the first call (with compilation), `ms` the median of calls after
+it, `cpu_ms` the same in CPU time of all threads, `mib` the most memory that the
+timed calls held above what was there before them (Linux). All inputs are
+random, float32. `--steps` measures whole training steps of the paper's model
+instead (8 texts of 4096 tokens, 32 lists of 2048). `--keep_freed` has the C
+library keep freed blocks, for every form alike, as this library's train.py
 does; without it large blocks go back to the kernel after each use.
 """
 
@@ -263,7 +264,7 @@ def measure(case: dict, repeats: int, paths: dict) -> dict:
   call()
   first = time.perf_counter() - start
   before = forget_peak()
-  wall, cpu = processes.median_times(call, repeats, enough_s=10.0)
+  wall, cpu = processes.median_times(call, repeats, enough_s=10.0, in_turn=True)
   return {
     "ms": round(1e3 * wall, 3),
     "cpu_ms": round(1e3 * cpu, 3),
@@ -367,6 +368,7 @@ def main() -> None:
   rows = processes.measure_missing(
     *(os.path.abspath(__file__), args.csv, cases(args, paths), FIGURES),
     (*given, "--repeats", str(args.repeats)),
+    compared="form",
   )
   print_table(rows)
 

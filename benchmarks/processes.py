@@ -1,14 +1,18 @@
 """Cases timed one by one, each in a process of its own, kept in a CSV."""
 
+import contextlib
 import csv
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+_TURN = "waits for its turn\n"
 
 
 def measure_missing(
@@ -17,43 +21,114 @@ def measure_missing(
   cases: Sequence[dict],
   figures: Sequence[str],
   arguments: Sequence[str] = (),
+  *,
+  compared: str | None = None,
 ) -> list[dict]:
   """Measures what the CSV lacks, with a bar.
 
   Args:
     script: run as ``script --one CASE ARGUMENTS``; the last line that it prints
       is a JSON object with the figures.
-    path: of the CSV; written row by row.
+    path: of the CSV; written as figures come.
     cases: all with the same keys.
     figures: names of what is measured.
     arguments: more flags for each process.
+    compared: a key. Cases that differ in it alone are timed in turn, a call of
+      each at a time, since the speed of a machine may change by more than they
+      differ; see `median_times`.
 
   Returns:
     Rows of the CSV, old and new; those that failed are named and left out.
   """
-  from rich.progress import track
+  from rich.progress import Progress
 
   names = tuple(cases[0]) if cases else ()
   rows = read(path)
   is_new = not rows
   done = [{name: row[name] for name in names} for row in rows]
-  with Path(path).open("a") as file:
+  groups = _groups([case for case in cases if case not in done], compared)
+  with Path(path).open("a") as file, Progress() as bar:
     writer = csv.writer(file)
     if is_new:
       writer.writerow([*names, *figures])
-    for case in track(cases, "measuring"):
-      if case in done:
-        continue
-      command = [sys.executable, script, "--one", json.dumps(case), *arguments]
-      child = subprocess.run(command, capture_output=True, text=True)
-      if child.returncode:
-        print(f"{case} failed:\n{child.stderr[-500:]}", file=sys.stderr)
-        continue
-      row = case | json.loads(child.stdout.splitlines()[-1])
-      rows.append(row)
-      writer.writerow([_cell(row[name]) for name in (*names, *figures)])
+    task = bar.add_task("measuring", total=sum(map(len, groups)))
+    for group in groups:
+      commands = [
+        [sys.executable, script, "--one", json.dumps(case), *arguments]
+        for case in group
+      ]
+      for case, run in zip(group, _run_in_turn(commands), strict=True):
+        if run.process.returncode:
+          print(f"{case} failed:\n{run.errors[-500:]}", file=sys.stderr)
+          continue
+        row = case | json.loads(run.last)
+        rows.append(row)
+        writer.writerow([_cell(row[name]) for name in (*names, *figures)])
       file.flush()
+      bar.advance(task, len(group))
   return rows
+
+
+def _groups(cases: Sequence[dict], compared: str | None) -> list[list[dict]]:
+  """Cases that differ in `compared` alone, together; without it each alone."""
+  groups = {}
+  for case in cases:
+    same = {key: value for key, value in case.items() if key != compared}
+    groups.setdefault(json.dumps(same), []).append(case)
+  return list(groups.values())
+
+
+def _run_in_turn(commands: Sequence[list[str]]) -> list["_Run"]:
+  """Runs each to its end; once all ask for turns, one works at a time."""
+  runs, waiting = [], []
+  with contextlib.ExitStack() as cleanup:
+    for command in commands:
+      runs.append(run := _Run(command))
+      cleanup.callback(run.end)
+      if run.until_turn():
+        waiting.append(run)
+    while waiting:
+      waiting = [run for run in waiting if run.take_turn()]
+  return runs
+
+
+class _Run:
+  """A process that may ask for turns: see `median_times`."""
+
+  def __init__(self, command: list[str]):
+    self._stderr = tempfile.TemporaryFile("w+")
+    self.process = subprocess.Popen(
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._stderr,
+      text=True,
+    )
+    self.last = self.errors = ""
+
+  def until_turn(self) -> bool:
+    """Waits until it asks for a turn: True, or ends: False."""
+    for line in self.process.stdout:
+      if line == _TURN:
+        return True
+      self.last = line
+    self.process.wait()
+    return False
+
+  def take_turn(self) -> bool:
+    """Lets it work for one turn, and waits as `until_turn` does."""
+    with contextlib.suppress(BrokenPipeError):  # it has died
+      self.process.stdin.write("\n")
+      self.process.stdin.flush()
+    return self.until_turn()
+
+  def end(self) -> None:
+    """Kills it if it still runs, and keeps what it said of errors."""
+    self.process.kill()
+    self.process.communicate()
+    with self._stderr:
+      self._stderr.seek(0)
+      self.errors = self._stderr.read()
 
 
 def use_cores(count: int) -> None:
@@ -98,7 +173,11 @@ def _value(cell: str) -> object:
 
 
 def median_times(
-  call: Callable[[], object], repeats: int, *, enough_s: float | None = None
+  call: Callable[[], object],
+  repeats: int,
+  *,
+  enough_s: float | None = None,
+  in_turn: bool = False,
 ) -> tuple[float, float]:
   """Median wall and CPU seconds (of all threads) of a call.
 
@@ -106,9 +185,14 @@ def median_times(
     call: returns when its results are there; it has run once before.
     repeats: how often it runs.
     enough_s: it runs no more once it took so long in all, but thrice at least.
+    in_turn: before each run, ask the process that started this one, which is
+      `measure_missing`.
   """
   wall, cpu = [], []
   for _ in range(repeats):
+    if in_turn:
+      print(_TURN, end="", flush=True)
+      sys.stdin.readline()
     clocks = time.perf_counter(), time.process_time()
     call()
     wall.append(time.perf_counter() - clocks[0])

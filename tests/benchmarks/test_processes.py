@@ -38,6 +38,39 @@ def test_only_what_is_missing_runs(tmp_path, capsys):
   assert (tmp_path / "ran.txt").read_text().split() == ["1", "2"]
 
 
+IN_TURN = """
+import json, pathlib, sys
+from benchmarks.processes import median_times
+case = json.loads(sys.argv[2])
+log = pathlib.Path(__file__).with_name("log.txt").open("a", buffering=1)
+print(case["form"] + case["size"], "starts", file=log)
+call = lambda: print(case["form"] + case["size"], file=log)
+ms, _ = median_times(call, case["repeats"], in_turn=True)
+if case["form"] == "c":
+  sys.exit("not c")
+print(json.dumps({"is_short": ms < 1.0}))
+"""
+
+
+def test_what_is_compared_takes_turns(tmp_path, monkeypatch, capsys):
+  script = tmp_path / "script.py"
+  script.write_text(textwrap.dedent(IN_TURN))
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  cases = [
+    {"form": form, "size": size, "repeats": 2}
+    for form, size in ["a1", "a2", "b1", "c1"]
+  ]
+  rows = processes.measure_missing(
+    *(str(script), str(tmp_path / "rows.csv"), cases, ["is_short"]),
+    compared="form",
+  )
+  assert rows == [cases[i] | {"is_short": True} for i in (0, 2, 1)]
+  assert "not c" in capsys.readouterr().err
+  lines = (tmp_path / "log.txt").read_text().splitlines()
+  assert lines[:3] == ["a1 starts", "b1 starts", "c1 starts"]
+  assert lines[3:] == ["a1", "b1", "c1"] * 2 + ["a2 starts", "a2", "a2"]
+
+
 def test_peak_is_above_what_is_held():
   before = peers.forget_peak()
   block = bytearray(64 * 2**20)
