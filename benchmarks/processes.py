@@ -1,4 +1,4 @@
-"""Cases timed one by one, each in a process of its own, kept in a CSV."""
+"""Cases timed alone or in turn, each in its own process, kept in a CSV."""
 
 import contextlib
 import csv
@@ -46,13 +46,15 @@ def measure_missing(
   rows = read(path)
   is_new = not rows
   done = [{name: row[name] for name in names} for row in rows]
-  groups = _groups([case for case in cases if case not in done], compared)
+  missing = [case for case in cases if case not in done]
   with Path(path).open("a") as file, Progress() as bar:
     writer = csv.writer(file)
     if is_new:
       writer.writerow([*names, *figures])
-    task = bar.add_task("measuring", total=sum(map(len, groups)))
-    for group in groups:
+    task = bar.add_task(
+      "measuring", total=len(cases), completed=len(cases) - len(missing)
+    )
+    for group in _groups(missing, compared):
       commands = [
         [sys.executable, script, "--one", json.dumps(case), *arguments]
         for case in group
