@@ -18,7 +18,7 @@ from spectraformer_jax.study.cells import Sweep, expand
 from spectraformer_jax.study.live import Board
 from spectraformer_jax.train.lock import workdir_lock
 from spectraformer_jax.train.writers import read_rows, result_row
-from tests.train.conftest import ROOT, TINY, start_python
+from tests.train.conftest import ROOT, TINY, run_python, start_python
 
 BROKEN = "raise SystemExit(3)"
 DIGITS = {"digits": "configs/digits.py"}
@@ -342,21 +342,20 @@ def test_a_killed_sweep_goes_on_and_finishes(tmp_path):
   flags += ["--set", *sets]
   workdir = tmp_path / "digits/local/seed0"
 
-  process = start_python(*flags)
   limit = 600  # of machines that others use, too
   deadline = time.monotonic() + limit
-  while len(read_rows(workdir)) < 6 and time.monotonic() < deadline:
-    time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
-  _, err = process.communicate(timeout=limit)
+  with start_python(*flags) as process:
+    while len(read_rows(workdir)) < 6 and time.monotonic() < deadline:
+      time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=limit)
   assert process.returncode == sweep.INTERRUPTED, err
   assert result_row(read_rows(workdir)) is None
   steps = read_rows(workdir)[-1]["step"]
   assert steps >= 40
 
-  process = start_python(*flags)
-  _, err = process.communicate(timeout=limit)
-  assert process.returncode == 1, err
+  code, _, err = run_python(*flags, timeout=limit)
+  assert code == 1, err
   assert "oprf-nothing/seed0: FAILED: status 1: error: Unknown weight" in err
   assert result_row(read_rows(workdir))["pair"] == "local"
   assert "resumes at step" in (workdir / spec.LOG).read_text()

@@ -1,9 +1,11 @@
 """A tiny experiment that shows every moving part in a few seconds."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from ml_collections import ConfigDict
@@ -68,30 +70,35 @@ def as_flags(config_values: dict) -> list[str]:
   return [f"--config.{path}={value}" for path, value in config_values.items()]
 
 
+@contextlib.contextmanager
 def start_python(
   *args: str, devices: int = 1, cwd: pathlib.Path | None = None
-) -> subprocess.Popen:
-  """A Python process of its own, with that many virtual CPU devices."""
+) -> Iterator[subprocess.Popen]:
+  """A Python process of its own, with that many virtual CPU devices.
+
+  It is killed and its pipes are closed at the end, however the test ends.
+  """
   env = os.environ | {
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
   }
-  return subprocess.Popen(
+  with subprocess.Popen(
     [sys.executable, *args],
     env=env,
     cwd=cwd or ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-  )
+  ) as process:
+    try:
+      yield process
+    finally:
+      process.kill()
 
 
 def run_python(*args: str, timeout: float = 600, **kwargs):
   """Runs `start_python` to its end; (return code, stdout, stderr)."""
-  with start_python(*args, **kwargs) as process:  # its pipes are closed
-    try:
-      out, err = process.communicate(timeout=timeout)
-    finally:
-      process.kill()
+  with start_python(*args, **kwargs) as process:
+    out, err = process.communicate(timeout=timeout)
   return process.returncode, out, err

@@ -99,14 +99,15 @@ def test_train_py_exits_with_the_resumable_status(cache_dir, tmp_path):
     "train.num_steps": 100_000,
     "checkpoint.every": 100_000,
   }
-  process = start_python(TRAIN, f"--workdir={tmp_path}", *as_flags(values))
-  deadline = time.monotonic() + 120
-  while not read_rows(tmp_path):
-    assert process.poll() is None, process.communicate()
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
-  process.send_signal(signal.SIGTERM)
-  _, err = process.communicate(timeout=60)
+  flags = as_flags(values)
+  with start_python(TRAIN, f"--workdir={tmp_path}", *flags) as process:
+    deadline = time.monotonic() + 120
+    while not read_rows(tmp_path):
+      assert process.poll() is None, process.communicate()
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
   assert process.returncode == 75, err
   (step,) = re.findall(r"SIGTERM: stops; step (\d+) is saved", err)
   assert checkpoint_steps(tmp_path)[-1] == int(step)
@@ -264,19 +265,17 @@ def test_twenty_kills(cache_dir, tmp_path):
   is_saving = lambda: any((killed / "checkpoints").glob("*tmp*"))
   kills = while_saving = 0
   while kills < 20:
-    process = start_python(*command)
-    for line in process.stderr:
-      if "workdir: " in line:
-        break
-    if kills % 2:
-      # A moment within a save, however slow the machine is.
-      deadline = time.monotonic() + 60
-      while time.monotonic() < deadline and not is_saving():
-        pass
-    else:
-      time.sleep(moments.uniform(0.0, 1.5))
-    process.kill()
-    process.communicate()
+    with start_python(*command) as process:
+      for line in process.stderr:
+        if "workdir: " in line:
+          break
+      if kills % 2:
+        # A moment within a save, however slow the machine is.
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not is_saving():
+          pass
+      else:
+        time.sleep(moments.uniform(0.0, 1.5))
     assert process.returncode == -signal.SIGKILL  # it had not finished
     kills += 1
     while_saving += is_saving()

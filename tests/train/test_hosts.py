@@ -38,28 +38,21 @@ def two_processes(workdir, values):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  processes = [
-    start_python(
-      TRAIN,
-      f"--workdir={workdir if number == 0 else UNUSED}",
-      f"--coordinator=127.0.0.1:{port}",
-      "--num_processes=2",
-      f"--process_id={number}",
-      "--heartbeat_seconds=10",
-      *as_flags(values),
-    )
-    for number in range(2)
-  ]
-  try:
-    yield processes
-  finally:
-    for process in processes:
-      end(process)
-
-
-def end(process):
-  process.kill()
-  process.communicate()
+  with contextlib.ExitStack() as stack:
+    yield [
+      stack.enter_context(
+        start_python(
+          TRAIN,
+          f"--workdir={workdir if number == 0 else UNUSED}",
+          f"--coordinator=127.0.0.1:{port}",
+          "--num_processes=2",
+          f"--process_id={number}",
+          "--heartbeat_seconds=10",
+          *as_flags(values),
+        )
+      )
+      for number in range(2)
+    ]
 
 
 def wait_for_rows(workdir, processes):
@@ -125,9 +118,8 @@ def test_one_process_dies_and_the_run_goes_on_elsewhere(cache_dir, tmp_path):
   assert "another process of this run has gone" in err
   assert "Traceback" not in err
   # On one process, from the last checkpoint.
-  process = start_python(TRAIN, f"--workdir={tmp_path}", *as_flags(values))
-  with contextlib.ExitStack() as cleanup:
-    cleanup.callback(end, process)
+  flags = as_flags(values)
+  with start_python(TRAIN, f"--workdir={tmp_path}", *flags) as process:
     for line in process.stderr:
       if "resumes at step" in line:
         break

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import time
 
 import pytest
@@ -141,14 +140,12 @@ def test_killed_and_resumed_equals_uninterrupted(cache_dir, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   code, _, err = run_python(TRAIN, f"--workdir={whole}", *flags)
   assert code == 0, err
-  process = start_python(TRAIN, f"--workdir={killed}", *flags)
-  deadline = time.monotonic() + 120
-  while not any(row["step"] >= 16 for row in read_rows(killed)):
-    assert process.poll() is None, process.communicate()
-    assert time.monotonic() < deadline
-    time.sleep(0.002)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
+  with start_python(TRAIN, f"--workdir={killed}", *flags) as process:
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= 16 for row in read_rows(killed)):
+      assert process.poll() is None, process.communicate()
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
   assert "test/accuracy" not in read_rows(killed)[-1]
   code, _, err = run_python(TRAIN, f"--workdir={killed}", *flags)
   assert code == 0 and "resumes at step" in err, err
