@@ -18,7 +18,13 @@ from spectraformer_jax.linear_attention import (
   reference,
   segments,
 )
-from spectraformer_jax.linear_attention.state import Maps, State, empty_state
+from spectraformer_jax.linear_attention.state import (
+  Maps,
+  State,
+  empty_state,
+  joined,
+  parted,
+)
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array, LogFeatures, PyTree
 
@@ -319,8 +325,10 @@ def _reference(
     state=state,
   )
   keep = None if keep is None else keep[:, None, :, None]
-  after = chunks.add_keys(maps.key, constants, state, *by_head, position, keep)
-  after = after._replace(length=position + key.shape[1])
+  after = chunks.add_keys(
+    maps.key, constants, joined(state), *by_head, position, keep
+  )
+  after = parted(after)._replace(length=position + key.shape[1])
   return jnp.moveaxis(out, 3, 1), after
 
 

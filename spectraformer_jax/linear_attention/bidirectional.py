@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention import blocks, chunks, leaves
-from spectraformer_jax.linear_attention.state import FeatureFn, Maps, State
+from spectraformer_jax.linear_attention.state import (
+  FeatureFn,
+  Maps,
+  State,
+  joined,
+  parted,
+)
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -45,7 +51,6 @@ def bidirectional(
   return read(maps.query, chunk, constants, state, query, 0), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def read(
   query_map: FeatureFn,
   chunk: int,
@@ -67,11 +72,17 @@ def read(
   Returns:
     ``[B, T, N, G, V]``.
   """
+  return _read(query_map, chunk, constants, joined(state), query, position)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _read(query_map, chunk, constants, state, query, position):
+  """`read` of a state whose sums are joined."""
   return _read_blocks(query_map, chunk, constants, state, query, position)[0]
 
 
 def _read_blocks(query_map, chunk, constants, state, query, position):
-  """The output, and for each block the largest exponents of its queries."""
+  """The output, and normalizers and largest exponents of each block."""
   length, heads = query.shape[1:3]
   size = min(chunk, length)
   padded = blocks.pad(blocks.flat(query), size)
@@ -79,41 +90,44 @@ def _read_blocks(query_map, chunk, constants, state, query, position):
   def step(out, index):
     block = blocks.query_block(padded, heads, index, size)
     where = position + index * size
-    found, top = chunks.read(query_map, constants, state, block, where)
-    return blocks.write(out, found, index), top
+    found = chunks.read(query_map, constants, state, block, where)
+    return blocks.write(out, found.out, index), found._replace(out=None)
 
-  out = blocks.empty(padded, state.kv.shape[-1], state.kv.dtype)
+  out = blocks.empty(padded, state.kv.shape[-1] - 1, state.kv.dtype)
   count = jnp.arange(padded.shape[1] // size)
-  out, tops = jax.lax.scan(step, out, count)
-  return out[:, :length].reshape(*query.shape[:-1], -1), tops
+  out, found = jax.lax.scan(step, out, count)
+  return out[:, :length].reshape(*query.shape[:-1], -1), found
 
 
 def _read_fwd(query_map, chunk, constants, state, query, position):
-  out, tops = _read_blocks(query_map, chunk, constants, state, query, position)
-  return out, (constants, state, query, position, tops)
+  out, found = _read_blocks(query_map, chunk, constants, state, query, position)
+  return out, (constants, state, query, position, out, found)
 
 
 def _read_bwd(query_map, chunk, residuals, gradient):
   """Blocks are independent; what they say of the state is added up."""
-  constants, state, query, position, tops = residuals
+  constants, state, query, position, out, every = residuals
   length, heads = query.shape[1:3]
   size = min(chunk, length)
-  padded, gradient = (
-    blocks.pad(blocks.flat(x), size) for x in (query, gradient)
+  padded, gradient, out = (
+    blocks.pad(blocks.flat(x), size) for x in (query, gradient, out)
   )
 
   def step(carry, x):
     total, d_query = carry
-    index, top = x
+    index, found = x
+    found = found._replace(out=blocks.query_block(out, heads, index, size))
     _, pull = jax.vjp(
-      lambda floats, sums, block: chunks.read(
-        query_map,
-        leaves.with_floats(constants, floats),
-        leaves.with_sums(state, sums),
-        block,
-        position + index * size,
-        top,
-      )[0],
+      lambda floats, sums, block: (
+        chunks.read(
+          query_map,
+          leaves.with_floats(constants, floats),
+          leaves.with_sums(state, sums),
+          block,
+          position + index * size,
+          found,
+        ).out
+      ),
       leaves.floats(constants),
       leaves.sums(state),
       blocks.query_block(padded, heads, index, size),
@@ -127,7 +141,7 @@ def _read_bwd(query_map, chunk, residuals, gradient):
   )
   carry = zeros, jnp.zeros_like(padded)
   count = jnp.arange(padded.shape[1] // size)
-  ((d_floats, d_sums), d_query), _ = jax.lax.scan(step, carry, (count, tops))
+  ((d_floats, d_sums), d_query), _ = jax.lax.scan(step, carry, (count, every))
   return (
     leaves.gradient_of_constants(constants, d_floats),
     leaves.gradient_of_state(state, d_sums),
@@ -136,10 +150,9 @@ def _read_bwd(query_map, chunk, residuals, gradient):
   )
 
 
-read.defvjp(_read_fwd, _read_bwd)
+_read.defvjp(_read_fwd, _read_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def accumulate(
   key_map: FeatureFn,
   chunk: int,
@@ -160,6 +173,13 @@ def accumulate(
     value: ``[B, S, N, V]`` float32.
     keep: bool ``[B, S]`` or None.
   """
+  state = joined(state)
+  return parted(_accumulate(key_map, chunk, constants, state, key, value, keep))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _accumulate(key_map, chunk, constants, state, key, value, keep):
+  """`accumulate` with joined sums."""
   length = key.shape[1]
   key, value, keep, size = blocks.blocks_of_keys(key, value, keep, chunk)
   start = state.length
@@ -174,7 +194,7 @@ def accumulate(
 
 
 def _accumulate_fwd(key_map, chunk, constants, state, key, value, keep):
-  out = accumulate(key_map, chunk, constants, state, key, value, keep)
+  out = _accumulate(key_map, chunk, constants, state, key, value, keep)
   return out, (constants, state, key, value, keep, out.exponent)
 
 
@@ -229,4 +249,4 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
   )
 
 
-accumulate.defvjp(_accumulate_fwd, _accumulate_bwd)
+_accumulate.defvjp(_accumulate_fwd, _accumulate_bwd)

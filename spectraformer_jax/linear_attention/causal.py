@@ -11,14 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention import blocks, chunks, leaves
-from spectraformer_jax.linear_attention.state import Maps, State
+from spectraformer_jax.linear_attention.state import (
+  Maps,
+  State,
+  joined,
+  parted,
+)
 from spectraformer_jax.typing import Array, PyTree
 
 # Chunks between two states that are kept for the backward pass.
 STRIDE = 16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def causal(
   maps: Maps,
   chunk: int,
@@ -46,9 +50,16 @@ def causal(
   Returns:
     ``[B, T, N, G, V]`` float32 and the state after the last key.
   """
-  plan = _Plan(maps, chunk, query, key, value, keep, segment)
-  out, state, _ = _causal_forward(plan, constants, state)
-  return out, state
+  inputs = (query, key, value, keep, segment)
+  out, state = _causal(maps, chunk, constants, joined(state), *inputs)
+  return out, parted(state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _causal(maps, chunk, constants, state, *inputs):
+  """`causal` with joined sums."""
+  plan = _Plan(maps, chunk, *inputs)
+  return _causal_forward(plan, constants, state)[:2]
 
 
 class _Plan:
@@ -98,7 +109,7 @@ class _Plan:
 
 
 def _causal_forward(plan, constants, state):
-  """Output, last state, and the state before each stride."""
+  """Output, last state, the state before each stride, and what was found."""
   start = state.length
 
   def stride(carry, outer):
@@ -106,35 +117,39 @@ def _causal_forward(plan, constants, state):
       state, out = carry
       index = plan.index(outer, inner)
       state, found = plan.chunk(constants, state, *plan.inputs(index, start))
-      return (state, blocks.write(out, found, index)), None
+      out = blocks.write(out, found.out, index)
+      return (state, out), found._replace(out=None)
 
-    after, _ = jax.lax.scan(step, carry, jnp.arange(plan.inner))
-    return after, carry[0]
+    after, found = jax.lax.scan(step, carry, jnp.arange(plan.inner))
+    return after, (carry[0], found)
 
   out = blocks.empty(plan.query, plan.value.shape[-1], plan.value.dtype)
-  (state, out), boundaries = jax.lax.scan(
+  (state, out), (boundaries, found) = jax.lax.scan(
     stride, (state, out), jnp.arange(plan.outer)
   )
   state = state._replace(length=start + plan.length)
   out = out[:, : plan.length].reshape(*plan.shape[:-1], -1)
-  return out, state, boundaries
+  return out, state, boundaries, found
 
 
 def _causal_fwd(maps, chunk, constants, state, *inputs):
   plan = _Plan(maps, chunk, *inputs)
-  out, after, boundaries = _causal_forward(plan, constants, state)
-  return (out, after), (constants, state, boundaries, inputs)
+  out, after, *kept = _causal_forward(plan, constants, state)
+  return (out, after), (constants, state, inputs, out, *kept)
 
 
 def _causal_bwd(maps, chunk, residuals, gradients):
   """Strides last to first; inside one, states are made again, then used."""
-  constants, initial, boundaries, inputs = residuals
+  constants, initial, inputs, out, boundaries, every = residuals
   plan = _Plan(maps, chunk, *inputs)
   d_out, d_state = gradients
-  d_out = blocks.pad(blocks.flat(d_out), plan.size * plan.inner * plan.outer)
+  out, d_out = (
+    blocks.pad(blocks.flat(x), plan.size * plan.inner * plan.outer)
+    for x in (out, d_out)
+  )
 
   def stride(carry, x):
-    outer, state = x
+    outer, state, every = x
 
     def again(state, inner):
       inputs = plan.inputs(plan.index(outer, inner), initial.length)
@@ -144,17 +159,19 @@ def _causal_bwd(maps, chunk, residuals, gradients):
 
     def step(carry, x):
       d_floats, d_state, *d_inputs = carry
-      inner, state = x
+      inner, state, found = x
       index = plan.index(outer, inner)
+      found = found._replace(out=plan.query_block(out, index))
       query, key, value, *where = plan.inputs(index, initial.length)
 
       def one_chunk(floats, sums, query, key, value):
-        after, out = plan.chunk(
+        after, again = plan.chunk(
           leaves.with_floats(constants, floats),
           leaves.with_sums(state, sums),
           *(query, key, value, *where),
+          found,
         )
-        return leaves.sums(after), out
+        return leaves.sums(after), again.out
 
       _, pull = jax.vjp(
         one_chunk,
@@ -173,7 +190,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
       return (leaves.tree_add(d_floats, pulled[0]), pulled[1], *d_inputs), None
 
     return jax.lax.scan(
-      step, carry, (jnp.arange(plan.inner), states), reverse=True
+      step, carry, (jnp.arange(plan.inner), states, every), reverse=True
     )
 
   d_floats, *d_inputs = jax.tree.map(
@@ -182,7 +199,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
   (d_floats, d_sums, *d_inputs), _ = jax.lax.scan(
     stride,
     (d_floats, leaves.sums(d_state), *d_inputs),
-    (jnp.arange(plan.outer), boundaries),
+    (jnp.arange(plan.outer), boundaries, every),
     reverse=True,
   )
   d_query, d_key, d_value = (d[:, : plan.length] for d in d_inputs)
@@ -197,4 +214,4 @@ def _causal_bwd(maps, chunk, residuals, gradients):
   )
 
 
-causal.defvjp(_causal_fwd, _causal_bwd)
+_causal.defvjp(_causal_fwd, _causal_bwd)

@@ -1,4 +1,10 @@
-"""What happens inside one chunk of keys and queries."""
+"""What happens inside one chunk of keys and queries.
+
+States are `joined` here: the last column of their ``kv [B, N, F, V + 1]`` is
+the sum of key features.
+"""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -10,13 +16,27 @@ from spectraformer_jax.linear_attention.products import (
 from spectraformer_jax.linear_attention.state import (
   FeatureFn,
   State,
-  guarded,
   key_features,
   normalise,
   query_features,
   rescale,
 )
 from spectraformer_jax.typing import Array, PyTree
+
+
+class Found(NamedTuple):
+  """What the queries of a chunk have found.
+
+  Attributes:
+    out: means of values, ``[B, N, G, C, V]``.
+    normalizer: what they were divided by, ``[B, N, G C]``; None for signed
+      maps.
+    top: largest exponents, see `query_features`.
+  """
+
+  out: Array
+  normalizer: Array | None
+  top: Array | None
 
 
 def add_keys(
@@ -44,7 +64,7 @@ def add_keys(
   psi, exponent = key_features(
     key_map, constants, key, position, keep, state.exponent, is_final
   )
-  return _add(rescale(state, exponent), psi, value)
+  return _add(rescale(state, exponent), psi, _with_ones(value))
 
 
 def read(
@@ -53,20 +73,21 @@ def read(
   state: State,
   query: Array,
   position: Array,
-  top: Array | None = None,
-) -> tuple[Array, Array | None]:
+  known: Found | None = None,
+) -> Found:
   """Queries ``[B, N, G, C, H]`` see the state.
 
-  Returns:
-    ``[B, N, G, C, V]`` and the largest exponent of each query, which may be
-    given as `top` where it is known; see `query_features`.
+  With `known`, the result, gradients alone are worked out.
   """
   phi, top = query_features(
-    query_map, constants, query, position, state.exponent, top
+    query_map, constants, query, position, state.exponent, known and known.top
   )
-  normalizer = guarded(*_normalizers(state, phi))
-  out = mean_of_values(phi, state.kv, normalizer)
-  return _by_group(out, query), top
+  sums = queries_times_state(phi, state.kv)
+  magnitude = None
+  if state.magnitude is not None:
+    magnitude = _times_magnitude(phi, state)
+  out, normalizer = _mean(sums, magnitude, known)
+  return Found(_by_group(out, query), normalizer, top)
 
 
 def causal_chunk(
@@ -80,7 +101,8 @@ def causal_chunk(
   position: Array,
   keep: Array | None,
   segment: Array | None,
-) -> tuple[State, Array]:
+  known: Found | None = None,
+) -> tuple[State, Found]:
   """Outputs of a chunk whose queries see the state and earlier keys.
 
   Args:
@@ -94,16 +116,19 @@ def causal_chunk(
     position: of the first of the chunk.
     keep: bool ``[B, 1, C, 1]`` or None.
     segment: ids ``[B, C]`` of packed rows (not decreasing), or None.
+    known: what was found, where gradients alone are wanted; else None.
 
   Returns:
-    The state after the chunk and outputs ``[B, N, G, C, V]``.
+    The state after the chunk, and what its queries found.
   """
   groups, length = query.shape[2:4]
   psi, exponent = key_features(
     key_map, constants, key, position, keep, state.exponent
   )
   before = rescale(state, exponent)
-  phi, _ = query_features(query_map, constants, query, position, exponent)
+  phi, top = query_features(
+    query_map, constants, query, position, exponent, known and known.top
+  )
   visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
   if segment is not None:
     visible &= (segment[:, :, None] == segment[:, None, :])[:, None]
@@ -113,23 +138,24 @@ def causal_chunk(
     weights = jnp.einsum("bncf,bndf->bncd", phi, psi)
     return jnp.where(visible, weights, 0.0)
 
-  weights = within(phi, psi)
-  numerator = queries_times_state(phi, before.kv)
-  normalizer, magnitude = _normalizers(before, phi)
+  value = _with_ones(value)
+  sums = queries_times_state(phi, before.kv)
+  magnitude = None
+  if before.magnitude is not None:
+    magnitude = _times_magnitude(phi, before)
   if segment is not None:
     old = jnp.tile(segment == before.segment[:, None], (1, groups))[:, None]
-    numerator = jnp.where(old[..., None], numerator, 0.0)
-    normalizer = jnp.where(old, normalizer, 0.0)
+    sums = jnp.where(old[..., None], sums, 0.0)
     if magnitude is not None:
       magnitude = jnp.where(old, magnitude, 0.0)
-  numerator += jnp.einsum("bncd,bndv->bncv", weights, value)
-  normalizer += jnp.sum(weights, axis=-1)
+  sums += jnp.einsum("bncd,bndv->bncv", within(phi, psi), value)
   if magnitude is not None:
     magnitude += jnp.sum(within(jnp.abs(phi), jnp.abs(psi)), axis=-1)
-  out = _by_group(normalise(numerator, normalizer, magnitude), query)
+  out, normalizer = _mean(sums, magnitude, known)
+  found = Found(_by_group(out, query), normalizer, top)
   if segment is None:
-    return _add(before, psi, value), out
-  return _next_segment(before, psi, value, segment), out
+    return _add(before, psi, value), found
+  return _next_segment(before, psi, value, segment), found
 
 
 def _by_group(out: Array, query: Array) -> Array:
@@ -137,25 +163,34 @@ def _by_group(out: Array, query: Array) -> Array:
   return out.reshape(*query.shape[:-1], out.shape[-1])
 
 
+def _with_ones(value: Array) -> Array:
+  """``[..., C, V] -> [..., C, V + 1]``: what the sum of keys is a sum of."""
+  return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+
+
+def _mean(sums: Array, magnitude: Array | None, known: Found | None):
+  """Outputs ``[B, N, G C, V]`` and, of positive maps, the normalizers."""
+  if magnitude is not None:
+    return normalise(sums[..., :-1], sums[..., -1], magnitude), None
+  if known is None:
+    return mean_of_values(sums, None)
+  out = known.out.reshape(*sums.shape[:-1], -1)
+  return mean_of_values(sums, (out, known.normalizer))
+
+
 def _add(state: State, psi: Array, value: Array) -> State:
-  """The state with more keys, of the same exponent."""
+  """The state with more keys, of the same exponent; values `_with_ones`."""
   magnitude = state.magnitude
   if magnitude is not None:
     magnitude = magnitude + jnp.sum(jnp.abs(psi), axis=2)
   return state._replace(
-    kv=state.kv + keys_times_values(psi, value),
-    total=state.total + jnp.sum(psi, axis=2),
-    magnitude=magnitude,
+    kv=state.kv + keys_times_values(psi, value), magnitude=magnitude
   )
 
 
-def _normalizers(state: State, phi: Array):
-  """Normalizer and magnitude ``[B, N, G C]`` that queries find in the state."""
-  normalizer = jnp.einsum("bncf,bnf->bnc", phi, state.total)
-  if state.magnitude is None:
-    return normalizer, None
-  magnitude = jnp.einsum("bncf,bnf->bnc", jnp.abs(phi), state.magnitude)
-  return normalizer, magnitude
+def _times_magnitude(phi: Array, state: State) -> Array:
+  """What the normalizers ``[B, N, G C]`` are sums of, without signs."""
+  return jnp.einsum("bncf,bnf->bnc", jnp.abs(phi), state.magnitude)
 
 
 def _next_segment(state: State, psi, value, segment) -> State:
@@ -165,7 +200,6 @@ def _next_segment(state: State, psi, value, segment) -> State:
   keep_old = jnp.where(same, 1.0, 0.0)
   state = state._replace(
     kv=state.kv * keep_old[..., None],
-    total=state.total * keep_old,
     magnitude=(None if state.magnitude is None else state.magnitude * keep_old),
     segment=last,
   )

@@ -50,29 +50,37 @@ queries_times_state.defvjp(_queries_fwd, _queries_bwd)
 
 
 @jax.custom_vjp
-def mean_of_values(phi: Array, kv: Array, normalizer: Array) -> Array:
-  """``phi kv / normalizer``: ``[..., C, V]``, zeros where that is 0.
+def mean_of_values(
+  sums: Array, known: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
+  """``sums[..., :V] / sums[..., V]``, zeros where that is 0, and the divisor.
 
   Args:
-    phi: ``[..., C, F]``.
-    kv: ``[..., F, V]``.
-    normalizer: ``[..., C]``.
+    sums: ``[..., C, V + 1]``, of weights times values and of weights.
+    known: the result, where it is known and its gradient alone is wanted.
+
+  Returns:
+    ``[..., C, V]`` and ``[..., C]``.
   """
-  return divide(phi @ kv, normalizer[..., None])
+  if known is not None:
+    return known
+  normalizer = sums[..., -1]
+  return divide(sums[..., :-1], normalizer[..., None]), normalizer
 
 
-def _mean_fwd(phi, kv, normalizer):
-  return mean_of_values(phi, kv, normalizer), (phi, kv, normalizer)
+def _mean_fwd(sums, known):
+  out = mean_of_values(sums, known)
+  return out, out
 
 
-def _mean_bwd(operands, gradient):
-  """Needs neither output nor ``phi kv``: gradient . phi kv = d_phi . phi."""
-  phi, kv, normalizer = operands
-  gradient = divide(gradient, normalizer[..., None])
-  d_phi = gradient @ _turned(kv)
-  slope = jnp.sum(phi * d_phi, axis=-1, keepdims=True)
-  d_normalizer = -divide(slope, normalizer[..., None])[..., 0]
-  return d_phi, keys_times_values(phi, gradient), d_normalizer
+def _mean_bwd(result, gradients):
+  """Needs the result alone, so the sums are not made again."""
+  out, normalizer = result
+  d_out, d_normalizer = gradients
+  d_values = divide(d_out, normalizer[..., None])
+  d_normalizer = d_normalizer - jnp.sum(d_values * out, axis=-1)
+  d_sums = jnp.concatenate([d_values, d_normalizer[..., None]], axis=-1)
+  return d_sums, None
 
 
 mean_of_values.defvjp(_mean_fwd, _mean_bwd)

@@ -234,10 +234,24 @@ def rescale(state: State, exponent: Array) -> State:
   factor = power_of_two(state.exponent - exponent)
   return state._replace(
     kv=state.kv * factor[..., None],
-    total=state.total * factor,
+    total=None if state.total is None else state.total * factor,
     magnitude=None if state.magnitude is None else state.magnitude * factor,
     exponent=exponent,
   )
+
+
+def joined(state: State) -> State:
+  """The same sums as chunks take them: `total` is the last column of `kv`.
+
+  One product with the features then makes both, or reads both.
+  """
+  kv = jnp.concatenate([state.kv, state.total[..., None]], axis=-1)
+  return state._replace(kv=kv, total=None)
+
+
+def parted(state: State) -> State:
+  """Undoes `joined`."""
+  return state._replace(kv=state.kv[..., :-1], total=state.kv[..., -1])
 
 
 def normalise(

@@ -53,6 +53,34 @@ def test_bfloat16_inputs(is_causal):
   assert_close(as_float(grads), expected_grads, 2.0**-6)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(2)
+def test_second_derivatives_equal_those_of_the_reference(is_causal):
+  # The backward pass takes the outputs as known: it must still say how its own
+  # result depends on them.
+  fm, variables = build()
+  arrays = make(21, scale=0.5)
+
+  def second(**options):
+    loss = lambda *arrays: jnp.sum(
+      jnp.sin(
+        sf.spectral_attention(
+          *arrays,
+          feature_map=fm,
+          variables=variables,
+          is_causal=is_causal,
+          **options,
+        )
+      )
+    )
+    gradient = jax.grad(loss, (0, 1, 2))
+    slope = lambda arrays: sum(jnp.sum(jnp.cos(g)) for g in gradient(*arrays))
+    return jax.jit(jax.grad(slope))(arrays)
+
+  expected = second(implementation="reference")
+  assert_close(second(chunk_size=8), expected, 1e-5)
+
+
 @pytest.mark.slow
 def test_learnable_parameters_take_gradients_through_every_chunk():
   fm, variables = build("oprf", statistics="learned")

@@ -11,7 +11,7 @@ import spectraformer_jax as sf
 from spectraformer_jax.linear_attention import products
 from spectraformer_jax.linear_attention.state import divide
 
-# phi, psi [B, N, C, F]; kv [B, N, F, V]; value [B, N, C, V]; normalizer.
+# phi, psi [B, N, C, F]; kv [B, N, F, V]; value [B, N, C, V].
 SHAPES = {"C": 5, "F": 7, "V": 3}
 
 
@@ -35,13 +35,24 @@ CASES = {
     (draw("C", "F"), draw("F", "V")),
   ),
   "mean_of_values": (
-    products.mean_of_values,
-    lambda phi, kv, normalizer: (
-      jnp.einsum("bncf,bnfv->bncv", phi, kv) / normalizer[..., None]
+    lambda sums: side_by_side(*products.mean_of_values(sums, None)),
+    lambda sums: side_by_side(sums[..., :-1] / sums[..., -1:], sums[..., -1]),
+    (draw("C", "F", low=0.5),),
+  ),
+  "mean_of_values, known": (
+    lambda sums: side_by_side(
+      *products.mean_of_values(
+        sums, jax.lax.stop_gradient(products.mean_of_values(sums, None))
+      )
     ),
-    (draw("C", "F"), draw("F", "V"), draw("C", low=0.5)),
+    lambda sums: side_by_side(sums[..., :-1] / sums[..., -1:], sums[..., -1]),
+    (draw("C", "F", low=0.5),),
   ),
 }
+
+
+def side_by_side(out, normalizer):
+  return jnp.concatenate([out, normalizer[..., None]], axis=-1)
 
 
 def value_and_gradients(function, operands, jit=jax.jit):
@@ -69,17 +80,15 @@ def test_values_and_gradients(name):
 
 
 def test_no_visible_key_gives_zeros_and_zero_gradients():
-  phi, kv, normalizer = CASES["mean_of_values"][2]
-  hidden = normalizer.at[0, 1, 2].set(0.0)
-  out, *grads = value_and_gradients(products.mean_of_values, (phi, kv, hidden))
+  sums = draw("C", "F", low=0.5).at[0, 1, 2, -1].set(0.0)
+  mean = lambda sums: products.mean_of_values(sums, None)[0]
+  out, gradient = value_and_gradients(mean, (sums,))
   assert not jnp.any(out[0, 1, 2])
-  assert not jnp.any(grads[0][0, 1, 2])
-  assert not jnp.any(grads[2][0, 1, 2])
+  assert not jnp.any(gradient[0, 1, 2])
   expected = value_and_gradients(
-    lambda phi, kv, normalizer: divide(phi @ kv, normalizer[..., None]),
-    (phi, kv, hidden),
+    lambda sums: divide(sums[..., :-1], sums[..., -1:]), (sums,)
   )
-  for a, e in zip((out, *grads), expected, strict=True):
+  for a, e in zip((out, gradient), expected, strict=True):
     np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
 
 
