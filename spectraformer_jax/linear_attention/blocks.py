@@ -9,6 +9,9 @@ from spectraformer_jax.typing import Array
 # per token and the state F V, so C near V is cheapest on a CPU; matrix units
 # want more rows.
 CAUSAL_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 256}
+# Chunks between two states that are kept for the backward pass. With the large
+# chunks of a TPU its compiler plans less memory where none is made again.
+STRIDE = {"cpu": 16, "gpu": 16, "tpu": 1}
 # Without a mask larger blocks cost nothing until features leave the cache: on a
 # CPU all rows (examples and heads) of a block have this many positions.
 CPU_POSITIONS = 2048
@@ -23,6 +26,11 @@ def default_chunk(is_causal: bool, key: Array) -> int:
   if backend == "cpu":
     return max(64, min(BLOCK, CPU_POSITIONS // (key.shape[0] * key.shape[2])))
   return BLOCK
+
+
+def default_stride() -> int:
+  """How often a state is kept on the backend in use."""
+  return STRIDE.get(jax.default_backend(), STRIDE["gpu"])
 
 
 def pad(x: Array | None, multiple: int, mode: str = "constant"):

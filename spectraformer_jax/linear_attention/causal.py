@@ -2,7 +2,7 @@
 
 Sequences are cut into chunks. Features are made chunk by chunk and dropped
 again, in the backward pass as well: what stays between the two is query, key,
-value and the state at every `STRIDE`-th chunk boundary.
+value, output, two numbers a query and the state at some chunk boundaries.
 """
 
 import functools
@@ -18,9 +18,6 @@ from spectraformer_jax.linear_attention.state import (
   parted,
 )
 from spectraformer_jax.typing import Array, PyTree
-
-# Chunks between two states that are kept for the backward pass.
-STRIDE = 16
 
 
 def causal(
@@ -71,7 +68,7 @@ class _Plan:
     self.length = query.shape[1]
     self.size = min(chunk, self.length)
     count = -(-self.length // self.size)
-    self.outer = -(-count // STRIDE)
+    self.outer = -(-count // blocks.default_stride())
     self.inner = -(-count // self.outer)
     multiple = self.size * self.inner * self.outer
     if multiple != self.length and keep is None:
