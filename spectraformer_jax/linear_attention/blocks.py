@@ -9,7 +9,11 @@ from spectraformer_jax.typing import Array
 # per token and the state F V, so C near V is cheapest on a CPU; matrix units
 # want more rows.
 CAUSAL_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 256}
-# Chunks between two states that are kept for the backward pass. With the large
+# A step of the causal form takes so many positions of all rows (examples and
+# heads), in one chunk or more: below, launching its programs costs as much as
+# they do. On a CPU smaller ones stay in the cache.
+STEP_POSITIONS = {"cpu": 0, "gpu": 4096, "tpu": 4096}
+# Steps between two states that are kept for the backward pass. With the large
 # chunks of a TPU its compiler plans less memory where none is made again.
 STRIDE = {"cpu": 16, "gpu": 16, "tpu": 1}
 # Without a mask larger blocks cost nothing until features leave the cache: on a
@@ -31,6 +35,13 @@ def default_chunk(is_causal: bool, key: Array) -> int:
 def default_stride() -> int:
   """How often a state is kept on the backend in use."""
   return STRIDE.get(jax.default_backend(), STRIDE["gpu"])
+
+
+def chunks_at_once(chunk: int, key: Array) -> int:
+  """How many chunks of keys ``[B, S, N, H]`` a causal step takes."""
+  backend = jax.default_backend()
+  positions = STEP_POSITIONS.get(backend, STEP_POSITIONS["gpu"])
+  return max(1, positions // (key.shape[0] * key.shape[2] * chunk))
 
 
 def pad(x: Array | None, multiple: int, mode: str = "constant"):

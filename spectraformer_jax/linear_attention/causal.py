@@ -1,8 +1,9 @@
 """Queries that see earlier keys: feature map and prefix sum in one pass.
 
-Sequences are cut into chunks. Features are made chunk by chunk and dropped
-again, in the backward pass as well: what stays between the two is query, key,
-value, output, two numbers a query and the state at some chunk boundaries.
+Sequences are cut into chunks, and a step takes one or more at once. Features
+are made step by step and dropped again, in the backward pass as well: what
+stays between the two is query, key, value, output, two numbers a query and the
+state before some steps.
 """
 
 import functools
@@ -60,16 +61,20 @@ def _causal(maps, chunk, constants, state, *inputs):
 
 
 class _Plan:
-  """Padded inputs of the causal form, and the work on one chunk of them."""
+  """Padded inputs of the causal form, and the work on one step of them."""
 
   def __init__(self, maps, chunk, query, key, value, keep, segment):
     self.maps = maps
     self.shape = query.shape
     self.length = query.shape[1]
-    self.size = min(chunk, self.length)
-    count = -(-self.length // self.size)
-    self.outer = -(-count // blocks.default_stride())
-    self.inner = -(-count // self.outer)
+    self.chunk_size = min(chunk, self.length)
+    # Where segments meet, a state is that of the last one: a chunk at a time.
+    together = 1 if segment is not None else blocks.chunks_at_once(chunk, key)
+    count = -(-self.length // self.chunk_size)
+    steps = -(-count // together)
+    self.size = -(-count // steps) * self.chunk_size
+    self.outer = -(-steps // blocks.default_stride())
+    self.inner = -(-steps // self.outer)
     multiple = self.size * self.inner * self.outer
     if multiple != self.length and keep is None:
       keep = jnp.ones(key.shape[:2], bool)
@@ -80,7 +85,7 @@ class _Plan:
     self.segment = blocks.pad(segment, multiple, mode="edge")
 
   def inputs(self, index, start):
-    """Query, key, value, position, keep and segment of one chunk."""
+    """Query, key, value, position, keep and segment of one step."""
     segment = self.segment
     if segment is not None:
       segment = blocks.take(segment, index, self.size)
@@ -93,15 +98,17 @@ class _Plan:
     )
 
   def query_block(self, query, index):
-    """One chunk of an array that is like the queries."""
+    """One step of an array that is like the queries."""
     return blocks.query_block(query, self.shape[2], index, self.size)
 
-  def chunk(self, constants, state, *inputs):
-    """State and output after one chunk."""
-    return chunks.causal_chunk(*self.maps, constants, state, *inputs)
+  def step(self, constants, state, *inputs, known=None):
+    """State after one step, and what its queries found."""
+    return chunks.causal_chunks(
+      *self.maps, self.chunk_size, constants, state, *inputs, known
+    )
 
   def index(self, outer, inner):
-    """The number of a chunk."""
+    """The number of a step."""
     return outer * self.inner + inner
 
 
@@ -113,7 +120,7 @@ def _causal_forward(plan, constants, state):
     def step(carry, inner):
       state, out = carry
       index = plan.index(outer, inner)
-      state, found = plan.chunk(constants, state, *plan.inputs(index, start))
+      state, found = plan.step(constants, state, *plan.inputs(index, start))
       out = blocks.write(out, found.out, index)
       return (state, out), found._replace(out=None)
 
@@ -150,7 +157,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
 
     def again(state, inner):
       inputs = plan.inputs(plan.index(outer, inner), initial.length)
-      return plan.chunk(constants, state, *inputs)[0], state
+      return plan.step(constants, state, *inputs)[0], state
 
     _, states = jax.lax.scan(again, state, jnp.arange(plan.inner))
 
@@ -161,25 +168,24 @@ def _causal_bwd(maps, chunk, residuals, gradients):
       found = found._replace(out=plan.query_block(out, index))
       query, key, value, *where = plan.inputs(index, initial.length)
 
-      def one_chunk(floats, sums, query, key, value):
-        after, again = plan.chunk(
+      def one_step(floats, sums, query, key, value):
+        after, again = plan.step(
           leaves.with_floats(constants, floats),
           leaves.with_sums(state, sums),
           *(query, key, value, *where),
-          found,
+          known=found,
         )
         return leaves.sums(after), again.out
 
       _, pull = jax.vjp(
-        one_chunk,
+        one_step,
         leaves.floats(constants),
         leaves.sums(state),
         query,
         key,
         value,
       )
-      d_chunk = plan.query_block(d_out, index)
-      pulled = pull((d_state, d_chunk))
+      pulled = pull((d_state, plan.query_block(d_out, index)))
       d_inputs = (
         blocks.write(whole, block, index)
         for whole, block in zip(d_inputs, pulled[2:], strict=True)

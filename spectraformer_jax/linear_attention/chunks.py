@@ -90,9 +90,10 @@ def read(
   return Found(_by_group(out, query), normalizer, top)
 
 
-def causal_chunk(
+def causal_chunks(
   query_map: FeatureFn,
   key_map: FeatureFn,
+  chunk: int,
   constants: PyTree,
   state: State,
   query: Array,
@@ -103,25 +104,27 @@ def causal_chunk(
   segment: Array | None,
   known: Found | None = None,
 ) -> tuple[State, Found]:
-  """Outputs of a chunk whose queries see the state and earlier keys.
+  """Outputs of some chunks whose queries see the state and earlier keys.
 
   Args:
     query_map: the feature map of queries.
     key_map: that of keys.
+    chunk: positions of a chunk; it divides C.
     constants: their variables.
-    state: sums over the keys before the chunk.
+    state: sums over the keys before the first.
     query: ``[B, N, G, C, H]``.
     key: ``[B, N, C, H]``.
     value: ``[B, N, C, V]``.
-    position: of the first of the chunk.
+    position: of the first.
     keep: bool ``[B, 1, C, 1]`` or None.
-    segment: ids ``[B, C]`` of packed rows (not decreasing), or None.
+    segment: ids ``[B, C]`` of packed rows (not decreasing) in one chunk, or
+      None.
     known: what was found, where gradients alone are wanted; else None.
 
   Returns:
-    The state after the chunk, and what its queries found.
+    The state after them, and what their queries found.
   """
-  groups, length = query.shape[2:4]
+  groups, count = query.shape[2], query.shape[3] // chunk
   psi, exponent = key_features(
     key_map, constants, key, position, keep, state.exponent
   )
@@ -129,33 +132,69 @@ def causal_chunk(
   phi, top = query_features(
     query_map, constants, query, position, exponent, known and known.top
   )
-  visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
+  visible = jnp.tril(jnp.ones((chunk, chunk), bool))
   if segment is not None:
-    visible &= (segment[:, :, None] == segment[:, None, :])[:, None]
-  visible = jnp.tile(visible, (1, 1, groups, 1))
+    visible &= (segment[:, :, None] == segment[:, None, :])[:, None, None]
+  visible = jnp.tile(visible, (groups, 1))
 
   def within(phi, psi):
-    weights = jnp.einsum("bncf,bndf->bncd", phi, psi)
+    weights = jnp.einsum("...cf,...df->...cd", phi, psi)
     return jnp.where(visible, weights, 0.0)
 
-  value = _with_ones(value)
-  sums = queries_times_state(phi, before.kv)
+  phi = _in_chunks(phi, groups, count)
+  psi, value = (_in_chunks(x, 1, count) for x in (psi, _with_ones(value)))
+  states, after = _states(before, psi, value)
+  sums = queries_times_state(phi, states.kv)
   magnitude = None
-  if before.magnitude is not None:
-    magnitude = _times_magnitude(phi, before)
+  if states.magnitude is not None:
+    magnitude = _times_magnitude(phi, states)
   if segment is not None:
-    old = jnp.tile(segment == before.segment[:, None], (1, groups))[:, None]
+    old = jnp.tile(segment == before.segment[:, None], (1, groups))
+    old = old[:, None, None]
     sums = jnp.where(old[..., None], sums, 0.0)
     if magnitude is not None:
       magnitude = jnp.where(old, magnitude, 0.0)
-  sums += jnp.einsum("bncd,bndv->bncv", within(phi, psi), value)
+    after = _next_segment(before, psi[:, :, 0], value[:, :, 0], segment)
+  sums += jnp.einsum("...cd,...dv->...cv", within(phi, psi), value)
   if magnitude is not None:
     magnitude += jnp.sum(within(jnp.abs(phi), jnp.abs(psi)), axis=-1)
-  out, normalizer = _mean(sums, magnitude, known)
-  found = Found(_by_group(out, query), normalizer, top)
-  if segment is None:
-    return _add(before, psi, value), found
-  return _next_segment(before, psi, value, segment), found
+    magnitude = _in_a_row(magnitude[..., None], groups)[..., 0]
+  out, normalizer = _mean(_in_a_row(sums, groups), magnitude, known)
+  return after, Found(_by_group(out, query), normalizer, top)
+
+
+def _in_chunks(x: Array, groups: int, count: int) -> Array:
+  """``[B, N, G S C, .] -> [B, N, S, G C, .]``, S the count of chunks."""
+  batch, heads, _, depth = x.shape
+  x = x.reshape(batch, heads, groups, count, -1, depth)
+  return jnp.swapaxes(x, 2, 3).reshape(batch, heads, count, -1, depth)
+
+
+def _in_a_row(x: Array, groups: int) -> Array:
+  """Undoes `_in_chunks`."""
+  batch, heads, count, _, depth = x.shape
+  x = x.reshape(batch, heads, count, groups, -1, depth)
+  return jnp.swapaxes(x, 2, 3).reshape(batch, heads, -1, depth)
+
+
+def _states(state: State, psi: Array, value: Array) -> tuple[State, State]:
+  """States before each chunk, ``[B, N, S, ...]``, and after the last."""
+
+  def running(first, own):
+    first = first[:, :, None]
+    ends = first + jnp.cumsum(own, axis=2)
+    return jnp.concatenate([first, ends[:, :, :-1]], axis=2), ends[:, :, -1]
+
+  kv, last_kv = running(state.kv, keys_times_values(psi, value))
+  magnitude = last_magnitude = None
+  if state.magnitude is not None:
+    magnitude, last_magnitude = running(
+      state.magnitude, jnp.sum(jnp.abs(psi), axis=-2)
+    )
+  return (
+    state._replace(kv=kv, magnitude=magnitude),
+    state._replace(kv=last_kv, magnitude=last_magnitude),
+  )
 
 
 def _by_group(out: Array, query: Array) -> Array:
@@ -190,7 +229,7 @@ def _add(state: State, psi: Array, value: Array) -> State:
 
 def _times_magnitude(phi: Array, state: State) -> Array:
   """What the normalizers ``[B, N, G C]`` are sums of, without signs."""
-  return jnp.einsum("bncf,bnf->bnc", jnp.abs(phi), state.magnitude)
+  return jnp.einsum("...cf,...f->...c", jnp.abs(phi), state.magnitude)
 
 
 def _next_segment(state: State, psi, value, segment) -> State:
