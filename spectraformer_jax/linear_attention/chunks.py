@@ -132,10 +132,10 @@ def causal_chunks(
   phi, top = query_features(
     query_map, constants, query, position, exponent, known and known.top
   )
-  visible = jnp.tril(jnp.ones((chunk, chunk), bool))
+  visible = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
   if segment is not None:
     visible &= (segment[:, :, None] == segment[:, None, :])[:, None, None]
-  visible = jnp.tile(visible, (groups, 1))
+  visible = jnp.tile(visible, (1, 1, 1, groups, 1))
 
   def within(phi, psi):
     weights = jnp.einsum("...cf,...df->...cd", phi, psi)

@@ -1,0 +1,84 @@
+"""Causal steps of several chunks, as accelerators take them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spectraformer_jax as sf
+from spectraformer_jax.linear_attention import blocks
+from tests.linear_attention.engine_cases import (
+  CAUSAL,
+  assert_close,
+  build,
+  make,
+  run,
+)
+
+CHUNK = 12  # used here alone: what was compiled for it is not used again
+
+
+@pytest.fixture(params=[(3, 1), (4, 16), (9, 1)], ids=lambda p: f"{p[0]}x")
+def together(request, monkeypatch):
+  """Chunks a step for 4 rows, and steps between two states that are kept."""
+  chunks, stride = request.param
+  jax.clear_caches()
+  monkeypatch.setitem(blocks.STEP_POSITIONS, "cpu", 4 * CHUNK * chunks)
+  monkeypatch.setitem(blocks.STRIDE, "cpu", stride)
+  yield chunks
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("component", CAUSAL)
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.quick_every(5)
+def test_values_and_gradients_equal_the_reference(component, heads, together):
+  assert blocks.chunks_at_once(CHUNK, jnp.zeros((2, 100, 2, 4))) == together
+  fm, variables = build(component, **CAUSAL[component])
+  arrays = make(100, heads=heads, scale=0.5)
+  mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, 100))
+  _, state = sf.spectral_attention(
+    *make(7, scale=0.5),
+    feature_map=fm,
+    variables=variables,
+    is_causal=True,
+    return_state=True,
+  )
+  kwargs = {"is_causal": True, "key_mask": mask, "state": state}
+  actual = run(arrays, fm, variables, chunk_size=CHUNK, **kwargs)
+  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  # As in test_engine.py: a signed normalizer amplifies rounding.
+  assert_close(actual, expected, 2e-2 if component == "trigrf" else 5e-5)
+
+
+def test_the_future_changes_no_bit(together):
+  fm, variables = build()
+  arrays = make(100, scale=3.0)
+  other = [a.at[:, 50:].multiply(-7.0) for a in arrays]
+
+  def attend(arrays):
+    return sf.spectral_attention(
+      *arrays,
+      feature_map=fm,
+      variables=variables,
+      is_causal=True,
+      chunk_size=CHUNK,
+    )
+
+  before, after = attend(arrays), attend(other)
+  np.testing.assert_array_equal(after[:, :50], before[:, :50])
+  assert float(jnp.abs(after - before).max()) > 0.0
+
+
+def test_the_state_equals_that_of_single_chunks(together):
+  fm, variables = build()
+  kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
+
+  def after(chunk_size):
+    return sf.spectral_attention(
+      *make(100), return_state=True, chunk_size=chunk_size, **kwargs
+    )[1]
+
+  actual, expected = after(CHUNK), after(4 * CHUNK * together)
+  assert actual.kv.shape == expected.kv.shape
+  assert_close(actual, expected, 1e-5)
