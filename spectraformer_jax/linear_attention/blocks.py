@@ -1,47 +1,58 @@
 """Sequences in blocks of positions: sizes, padding, reading and writing one."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.typing import Array
 
-# Default chunk sizes. In the causal form the masked product costs C (F + V)
-# per token and the state F V, so C near V is cheapest on a CPU; matrix units
-# want more rows.
-CAUSAL_CHUNK = {"cpu": 64, "gpu": 128, "tpu": 256}
-# A step of the causal form takes so many positions of all rows (examples and
-# heads), in one chunk or more: below, launching its programs costs as much as
-# they do. On a CPU smaller ones stay in the cache.
-STEP_POSITIONS = {"cpu": 0, "gpu": 4096, "tpu": 4096}
-# Steps between two states that are kept for the backward pass. With the large
-# chunks of a TPU its compiler plans less memory where none is made again.
-STRIDE = {"cpu": 16, "gpu": 16, "tpu": 1}
-# Without a mask larger blocks cost nothing until features leave the cache: on a
-# CPU all rows (examples and heads) of a block have this many positions.
-CPU_POSITIONS = 2048
-BLOCK = 1024
+
+class Sizes(NamedTuple):
+  """What is best on a backend.
+
+  Attributes:
+    chunk: positions of a causal chunk. Its masked product costs C (F + V) a
+      token and the state F V, so C near V is cheapest on a CPU; matrix units
+      want more rows.
+    step: positions of all rows (examples and heads) in a causal step, which
+      takes one chunk or more. Below, launching its programs costs as much as
+      they do; on a CPU a single chunk stays in the cache.
+    stride: steps between two states that are kept for the backward pass. With
+      the large chunks of a TPU its compiler plans less memory where all are.
+    block: positions of all rows in a block of what sees every key: features of
+      a block should stay in the cache.
+  """
+
+  chunk: int
+  step: int
+  stride: int
+  block: int
+
+
+SIZES = {
+  "cpu": Sizes(chunk=64, step=0, stride=16, block=2048),
+  "gpu": Sizes(chunk=128, step=4096, stride=16, block=16384),
+  "tpu": Sizes(chunk=256, step=4096, stride=1, block=16384),
+}
+
+
+def sizes() -> Sizes:
+  """Those of the backend in use."""
+  return SIZES.get(jax.default_backend(), SIZES["gpu"])
 
 
 def default_chunk(is_causal: bool, key: Array) -> int:
   """A good chunk size for the backend in use and keys ``[B, S, N, H]``."""
-  backend = jax.default_backend()
+  best = sizes()
   if is_causal:
-    return CAUSAL_CHUNK.get(backend, CAUSAL_CHUNK["gpu"])
-  if backend == "cpu":
-    return max(64, min(BLOCK, CPU_POSITIONS // (key.shape[0] * key.shape[2])))
-  return BLOCK
-
-
-def default_stride() -> int:
-  """How often a state is kept on the backend in use."""
-  return STRIDE.get(jax.default_backend(), STRIDE["gpu"])
+    return best.chunk
+  return max(best.chunk, best.block // (key.shape[0] * key.shape[2]))
 
 
 def chunks_at_once(chunk: int, key: Array) -> int:
   """How many chunks of keys ``[B, S, N, H]`` a causal step takes."""
-  backend = jax.default_backend()
-  positions = STEP_POSITIONS.get(backend, STEP_POSITIONS["gpu"])
-  return max(1, positions // (key.shape[0] * key.shape[2] * chunk))
+  return max(1, sizes().step // (key.shape[0] * key.shape[2] * chunk))
 
 
 def pad(x: Array | None, multiple: int, mode: str = "constant"):

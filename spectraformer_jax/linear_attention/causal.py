@@ -73,7 +73,7 @@ class _Plan:
     count = -(-self.length // self.chunk_size)
     steps = -(-count // together)
     self.size = -(-count // steps) * self.chunk_size
-    self.outer = -(-steps // blocks.default_stride())
+    self.outer = -(-steps // blocks.sizes().stride)
     self.inner = -(-steps // self.outer)
     multiple = self.size * self.inner * self.outer
     if multiple != self.length and keep is None:

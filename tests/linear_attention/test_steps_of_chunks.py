@@ -23,8 +23,8 @@ def together(request, monkeypatch):
   """Chunks a step for 4 rows, and steps between two states that are kept."""
   chunks, stride = request.param
   jax.clear_caches()
-  monkeypatch.setitem(blocks.STEP_POSITIONS, "cpu", 4 * CHUNK * chunks)
-  monkeypatch.setitem(blocks.STRIDE, "cpu", stride)
+  sizes = blocks.SIZES["cpu"]._replace(step=4 * CHUNK * chunks, stride=stride)
+  monkeypatch.setitem(blocks.SIZES, "cpu", sizes)
   yield chunks
   jax.clear_caches()
 
