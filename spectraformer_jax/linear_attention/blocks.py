@@ -32,8 +32,8 @@ class Sizes(NamedTuple):
 
 SIZES = {
   "cpu": Sizes(chunk=64, step=0, stride=16, block=2048),
-  "gpu": Sizes(chunk=128, step=4096, stride=16, block=16384),
-  "tpu": Sizes(chunk=256, step=4096, stride=1, block=16384),
+  "gpu": Sizes(chunk=128, step=16384, stride=16, block=16384),
+  "tpu": Sizes(chunk=256, step=16384, stride=1, block=16384),
 }
 
 
