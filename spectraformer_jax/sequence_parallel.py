@@ -112,7 +112,7 @@ def sequence_parallel_attention(
     feature_map=feature_map,
     root=checks.split_scale(scale, query.shape[-1]),
     is_causal=is_causal,
-    chunk=chunk_size or blocks.default_chunk(is_causal, key),
+    chunk=chunk_size,
     mesh=mesh,
     axis=axis,
   )
@@ -163,9 +163,10 @@ def _sequence_parallel(
     query = query.reshape(*shape[:2], key.shape[2], groups, shape[3])
     value = value.astype(jnp.float32)
     index = jax.lax.axis_index(axis)
+    block = blocks.block_size(chunk, key)
     empty = start(maps, constants, key, value.shape[3], is_signed)
     own = bidirectional.accumulate(
-      *(maps.key, chunk, constants),
+      *(maps.key, block, constants),
       empty._replace(length=index * key.shape[1]),
       *(key, value, keep),
     )
@@ -177,7 +178,7 @@ def _sequence_parallel(
       out, _ = causal.causal(maps, chunk, constants, state, *inputs)
     else:
       out = bidirectional.read(
-        maps.query, chunk, constants, state, query, position
+        maps.query, block, constants, state, query, position
       )
     return out.reshape(*shape[:3], -1)
 

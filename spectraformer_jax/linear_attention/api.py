@@ -272,7 +272,6 @@ def _xla(
 ):
   """The linear form in plain XLA."""
   value = value.astype(jnp.float32)
-  chunk = chunk or blocks.default_chunk(is_causal, key)
   if segment_ids is not None:
     out = segments.packed(
       maps,
@@ -291,6 +290,7 @@ def _xla(
     return causal.causal(
       maps, chunk, constants, state, query, key, value, keep, None
     )
+  chunk = blocks.block_size(chunk, key)
   return bidirectional.bidirectional(
     maps, constants, state, query, key, value, keep, chunk=chunk
   )

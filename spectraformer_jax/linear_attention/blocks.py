@@ -42,17 +42,19 @@ def sizes() -> Sizes:
   return SIZES.get(jax.default_backend(), SIZES["gpu"])
 
 
-def default_chunk(is_causal: bool, key: Array) -> int:
-  """A good chunk size for the backend in use and keys ``[B, S, N, H]``."""
+def block_size(chunk: int | None, key: Array) -> int:
+  """Positions in a block of keys ``[B, S, N, H]``: what is asked, or best."""
   best = sizes()
-  if is_causal:
-    return best.chunk
-  return max(best.chunk, best.block // (key.shape[0] * key.shape[2]))
+  return chunk or max(best.chunk, best.block // (key.shape[0] * key.shape[2]))
 
 
-def chunks_at_once(chunk: int, key: Array) -> int:
-  """How many chunks of keys ``[B, S, N, H]`` a causal step takes."""
-  return max(1, sizes().step // (key.shape[0] * key.shape[2] * chunk))
+def step_size(chunk: int | None, key: Array) -> tuple[int, int]:
+  """Positions in a causal chunk, and chunks in a step: one if it is asked."""
+  if chunk:
+    return chunk, 1
+  best = sizes()
+  rows = key.shape[0] * key.shape[2]
+  return best.chunk, max(1, best.step // (rows * best.chunk))
 
 
 def pad(x: Array | None, multiple: int, mode: str = "constant"):

@@ -23,7 +23,7 @@ from spectraformer_jax.typing import Array, PyTree
 
 def causal(
   maps: Maps,
-  chunk: int,
+  chunk: int | None,
   constants: PyTree,
   state: State,
   query: Array,
@@ -36,7 +36,7 @@ def causal(
 
   Args:
     maps: feature maps.
-    chunk: positions in a chunk.
+    chunk: positions in a chunk and a step; None for what is best.
     constants: variables of the maps.
     state: sums over keys that came before.
     query: ``[B, T, N, G, H]``.
@@ -67,9 +67,10 @@ class _Plan:
     self.maps = maps
     self.shape = query.shape
     self.length = query.shape[1]
+    chunk, together = blocks.step_size(chunk, key)
+    if segment is not None:
+      together = 1  # where segments meet, a state is that of the last one
     self.chunk_size = min(chunk, self.length)
-    # Where segments meet, a state is that of the last one: a chunk at a time.
-    together = 1 if segment is not None else blocks.chunks_at_once(chunk, key)
     count = -(-self.length // self.chunk_size)
     steps = -(-count // together)
     self.size = -(-count // steps) * self.chunk_size

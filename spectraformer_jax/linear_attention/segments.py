@@ -23,7 +23,7 @@ def packed(
   segments: tuple[Array, Array],
   *,
   is_causal: bool,
-  chunk: int,
+  chunk: int | None,
 ) -> Array:
   """Each query sees the visible keys of its own segment.
 
@@ -37,7 +37,7 @@ def packed(
     keep: bool ``[B, S]`` or None.
     segments: ids of queries ``[B, T]`` and of keys ``[B, S]``.
     is_causal: and only earlier ones; needs T == S.
-    chunk: positions in a chunk.
+    chunk: positions in a chunk; None for what is best.
 
   Returns:
     ``[B, T, N, G, V]`` float32.

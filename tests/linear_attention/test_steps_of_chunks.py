@@ -15,7 +15,7 @@ from tests.linear_attention.engine_cases import (
   run,
 )
 
-CHUNK = 12  # used here alone: what was compiled for it is not used again
+CHUNK = 12
 
 
 @pytest.fixture(params=[(3, 1), (4, 16), (9, 1)], ids=lambda p: f"{p[0]}x")
@@ -23,7 +23,8 @@ def together(request, monkeypatch):
   """Chunks a step for 4 rows, and steps between two states that are kept."""
   chunks, stride = request.param
   jax.clear_caches()
-  sizes = blocks.SIZES["cpu"]._replace(step=4 * CHUNK * chunks, stride=stride)
+  step = 4 * CHUNK * chunks
+  sizes = blocks.Sizes(chunk=CHUNK, step=step, stride=stride, block=2048)
   monkeypatch.setitem(blocks.SIZES, "cpu", sizes)
   yield chunks
   jax.clear_caches()
@@ -33,7 +34,8 @@ def together(request, monkeypatch):
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.quick_every(5)
 def test_values_and_gradients_equal_the_reference(component, heads, together):
-  assert blocks.chunks_at_once(CHUNK, jnp.zeros((2, 100, 2, 4))) == together
+  key = jnp.zeros((2, 100, 2, 4))
+  assert blocks.step_size(None, key) == (CHUNK, together)
   fm, variables = build(component, **CAUSAL[component])
   arrays = make(100, heads=heads, scale=0.5)
   mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, 100))
@@ -45,7 +47,7 @@ def test_values_and_gradients_equal_the_reference(component, heads, together):
     return_state=True,
   )
   kwargs = {"is_causal": True, "key_mask": mask, "state": state}
-  actual = run(arrays, fm, variables, chunk_size=CHUNK, **kwargs)
+  actual = run(arrays, fm, variables, **kwargs)
   expected = run(arrays, fm, variables, implementation="reference", **kwargs)
   # As in test_engine.py: a signed normalizer amplifies rounding.
   assert_close(actual, expected, 2e-2 if component == "trigrf" else 5e-5)
@@ -62,7 +64,6 @@ def test_the_future_changes_no_bit(together):
       feature_map=fm,
       variables=variables,
       is_causal=True,
-      chunk_size=CHUNK,
     )
 
   before, after = attend(arrays), attend(other)
@@ -79,6 +80,6 @@ def test_the_state_equals_that_of_single_chunks(together):
       *make(100), return_state=True, chunk_size=chunk_size, **kwargs
     )[1]
 
-  actual, expected = after(CHUNK), after(4 * CHUNK * together)
+  actual, expected = after(None), after(100)
   assert actual.kv.shape == expected.kv.shape
   assert_close(actual, expected, 1e-5)
