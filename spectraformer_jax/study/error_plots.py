@@ -1,6 +1,7 @@
 """Pictures of measured errors."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", "--")
 MOST_LINES = len(MARKERS)
 LEAST = 1e-9  # in place of zero, in logarithms
+LETTERS_PER_INCH = 11  # of a title
 
 
 def draw(settings: Sequence[Setting], folder: Path) -> list[Path]:
@@ -44,12 +46,18 @@ def draw(settings: Sequence[Setting], folder: Path) -> list[Path]:
         count = len(group[0].pairs)
         if function is not _draw_heat_maps and count > MOST_LINES:
           title += f"\n{MOST_LINES} best of {count} pairs"
-        figure.suptitle(title)
+        figure.suptitle(_wrapped(title, figure.get_figwidth()))
         partial = folder / f".{path.name}.partial"
         figure.savefig(partial, format="png")
         partial.replace(path)
         written.append(path)
   return written
+
+
+def _wrapped(title: str, inches: float) -> str:
+  """The title in lines that a figure of that width has room for."""
+  width = int(LETTERS_PER_INCH * inches)
+  return "\n".join(textwrap.fill(x, width) for x in title.split("\n"))
 
 
 _TITLES = {

@@ -1,4 +1,5 @@
 import pytest
+from matplotlib.figure import Figure
 
 from spectraformer_jax.study import error_plots
 from spectraformer_jax.study.settings import settings_of
@@ -48,3 +49,18 @@ def test_the_best_are_shown_if_there_are_many():
   assert set(styles) == {f"c{i}-x" for i in range(3, count)}
   looks = {(style["color"], style["marker"]) for style in styles.values()}
   assert len(looks) == len(styles)
+
+
+def test_titles_stay_inside_of_narrow_pictures(tmp_path, monkeypatch):
+  edges = []
+
+  def save(figure, *args, **kwargs):
+    savefig(figure, *args, **kwargs)
+    box = figure.texts[0].get_window_extent()
+    edges.append((box.x0, figure.bbox.width - box.x1))
+
+  savefig = Figure.savefig
+  monkeypatch.setattr(Figure, "savefig", save)
+  rows = [row(), row("relu-none", None)]
+  assert names(tmp_path, rows) == ALL[2:]
+  assert min(edges[0]) > 0.0
