@@ -83,9 +83,7 @@ def read(
     query_map, constants, query, position, state.exponent, known and known.top
   )
   sums = queries_times_state(phi, state.kv)
-  magnitude = None
-  if state.magnitude is not None:
-    magnitude = _times_magnitude(phi, state)
+  magnitude = _times_magnitude(phi, state)
   out, normalizer = _mean(sums, magnitude, known)
   return Found(_by_group(out, query), normalizer, top)
 
@@ -145,9 +143,7 @@ def causal_chunks(
   psi, value = (_in_chunks(x, 1, count) for x in (psi, _with_ones(value)))
   states, after = _states(before, psi, value)
   sums = queries_times_state(phi, states.kv)
-  magnitude = None
-  if states.magnitude is not None:
-    magnitude = _times_magnitude(phi, states)
+  magnitude = _times_magnitude(phi, states)
   if segment is not None:
     old = jnp.tile(segment == before.segment[:, None], (1, groups))
     old = old[:, None, None]
@@ -227,8 +223,10 @@ def _add(state: State, psi: Array, value: Array) -> State:
   )
 
 
-def _times_magnitude(phi: Array, state: State) -> Array:
-  """What the normalizers ``[B, N, G C]`` are sums of, without signs."""
+def _times_magnitude(phi: Array, state: State) -> Array | None:
+  """Sums ``[..., C]`` of normalizers without signs; None for positive maps."""
+  if state.magnitude is None:
+    return None
   return jnp.einsum("...cf,...f->...c", jnp.abs(phi), state.magnitude)
 
 

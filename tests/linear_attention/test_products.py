@@ -23,6 +23,14 @@ def draw(*letters, low=None):
   return jax.random.uniform(rng, shape, minval=low)
 
 
+def side_by_side(out, normalizer):
+  return jnp.concatenate([out, normalizer[..., None]], axis=-1)
+
+
+def plain_mean(sums):
+  return side_by_side(sums[..., :-1] / sums[..., -1:], sums[..., -1])
+
+
 CASES = {
   "keys_times_values": (
     products.keys_times_values,
@@ -36,7 +44,7 @@ CASES = {
   ),
   "mean_of_values": (
     lambda sums: side_by_side(*products.mean_of_values(sums, None)),
-    lambda sums: side_by_side(sums[..., :-1] / sums[..., -1:], sums[..., -1]),
+    plain_mean,
     (draw("C", "F", low=0.5),),
   ),
   "mean_of_values, known": (
@@ -45,14 +53,10 @@ CASES = {
         sums, jax.lax.stop_gradient(products.mean_of_values(sums, None))
       )
     ),
-    lambda sums: side_by_side(sums[..., :-1] / sums[..., -1:], sums[..., -1]),
+    plain_mean,
     (draw("C", "F", low=0.5),),
   ),
 }
-
-
-def side_by_side(out, normalizer):
-  return jnp.concatenate([out, normalizer[..., None]], axis=-1)
 
 
 def value_and_gradients(function, operands, jit=jax.jit):
