@@ -14,7 +14,7 @@ from spectraformer_jax.attention import (
   statistics_of,
 )
 from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.linear_attention import bidirectional, blocks, causal
+from spectraformer_jax.linear_attention import bidirectional, causal
 from spectraformer_jax.linear_attention.api import start
 from spectraformer_jax.linear_attention.state import (
   LOWEST,
@@ -163,10 +163,9 @@ def _sequence_parallel(
     query = query.reshape(*shape[:2], key.shape[2], groups, shape[3])
     value = value.astype(jnp.float32)
     index = jax.lax.axis_index(axis)
-    block = blocks.block_size(chunk, key)
     empty = start(maps, constants, key, value.shape[3], is_signed)
     own = bidirectional.accumulate(
-      *(maps.key, block, constants),
+      *(maps.key, chunk, constants),
       empty._replace(length=index * key.shape[1]),
       *(key, value, keep),
     )
@@ -178,7 +177,7 @@ def _sequence_parallel(
       out, _ = causal.causal(maps, chunk, constants, state, *inputs)
     else:
       out = bidirectional.read(
-        maps.query, block, constants, state, query, position
+        maps.query, chunk, constants, state, query, position
       )
     return out.reshape(*shape[:3], -1)
 

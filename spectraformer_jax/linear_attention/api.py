@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from spectraformer_jax import checks
 from spectraformer_jax.linear_attention import (
   bidirectional,
-  blocks,
   causal,
   chunks,
   pallas,
@@ -290,7 +289,6 @@ def _xla(
     return causal.causal(
       maps, chunk, constants, state, query, key, value, keep, None
     )
-  chunk = blocks.block_size(chunk, key)
   return bidirectional.bidirectional(
     maps, constants, state, query, key, value, keep, chunk=chunk
   )

@@ -30,7 +30,7 @@ def bidirectional(
   value: Array,
   keep: Array | None,
   *,
-  chunk: int,
+  chunk: int | None,
 ) -> tuple[Array, State]:
   """Every query sees every visible key and the initial state.
 
@@ -42,7 +42,7 @@ def bidirectional(
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]`` float32.
     keep: bool ``[B, S]`` or None.
-    chunk: positions in a block.
+    chunk: positions in a block; None for what is best.
 
   Returns:
     ``[B, T, N, G, V]`` and the state after all keys.
@@ -53,7 +53,7 @@ def bidirectional(
 
 def read(
   query_map: FeatureFn,
-  chunk: int,
+  chunk: int | None,
   constants: PyTree,
   state: State,
   query: Array,
@@ -63,7 +63,7 @@ def read(
 
   Args:
     query_map: the feature map of queries.
-    chunk: positions in a block.
+    chunk: positions in a block; None for what is best.
     constants: variables of the map.
     state: sums over all keys.
     query: ``[B, T, N, G, H]``.
@@ -83,18 +83,21 @@ def _read(query_map, chunk, constants, state, query, position):
 
 def _read_blocks(query_map, chunk, constants, state, query, position):
   """The output, and normalizers and largest exponents of each block."""
-  length, heads = query.shape[1:3]
-  size = min(chunk, length)
-  padded = blocks.pad(blocks.flat(query), size)
+  length = query.shape[1]
+  cut, (padded,) = _cut(chunk, query.shape, blocks.flat(query))
 
   def step(out, index):
-    block = blocks.query_block(padded, heads, index, size)
-    where = position + index * size
-    found = chunks.read(query_map, constants, state, block, where)
-    return blocks.write(out, found.out, index), found._replace(out=None)
+    place = cut.place(index, padded.shape[1])
+    found = chunks.read(
+      query_map,
+      *cut.rows((constants, state), place),
+      cut.queries(padded, place),
+      position + place.position,
+    )
+    return cut.write(out, found.out, place), found._replace(out=None)
 
   out = blocks.empty(padded, state.kv.shape[-1] - 1, state.kv.dtype)
-  count = jnp.arange(padded.shape[1] // size)
+  count = jnp.arange(cut.count(padded.shape[1]))
   out, found = jax.lax.scan(step, out, count)
   return out[:, :length].reshape(*query.shape[:-1], -1), found
 
@@ -107,40 +110,41 @@ def _read_fwd(query_map, chunk, constants, state, query, position):
 def _read_bwd(query_map, chunk, residuals, gradient):
   """Blocks are independent; what they say of the state is added up."""
   constants, state, query, position, out, every = residuals
-  length, heads = query.shape[1:3]
-  size = min(chunk, length)
-  padded, gradient, out = (
-    blocks.pad(blocks.flat(x), size) for x in (query, gradient, out)
+  length = query.shape[1]
+  cut, (padded, gradient, out) = _cut(
+    chunk, query.shape, *map(blocks.flat, (query, gradient, out))
   )
 
   def step(carry, x):
     total, d_query = carry
     index, found = x
-    found = found._replace(out=blocks.query_block(out, heads, index, size))
+    place = cut.place(index, padded.shape[1])
+    found = found._replace(out=cut.queries(out, place))
+    own_constants, own_state = cut.rows((constants, state), place)
     _, pull = jax.vjp(
-      lambda floats, sums, block: (
+      lambda floats, sums, queries: (
         chunks.read(
           query_map,
-          leaves.with_floats(constants, floats),
-          leaves.with_sums(state, sums),
-          block,
-          position + index * size,
+          leaves.with_floats(own_constants, floats),
+          leaves.with_sums(own_state, sums),
+          queries,
+          position + place.position,
           found,
         ).out
       ),
-      leaves.floats(constants),
-      leaves.sums(state),
-      blocks.query_block(padded, heads, index, size),
+      leaves.floats(own_constants),
+      leaves.sums(own_state),
+      cut.queries(padded, place),
     )
-    *pulled, d_block = pull(blocks.query_block(gradient, heads, index, size))
-    total = leaves.tree_add(total, tuple(pulled))
-    return (total, blocks.write(d_query, d_block, index)), None
+    *pulled, d_block = pull(cut.queries(gradient, place))
+    total = cut.add_to_rows(total, tuple(pulled), place)
+    return (total, cut.write(d_query, d_block, place)), None
 
   zeros = jax.tree.map(
     jnp.zeros_like, (leaves.floats(constants), leaves.sums(state))
   )
   carry = zeros, jnp.zeros_like(padded)
-  count = jnp.arange(padded.shape[1] // size)
+  count = jnp.arange(cut.count(padded.shape[1]))
   ((d_floats, d_sums), d_query), _ = jax.lax.scan(step, carry, (count, every))
   return (
     leaves.gradient_of_constants(constants, d_floats),
@@ -153,9 +157,24 @@ def _read_bwd(query_map, chunk, residuals, gradient):
 _read.defvjp(_read_fwd, _read_bwd)
 
 
+def _cut(chunk: int | None, shape, *arrays):
+  """The cut of keys or queries ``[B, S, N, ...]``, and arrays padded to it."""
+  cut = blocks.best_cut(chunk, shape)
+  return cut, tuple(blocks.pad(x, cut.positions) for x in arrays)
+
+
+def _cut_keys(chunk: int | None, key, value, keep):
+  """That of keys, values and mask; padding is masked."""
+  if (
+    keep is None and key.shape[1] % blocks.best_cut(chunk, key.shape).positions
+  ):
+    keep = jnp.ones(key.shape[:2], bool)
+  return _cut(chunk, key.shape, key, value, keep)
+
+
 def accumulate(
   key_map: FeatureFn,
-  chunk: int,
+  chunk: int | None,
   constants: PyTree,
   state: State,
   key: Array,
@@ -166,7 +185,7 @@ def accumulate(
 
   Args:
     key_map: the feature map of keys.
-    chunk: positions in a block.
+    chunk: positions in a block; None for what is best.
     constants: variables of the map.
     state: sums over keys that came before.
     key: ``[B, S, N, H]``.
@@ -180,15 +199,19 @@ def accumulate(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _accumulate(key_map, chunk, constants, state, key, value, keep):
   """`accumulate` with joined sums."""
-  length = key.shape[1]
-  key, value, keep, size = blocks.blocks_of_keys(key, value, keep, chunk)
-  start = state.length
+  length, start = key.shape[1], state.length
+  cut, padded = _cut_keys(chunk, key, value, keep)
 
   def step(state, index):
-    block = blocks.key_block(key, value, keep, index, size, start)
-    return chunks.add_keys(key_map, constants, state, *block), None
+    place = cut.place(index, padded[0].shape[1])
+    own = chunks.add_keys(
+      key_map,
+      *cut.rows((constants, state), place),
+      *cut.keys(*padded, place, start),
+    )
+    return cut.write_rows(state, own, place), None
 
-  count = jnp.arange(key.shape[1] // size)
+  count = jnp.arange(cut.count(padded[0].shape[1]))
   state = jax.lax.scan(step, state, count)[0]
   return state._replace(length=start + length)
 
@@ -201,38 +224,41 @@ def _accumulate_fwd(key_map, chunk, constants, state, key, value, keep):
 def _accumulate_bwd(key_map, chunk, residuals, gradient):
   """Each block contributes a sum of its own, so blocks are independent."""
   constants, state, key, value, keep, exponent = residuals
-  padded = blocks.blocks_of_keys(key, value, keep, chunk)
-  length, size = key.shape[1], padded[3]
+  length = key.shape[1]
+  cut, padded = _cut_keys(chunk, key, value, keep)
   # Relative to the final exponent, the state enters and leaves linearly.
   empty = jax.tree.map(jnp.zeros_like, state)._replace(exponent=exponent)
 
   def step(carry, index):
     total, d_key, d_value = carry
-    k, v, *where = blocks.key_block(*padded[:3], index, size, state.length)
+    place = cut.place(index, padded[0].shape[1])
+    k, v, *where = cut.keys(*padded, place, state.length)
+    own_constants, own_empty, own_gradient = cut.rows(
+      (constants, empty, leaves.sums(gradient)), place
+    )
     _, pull = jax.vjp(
       lambda floats, k, v: leaves.sums(
         chunks.add_keys(
           key_map,
-          leaves.with_floats(constants, floats),
-          empty,
+          leaves.with_floats(own_constants, floats),
+          own_empty,
           *(k, v, *where),
           is_final=True,
         )
       ),
-      leaves.floats(constants),
+      leaves.floats(own_constants),
       k,
       v,
     )
-    d_floats, d_k, d_v = pull(leaves.sums(gradient))
-    total = leaves.tree_add(total, d_floats)
+    d_floats, d_k, d_v = pull(own_gradient)
     return (
-      total,
-      blocks.write(d_key, d_k, index),
-      blocks.write(d_value, d_v, index),
+      cut.add_to_rows(total, d_floats, place),
+      cut.write(d_key, d_k, place),
+      cut.write(d_value, d_v, place),
     ), None
 
   carry = jax.tree.map(jnp.zeros_like, (leaves.floats(constants), *padded[:2]))
-  count = jnp.arange(padded[0].shape[1] // size)
+  count = jnp.arange(cut.count(padded[0].shape[1]))
   (d_floats, d_key, d_value), _ = jax.lax.scan(step, carry, count)
   _, pull = jax.vjp(
     lambda sums: leaves.sums(

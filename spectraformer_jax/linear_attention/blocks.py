@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.typing import Array
+from spectraformer_jax.typing import Array, PyTree
 
 
 class Sizes(NamedTuple):
@@ -22,16 +22,20 @@ class Sizes(NamedTuple):
       the large chunks of a TPU its compiler plans less memory where all are.
     block: positions of all rows in a block of what sees every key: features of
       a block should stay in the cache.
+    by_row: such a block is of one row where that is long enough. XLA for CPUs
+      runs the products of several rows on one thread, those of a long one on
+      all.
   """
 
   chunk: int
   step: int
   stride: int
   block: int
+  by_row: bool = False
 
 
 SIZES = {
-  "cpu": Sizes(chunk=64, step=0, stride=16, block=2048),
+  "cpu": Sizes(chunk=64, step=0, stride=16, block=2048, by_row=True),
   "gpu": Sizes(chunk=128, step=16384, stride=16, block=16384),
   "tpu": Sizes(chunk=256, step=16384, stride=1, block=16384),
 }
@@ -42,10 +46,12 @@ def sizes() -> Sizes:
   return SIZES.get(jax.default_backend(), SIZES["gpu"])
 
 
-def block_size(chunk: int | None, key: Array) -> int:
-  """Positions in a block of keys ``[B, S, N, H]``: what is asked, or best."""
-  best = sizes()
-  return chunk or max(best.chunk, best.block // (key.shape[0] * key.shape[2]))
+class Place(NamedTuple):
+  """Where a block starts."""
+
+  example: Array | int
+  head: Array | int
+  position: Array | int
 
 
 def step_size(chunk: int | None, key: Array) -> tuple[int, int]:
@@ -68,29 +74,6 @@ def pad(x: Array | None, multiple: int, mode: str = "constant"):
   return jnp.pad(x, widths, mode=mode)
 
 
-def take(x: Array, index, size: int) -> Array:
-  """Block `index` of axis 1."""
-  return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
-
-
-def blocks_of_keys(key, value, keep, chunk: int):
-  """Padded keys, values and mask, and the block size."""
-  size = min(chunk, key.shape[1])
-  if key.shape[1] % size and keep is None:
-    keep = jnp.ones(key.shape[:2], bool)
-  return pad(key, size), pad(value, size), pad(keep, size), size
-
-
-def key_block(key, value, keep, index, size: int, start):
-  """Keys and values ``[B, N, C, .]`` of a block, its position and mask."""
-  block_key, block_value = (
-    jnp.swapaxes(take(x, index, size), 1, 2) for x in (key, value)
-  )
-  if keep is not None:
-    keep = take(keep, index, size)[:, None, :, None]
-  return block_key, block_value, start + index * size, keep
-
-
 def flat(query: Array) -> Array:
   """``[B, T, N, G, H] -> [B, T, N G, H]``, as loops should take it.
 
@@ -99,26 +82,135 @@ def flat(query: Array) -> Array:
   return query.reshape(*query.shape[:2], -1, query.shape[-1])
 
 
-def query_block(query: Array, heads: int, index, size: int) -> Array:
-  """Block `index` of ``[B, T, N G, H]``, as ``[B, N, G, C, H]``."""
-  block = take(query, index, size)
-  block = block.reshape(*block.shape[:2], heads, -1, block.shape[-1])
-  return jnp.moveaxis(block, 1, 3)
-
-
 def empty(query: Array, value_dim: int, dtype) -> Array:
   """Zeros ``[B, T, N G, V]`` for the outputs of `query`."""
   return jnp.zeros((*query.shape[:-1], value_dim), dtype)
 
 
-def write(whole: Array, block: Array, index) -> Array:
-  """``[B, T, N (G), V]`` with block ``[B, N, (G,) C, V]`` number `index`.
+class Cut(NamedTuple):
+  """Arrays of B examples, N heads and some positions, cut into blocks.
 
-  In a loop's carry the block is written in place, in the caller's own layout:
-  stacked blocks would need a second buffer and a transposition.
+  Attributes:
+    batch: B.
+    heads: N, those of keys.
+    positions: of a block.
+    by_row: a block has one head of one example, instead of all.
   """
-  block = jnp.moveaxis(block, -2, 1).astype(whole.dtype)
-  block = block.reshape(*block.shape[:2], *whole.shape[2:])
-  return jax.lax.dynamic_update_slice_in_dim(
-    whole, block, index * block.shape[1], axis=1
-  )
+
+  batch: int
+  heads: int
+  positions: int
+  by_row: bool = False
+
+  def count(self, length: int) -> int:
+    """Blocks of arrays with so many positions, which they divide."""
+    rows = self.batch * self.heads if self.by_row else 1
+    return rows * (length // self.positions)
+
+  def place(self, index: Array, length: int) -> Place:
+    """Of block `index`: positions first, then heads, then examples."""
+    if not self.by_row:
+      return Place(0, 0, index * self.positions)
+    row, block = jnp.divmod(index, length // self.positions)
+    return Place(*jnp.divmod(row, self.heads), block * self.positions)
+
+  def take(self, x: Array, place: Place) -> Array:
+    """A block of ``[B, S, N (G), .]`` or of ``[B, S]``."""
+    start, size = self._of_array(x, place)
+    return jax.lax.dynamic_slice(x, start, size)
+
+  def keys(self, key, value, keep, place: Place, start):
+    """Keys and values ``[B, N, C, .]`` of a block, its position and mask."""
+    block_key, block_value = (
+      jnp.swapaxes(self.take(x, place), 1, 2) for x in (key, value)
+    )
+    if keep is not None:
+      keep = self.take(keep, place)[:, None, :, None]
+    return block_key, block_value, start + place.position, keep
+
+  def queries(self, query: Array, place: Place) -> Array:
+    """A block of ``[B, T, N G, H]``, as ``[B, N, G, C, H]``."""
+    block = self.take(query, place)
+    shape = (*block.shape[:2], self._rows()[1], -1, block.shape[-1])
+    return jnp.moveaxis(block.reshape(shape), 1, 3)
+
+  def write(self, whole: Array, block: Array, place: Place) -> Array:
+    """``[B, T, N (G), V]`` with ``[B, N, (G,) C, V]`` in its place.
+
+    In a loop's carry the block is written in place, in the caller's own
+    layout: stacked blocks would need a second buffer and a transposition.
+    """
+    start, size = self._of_array(whole, place)
+    block = jnp.moveaxis(block, -2, 1).astype(whole.dtype).reshape(size)
+    return jax.lax.dynamic_update_slice(whole, block, start)
+
+  def rows(self, tree: PyTree, place: Place) -> PyTree:
+    """What belongs to a block's examples and heads.
+
+    Leaves lead with ``[B, N]``, where either may be 1: shared by all. Scalars
+    stay as they are.
+    """
+    if not self.by_row:
+      return tree
+
+    def one(leaf):
+      if not leaf.ndim:
+        return leaf
+      start, size = self._of_rows(leaf, place)
+      return jax.lax.dynamic_slice(leaf, start, size)
+
+    return jax.tree.map(one, tree)
+
+  def write_rows(self, whole: PyTree, rows: PyTree, place: Place) -> PyTree:
+    """A tree with those of a block in their place."""
+    if not self.by_row:
+      return rows
+
+    def one(leaf, part):
+      if not leaf.ndim:
+        return part
+      start, _ = self._of_rows(leaf, place)
+      return jax.lax.dynamic_update_slice(leaf, part, start)
+
+    return jax.tree.map(one, whole, rows)
+
+  def add_to_rows(self, whole: PyTree, rows: PyTree, place: Place) -> PyTree:
+    """A tree with what a block contributes added in its place."""
+    added = jax.tree.map(jnp.add, self.rows(whole, place), rows)
+    return self.write_rows(whole, added, place)
+
+  def _rows(self) -> tuple[int, int]:
+    """Examples and heads of a block."""
+    return (1, 1) if self.by_row else (self.batch, self.heads)
+
+  def _of_array(self, x, place):
+    """Where a block of an array with positions starts, and its shape."""
+    examples, heads = self._rows()
+    start, size = [place.example, place.position], [examples, self.positions]
+    if x.ndim > 2:
+      groups = x.shape[2] // self.heads
+      start += [place.head * groups] + [0] * (x.ndim - 3)
+      size += [heads * groups, *x.shape[3:]]
+    return start, size
+
+  def _of_rows(self, leaf, place):
+    """Where one row of what leads with examples and heads starts; its shape."""
+    shared = [size == 1 for size in leaf.shape[:2]]
+    start = [
+      0 if one else at for one, at in zip(shared, place[:2], strict=True)
+    ]
+    return start + [0] * (leaf.ndim - 2), (1, 1, *leaf.shape[2:])
+
+
+def best_cut(chunk: int | None, shape: tuple[int, ...]) -> Cut:
+  """Of ``[B, S, N, ...]``: all rows of what is asked, or what is best."""
+  batch, length, heads = shape[:3]
+  best = sizes()
+  if chunk:
+    return Cut(batch, heads, min(chunk, length))
+  if best.by_row and length >= best.block:
+    # At least that many positions, evenly, so that little is padded.
+    count = length // best.block
+    return Cut(batch, heads, -(-length // count), by_row=True)
+  positions = max(best.chunk, best.block // (batch * heads))
+  return Cut(batch, heads, min(positions, length))

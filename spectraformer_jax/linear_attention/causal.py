@@ -76,6 +76,8 @@ class _Plan:
     self.size = -(-count // steps) * self.chunk_size
     self.outer = -(-steps // blocks.sizes().stride)
     self.inner = -(-steps // self.outer)
+    batch, _, heads = key.shape[:3]
+    self.cut = blocks.Cut(batch, heads, self.size)
     multiple = self.size * self.inner * self.outer
     if multiple != self.length and keep is None:
       keep = jnp.ones(key.shape[:2], bool)
@@ -85,22 +87,16 @@ class _Plan:
     # Padding belongs to the last segment: it is masked in any case.
     self.segment = blocks.pad(segment, multiple, mode="edge")
 
-  def inputs(self, index, start):
+  def inputs(self, place, start):
     """Query, key, value, position, keep and segment of one step."""
     segment = self.segment
     if segment is not None:
-      segment = blocks.take(segment, index, self.size)
+      segment = self.cut.take(segment, place)
     return (
-      self.query_block(self.query, index),
-      *blocks.key_block(
-        self.key, self.value, self.keep, index, self.size, start
-      ),
+      self.cut.queries(self.query, place),
+      *self.cut.keys(self.key, self.value, self.keep, place, start),
       segment,
     )
-
-  def query_block(self, query, index):
-    """One step of an array that is like the queries."""
-    return blocks.query_block(query, self.shape[2], index, self.size)
 
   def step(self, constants, state, *inputs, known=None):
     """State after one step, and what its queries found."""
@@ -108,9 +104,9 @@ class _Plan:
       *self.maps, self.chunk_size, constants, state, *inputs, known
     )
 
-  def index(self, outer, inner):
-    """The number of a step."""
-    return outer * self.inner + inner
+  def place(self, outer, inner):
+    """Where a step starts."""
+    return self.cut.place(outer * self.inner + inner, self.key.shape[1])
 
 
 def _causal_forward(plan, constants, state):
@@ -120,9 +116,9 @@ def _causal_forward(plan, constants, state):
   def stride(carry, outer):
     def step(carry, inner):
       state, out = carry
-      index = plan.index(outer, inner)
-      state, found = plan.step(constants, state, *plan.inputs(index, start))
-      out = blocks.write(out, found.out, index)
+      place = plan.place(outer, inner)
+      state, found = plan.step(constants, state, *plan.inputs(place, start))
+      out = plan.cut.write(out, found.out, place)
       return (state, out), found._replace(out=None)
 
     after, found = jax.lax.scan(step, carry, jnp.arange(plan.inner))
@@ -157,7 +153,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
     outer, state, every = x
 
     def again(state, inner):
-      inputs = plan.inputs(plan.index(outer, inner), initial.length)
+      inputs = plan.inputs(plan.place(outer, inner), initial.length)
       return plan.step(constants, state, *inputs)[0], state
 
     _, states = jax.lax.scan(again, state, jnp.arange(plan.inner))
@@ -165,9 +161,9 @@ def _causal_bwd(maps, chunk, residuals, gradients):
     def step(carry, x):
       d_floats, d_state, *d_inputs = carry
       inner, state, found = x
-      index = plan.index(outer, inner)
-      found = found._replace(out=plan.query_block(out, index))
-      query, key, value, *where = plan.inputs(index, initial.length)
+      place = plan.place(outer, inner)
+      found = found._replace(out=plan.cut.queries(out, place))
+      query, key, value, *where = plan.inputs(place, initial.length)
 
       def one_step(floats, sums, query, key, value):
         after, again = plan.step(
@@ -186,9 +182,9 @@ def _causal_bwd(maps, chunk, residuals, gradients):
         key,
         value,
       )
-      pulled = pull((d_state, plan.query_block(d_out, index)))
+      pulled = pull((d_state, plan.cut.queries(d_out, place)))
       d_inputs = (
-        blocks.write(whole, block, index)
+        plan.cut.write(whole, block, place)
         for whole, block in zip(d_inputs, pulled[2:], strict=True)
       )
       return (leaves.tree_add(d_floats, pulled[0]), pulled[1], *d_inputs), None
