@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _TURN = "waits for its turn\n"
-# A process that has just freed GiB leaves the kernel busy on a core so long.
-_SETTLE_S = 0.3
+# Where a process has freed GiB, the kernel and what runs it are busy so long.
+_SETTLE_S = 0.5
 
 
 def measure_missing(
