@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _TURN = "waits for its turn\n"
-# Where a process has freed GiB, the kernel and what runs it are busy so long.
-_SETTLE_S = 0.5
 
 
 def measure_missing(
@@ -182,6 +180,7 @@ def median_times(
   *,
   enough_s: float | None = None,
   in_turn: bool = False,
+  settle_s: float = 0.5,
 ) -> tuple[float, float]:
   """Median wall and CPU seconds (of all threads) of a call.
 
@@ -190,16 +189,17 @@ def median_times(
     repeats: how often it runs.
     enough_s: it runs no more once it took so long in all, but thrice at least.
     in_turn: before each run, ask the process that started this one, which is
-      `measure_missing`; then run for a while untimed, unless one run takes as
-      long, until what the others left behind is over.
+      `measure_missing`.
+    settle_s: in each turn it first runs so long untimed, unless one run takes
+      that time: where others freed GiB, the kernel is still busy with them.
   """
   wall, cpu = [], []
   for _ in range(repeats):
     if in_turn:
       print(_TURN, end="", flush=True)
       sys.stdin.readline()
-      if not wall or wall[-1] < _SETTLE_S:
-        _run_for(call, _SETTLE_S)
+      if not wall or wall[-1] < settle_s:
+        _run_for(call, settle_s)
     clocks = time.perf_counter(), time.process_time()
     call()
     wall.append(time.perf_counter() - clocks[0])

@@ -84,10 +84,11 @@ def _read(query_map, chunk, constants, state, query, position):
 def _read_blocks(query_map, chunk, constants, state, query, position):
   """The output, and normalizers and largest exponents of each block."""
   length = query.shape[1]
-  cut, (padded,) = _cut(chunk, query.shape, blocks.flat(query))
+  cut = blocks.best_cut(chunk, query.shape)
+  padded = blocks.pad(blocks.flat(query), cut.length)
 
   def step(out, index):
-    place = cut.place(index, padded.shape[1])
+    place = cut.place(index)
     found = chunks.read(
       query_map,
       *cut.rows((constants, state), place),
@@ -97,8 +98,7 @@ def _read_blocks(query_map, chunk, constants, state, query, position):
     return cut.write(out, found.out, place), found._replace(out=None)
 
   out = blocks.empty(padded, state.kv.shape[-1] - 1, state.kv.dtype)
-  count = jnp.arange(cut.count(padded.shape[1]))
-  out, found = jax.lax.scan(step, out, count)
+  out, found = jax.lax.scan(step, out, cut.indices())
   return out[:, :length].reshape(*query.shape[:-1], -1), found
 
 
@@ -111,14 +111,15 @@ def _read_bwd(query_map, chunk, residuals, gradient):
   """Blocks are independent; what they say of the state is added up."""
   constants, state, query, position, out, every = residuals
   length = query.shape[1]
-  cut, (padded, gradient, out) = _cut(
-    chunk, query.shape, *map(blocks.flat, (query, gradient, out))
+  cut = blocks.best_cut(chunk, query.shape)
+  padded, gradient, out = (
+    blocks.pad(blocks.flat(x), cut.length) for x in (query, gradient, out)
   )
 
   def step(carry, x):
     total, d_query = carry
     index, found = x
-    place = cut.place(index, padded.shape[1])
+    place = cut.place(index)
     found = found._replace(out=cut.queries(out, place))
     own_constants, own_state = cut.rows((constants, state), place)
     _, pull = jax.vjp(
@@ -144,8 +145,9 @@ def _read_bwd(query_map, chunk, residuals, gradient):
     jnp.zeros_like, (leaves.floats(constants), leaves.sums(state))
   )
   carry = zeros, jnp.zeros_like(padded)
-  count = jnp.arange(cut.count(padded.shape[1]))
-  ((d_floats, d_sums), d_query), _ = jax.lax.scan(step, carry, (count, every))
+  ((d_floats, d_sums), d_query), _ = jax.lax.scan(
+    step, carry, (cut.indices(), every)
+  )
   return (
     leaves.gradient_of_constants(constants, d_floats),
     leaves.gradient_of_state(state, d_sums),
@@ -157,19 +159,12 @@ def _read_bwd(query_map, chunk, residuals, gradient):
 _read.defvjp(_read_fwd, _read_bwd)
 
 
-def _cut(chunk: int | None, shape, *arrays):
-  """The cut of keys or queries ``[B, S, N, ...]``, and arrays padded to it."""
-  cut = blocks.best_cut(chunk, shape)
-  return cut, tuple(blocks.pad(x, cut.positions) for x in arrays)
-
-
 def _cut_keys(chunk: int | None, key, value, keep):
-  """That of keys, values and mask; padding is masked."""
-  if (
-    keep is None and key.shape[1] % blocks.best_cut(chunk, key.shape).positions
-  ):
+  """The cut of keys, and keys, values and mask padded to it."""
+  cut = blocks.best_cut(chunk, key.shape)
+  if keep is None and cut.length != key.shape[1]:
     keep = jnp.ones(key.shape[:2], bool)
-  return _cut(chunk, key.shape, key, value, keep)
+  return cut, tuple(blocks.pad(x, cut.length) for x in (key, value, keep))
 
 
 def accumulate(
@@ -203,7 +198,7 @@ def _accumulate(key_map, chunk, constants, state, key, value, keep):
   cut, padded = _cut_keys(chunk, key, value, keep)
 
   def step(state, index):
-    place = cut.place(index, padded[0].shape[1])
+    place = cut.place(index)
     own = chunks.add_keys(
       key_map,
       *cut.rows((constants, state), place),
@@ -211,8 +206,7 @@ def _accumulate(key_map, chunk, constants, state, key, value, keep):
     )
     return cut.write_rows(state, own, place), None
 
-  count = jnp.arange(cut.count(padded[0].shape[1]))
-  state = jax.lax.scan(step, state, count)[0]
+  state = jax.lax.scan(step, state, cut.indices())[0]
   return state._replace(length=start + length)
 
 
@@ -231,7 +225,7 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
 
   def step(carry, index):
     total, d_key, d_value = carry
-    place = cut.place(index, padded[0].shape[1])
+    place = cut.place(index)
     k, v, *where = cut.keys(*padded, place, state.length)
     own_constants, own_empty, own_gradient = cut.rows(
       (constants, empty, leaves.sums(gradient)), place
@@ -258,8 +252,7 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
     ), None
 
   carry = jax.tree.map(jnp.zeros_like, (leaves.floats(constants), *padded[:2]))
-  count = jnp.arange(cut.count(padded[0].shape[1]))
-  (d_floats, d_key, d_value), _ = jax.lax.scan(step, carry, count)
+  (d_floats, d_key, d_value), _ = jax.lax.scan(step, carry, cut.indices())
   _, pull = jax.vjp(
     lambda sums: leaves.sums(
       chunks.rescale(leaves.with_sums(state, sums), exponent)

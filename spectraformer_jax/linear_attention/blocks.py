@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from spectraformer_jax.linear_attention import leaves
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -94,24 +95,31 @@ class Cut(NamedTuple):
     batch: B.
     heads: N, those of keys.
     positions: of a block.
+    count: blocks of a row.
     by_row: a block has one head of one example, instead of all.
   """
 
   batch: int
   heads: int
   positions: int
+  count: int
   by_row: bool = False
 
-  def count(self, length: int) -> int:
-    """Blocks of arrays with so many positions, which they divide."""
-    rows = self.batch * self.heads if self.by_row else 1
-    return rows * (length // self.positions)
+  @property
+  def length(self) -> int:
+    """Positions of a row with its padding."""
+    return self.count * self.positions
 
-  def place(self, index: Array, length: int) -> Place:
+  def indices(self) -> Array:
+    """The numbers of all blocks."""
+    rows = self.batch * self.heads if self.by_row else 1
+    return jnp.arange(rows * self.count)
+
+  def place(self, index: Array) -> Place:
     """Of block `index`: positions first, then heads, then examples."""
     if not self.by_row:
       return Place(0, 0, index * self.positions)
-    row, block = jnp.divmod(index, length // self.positions)
+    row, block = jnp.divmod(index, self.count)
     return Place(*jnp.divmod(row, self.heads), block * self.positions)
 
   def take(self, x: Array, place: Place) -> Array:
@@ -176,7 +184,7 @@ class Cut(NamedTuple):
 
   def add_to_rows(self, whole: PyTree, rows: PyTree, place: Place) -> PyTree:
     """A tree with what a block contributes added in its place."""
-    added = jax.tree.map(jnp.add, self.rows(whole, place), rows)
+    added = leaves.tree_add(self.rows(whole, place), rows)
     return self.write_rows(whole, added, place)
 
   def _rows(self) -> tuple[int, int]:
@@ -206,11 +214,11 @@ def best_cut(chunk: int | None, shape: tuple[int, ...]) -> Cut:
   """Of ``[B, S, N, ...]``: all rows of what is asked, or what is best."""
   batch, length, heads = shape[:3]
   best = sizes()
-  if chunk:
-    return Cut(batch, heads, min(chunk, length))
-  if best.by_row and length >= best.block:
+  by_row = not chunk and best.by_row and length >= best.block
+  if by_row:
     # At least that many positions, evenly, so that little is padded.
-    count = length // best.block
-    return Cut(batch, heads, -(-length // count), by_row=True)
-  positions = max(best.chunk, best.block // (batch * heads))
-  return Cut(batch, heads, min(positions, length))
+    positions = -(-length // (length // best.block))
+  else:
+    positions = chunk or max(best.chunk, best.block // (batch * heads))
+    positions = min(positions, length)
+  return Cut(batch, heads, positions, -(-length // positions), by_row)

@@ -73,19 +73,19 @@ class _Plan:
     self.chunk_size = min(chunk, self.length)
     count = -(-self.length // self.chunk_size)
     steps = -(-count // together)
-    self.size = -(-count // steps) * self.chunk_size
+    size = -(-count // steps) * self.chunk_size
     self.outer = -(-steps // blocks.sizes().stride)
     self.inner = -(-steps // self.outer)
     batch, _, heads = key.shape[:3]
-    self.cut = blocks.Cut(batch, heads, self.size)
-    multiple = self.size * self.inner * self.outer
-    if multiple != self.length and keep is None:
+    self.cut = blocks.Cut(batch, heads, size, self.inner * self.outer)
+    if self.cut.length != self.length and keep is None:
       keep = jnp.ones(key.shape[:2], bool)
     self.query, self.key, self.value, self.keep = (
-      blocks.pad(x, multiple) for x in (blocks.flat(query), key, value, keep)
+      blocks.pad(x, self.cut.length)
+      for x in (blocks.flat(query), key, value, keep)
     )
     # Padding belongs to the last segment: it is masked in any case.
-    self.segment = blocks.pad(segment, multiple, mode="edge")
+    self.segment = blocks.pad(segment, self.cut.length, mode="edge")
 
   def inputs(self, place, start):
     """Query, key, value, position, keep and segment of one step."""
@@ -106,7 +106,7 @@ class _Plan:
 
   def place(self, outer, inner):
     """Where a step starts."""
-    return self.cut.place(outer * self.inner + inner, self.key.shape[1])
+    return self.cut.place(outer * self.inner + inner)
 
 
 def _causal_forward(plan, constants, state):
@@ -145,8 +145,7 @@ def _causal_bwd(maps, chunk, residuals, gradients):
   plan = _Plan(maps, chunk, *inputs)
   d_out, d_state = gradients
   out, d_out = (
-    blocks.pad(blocks.flat(x), plan.size * plan.inner * plan.outer)
-    for x in (out, d_out)
+    blocks.pad(blocks.flat(x), plan.cut.length) for x in (out, d_out)
   )
 
   def stride(carry, x):

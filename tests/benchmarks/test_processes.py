@@ -1,6 +1,5 @@
 """Measured rows are kept; only what is missing runs, and failures are named."""
 
-import itertools
 import pathlib
 import subprocess
 import sys
@@ -40,28 +39,20 @@ def test_only_what_is_missing_runs(tmp_path, capsys):
 
 
 IN_TURN = """
-import json, pathlib, sys, time
+import json, pathlib, sys
 from benchmarks.processes import median_times
 case = json.loads(sys.argv[2])
 log = pathlib.Path(__file__).with_name("log.txt").open("a", buffering=1)
 print(case["form"] + case["size"], "starts", file=log)
-last = 0.0
-def call():
-  global last
-  print(case["form"] + case["size"], file=log)
-  is_first = time.perf_counter() - last > 0.1
-  time.sleep(0.2 if is_first else 0.01)
-  last = time.perf_counter()
-seconds, _ = median_times(call, case["repeats"], in_turn=True)
+call = lambda: print(case["form"] + case["size"], file=log)
+ms, _ = median_times(call, case["repeats"], in_turn=True, settle_s=0.0)
 if case["form"] == "c":
   sys.exit("not c")
-print(json.dumps({"is_short": seconds < 0.1}))
+print(json.dumps({"is_short": ms < 1.0}))
 """
 
 
-def test_what_is_compared_takes_turns_and_each_has_its_first_run_untimed(
-  tmp_path, monkeypatch, capsys
-):
+def test_what_is_compared_takes_turns(tmp_path, monkeypatch, capsys):
   script = tmp_path / "script.py"
   script.write_text(textwrap.dedent(IN_TURN))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -75,11 +66,34 @@ def test_what_is_compared_takes_turns_and_each_has_its_first_run_untimed(
   )
   assert rows == [cases[i] | {"is_short": True} for i in (0, 2, 1)]
   assert "not c" in capsys.readouterr().err
-  # Runs of one turn, untimed and timed, count once.
-  log = (tmp_path / "log.txt").read_text().splitlines()
-  lines = [line for line, _ in itertools.groupby(log)]
+  lines = (tmp_path / "log.txt").read_text().splitlines()
   assert lines[:3] == ["a1 starts", "b1 starts", "c1 starts"]
-  assert lines[3:] == ["a1", "b1", "c1"] * 2 + ["a2 starts", "a2"]
+  assert lines[3:] == ["a1", "b1", "c1"] * 2 + ["a2 starts", "a2", "a2"]
+
+
+SLOW_AT_FIRST = """
+import json, sys, time
+from benchmarks.processes import median_times
+last = 0.0
+def call():
+  global last
+  time.sleep(0.2 if time.perf_counter() - last > 0.1 else 0.01)
+  last = time.perf_counter()
+seconds, _ = median_times(call, 2, in_turn=True, settle_s=0.3)
+print(json.dumps({"is_short": seconds < 0.1}))
+"""
+
+
+def test_the_first_run_of_a_turn_is_not_timed(tmp_path, monkeypatch):
+  script = tmp_path / "script.py"
+  script.write_text(SLOW_AT_FIRST)
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  cases = [{"form": "a"}, {"form": "b"}]
+  rows = processes.measure_missing(
+    *(str(script), str(tmp_path / "rows.csv"), cases, ["is_short"]),
+    compared="form",
+  )
+  assert rows == [case | {"is_short": True} for case in cases]
 
 
 def test_peak_is_above_what_is_held():
