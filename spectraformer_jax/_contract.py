@@ -225,6 +225,26 @@ def check_gradients(feature_map, variables, x, stats) -> None:
     )
 
 
+def check_query_features(feature_map, variables, x, stats) -> None:
+  """`Component.query_features` lack nothing but a factor of each token."""
+  prepared = feature_map.prepare(variables, stats)
+  heads_first = jnp.swapaxes(x, 0, 1)[None]
+  whole, part = (
+    feature_map.prepared_features(
+      prepared, heads_first, side="query", for_attention=for_attention
+    )
+    for for_attention in (False, True)
+  )
+  left_out = whole.log_magnitude - part.log_magnitude
+  chex.assert_trees_all_close(
+    (left_out, whole.factor),
+    (jnp.broadcast_to(left_out[..., :1], left_out.shape), part.factor),
+    rtol=1e-5,
+    atol=1e-4,
+    custom_message=f"{feature_map.info.name}: query_features",
+  )
+
+
 def check_redraw(feature_map, variables) -> None:
   """A new projection of the same shapes, the same params; or a refusal."""
   name, info = feature_map.info.name, feature_map.weight_matrix.info

@@ -315,7 +315,9 @@ class _OneSide:
       state = prepared.state._replace(position=position)
       prepared = prepared._replace(state=state)
     x = x.astype(jnp.float32) * self.root
-    return self.feature_map.prepared_features(prepared, x, side=self.side)
+    return self.feature_map.prepared_features(
+      prepared, x, side=self.side, for_attention=True
+    )
 
 
 def maps_of(feature_map: FeatureMap, root: float) -> Maps:

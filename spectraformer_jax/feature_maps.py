@@ -322,17 +322,22 @@ class FeatureMap:
     *,
     side: Side,
     position: Array | int | None = None,
+    for_attention: bool = False,
   ) -> LogFeatures:
     """`log_features` of x ``[B, N, T, H]`` float32 -> ``[B, N, T, F]``.
 
-    Without `position` that of the prepared state holds.
+    Without `position` that of the prepared state holds. `for_attention`:
+    queries may lack a factor of each token, which attention cancels.
     """
 
     def one_head(prepared, x):
       rows, state = prepared
       if position is not None:
         state = state._replace(position=position)
-      out = self.component.log_features(x, rows, side, state)
+      if for_attention and side == "query":
+        out = self.component.query_features(x, rows, state)
+      else:
+        out = self.component.log_features(x, rows, side, state)
       return weigh_rows(out, rows, side, self.num_features)
 
     return over_examples_and_heads(one_head)(prepared, x)

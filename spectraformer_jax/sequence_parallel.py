@@ -161,7 +161,6 @@ def _sequence_parallel(
   def on_one_device(constants, query, key, value, keep):
     shape = query.shape
     query = query.reshape(*shape[:2], key.shape[2], groups, shape[3])
-    value = value.astype(jnp.float32)
     index = jax.lax.axis_index(axis)
     empty = start(maps, constants, key, value.shape[3], is_signed)
     own = bidirectional.accumulate(
@@ -177,7 +176,7 @@ def _sequence_parallel(
       out, _ = causal.causal(maps, chunk, constants, state, *inputs)
     else:
       out = bidirectional.read(
-        maps.query, chunk, constants, state, query, position
+        maps.query, chunk, value.dtype, constants, state, query, position
       )
     return out.reshape(*shape[:3], -1)
 
@@ -191,7 +190,6 @@ def _sequence_parallel(
     # The sums start from constants, which the check would want cast.
     check_vma=False,
   )(feature_map.prepare(variables, stats), query, key, value, key_mask)
-  out = out.astype(value.dtype)
   if query_mask is not None:
     out = jnp.where(query_mask[:, :, None, None], out, 0)
   return out

@@ -197,6 +197,7 @@ def check_feature_map(feature_map: FeatureMap, *, head_dim: int = 4) -> None:
   stats = _contract.self_stats(feature_map, variables, x)
   _contract.check_features(feature_map, variables, x, stats)
   _contract.check_gradients(feature_map, variables, x, stats)
+  _contract.check_query_features(feature_map, variables, x, stats)
   _contract.check_redraw(feature_map, variables)
 
 

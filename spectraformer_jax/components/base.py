@@ -185,6 +185,16 @@ class Component:
     """
     raise NotImplementedError
 
+  def query_features(
+    self, x: Array, rows: WeightSample, state: ComponentState
+  ) -> LogFeatures:
+    """`log_features` of queries, times any factor of each token.
+
+    Attention divides by a sum over keys, in which such a factor cancels; what
+    only the token decides may be left out here.
+    """
+    return self.log_features(x, rows, "query", state)
+
   def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     """The exact kernel estimated, for x and y ``[..., H]`` -> ``[...]``."""
     raise NotImplementedError

@@ -181,6 +181,11 @@ class Centred(Component):
     out = self.base.log_features(centred, rows, side, self._base_state(state))
     return LogFeatures(out.log_magnitude + log_factor[:, None], out.factor)
 
+  def query_features(self, x, rows, state):
+    """See `Component.query_features`."""
+    centred, _ = self._centre(x, "query", state)
+    return self.base.query_features(centred, rows, self._base_state(state))
+
   def kernel_value(self, x, y, state):
     """See `Component.kernel_value`."""
     return self.base.kernel_value(x, y, self._base_state(state))

@@ -76,11 +76,21 @@ class OptimalPositive(DataDependent):
 
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""
+    exponent, mapped = self._exponent(x, rows, side, state)
+    shift = self.gaussian_shift(x) - half_square(mapped)
+    return LogFeatures(exponent + shift)
+
+  def query_features(self, x, rows, state):
+    """See `Component.query_features`."""
+    return LogFeatures(self._exponent(x, rows, "query", state)[0])
+
+  def _exponent(self, x, rows, side, state) -> tuple[Array, Array]:
+    """What depends on rows ``[T, M]``, and x' ``[T, H]``."""
     parameters = self.parameters(state, x.shape[-1])
     mapped = self.pre_map(x, side, parameters)
     norm_term, slope = norm_terms(parameters["rho"], rows.w)
-    exponent = project(slope[None, :] * mapped, rows.w) - half_square(mapped)
-    return LogFeatures(exponent + norm_term[None, :] + self.gaussian_shift(x))
+    exponent = project(slope[None, :] * mapped, rows.w) + norm_term[None, :]
+    return exponent, mapped
 
   def softmax_log_second_moment(self, x, y, state):
     """See `KernelComponent.softmax_log_second_moment`."""
@@ -249,14 +259,21 @@ class OPRFHyperbolic(OPRF):
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""
     del side
+    both = self.query_features(x, rows, state).log_magnitude
+    return LogFeatures(both - half_square(x) + self.gaussian_shift(x))
+
+  def query_features(self, x, rows, state):
+    """See `Component.query_features`."""
     rho = self.parameters(state, x.shape[-1])["rho"]
     norm_term, slope = norm_terms(rho, rows.w)
     projected = project(slope[None, :] * x, rows.w)
     norm_term -= 0.5 * math.log(2.0)
-    both = jnp.concatenate(
-      [norm_term[None, :] + projected, norm_term[None, :] - projected], axis=-1
+    return LogFeatures(
+      jnp.concatenate(
+        [norm_term[None, :] + projected, norm_term[None, :] - projected],
+        axis=-1,
+      )
     )
-    return LogFeatures(both - half_square(x) + self.gaussian_shift(x))
 
   def softmax_log_second_moment(self, x, y, state):
     """See `KernelComponent.softmax_log_second_moment`."""

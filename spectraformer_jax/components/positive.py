@@ -61,9 +61,14 @@ class PosRF(KernelComponent):
 
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""
-    del side, state
-    exponent = project(x, rows.w) - half_square(x)
-    return LogFeatures(exponent + self.gaussian_shift(x))
+    del side
+    exponent = self.query_features(x, rows, state).log_magnitude
+    return LogFeatures(exponent - half_square(x) + self.gaussian_shift(x))
+
+  def query_features(self, x, rows, state):
+    """See `Component.query_features`."""
+    del state
+    return LogFeatures(project(x, rows.w))
 
   def softmax_log_second_moment(self, x, y, state):
     """See `KernelComponent.softmax_log_second_moment`."""
@@ -124,11 +129,16 @@ class PosRFHyperbolic(KernelComponent):
 
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""
-    del side, state
-    projected = project(x, rows.w)
-    both = jnp.concatenate([projected, -projected], axis=-1)
+    del side
+    both = self.query_features(x, rows, state).log_magnitude
     shift = self.gaussian_shift(x) - half_square(x) - 0.5 * math.log(2.0)
     return LogFeatures(both + shift)
+
+  def query_features(self, x, rows, state):
+    """See `Component.query_features`."""
+    del state
+    projected = project(x, rows.w)
+    return LogFeatures(jnp.concatenate([projected, -projected], axis=-1))
 
   def softmax_log_second_moment(self, x, y, state):
     """See `KernelComponent.softmax_log_second_moment`."""

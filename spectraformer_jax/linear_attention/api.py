@@ -270,7 +270,6 @@ def _xla(
   chunk,
 ):
   """The linear form in plain XLA."""
-  value = value.astype(jnp.float32)
   if segment_ids is not None:
     out = segments.packed(
       maps,

@@ -40,20 +40,22 @@ def bidirectional(
     state: sums over keys that came before.
     query: ``[B, T, N, G, H]``.
     key: ``[B, S, N, H]``.
-    value: ``[B, S, N, V]`` float32.
+    value: ``[B, S, N, V]``.
     keep: bool ``[B, S]`` or None.
     chunk: positions in a block; None for what is best.
 
   Returns:
-    ``[B, T, N, G, V]`` and the state after all keys.
+    ``[B, T, N, G, V]`` of value's dtype and the state after all keys.
   """
   state = accumulate(maps.key, chunk, constants, state, key, value, keep)
-  return read(maps.query, chunk, constants, state, query, 0), state
+  out = read(maps.query, chunk, value.dtype, constants, state, query, 0)
+  return out, state
 
 
 def read(
   query_map: FeatureFn,
   chunk: int | None,
+  dtype: jnp.dtype,
   constants: PyTree,
   state: State,
   query: Array,
@@ -64,6 +66,7 @@ def read(
   Args:
     query_map: the feature map of queries.
     chunk: positions in a block; None for what is best.
+    dtype: of the output.
     constants: variables of the map.
     state: sums over all keys.
     query: ``[B, T, N, G, H]``.
@@ -72,16 +75,17 @@ def read(
   Returns:
     ``[B, T, N, G, V]``.
   """
-  return _read(query_map, chunk, constants, joined(state), query, position)
+  state = joined(state)
+  return _read(query_map, chunk, dtype, constants, state, query, position)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _read(query_map, chunk, constants, state, query, position):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _read(query_map, chunk, dtype, *inputs):
   """`read` of a state whose sums are joined."""
-  return _read_blocks(query_map, chunk, constants, state, query, position)[0]
+  return _read_blocks(query_map, chunk, dtype, *inputs)[0]
 
 
-def _read_blocks(query_map, chunk, constants, state, query, position):
+def _read_blocks(query_map, chunk, dtype, constants, state, query, position):
   """The output, and normalizers and largest exponents of each block."""
   length = query.shape[1]
   cut = blocks.best_cut(chunk, query.shape)
@@ -97,18 +101,19 @@ def _read_blocks(query_map, chunk, constants, state, query, position):
     )
     return cut.write(out, found.out, place), found._replace(out=None)
 
-  out = blocks.empty(padded, state.kv.shape[-1] - 1, state.kv.dtype)
+  out = blocks.empty_like(padded, state.kv.shape[-1] - 1, dtype)
   out, found = jax.lax.scan(step, out, cut.indices())
   return out[:, :length].reshape(*query.shape[:-1], -1), found
 
 
-def _read_fwd(query_map, chunk, constants, state, query, position):
-  out, found = _read_blocks(query_map, chunk, constants, state, query, position)
-  return out, (constants, state, query, position, out, found)
+def _read_fwd(query_map, chunk, dtype, *inputs):
+  out, found = _read_blocks(query_map, chunk, dtype, *inputs)
+  return out, (*inputs, out, found)
 
 
-def _read_bwd(query_map, chunk, residuals, gradient):
+def _read_bwd(query_map, chunk, dtype, residuals, gradient):
   """Blocks are independent; what they say of the state is added up."""
+  del dtype
   constants, state, query, position, out, every = residuals
   length = query.shape[1]
   cut = blocks.best_cut(chunk, query.shape)
@@ -137,14 +142,15 @@ def _read_bwd(query_map, chunk, residuals, gradient):
       leaves.sums(own_state),
       cut.queries(padded, place),
     )
-    *pulled, d_block = pull(cut.queries(gradient, place))
+    d_out = cut.queries(gradient, place).astype(jnp.float32)
+    *pulled, d_block = pull(d_out)
     total = cut.add_to_rows(total, tuple(pulled), place)
     return (total, cut.write(d_query, d_block, place)), None
 
   zeros = jax.tree.map(
     jnp.zeros_like, (leaves.floats(constants), leaves.sums(state))
   )
-  carry = zeros, jnp.zeros_like(padded)
+  carry = zeros, blocks.empty_like(padded)
   ((d_floats, d_sums), d_query), _ = jax.lax.scan(
     step, carry, (cut.indices(), every)
   )
@@ -184,7 +190,7 @@ def accumulate(
     constants: variables of the map.
     state: sums over keys that came before.
     key: ``[B, S, N, H]``.
-    value: ``[B, S, N, V]`` float32.
+    value: ``[B, S, N, V]``.
     keep: bool ``[B, S]`` or None.
   """
   state = joined(state)
@@ -251,7 +257,8 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
       cut.write(d_value, d_v, place),
     ), None
 
-  carry = jax.tree.map(jnp.zeros_like, (leaves.floats(constants), *padded[:2]))
+  zeros = jax.tree.map(jnp.zeros_like, leaves.floats(constants))
+  carry = zeros, *map(blocks.empty_like, padded[:2])
   (d_floats, d_key, d_value), _ = jax.lax.scan(step, carry, cut.indices())
   _, pull = jax.vjp(
     lambda sums: leaves.sums(

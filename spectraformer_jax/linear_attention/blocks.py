@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
 SIZES = {
   "cpu": Sizes(chunk=64, step=0, stride=16, block=2048, by_row=True),
   "gpu": Sizes(chunk=128, step=16384, stride=16, block=16384),
-  "tpu": Sizes(chunk=256, step=16384, stride=1, block=16384),
+  "tpu": Sizes(chunk=256, step=32768, stride=1, block=32768),
 }
 
 
@@ -83,9 +83,16 @@ def flat(query: Array) -> Array:
   return query.reshape(*query.shape[:2], -1, query.shape[-1])
 
 
-def empty(query: Array, value_dim: int, dtype) -> Array:
-  """Zeros ``[B, T, N G, V]`` for the outputs of `query`."""
-  return jnp.zeros((*query.shape[:-1], value_dim), dtype)
+def empty_like(x: Array, depth: int | None = None, dtype=None) -> Array:
+  """An array to be written block by block, of any content before.
+
+  Args:
+    x: its shape and dtype.
+    depth: another last axis.
+    dtype: another dtype.
+  """
+  shape = x.shape if depth is None else (*x.shape[:-1], depth)
+  return jax.lax.empty(shape, dtype or x.dtype)
 
 
 class Cut(NamedTuple):

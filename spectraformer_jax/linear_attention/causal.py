@@ -41,12 +41,12 @@ def causal(
     state: sums over keys that came before.
     query: ``[B, T, N, G, H]``.
     key: ``[B, T, N, H]``.
-    value: ``[B, T, N, V]`` float32.
+    value: ``[B, T, N, V]``.
     keep: bool ``[B, T]`` or None.
     segment: ids ``[B, T]`` of packed rows, not decreasing, or None.
 
   Returns:
-    ``[B, T, N, G, V]`` float32 and the state after the last key.
+    ``[B, T, N, G, V]`` of value's dtype and the state after the last key.
   """
   inputs = (query, key, value, keep, segment)
   out, state = _causal(maps, chunk, constants, joined(state), *inputs)
@@ -124,7 +124,8 @@ def _causal_forward(plan, constants, state):
     after, found = jax.lax.scan(step, carry, jnp.arange(plan.inner))
     return after, (carry[0], found)
 
-  out = blocks.empty(plan.query, plan.value.shape[-1], plan.value.dtype)
+  value = plan.value
+  out = blocks.empty_like(plan.query, value.shape[-1], value.dtype)
   (state, out), (boundaries, found) = jax.lax.scan(
     stride, (state, out), jnp.arange(plan.outer)
   )
@@ -181,7 +182,8 @@ def _causal_bwd(maps, chunk, residuals, gradients):
         key,
         value,
       )
-      pulled = pull((d_state, plan.cut.queries(d_out, place)))
+      d_block = plan.cut.queries(d_out, place).astype(jnp.float32)
+      pulled = pull((d_state, d_block))
       d_inputs = (
         plan.cut.write(whole, block, place)
         for whole, block in zip(d_inputs, pulled[2:], strict=True)
@@ -192,9 +194,8 @@ def _causal_bwd(maps, chunk, residuals, gradients):
       step, carry, (jnp.arange(plan.inner), states, every), reverse=True
     )
 
-  d_floats, *d_inputs = jax.tree.map(
-    jnp.zeros_like, (leaves.floats(constants), plan.query, plan.key, plan.value)
-  )
+  d_floats = jax.tree.map(jnp.zeros_like, leaves.floats(constants))
+  d_inputs = map(blocks.empty_like, (plan.query, plan.key, plan.value))
   (d_floats, d_sums, *d_inputs), _ = jax.lax.scan(
     stride,
     (d_floats, leaves.sums(d_state), *d_inputs),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from spectraformer_jax.linear_attention.layouts import in_columns
 from spectraformer_jax.linear_attention.products import (
   keys_times_values,
   mean_of_values,
@@ -29,8 +30,8 @@ class Found(NamedTuple):
 
   Attributes:
     out: means of values, ``[B, N, G, C, V]``.
-    normalizer: what they were divided by, ``[B, N, G C]``; None for signed
-      maps.
+    normalizer: what they were divided by, ``[B, N, (S,) G C]``; None for
+      signed maps.
     top: largest exponents, see `query_features`.
   """
 
@@ -62,9 +63,15 @@ def add_keys(
     is_final: the state has the exponent of all keys already.
   """
   psi, exponent = key_features(
-    key_map, constants, key, position, keep, state.exponent, is_final
+    key_map,
+    constants,
+    _in_chunks(key, 1),
+    position[None],
+    _in_chunks(keep, 1),
+    state.exponent,
+    is_final,
   )
-  return _add(rescale(state, exponent), psi, _with_ones(value))
+  return _add(rescale(state, exponent), psi[:, :, 0], _with_ones(value))
 
 
 def read(
@@ -80,12 +87,20 @@ def read(
   With `known`, the result, gradients alone are worked out.
   """
   phi, top = query_features(
-    query_map, constants, query, position, state.exponent, known and known.top
+    query_map,
+    constants,
+    query[:, :, None],
+    position[None],
+    state.exponent,
+    known and known.top,
   )
+  phi = phi[:, :, 0]
   sums = queries_times_state(phi, state.kv)
   magnitude = _times_magnitude(phi, state)
+  if known is not None:
+    known = known._replace(out=known.out.reshape(*sums.shape[:-1], -1))
   out, normalizer = _mean(sums, magnitude, known)
-  return Found(_by_group(out, query), normalizer, top)
+  return Found(out.reshape(*query.shape[:-1], -1), normalizer, top)
 
 
 def causal_chunks(
@@ -123,12 +138,23 @@ def causal_chunks(
     The state after them, and what their queries found.
   """
   groups, count = query.shape[2], query.shape[3] // chunk
+  positions = position + chunk * jnp.arange(count)
   psi, exponent = key_features(
-    key_map, constants, key, position, keep, state.exponent
+    key_map,
+    constants,
+    _in_chunks(key, count),
+    positions,
+    _in_chunks(keep, count),
+    state.exponent,
   )
   before = rescale(state, exponent)
   phi, top = query_features(
-    query_map, constants, query, position, exponent, known and known.top
+    query_map,
+    constants,
+    _chunks_first(query, count),
+    positions,
+    exponent,
+    known and known.top,
   )
   visible = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
   if segment is not None:
@@ -139,8 +165,7 @@ def causal_chunks(
     weights = jnp.einsum("...cf,...df->...cd", phi, psi)
     return jnp.where(visible, weights, 0.0)
 
-  phi = _in_chunks(phi, groups, count)
-  psi, value = (_in_chunks(x, 1, count) for x in (psi, _with_ones(value)))
+  value = _in_chunks(_with_ones(value), count)
   states, after = _states(before, psi, value)
   sums = queries_times_state(phi, states.kv)
   magnitude = _times_magnitude(phi, states)
@@ -154,23 +179,26 @@ def causal_chunks(
   sums += jnp.einsum("...cd,...dv->...cv", within(phi, psi), value)
   if magnitude is not None:
     magnitude += jnp.sum(within(jnp.abs(phi), jnp.abs(psi)), axis=-1)
-    magnitude = _in_a_row(magnitude[..., None], groups)[..., 0]
-  out, normalizer = _mean(_in_a_row(sums, groups), magnitude, known)
-  return after, Found(_by_group(out, query), normalizer, top)
+  if known is not None:
+    found = _chunks_first(known.out, count)
+    known = known._replace(out=found.reshape(*sums.shape[:-1], -1))
+  out, normalizer = _mean(sums, magnitude, known)
+  out = out.reshape(*out.shape[:3], groups, chunk, -1)
+  out = jnp.swapaxes(out, 2, 3).reshape(*query.shape[:-1], -1)
+  return after, Found(out, normalizer, top)
 
 
-def _in_chunks(x: Array, groups: int, count: int) -> Array:
-  """``[B, N, G S C, .] -> [B, N, S, G C, .]``, S the count of chunks."""
-  batch, heads, _, depth = x.shape
-  x = x.reshape(batch, heads, groups, count, -1, depth)
-  return jnp.swapaxes(x, 2, 3).reshape(batch, heads, count, -1, depth)
+def _in_chunks(x: Array | None, count: int) -> Array | None:
+  """``[B, N, S C, .] -> [B, N, S, C, .]``, S the count of chunks."""
+  if x is None:
+    return None
+  return x.reshape(*x.shape[:2], count, -1, x.shape[-1])
 
 
-def _in_a_row(x: Array, groups: int) -> Array:
-  """Undoes `_in_chunks`."""
-  batch, heads, count, _, depth = x.shape
-  x = x.reshape(batch, heads, count, groups, -1, depth)
-  return jnp.swapaxes(x, 2, 3).reshape(batch, heads, -1, depth)
+def _chunks_first(x: Array, count: int) -> Array:
+  """``[B, N, G, S C, .] -> [B, N, S, G, C, .]``, S the count of chunks."""
+  x = x.reshape(*x.shape[:3], count, -1, x.shape[-1])
+  return jnp.swapaxes(x, 2, 3)
 
 
 def _states(state: State, psi: Array, value: Array) -> tuple[State, State]:
@@ -193,23 +221,22 @@ def _states(state: State, psi: Array, value: Array) -> tuple[State, State]:
   )
 
 
-def _by_group(out: Array, query: Array) -> Array:
-  """``[B, N, G C, V] -> [B, N, G, C, V]``, G and C as in `query`."""
-  return out.reshape(*query.shape[:-1], out.shape[-1])
-
-
 def _with_ones(value: Array) -> Array:
   """``[..., C, V] -> [..., C, V + 1]``: what the sum of keys is a sum of."""
+  value = in_columns(value.astype(jnp.float32))
   return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
 
 def _mean(sums: Array, magnitude: Array | None, known: Found | None):
-  """Outputs ``[B, N, G C, V]`` and, of positive maps, the normalizers."""
+  """Outputs ``[..., C, V]`` and, of positive maps, the normalizers.
+
+  `known` has outputs of that shape.
+  """
   if magnitude is not None:
     return normalise(sums[..., :-1], sums[..., -1], magnitude), None
   if known is None:
     return mean_of_values(sums, None)
-  out = known.out.reshape(*sums.shape[:-1], -1)
+  out = known.out.astype(jnp.float32)
   return mean_of_values(sums, (out, known.normalizer))
 
 

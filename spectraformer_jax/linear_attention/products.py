@@ -7,8 +7,8 @@ written with the small operand turned instead.
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
+from spectraformer_jax.linear_attention.layouts import turned
 from spectraformer_jax.linear_attention.state import divide
 from spectraformer_jax.typing import Array
 
@@ -16,7 +16,7 @@ from spectraformer_jax.typing import Array
 @jax.custom_vjp
 def keys_times_values(psi: Array, value: Array) -> Array:
   """``psi^T value``: ``[..., C, F]`` and ``[..., C, V]`` -> ``[..., F, V]``."""
-  return _turned(_turned(value) @ psi)
+  return turned(turned(value) @ psi)
 
 
 def _keys_fwd(psi, value):
@@ -25,7 +25,7 @@ def _keys_fwd(psi, value):
 
 def _keys_bwd(operands, gradient):
   psi, value = operands
-  return value @ _turned(gradient), psi @ gradient
+  return value @ turned(gradient), psi @ gradient
 
 
 keys_times_values.defvjp(_keys_fwd, _keys_bwd)
@@ -43,7 +43,7 @@ def _queries_fwd(phi, kv):
 
 def _queries_bwd(operands, gradient):
   phi, kv = operands
-  return gradient @ _turned(kv), keys_times_values(phi, gradient)
+  return gradient @ turned(kv), keys_times_values(phi, gradient)
 
 
 queries_times_state.defvjp(_queries_fwd, _queries_bwd)
@@ -84,27 +84,3 @@ def _mean_bwd(result, gradients):
 
 
 mean_of_values.defvjp(_mean_fwd, _mean_bwd)
-
-
-def _turned(x: Array) -> Array:
-  """``[..., A, B] -> [..., B, A]``, on a CPU in memory too.
-
-  Without the barriers XLA makes it a part of the product before or after it.
-  Without the layouts it may turn nothing, and the product has an operand or a
-  result in columns, at which XLA aborts for small shapes.
-  """
-  return jax.lax.platform_dependent(x, cpu=_turned_in_memory, default=_swap)
-
-
-def _turned_in_memory(x: Array) -> Array:
-  return _in_rows(_swap(_in_rows(x)))
-
-
-def _in_rows(x: Array) -> Array:
-  """x, computed before its use, the last axis contiguous."""
-  row_major = Layout(tuple(range(x.ndim)))
-  return jax.lax.optimization_barrier(with_layout_constraint(x, row_major))
-
-
-def _swap(x: Array) -> Array:
-  return jnp.swapaxes(x, -1, -2)

@@ -33,14 +33,14 @@ def packed(
     state: an empty state.
     query: ``[B, T, N, G, H]``.
     key: ``[B, S, N, H]``.
-    value: ``[B, S, N, V]`` float32.
+    value: ``[B, S, N, V]``.
     keep: bool ``[B, S]`` or None.
     segments: ids of queries ``[B, T]`` and of keys ``[B, S]``.
     is_causal: and only earlier ones; needs T == S.
     chunk: positions in a chunk; None for what is best.
 
   Returns:
-    ``[B, T, N, G, V]`` float32.
+    ``[B, T, N, G, V]`` of value's dtype.
   """
   query_ids, key_ids = segments
   if is_causal:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
+from spectraformer_jax.linear_attention.layouts import in_columns, once
 from spectraformer_jax.typing import Array, LogFeatures, PyTree
 
 # (constants, x [B, N, C, H], position of the first) -> features [B, N, C, F]; a
@@ -132,7 +133,7 @@ def exponential_of(log_magnitude: Array, features: Array) -> Array:
   Said so, the backward pass reads them; XLA would compute them again.
   """
   del log_magnitude
-  return _once(features)
+  return once(features)
 
 
 @exponential_of.defjvp
@@ -150,18 +151,18 @@ def key_features(
   exponent: Array,
   is_final: bool = False,
 ) -> tuple[Array, Array]:
-  """Features ``[B, N, C, F]`` of keys, relative to the returned exponent.
+  """Features ``[B, N, S, C, F]`` of keys, relative to the returned exponent.
 
   Args:
     key_map: the feature map of keys.
     constants: its variables.
-    key: ``[B, N, C, H]``.
-    position: of the first key.
-    keep: bool ``[B, 1, C, 1]``, False for hidden keys; None for all True.
+    key: ``[B, N, S, C, H]``: S chunks.
+    position: of the first key of each chunk, ``[S]``.
+    keep: bool ``[B, 1, S, C, 1]``, False for hidden keys; None for all True.
     exponent: the state's; the result is at least this.
     is_final: no visible key has a larger exponent: it need not be looked for.
   """
-  log_magnitude, factor = key_map(constants, key, position)
+  log_magnitude, factor = _of_chunks(key_map, constants, key, position)
   if log_magnitude is None:
     features = factor
   else:
@@ -169,9 +170,9 @@ def key_features(
     features, own = split(fixed)
     if not is_final:
       visible = fixed if keep is None else jnp.where(keep, fixed, LOWEST)
-      top = whole_exponent(jnp.max(visible, axis=2))
-      exponent = _once(jnp.maximum(exponent, top))
-    below = jnp.minimum(own - exponent[:, :, None], 0.0)
+      top = whole_exponent(jnp.max(visible, axis=(2, 3)))
+      exponent = once(jnp.maximum(exponent, top))
+    below = jnp.minimum(own - exponent[:, :, None, None], 0.0)
     features = features * power_of_two(below + KEY_EXPONENT)
     features = exponential_of(log_magnitude, features)
     if factor is not None:
@@ -189,7 +190,7 @@ def query_features(
   exponent: Array,
   top: Array | None = None,
 ) -> tuple[Array, Array | None]:
-  """Features of queries ``[B, N, G, C, H]`` for sums of that exponent.
+  """Features of queries ``[B, N, S, G, C, H]`` for sums of that exponent.
 
   They take back the keys' exponents, and then each query's largest one, which
   cancels when the output is normalized.
@@ -197,36 +198,47 @@ def query_features(
   Args:
     query_map: the feature map of queries.
     constants: its variables.
-    query: ``[B, N, G, C, H]``.
-    position: of the first query.
+    query: ``[B, N, S, G, C, H]``: S chunks, G queries of each key head.
+    position: of the first query of each chunk, ``[S]``.
     exponent: of the sums.
     top: the largest exponents, where they are known.
 
   Returns:
-    ``[B, N, G C, F]``, the groups one after another, and the largest exponents
-    ``[B, N, G C, 1]``; None for features without.
+    ``[B, N, S, G C, F]``, the groups one after another, and the largest
+    exponents ``[B, N, S, G C, 1]``; None for features without.
   """
-  in_groups = jax.vmap(query_map, in_axes=(None, 2, None), out_axes=2)
+  batch, heads, count, groups, _, head_dim = query.shape
+  queries = query.reshape(batch, heads, count * groups, -1, head_dim)
+  position = jnp.repeat(position, groups)
   log_magnitude, factor = jax.tree.map(
-    lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1]),
-    in_groups(constants, query, position),
+    lambda x: x.reshape(batch, heads, count, -1, x.shape[-1]),
+    _of_chunks(query_map, constants, queries, position),
   )
   if log_magnitude is None:
     return factor, None
   fixed = jax.lax.stop_gradient(log_magnitude)
   features, own = split(fixed)
-  exponent = exponent[:, :, None]
+  exponent = exponent[:, :, None, None]
   if top is None:
     whole = fixed + exponent * math.log(2.0)
-    top = _once(whole_exponent(jnp.max(whole, axis=-1, keepdims=True)))
+    top = once(whole_exponent(jnp.max(whole, axis=-1, keepdims=True)))
   features = features * power_of_two(own + exponent - top + QUERY_EXPONENT)
   features = exponential_of(log_magnitude, features)
   return features if factor is None else features * factor, top
 
 
-def _once(x: Array) -> Array:
-  """x, computed before its use: XLA would do it again for each feature."""
-  return jax.lax.optimization_barrier(x)
+def _of_chunks(feature_map, constants, x, position) -> LogFeatures:
+  """Features ``[B, N, S, C, F]`` of ``[B, N, S, C, H]``, positions ``[S]``."""
+  if x.shape[2] == 1:
+    # For an axis of size 1 XLA for CPUs lays out products worse.
+    out = feature_map(constants, x[:, :, 0], position[0])
+    log_magnitude, factor = jax.tree.map(lambda leaf: leaf[:, :, None], out)
+  else:
+    of_chunks = jax.vmap(feature_map, in_axes=(None, 2, 0), out_axes=2)
+    log_magnitude, factor = of_chunks(constants, x, position)
+  if log_magnitude is not None:
+    log_magnitude = in_columns(log_magnitude)
+  return LogFeatures(log_magnitude, factor)
 
 
 def rescale(state: State, exponent: Array) -> State:
