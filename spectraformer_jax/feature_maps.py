@@ -12,6 +12,7 @@ from spectraformer_jax.feature_parts import (
   Prepared,
   cast_floats,
   cast_like,
+  check_has_stats,
   check_head_dim,
   check_redrawable,
   check_sizes,
@@ -285,19 +286,7 @@ class FeatureMap:
       ValueError: the component or the weight matrix needs stats that are not
         there.
     """
-    if self.component.needs_stats and not stats:
-      raise ValueError(
-        f"component {self.component.info.name!r} with statistics="
-        f"{self.component.statistics!r} needs stats: pass stats=fm.calibrate("
-        "variables, query, key), or build it with statistics='constant' or "
-        "'learned'."
-      )
-    if self.weight_matrix.needs_stats and "rows" not in (stats or {}):
-      raise ValueError(
-        f"weight matrix {self.weight_matrix.info.name!r} needs the context of "
-        "a sequence: pass stats=fm.calibrate(variables, query, key), or build "
-        "it with context='learned'."
-      )
+    check_has_stats(self, stats)
 
     def one_head(variables, stats):
       params, projection = variables
@@ -326,8 +315,8 @@ class FeatureMap:
   ) -> LogFeatures:
     """`log_features` of x ``[B, N, T, H]`` float32 -> ``[B, N, T, F]``.
 
-    Without `position` that of the prepared state holds. `for_attention`:
-    queries may lack a factor of each token, which attention cancels.
+    Without `position` the prepared state's holds. `for_attention` takes
+    `Component.query_features`.
     """
 
     def one_head(prepared, x):

@@ -143,6 +143,24 @@ def check_head_dim(head_dim: int, x: Array) -> None:
     )
 
 
+def check_has_stats(feature_map, stats: PyTree) -> None:
+  """ValueError unless the stats that a feature map needs are there."""
+  component, matrix = feature_map.component, feature_map.weight_matrix
+  if component.needs_stats and not stats:
+    raise ValueError(
+      f"component {component.info.name!r} with statistics="
+      f"{component.statistics!r} needs stats: pass stats=fm.calibrate("
+      "variables, query, key), or build it with statistics='constant' or "
+      "'learned'."
+    )
+  if matrix.needs_stats and "rows" not in (stats or {}):
+    raise ValueError(
+      f"weight matrix {matrix.info.name!r} needs the context of "
+      "a sequence: pass stats=fm.calibrate(variables, query, key), or build "
+      "it with context='learned'."
+    )
+
+
 def check_redrawable(weight_matrix: WeightMatrix) -> None:
   """ValueError unless the matrix can be redrawn."""
   if not weight_matrix.info.redrawable:
