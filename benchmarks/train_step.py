@@ -55,7 +55,7 @@ def first_step(model, feature_map) -> tuple:
 
   import jax
 
-  from spectraformer_jax.train import optim, state, steps
+  from spectraformer_jax.train import optim, parallel, state, steps
   from spectraformer_jax.train.config import default_config
 
   config = default_config()
@@ -63,7 +63,10 @@ def first_step(model, feature_map) -> tuple:
   keys = state.run_keys(0)
   train_state = state.create(model, feature_map, tx, keys)
   step = functools.partial(steps.train_step, apply_fn=model.apply, tx=tx)
-  return jax.jit(step, donate_argnums=0), train_state, keys.dropout_rng
+  jitted = jax.jit(
+    step, donate_argnums=0, compiler_options=parallel.compiler_options()
+  )
+  return jitted, train_state, keys.dropout_rng
 
 
 def make_call(task: str, pair: str) -> Callable[[], None]:

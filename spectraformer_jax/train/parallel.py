@@ -21,6 +21,13 @@ from spectraformer_jax.typing import PyTree
 AXIS = "data"
 ENGINES = ("pmap", "jit")
 
+# XLA's own order of a CPU program runs what it can as early as it can, and
+# keeps the results, even buffers that are only to be written in a loop much
+# later: half as much memory again as in this order, in the same time.
+_COMPILER_OPTIONS = {
+  "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+}
+
 
 def check_batch_size(name: str, batch_size: int, parts: int = 1) -> None:
   """Refuses a global batch that the devices cannot share equally.
@@ -41,6 +48,17 @@ def check_batch_size(name: str, batch_size: int, parts: int = 1) -> None:
 def hosts() -> dict[str, int]:
   """Which process this is, and of how many: host, hosts."""
   return {"host": jax.process_index(), "hosts": jax.process_count()}
+
+
+def compiler_options() -> dict[str, str]:
+  """What the compiler of the devices in use is told, for a training step.
+
+  Example:
+    >>> step = jax.jit(lambda x: x + 1, compiler_options=compiler_options())
+    >>> int(step(1))
+    2
+  """
+  return _COMPILER_OPTIONS.get(jax.default_backend(), {})
 
 
 def device_kinds() -> list[str]:
@@ -232,7 +250,7 @@ class DataParallelStep:
       devices=jax.devices() if jax.process_count() > 1 else None,
       donate_state=self._donate_state,
     )
-    return mapped.lower(*args).compile()
+    return mapped.lower(*args).compile(compiler_options())
 
 
 def _shapes(batch):
