@@ -351,6 +351,41 @@ def print_table(rows: Sequence[Row]) -> None:
   Console(width=150).print(table)
 
 
+def plot(rows: dict[str, Row], path: str) -> None:
+  """Estimated time and planned memory against the tokens of a program."""
+  from benchmarks.pictures import Panel, draw_lines
+
+  targets = ("v5e", "v6e", "h100")
+  programs = {
+    "causal": "causal attention",
+    "bidirectional": "bidirectional attention",
+    "step-jit": "training step",
+  }
+  least = "arrays once, v5e"
+
+  def panel(program, figure, label):
+    lines = {name: [] for name in (*targets, least)}
+    for case in cases():
+      row = rows.get(case.name)
+      if row is None or (case.program, case.direction) != (program, "both"):
+        continue
+      tokens = case.batch * case.length
+      if case.target in targets and getattr(row, figure) is not None:
+        lines[case.target].append((tokens, getattr(row, figure)))
+      once = row.least_ms if figure == "ms" else row.least
+      if case.target == "v5e" and once is not None:
+        lines[least].append((tokens, once))
+    return Panel(lines, "tokens B T", label, programs[program])
+
+  figures = (("ms", "milliseconds, estimated"), ("peak", "MiB at the peak"))
+  draw_lines(
+    path,
+    [[panel(program, *f) for program in programs] for f in figures],
+    title="Forward + backward, compiled, not run",
+    size=(12, 7),
+  )
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
   """Compiles what is missing, writes, prints; returns the rows."""
   parser = argparse.ArgumentParser(
@@ -363,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
   parser.add_argument(
     "--again", action="store_true", help="compile what has a row already"
   )
+  parser.add_argument("--plot", help="also draw a picture of all rows")
   parser.add_argument("--one", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   if args.one:
@@ -380,6 +416,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     if args.again or case.name not in rows or rows[case.name].error:
       rows[case.name] = compile_elsewhere(case)
       write_rows(args.csv, rows)
+  if args.plot:
+    plot(rows, args.plot)
   rows = [rows[case.name] for case in chosen]
   print_table(rows)
   return rows

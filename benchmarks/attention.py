@@ -147,55 +147,31 @@ def print_table(rows: list[dict]) -> None:
 
 def plot(rows: list[dict], path: str) -> None:
   """Time and memory against length, for the smallest batch."""
-  import matplotlib
+  from benchmarks.pictures import Panel, draw_lines
 
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  styles = {
-    "spectral": ("#0072B2", "o", "-"),
-    "naive": ("#E69F00", "s", "--"),
-    "softmax": ("#D55E00", "^", "-."),
-    "exact": ("#666666", "v", ":"),
-  }
   batch = min(row["batch"] for row in rows)
-  figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True)
-  figure.suptitle(
-    f"Attention forward + backward: {batch} x T x {HEADS} heads of {HEAD_DIM}, "
-    f"{ROWS} features, {rows[0]['device']}"
+
+  def panel(is_causal, figure, label):
+    case = (is_causal, True, batch)
+    lines = {
+      form: [
+        (row["length"], max(row[figure], 1e-2))
+        for row in rows
+        if row["form"] == form
+        and (row["is_causal"], row["backward"], row["batch"]) == case
+      ]
+      for form in FORMS
+    }
+    title = "causal" if is_causal else "bidirectional"
+    return Panel(lines, "length T", label, title)
+
+  figures = (("ms", "milliseconds"), ("temp_mib", "temporary memory, MiB"))
+  draw_lines(
+    path,
+    [[panel(is_causal, *f) for is_causal in (False, True)] for f in figures],
+    title=f"Attention forward + backward: {batch} x T x {HEADS} heads of "
+    f"{HEAD_DIM}, {ROWS} features, {rows[0]['device']}",
   )
-  for column, is_causal in enumerate((False, True)):
-    for line, (figure_name, label) in enumerate(
-      (("ms", "milliseconds"), ("temp_mib", "temporary memory, MiB"))
-    ):
-      ax = axes[line, column]
-      for form, (colour, marker, dash) in styles.items():
-        points = sorted(
-          (row["length"], max(row[figure_name], 1e-2))
-          for row in rows
-          if (row["form"], row["is_causal"]) == (form, is_causal)
-          and row["backward"]
-          and row["batch"] == batch
-        )
-        if points:
-          ax.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            marker=marker,
-            linestyle=dash,
-            label=form,
-          )
-      ax.set_xscale("log", base=2)
-      ax.set_yscale("log")
-      ax.set_ylabel(label)
-      ax.grid(alpha=0.3)
-      if line == 0:
-        ax.set_title("causal" if is_causal else "bidirectional")
-      else:
-        ax.set_xlabel("length T")
-  axes[0, 0].legend(frameon=False)
-  figure.tight_layout()
-  figure.savefig(path, dpi=110)
 
 
 def main() -> None:

@@ -335,12 +335,44 @@ def print_table(rows: list[dict]) -> None:
   Console(width=120).print(table)
 
 
+def plot(rows: list[dict], path: str) -> None:
+  """CPU time of attention against length, for the smallest batch."""
+  from benchmarks.pictures import Panel, draw_lines
+
+  rows = [row for row in rows if "task" not in row]
+  batch = min(row["batch"] for row in rows)
+  forms = dict.fromkeys(row["form"] for row in rows)
+
+  def panel(is_causal, backward):
+    case = (is_causal, backward, batch)
+    lines = {
+      form: [
+        (row["length"], row["cpu_ms"])
+        for row in rows
+        if row["form"] == form
+        and (row["is_causal"], row["backward"], row["batch"]) == case
+      ]
+      for form in forms
+    }
+    mode = "causal" if is_causal else "bidirectional"
+    passes = "forward + backward" if backward else "forward"
+    return Panel(lines, "length T", "CPU milliseconds", f"{mode}, {passes}")
+
+  draw_lines(
+    path,
+    [[panel(c, b) for c in (False, True)] for b in (False, True)],
+    title=f"Attention: {batch} x T x {HEADS} heads of {HEAD_DIM}, {ROWS} "
+    f"features, cores: {rows[0]['threads']}",
+  )
+
+
 def main() -> None:
   """Reads the flags and measures."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--csv", default="peers.csv")
+  parser.add_argument("--plot", help="also draw a picture of attention")
   parser.add_argument("--steps", action="store_true")
   parser.add_argument(
     "--tasks", nargs="+", default=train_step.SHAPES, choices=train_step.SHAPES
@@ -355,6 +387,8 @@ def main() -> None:
     parser.add_argument(f"--{name}")
   parser.add_argument("--one", help=argparse.SUPPRESS)
   args = parser.parse_args()
+  if args.plot and args.steps:
+    parser.error("--plot draws attention, --steps measures training steps.")
   paths = {name: getattr(args, name) for name in CHECKOUTS}
   for name, path in paths.items():
     if path and not (Path(path) / CHECKOUTS[name]).is_file():
@@ -371,6 +405,9 @@ def main() -> None:
     compared="form",
   )
   print_table(rows)
+  if args.plot:
+    chosen = {"threads": args.threads, "keep_freed": args.keep_freed}
+    plot([row for row in rows if chosen.items() <= row.items()], args.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each part of a training step costs, and the least that it could cost.
 
-    python benchmarks/roofline.py
+    python benchmarks/roofline.py --plot=roofline.png
 
 Parts of the paper's model for text (8 x 4096 tokens, 2 heads of 32, 128
 features, width 64), forward alone, each compiled by itself, on one core. The
@@ -12,6 +12,7 @@ inputs and outputs, once. `reached` is limit / time. Parts with working sets in
 the cache may come above 1.
 """
 
+import argparse
 import os
 import sys
 
@@ -131,7 +132,12 @@ def measure() -> tuple[float, float, list[tuple]]:
 
 
 def main() -> None:
-  """Prints the table."""
+  """Prints the table, and draws it."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--plot", help="also draw a picture")
+  args = parser.parse_args()
   from rich.console import Console
   from rich.table import Table
 
@@ -151,6 +157,11 @@ def main() -> None:
       *(f"{1e3 * limit:.2f}", by, f"{1e3 * spent:.2f}", f"{limit / spent:.2f}"),
     )
   Console(width=100).print(table)
+  if args.plot:
+    from benchmarks.pictures import draw_bars
+
+    bars = {row[0]: (1e3 * row[3], 1e3 * row[5]) for row in rows}
+    draw_bars(args.plot, bars, "CPU milliseconds", ("limit", "reached"))
 
 
 if __name__ == "__main__":

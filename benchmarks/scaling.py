@@ -127,36 +127,18 @@ def exponent(points: list[tuple[int, float]]) -> float:
 
 def plot(found: dict, path: str) -> None:
   """A panel for each axis."""
-  import matplotlib
+  from benchmarks.pictures import Panel, draw_lines
 
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
+  def panel(axis):
+    points = {form: found.get((axis, form), ()) for form in FORMS}
+    notes = {
+      form: f", exponent {exponent(points):.2f}"
+      for form, points in points.items()
+      if points
+    }
+    return Panel(points, axis, "CPU milliseconds", notes=notes)
 
-  styles = {
-    "bidirectional": ("#0072B2", "o", "-"),
-    "causal": ("#D55E00", "^", "--"),
-    "step": ("#009E73", "s", "-."),
-  }
-  figure, axes = plt.subplots(1, len(SIZES), figsize=(15, 3.6), sharey=True)
-  for ax, axis in zip(axes, SIZES, strict=True):
-    for form, (colour, marker, dash) in styles.items():
-      points = found.get((axis, form))
-      if points:
-        ax.plot(
-          *zip(*points, strict=True),
-          color=colour,
-          marker=marker,
-          linestyle=dash,
-          label=f"{form}, exponent {exponent(points):.2f}",
-        )
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xlabel(axis)
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=8)
-  axes[0].set_ylabel("CPU milliseconds")
-  figure.tight_layout()
-  figure.savefig(path, dpi=110)
+  draw_lines(path, [[panel(axis) for axis in SIZES]], size=(18, 3.6))
 
 
 def main() -> None:
