@@ -18,35 +18,52 @@ pathfinder_synthetic.py:pathx: pictures of 128 x 128 as in Path-X, 16,384
 tokens, with the settings of configs/pathx.py; 20,000 to train on, 2,000 dev,
 2,000 test, so that drawing them takes minutes and not hours.
 
-pathfinder_synthetic.py:quick: contours of 6 bars, 20,000 pictures to train on,
-600 steps of 32 at 1e-3 with cosine decay. To see that a set-up runs, not to
-learn: dev accuracy, measured here, seed 0, is 49.4 % after 200 steps, where it
-was stopped, and other settings stayed at chance too (docs/data.md).
+pathfinder_synthetic.py:quick: contours of 6 bars, 80,000 pictures to train on,
+500 steps of 128 at 3e-3 with cosine decay, minutes on a CPU; one layer of width
+32, positions that start from sinusoids and batch normalisation of the pooled
+vector, without which the model stayed at chance (docs/data.md). Test accuracy,
+measured here, best-dev parameters: 80.4 % with seed 0, 76.2 % with seed 1.
 
 To compare with: where the two discs lie, without any path, gives 64 % by
-boosted trees, and 73 % with 6 bars (docs/data.md).
+boosted trees fitted on 4,000 pictures; with 6 bars 73 %, and 79 % fitted on
+50,000 (docs/data.md).
 """
 
 from configs import common, pathfinder, pathx
+from spectraformer_jax.train import recipes
 
 
 @common.experiment("lra", "pathx", "quick")
 def get_config(variant):
-  small = {"num_train": 20_000, "num_dev": 2_000, "num_test": 2_000}
   if variant == "pathx":
     config = pathx.get_config()
-    config.task.kwargs = {"side": 128} | small
+    config.task.kwargs = {"side": 128} | _sizes(20_000, 2_000)
   else:
     config = pathfinder.get_config("lra" if variant == "lra" else None)
   config.task.name = "pathfinder_synthetic"
   if variant == "quick":
-    config.task.kwargs = {"bars": 6} | small
-    config.optim.lr = 1e-3
-    config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 50
-    config.train.num_steps = 600
-    config.train.batch_size = config.eval.batch_size = 32
-    config.eval.every = 200
-    config.checkpoint.every = 200
-    config.logging.every = 10
+    _set_quick(config)
   return config
+
+
+def _sizes(train, rest):
+  return {"num_train": train, "num_dev": rest, "num_test": rest}
+
+
+def _set_quick(config):
+  config.task.kwargs = {"bars": 6} | _sizes(80_000, 4_000)
+  common.set_model(
+    config, embed_dim=32, num_layers=1, num_heads=1, mlp_dim=64, vocab_size=256
+  )
+  common.set_model(config, positions="sinusoidal", pooled_norm="batch")
+  config.model.dropout_rate = 0.0
+  config.feature_map.num_features = 16
+  config.train.num_steps = 500
+  recipes.use(config, "modern")
+  config.optim.lr = 3e-3
+  config.optim.b2 = 0.98
+  config.optim.warmup_steps = 30
+  config.optim.weight_decay = 0.0
+  config.train.batch_size = config.eval.batch_size = 128
+  config.eval.every = config.checkpoint.every = 125
+  config.logging.every = 10

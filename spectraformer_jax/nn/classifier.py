@@ -20,7 +20,8 @@ class Classifier(nn.Module):
     max_len: longest sequence; size of the table of learned positions.
     embed_dim: D.
     pooling: "mean", "cls" or "attention"; see `SequenceEncoder`.
-    positions: "learned", "rotary" or "none"; see `TokenEncoder`.
+    pooled_norm: "none" or "batch"; see `SequenceEncoder`.
+    positions: "learned", "sinusoidal", "rotary" or "none"; see `TokenEncoder`.
     num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
       attention_kwargs, share_projection, dropout_rate, dtype, remat: see
       `Encoder`.
@@ -53,6 +54,7 @@ class Classifier(nn.Module):
   share_projection: bool = False
   dropout_rate: float = 0.1
   pooling: str = "mean"
+  pooled_norm: str = "none"
   dtype: Any = None
   remat: bool = False
 
@@ -73,7 +75,8 @@ class Classifier(nn.Module):
       Logits ``[B, num_classes]`` float32.
 
     Raises:
-      ValueError: a sequence longer than `max_len`, or unknown `pooling`.
+      ValueError: a sequence longer than `max_len`, or unknown `pooling`
+        or `pooled_norm`.
     """
     encoder = part_of(self, SequenceEncoder)
     x = encoder(tokens, length, deterministic=deterministic)

@@ -20,8 +20,8 @@ class DualClassifier(nn.Module):
   2.2.3).
 
   Attributes:
-    vocab_size, num_classes, max_len, embed_dim, pooling, positions: see
-      `Classifier`.
+    vocab_size, num_classes, max_len, embed_dim, pooling, pooled_norm,
+      positions: see `Classifier`.
     num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
       attention_kwargs, share_projection, dropout_rate, dtype, remat: see
       `Encoder`.
@@ -54,6 +54,7 @@ class DualClassifier(nn.Module):
   share_projection: bool = False
   dropout_rate: float = 0.1
   pooling: str = "mean"
+  pooled_norm: str = "none"
   dtype: Any = None
   remat: bool = False
 
@@ -80,7 +81,8 @@ class DualClassifier(nn.Module):
       Logits ``[B, num_classes]`` float32.
 
     Raises:
-      ValueError: a sequence longer than `max_len`, or unknown `pooling`.
+      ValueError: a sequence longer than `max_len`, or unknown `pooling`
+        or `pooled_norm`.
     """
     # As one batch: one program for both, and rows enough to fill a device.
     longest = max(tokens.shape[1], tokens_2.shape[1])

@@ -1,4 +1,4 @@
-"""Positions of tokens: which come next, and rotation of queries and keys."""
+"""Positions of tokens: which come next, their waves, and rotation by them."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 
 from spectraformer_jax.typing import Array
 
-POSITIONS = ("learned", "rotary", "none")
+POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 
 _LONGEST_WAVE = 1e4
 
@@ -27,6 +27,35 @@ def next_positions(module: nn.Module, length: int, decode: bool) -> Array:
   index = count.value + index
   count.value = count.value + length
   return index
+
+
+def sinusoids(length: int, size: int) -> Array:
+  """Waves of the positions: sines, then cosines, of mean square 1.
+
+  Entries i and i + ceil(size/2) are ``sqrt(2)`` times sine and cosine of
+  ``t * 1e4**(-i/ceil(size/2))``.
+
+  Args:
+    length: of the sequence.
+    size: of the embedding; if it is odd, a cosine less.
+
+  Returns:
+    ``[length, size]`` float32.
+
+  Example:
+    >>> (100 * sinusoids(2, 2)).round().tolist()
+    [[0.0, 141.0], [119.0, 76.0]]
+
+  References:
+    Vaswani et al., `Attention is all you need
+    <https://arxiv.org/abs/1706.03762>`_, 2017, section 3.5. As the start of a
+    learned table: Tay et al., "Long Range Arena", 2021, in its code.
+  """
+  half = -(-size // 2)
+  speed = _LONGEST_WAVE ** (-np.arange(half) / half)
+  angle = np.outer(np.arange(length), speed)
+  waves = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)[:, :size]
+  return jnp.asarray(np.sqrt(2) * waves, jnp.float32)
 
 
 def rotate(x: Array, positions: Array) -> Array:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
@@ -14,6 +15,10 @@ from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
 POOLINGS = ("cls", "mean", "attention")
+POOLED_NORMS = ("none", "batch")
+
+_DECAY = 0.9  # of the running moments
+_EPS = 1e-6
 
 
 class SequenceEncoder(nn.Module):
@@ -23,6 +28,7 @@ class SequenceEncoder(nn.Module):
     pooling: "mean" over the real positions; "cls": a learned token in front of
       the sequence, whose output is taken; "attention": a mean over the real
       positions with weights ``softmax(w . x)``, w learned.
+    pooled_norm: "batch": a `BatchNorm` of the pooled vector; "none".
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
       mlp, norm, positions, feature_map, attention, attention_kwargs,
       share_projection, dropout_rate, dtype: see `TokenEncoder`.
@@ -53,6 +59,7 @@ class SequenceEncoder(nn.Module):
   share_projection: bool = False
   dropout_rate: float = 0.1
   pooling: str = "mean"
+  pooled_norm: str = "none"
   dtype: Any = None
   remat: bool = False
 
@@ -70,16 +77,20 @@ class SequenceEncoder(nn.Module):
         updates of running statistics.
 
     Raises:
-      ValueError: a sequence longer than `max_len`, or unknown `pooling`.
+      ValueError: a sequence longer than `max_len`, or unknown `pooling` or
+        `pooled_norm`.
     """
-    if self.pooling not in POOLINGS:
-      raise ValueError(
-        f"Unknown pooling {self.pooling!r}.{nearest(self.pooling, POOLINGS)}"
-      )
+    for name, known in (("pooling", POOLINGS), ("pooled_norm", POOLED_NORMS)):
+      value = getattr(self, name)
+      if value not in known:
+        raise ValueError(f"Unknown {name} {value!r}.{nearest(value, known)}")
     mask = checks.positions_before(length, tokens.shape[1])
     encoder = part_of(self, TokenEncoder, prepend_cls=self.pooling == "cls")
     x = encoder(tokens, mask, deterministic=deterministic)
-    return self._pool(x.astype(jnp.float32), mask)
+    x = self._pool(x.astype(jnp.float32), mask)
+    if self.pooled_norm == "batch":
+      x = BatchNorm(name="pooled_norm")(x, deterministic=deterministic)
+    return x
 
   def _pool(self, x: Array, mask: Array) -> Array:
     """``[B, T, D]`` -> ``[B, D]``."""
@@ -89,6 +100,38 @@ class SequenceEncoder(nn.Module):
       score = nn.Dense(1, use_bias=False, name="pooling")(x)
       return weighted_mean(x, score, mask)
     return masked_mean(x, mask)
+
+
+class BatchNorm(nn.Module):
+  """Each entry of ``[B, D]`` with mean 0 and variance 1 over the batch.
+
+  What all examples share, and so tells nothing, is gone, and what is left has
+  the scale that the layers after it expect (Ioffe and Szegedy, "Batch
+  Normalization", 2015). Deterministic calls take running moments, kept in the
+  collection "feature_stats". Several devices: each one's own examples.
+  `flax.linen.BatchNorm` has its moments in a collection of its own, which
+  checkpoints and training steps would have to carry beside that one.
+  """
+
+  @nn.compact
+  def __call__(self, x: Array, *, deterministic: bool = True) -> Array:
+    """``[B, D]`` -> ``[B, D]``, float32."""
+    size = (1, x.shape[-1])
+    scale = self.param("scale", nn.initializers.ones, size[1:])
+    bias = self.param("bias", nn.initializers.zeros, size[1:])
+    running = (
+      self.variable("feature_stats", "mean", jnp.zeros, size),
+      self.variable("feature_stats", "variance", jnp.ones, size),
+    )
+    mean, variance = (moment.value for moment in running)
+    if not deterministic:
+      mean = jnp.mean(x, axis=0, keepdims=True)
+      variance = jnp.var(x, axis=0, keepdims=True)
+      if not self.is_initializing():
+        for moment, new in zip(running, (mean, variance), strict=True):
+          moment.value = _DECAY * moment.value + (1 - _DECAY) * new
+    x = (x - mean) * jax.lax.rsqrt(variance + _EPS)
+    return x * scale[None] + bias[None]
 
 
 def weighted_mean(x: Array, score: Array, mask: Array) -> Array:

@@ -10,11 +10,16 @@ from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
 from spectraformer_jax.nn.parts import part_of
-from spectraformer_jax.nn.positions import POSITIONS, next_positions
+from spectraformer_jax.nn.positions import (
+  POSITIONS,
+  next_positions,
+  sinusoids,
+)
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
-_EMBED_INIT = nn.initializers.normal(0.02)
+_DEVIATION = 0.02
+_EMBED_INIT = nn.initializers.normal(_DEVIATION)
 
 
 class TokenEncoder(nn.Module):
@@ -24,9 +29,10 @@ class TokenEncoder(nn.Module):
     vocab_size: number of token ids.
     max_len: longest sequence; size of the table of learned positions.
     embed_dim: D.
-    positions: "learned": a table added to the embeddings; "rotary": queries and
-      keys are turned by them, see `rotate`; "none": the order of the tokens is
-      not told.
+    positions: "learned": a table added to the embeddings; "sinusoidal": the
+      same, but it starts from `sinusoids`, so that near positions are alike;
+      "rotary": queries and keys are turned by them, see `rotate`; "none": the
+      order of the tokens is not told.
     prepend_cls: put a learned token in front of the sequence.
     num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
       attention_kwargs, is_causal, share_projection, dropout_rate, dtype,
@@ -89,7 +95,7 @@ class TokenEncoder(nn.Module):
       dtype=self.dtype,
       name="token_embedding",
     )(tokens.astype(jnp.int32))
-    if self.positions == "learned":
+    if self.positions in ("learned", "sinusoidal"):
       x = x + self._learned_positions(tokens.shape[1], decode).astype(x.dtype)
     if self.prepend_cls:
       token = self.param("cls_token", _EMBED_INIT, (1, 1, self.embed_dim))
@@ -107,8 +113,11 @@ class TokenEncoder(nn.Module):
 
   def _learned_positions(self, length: int, decode: bool) -> Array:
     """Embeddings ``[1, T, D]`` of the next positions; NaN beyond `max_len`."""
+    start = _EMBED_INIT
+    if self.positions == "sinusoidal":
+      start = lambda key, shape: _DEVIATION * sinusoids(*shape)
     table = self.param(
-      "position_embedding", _EMBED_INIT, (self.max_len, self.embed_dim)
+      "position_embedding", start, (self.max_len, self.embed_dim)
     )
     if not decode:
       return table[None, :length]

@@ -15,7 +15,7 @@ from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.nn.attention import ATTENTIONS
 from spectraformer_jax.nn.encoder import MLPS, NORMS
 from spectraformer_jax.nn.positions import POSITIONS
-from spectraformer_jax.nn.sequence_encoder import POOLINGS
+from spectraformer_jax.nn.sequence_encoder import POOLED_NORMS, POOLINGS
 from spectraformer_jax.train.objectives import OBJECTIVES
 from spectraformer_jax.train.parallel import ENGINES
 from spectraformer_jax.train.recipes import recipe
@@ -32,6 +32,7 @@ OPEN_SECTIONS = (
 CHOICES = {
   "model.attention": ATTENTIONS,
   "model.pooling": POOLINGS,
+  "model.pooled_norm": POOLED_NORMS,
   "model.positions": POSITIONS,
   "model.mlp": MLPS,
   "model.norm": NORMS,
@@ -117,6 +118,7 @@ def default_config() -> ConfigDict:
         "mlp_dim": 128,
         "dropout_rate": 0.1,
         "pooling": "mean",
+        "pooled_norm": "none",
         "positions": "learned",
         "mlp": "gelu",
         "norm": "pre",

@@ -20,8 +20,9 @@ SHARED = ("token_embedding", "position_embedding", "encoder")
 
 # Keys of the sections model and feature_map that may differ.
 _FREE = (
-  *("model.init_from", "model.pooling", "model.dropout_rate"),
-  *("model.vocab_size", "model.max_len", "feature_map.redraw_interval"),
+  *("model.init_from", "model.pooling", "model.pooled_norm"),
+  *("model.dropout_rate", "model.vocab_size", "model.max_len"),
+  "feature_map.redraw_interval",
 )
 
 
@@ -53,7 +54,11 @@ def start_from(
     for name in SHARED:
       if name in params:
         params[name] = _take(name, found[name], params[name])
-    variables = {**train_state.collections, **trained, "params": params}
+    collections = dict(train_state.collections)
+    for collection, found in trained.items():
+      shared = {k: v for k, v in found.items() if k in SHARED}
+      collections[collection] = {**collections.get(collection, {}), **shared}
+    variables = {**collections, "params": params}
 
   variables = None
   hosts.from_main(read)

@@ -20,6 +20,7 @@ OPTIONS = (
   {"positions": "rotary"},
   {"positions": "rotary", "pooling": "cls", "mlp": "gated", "norm": "post"},
   {"positions": "none", "pooling": "attention"},
+  {"positions": "sinusoidal", "pooled_norm": "batch"},
 )
 
 
@@ -151,10 +152,12 @@ def test_learnable_parameters_are_params():
 
 
 @pytest.mark.slow
-def test_running_statistics_move_in_training_only():
-  model, variables, tokens, length = build(
-    component_kwargs={"statistics": "ema"}
-  )
+@pytest.mark.parametrize(
+  "kwargs",
+  [{"component_kwargs": {"statistics": "ema"}}, {"pooled_norm": "batch"}],
+)
+def test_running_statistics_move_in_training_only(kwargs):
+  model, variables, tokens, length = build(**kwargs)
   rngs = {"dropout": jax.random.key(3)}
   _, updated = model.apply(
     variables,
@@ -251,6 +254,7 @@ def test_dropout_needs_its_key_and_is_off_in_evaluation():
       "Did you mean 'block_size'",
     ),
     ({"pooling": "meen"}, "Did you mean 'mean'"),
+    ({"pooled_norm": "bach"}, "Did you mean 'batch'"),
     ({"positions": "rotery"}, "Did you mean 'rotary'"),
     ({"positions": "rotary", "head_dim": 7}, "even head_dim, got 7"),
     ({"mlp": "gatd"}, "Did you mean 'gated'"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from spectraformer_jax.nn.sequence_encoder import weighted_mean
+from spectraformer_jax.nn.positions import sinusoids
+from spectraformer_jax.nn.sequence_encoder import BatchNorm, weighted_mean
 
 
 def normal(seed, *shape):
@@ -19,6 +20,35 @@ def encode(x, mask=None, **options):
   encoder = sf.nn.Encoder(head_dim=8, feature_map=fm, **options)
   variables = encoder.init(jax.random.key(0), x, mask)
   return encoder.apply(variables, x, mask), variables["params"]
+
+
+def test_a_table_of_positions_starts_from_sinusoids():
+  sizes = {"vocab_size": 4, "num_classes": 2, "max_len": 9, "embed_dim": 6}
+  fm = sf.feature_map("posrf", "orf", num_features=16)
+  model = sf.nn.Classifier(**sizes, positions="sinusoidal", feature_map=fm)
+  tokens, length = jnp.ones((1, 5), int), jnp.array([5])
+  variables = model.init(jax.random.key(0), tokens, length)
+  table = variables["params"]["position_embedding"]
+  assert table.shape == (9, 6)
+  np.testing.assert_allclose(table, 0.02 * sinusoids(9, 6), rtol=1e-6)
+  square = np.mean(np.square(sinusoids(9, 6)), axis=1)
+  np.testing.assert_allclose(square, 1.0, rtol=1e-5)
+  assert sinusoids(9, 5).shape == (9, 5)
+
+
+def test_batch_norm_leaves_what_examples_differ_in():
+  x = 7.0 + 0.1 * normal(0, 256, 3)
+  norm = BatchNorm()
+  variables = norm.init(jax.random.key(0), x)
+  apply = lambda variables, **options: norm.apply(
+    variables, x, mutable=["feature_stats"], **options
+  )
+  y, updated = apply(variables, deterministic=False)
+  np.testing.assert_allclose(y.mean(axis=0), 0.0, atol=1e-2)
+  np.testing.assert_allclose(y.std(axis=0), 1.0, rtol=1e-2)
+  for _ in range(200):
+    _, updated = apply({**variables, **updated}, deterministic=False)
+  np.testing.assert_allclose(apply({**variables, **updated})[0], y, atol=1e-2)
 
 
 def test_products_of_rotated_vectors_depend_on_the_distance_alone():

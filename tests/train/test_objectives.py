@@ -154,6 +154,7 @@ def test_finetuning_starts_from_the_pretrained_weights(
   changes = {
     "model.init_from": str(pretrained[0]),
     "model.pooling": "cls",
+    "model.pooled_norm": "batch",
     "train.num_steps": 1,
     "optim.warmup_steps": 0,
     "optim.lr": 1e-30,
