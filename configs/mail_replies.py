@@ -20,6 +20,7 @@ To compare with: the commonest label gives 50.0 %, the share of words in common
 """
 
 from configs import common, retrieval
+from spectraformer_jax.data.words import VOCAB_SIZE
 
 
 @common.experiment("quick")
@@ -27,6 +28,18 @@ def get_config(variant):
   config = retrieval.get_config()
   config.task.name = "mail_replies"
   if variant == "quick":
-    config.task.kwargs = {"max_len": 500}
     common.set_quick(config)
+    config.task.tokenizer = "words"
+    config.task.kwargs = {"max_len": 64}
+    config.task.pad_to_multiple = 64
+    common.set_model(
+      config, embed_dim=512, num_layers=1, mlp_dim=64, vocab_size=VOCAB_SIZE
+    )
+    common.set_model(config, positions="none", norm="post", pooled_norm="batch")
+    config.model.dropout_rate = 0.0
+    config.feature_map.num_features = 32
+    config.optim.warmup_steps = 20
+    config.train.num_steps = 200
+    config.train.batch_size = config.eval.batch_size = 128
+    config.eval.every = 50
   return config

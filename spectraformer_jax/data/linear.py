@@ -19,6 +19,7 @@ from spectraformer_jax.data.source import SPLITS
 
 IMAGES = 8000
 MAX_WORDS = 300_000
+TEXTS = ("bytes", "words")
 
 
 def describe(splits: Mapping[str, Dataset]) -> Iterator[str]:
@@ -30,9 +31,9 @@ def describe(splits: Mapping[str, Dataset]) -> Iterator[str]:
   train = splits["train"]
   if train.tokenizer == "pixels":
     what, scores = "logistic regression on pixels", pixels(splits)
-  elif train.tokenizer == "bytes" and train.pair:
+  elif train.tokenizer in TEXTS and train.pair:
     what, scores = "tf-idf cosine", cosine(splits)
-  elif train.tokenizer == "bytes":
+  elif train.tokenizer in TEXTS:
     what, scores = "linear model of words and pairs of words", words(splits)
   else:
     yield f"no linear model for the tokenizer {train.tokenizer!r}"
@@ -100,10 +101,11 @@ def pixels(splits: Mapping[str, Dataset]) -> dict[str, float]:
 
 
 def texts(dataset: Dataset, suffix: str = "") -> list[str]:
-  """The sequences as text, each byte one character."""
+  """The sequences as text: each byte a character, each hashed word a word."""
   tokens = getattr(dataset, "tokens" + suffix)
   offsets = getattr(dataset, "offsets" + suffix).tolist()
-  return [
-    tokens[start:end].tobytes().decode("latin-1")
-    for start, end in zip(offsets, offsets[1:], strict=False)
-  ]
+  spans = zip(offsets, offsets[1:], strict=False)
+  if dataset.tokenizer == "words":
+    # A letter in front: the vectorizer takes no words of one character.
+    return [" ".join(f"w{i}" for i in tokens[a:b].tolist()) for a, b in spans]
+  return [tokens[a:b].tobytes().decode("latin-1") for a, b in spans]

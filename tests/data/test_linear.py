@@ -6,6 +6,7 @@ import pytest
 from spectraformer_jax import data
 from spectraformer_jax.data import __main__ as command
 from spectraformer_jax.data import linear
+from spectraformer_jax.data.words import VOCAB_SIZE, hash_words
 
 
 def splits_of(make):
@@ -82,6 +83,30 @@ def test_cosine():
   assert min(scores.values()) > 0.9
   (line,) = linear.describe(splits_of(make_pairs))
   assert line.startswith("accuracy of tf-idf cosine: train ")
+
+
+def hashed(dataset, columns):
+  sequences = [
+    [hash_words(dataset.tokens[a:b].tobytes(), 200) for a, b in spans(dataset)],
+    dataset.labels,
+  ]
+  if columns == 2:
+    second = [dataset.tokens_2[a:b] for a, b in spans(dataset, "_2")]
+    sequences.append([hash_words(t.tobytes(), 200) for t in second])
+  facts = TEXT | {"tokenizer": "words", "vocab_size": VOCAB_SIZE, "id_shift": 0}
+  return data.Dataset.from_sequences(*sequences, split=dataset.split, **facts)
+
+
+@pytest.mark.parametrize("make, columns", [(make_texts, 1), (make_pairs, 2)])
+def test_hashed_words_do_as_well(make, columns):
+  splits = splits_of(make)
+  (line,) = linear.describe(splits)
+  hashes = {split: hashed(d, columns) for split, d in splits.items()}
+  (other,) = linear.describe(hashes)
+  name, scores = line.split(": train")
+  assert other.startswith(name)
+  scores, others = (x.split()[-1] for x in (scores, other))
+  assert float(others) > float(scores) - 0.05
 
 
 def test_a_high_cosine_means_label_1():

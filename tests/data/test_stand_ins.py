@@ -12,6 +12,7 @@ from spectraformer_jax import data
 from spectraformer_jax.data import packages
 from spectraformer_jax.data.mail_replies import Reply, _pair_up
 from spectraformer_jax.data.word_overlap import OVERLAP, overlap_rule
+from spectraformer_jax.data.words import hash_words
 from tests.data import made_up_packages as made_up
 
 TASKS = {
@@ -155,7 +156,7 @@ def correspondence(threads=120, answers=3):
   mails = []
   for t in range(threads):
     list_id = f"<list{t % 2}.example.org>"
-    words = f"of thread {t:03} and long enough to be a mail of its own"
+    words = f"of thread {t:05} and long enough to be a mail of its own"
     mails.append(made_up.mail(t, f"question {words}", list_id=list_id))
     for a in range(answers):
       body = (
@@ -185,7 +186,7 @@ def test_mail_replies(tmp_path, pin):
       asked, answer = asked.split(" of thread "), answer.split(" of thread ")
       assert asked[0] == "question" and answer[0].startswith("answer ")
       assert (asked[1] == answer[1]) == label  # nothing else is in the texts
-      assert int(asked[1][:3]) % 2 == int(answer[1][:3]) % 2  # one list
+      assert int(asked[1][:5]) % 2 == int(answer[1][:5]) % 2  # one list
     for column in (0, 1):
       counts = [
         collections.Counter(p[column] for p in pairs if p[2] == label)
@@ -198,6 +199,34 @@ def test_mail_replies(tmp_path, pin):
   assert splits["dev"].baselines["majority label"] == 0.5
   other = load_all("mail_replies", tmp_path, seed=1)
   assert other["train"].fingerprint != splits["train"].fingerprint
+
+
+def test_mail_replies_as_words(tmp_path, pin):
+  mails = correspondence()
+  pin(packages.SPAM_ASSASSIN, made_up.write_mails(tmp_path / "packages", mails))
+  as_bytes = load_all("mail_replies", tmp_path)
+  splits = load_all("mail_replies", tmp_path, tokenizer="words", max_len=9)
+  for split, dataset in splits.items():
+    assert dataset.name == "mail_replies-words-max_len9"
+    assert (dataset.tokenizer, dataset.id_shift) == ("words", 0)
+    assert dataset.tokens.dtype == dataset.id_dtype == np.uint16
+    assert dataset.tokens.min() > 0  # that is padding
+    # The same pairs in the same order, so that results can be compared.
+    for example, pair in zip(dataset, as_bytes[split], strict=True):
+      for column in ("tokens", "tokens_2"):
+        ids = hash_words(text(pair[column]).encode(), 9)
+        assert example[column].tolist() == ids.tolist()
+      assert example["label"] == pair["label"]
+  whole = data.load(
+    "mail_replies", "dev", cache_dir=tmp_path, tokenizer="words"
+  )
+  assert whole.name == "mail_replies-words"
+  # An answer to the mail has its number in common, and only that.
+  groups = overlap_rule(whole)
+  assert groups[whole.labels == 1].min() > groups[whole.labels == 0].max()
+  assert whole.baselines[OVERLAP] == 1.0
+  with pytest.raises(ValueError, match="Unknown tokenizer 'word'.*'words'"):
+    data.load("mail_replies", "dev", cache_dir=tmp_path, tokenizer="word")
 
 
 @pytest.mark.parametrize("sizes", [(9, 1, 1), (2, 2), (1, 1), (5, 4, 3, 2)])

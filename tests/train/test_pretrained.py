@@ -171,6 +171,8 @@ def test_text_becomes_the_ids_of_its_task():
   ]
   assert read("ab c\n") == [[98, 99, 33, 100]]
   assert read("ab\tc\n", pair=True) == [[98, 99], [100]]
+  words = {"tokenizer": "words", "id_shift": 0, "vocab_size": 2048, "length": 3}
+  assert read("Never say never: 12345!", **words) == [[1837, 1837, 1012]]
   listops = {"tokenizer": "full", "id_shift": 0, "vocab_size": 17}
   assert read("[MAX 2 3 ]", **listops) == [[12, 3, 4, 15]]
   assert read("[MAX 2 3 ]", **listops | {"tokenizer": "no_close"}) == [
