@@ -10,13 +10,15 @@ half of them positive (docs/data.md). No published figure belongs to it.
 Default: the settings of the Spectraformer release for its Retrieval (configs/
 retrieval.py), 50,000 steps. Not run here.
 
-mail_replies.py:quick: the first 500 bytes of each mail; 300 steps of 16 at 1e-3
-with cosine decay and global-norm clipping, minutes on a CPU. Test accuracy,
-measured here, seed 0, best-dev parameters: 49.5 %: nothing is learnt in so few
-steps.
+mail_replies.py:quick: the first 64 words of five letters or more of each mail;
+one layer of width 512 without positions, batch normalisation of the pooled
+vectors; 200 steps of 128 at 1e-3 with cosine decay and global-norm clipping,
+minutes on a CPU. Test accuracy, measured here, best-dev parameters: 59.2, 57.1,
+58.7 and 59.2 % with seeds 0 to 3 (docs/data.md).
 
-To compare with: the commonest label gives 50.0 %, the share of words in common
-69.6 %, a cut of the tf-idf cosine 75.0 % (`check mail_replies --linear`).
+To compare with: the commonest label gives 50.0 %; the share of words in common
+69.6 %, of these words 67.9 %; a cut of the tf-idf cosine of whole mails 75.0 %
+(`check mail_replies --linear`).
 """
 
 from configs import common, retrieval
