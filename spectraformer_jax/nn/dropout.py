@@ -47,7 +47,9 @@ class Dropout(nn.Module):
     rng = self.make_rng("dropout")
     half = -(-x.shape[-1] // 2)
     bits = jax.random.bits(rng, (*x.shape[:-1], half), jnp.uint32)
-    # Two numbers of 16 bits from each of 32.
-    bits = jnp.concatenate([bits & (_LEVELS - 1), bits >> 16], axis=-1)
-    keep = checkpoint_name(bits[..., : x.shape[-1]] < kept, KEPT)
+    # Two numbers of 16 bits from each of 32. Compared before they are put in a
+    # row, so that booleans are what is stored for the backward pass.
+    keep = [(bits & (_LEVELS - 1)) < kept, (bits >> 16) < kept]
+    keep = jnp.concatenate(keep, axis=-1)[..., : x.shape[-1]]
+    keep = checkpoint_name(keep, KEPT)
     return jnp.where(keep, x * (_LEVELS / kept), 0.0)
