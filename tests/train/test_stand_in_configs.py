@@ -36,14 +36,18 @@ def test_settings_are_those_of_the_task_it_stands_for(task):
 
 
 @pytest.mark.parametrize("task", sorted(LIKE))
-def test_quick_is_short_and_of_the_same_model(task):
+def test_quick_is_short_and_fits_its_data(task):
   config = config_of(task, "quick")
   assert config.train.num_steps <= 600
   assert config.train.num_steps % config.eval.every == 0
-  assert config.model == LIKE[task].get_config().model
+  if task != "mail_replies":  # whose words need another one, see its header
+    assert config.model == LIKE[task].get_config().model
   options = config.task.kwargs.to_dict()
+  if config.task.tokenizer:
+    options["tokenizer"] = config.task.tokenizer
   source = data.TASKS.build(task, options)
   assert source.length <= 2000
+  assert config.model.vocab_size >= source.vocab_size
 
 
 @pytest.mark.parametrize("task", sorted(LIKE))
