@@ -147,28 +147,19 @@ def print_table(rows: list[dict]) -> None:
 
 def plot(rows: list[dict], path: str) -> None:
   """Time and memory against length, for the smallest batch."""
-  from benchmarks.pictures import Panel, draw_lines
+  from benchmarks.pictures import attention_panel, draw_lines
 
   batch = min(row["batch"] for row in rows)
-
-  def panel(is_causal, figure, label):
-    case = (is_causal, True, batch)
-    lines = {
-      form: [
-        (row["length"], max(row[figure], 1e-2))
-        for row in rows
-        if row["form"] == form
-        and (row["is_causal"], row["backward"], row["batch"]) == case
-      ]
-      for form in FORMS
-    }
-    title = "causal" if is_causal else "bidirectional"
-    return Panel(lines, "length T", label, title)
-
   figures = (("ms", "milliseconds"), ("temp_mib", "temporary memory, MiB"))
+  modes = {"bidirectional": False, "causal": True}
+
+  def panel(figure, mode):
+    case = {"is_causal": modes[mode], "backward": True, "batch": batch}
+    return attention_panel(rows, *figure, title=mode, **case)
+
   draw_lines(
     path,
-    [[panel(is_causal, *f) for is_causal in (False, True)] for f in figures],
+    [[panel(figure, mode) for mode in modes] for figure in figures],
     title=f"Attention forward + backward: {batch} x T x {HEADS} heads of "
     f"{HEAD_DIM}, {ROWS} features, {rows[0]['device']}",
   )

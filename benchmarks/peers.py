@@ -337,30 +337,22 @@ def print_table(rows: list[dict]) -> None:
 
 def plot(rows: list[dict], path: str) -> None:
   """CPU time of attention against length, for the smallest batch."""
-  from benchmarks.pictures import Panel, draw_lines
+  from benchmarks.pictures import attention_panel, draw_lines
 
-  rows = [row for row in rows if "task" not in row]
   batch = min(row["batch"] for row in rows)
-  forms = dict.fromkeys(row["form"] for row in rows)
+  modes = {"bidirectional": False, "causal": True}
+  passes = {"forward": False, "forward + backward": True}
 
-  def panel(is_causal, backward):
-    case = (is_causal, backward, batch)
-    lines = {
-      form: [
-        (row["length"], row["cpu_ms"])
-        for row in rows
-        if row["form"] == form
-        and (row["is_causal"], row["backward"], row["batch"]) == case
-      ]
-      for form in forms
-    }
-    mode = "causal" if is_causal else "bidirectional"
-    passes = "forward + backward" if backward else "forward"
-    return Panel(lines, "length T", "CPU milliseconds", f"{mode}, {passes}")
+  def panel(direction, mode):
+    case = {"is_causal": modes[mode], "backward": passes[direction]}
+    title = f"{mode}, {direction}"
+    return attention_panel(
+      rows, "cpu_ms", "CPU milliseconds", title=title, batch=batch, **case
+    )
 
   draw_lines(
     path,
-    [[panel(c, b) for c in (False, True)] for b in (False, True)],
+    [[panel(direction, mode) for mode in modes] for direction in passes],
     title=f"Attention: {batch} x T x {HEADS} heads of {HEAD_DIM}, {ROWS} "
     f"features, cores: {rows[0]['threads']}",
   )

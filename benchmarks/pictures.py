@@ -33,6 +33,30 @@ class Panel(NamedTuple):
   notes: dict[str, str] | None = None
 
 
+def attention_panel(
+  rows: Sequence[dict],
+  figure: str,
+  y: str,
+  *,
+  title: str,
+  **case: bool | int,
+) -> Panel:
+  """A figure of attention against the length, a line for each form.
+
+  Args:
+    rows: with form, length, the keys of `case`, and `figure`.
+    figure: what is drawn; from 0.01 on, since 0 has no logarithm.
+    y: its name and unit.
+    title: of the panel.
+    **case: is_causal, backward and batch of the rows that are drawn.
+  """
+  lines = {row["form"]: [] for row in rows}
+  for row in rows:
+    if case.items() <= row.items():
+      lines[row["form"]].append((row["length"], max(row[figure], 1e-2)))
+  return Panel(lines, "length T", y, title)
+
+
 def draw_lines(
   path: str,
   panels: Sequence[Sequence[Panel]],

@@ -30,7 +30,6 @@ boosted trees fitted on 4,000 pictures; with 6 bars 73 %, and 79 % fitted on
 """
 
 from configs import common, pathfinder, pathx
-from spectraformer_jax.train import recipes
 
 
 @common.experiment("lra", "pathx", "quick")
@@ -51,6 +50,7 @@ def _sizes(train, rest):
 
 
 def _set_quick(config):
+  common.set_quick(config)
   config.task.kwargs = {"bars": 6} | _sizes(80_000, 4_000)
   common.set_model(
     config, embed_dim=32, num_layers=1, num_heads=1, mlp_dim=64, vocab_size=256
@@ -59,11 +59,7 @@ def _set_quick(config):
   config.model.dropout_rate = 0.0
   config.feature_map.num_features = 16
   config.train.num_steps = 500
-  recipes.use(config, "modern")
   config.optim.lr = 3e-3
   config.optim.b2 = 0.98
-  config.optim.warmup_steps = 30
-  config.optim.weight_decay = 0.0
   config.train.batch_size = config.eval.batch_size = 128
   config.eval.every = config.checkpoint.every = 125
-  config.logging.every = 10

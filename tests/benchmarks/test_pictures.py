@@ -16,6 +16,19 @@ def test_lines(tmp_path):
   assert matplotlib.image.imread(path).shape == (220, 440, 4)
 
 
+def test_attention_panel_has_the_rows_of_its_case():
+  case = {"is_causal": True, "batch": 1}
+  rows = [
+    {"form": "ours", "length": 256, "ms": 3.0, **case},
+    {"form": "ours", "length": 512, "ms": 0.0, **case},
+    {"form": "ours", "length": 512, "ms": 9.0, **case, "batch": 8},
+    {"form": "theirs", "length": 256, "ms": 5.0, **case, "is_causal": False},
+  ]
+  panel = pictures.attention_panel(rows, "ms", "time", title="causal", **case)
+  assert panel.lines == {"ours": [(256, 3.0), (512, 0.01)], "theirs": []}
+  assert (panel.y, panel.title) == ("time", "causal")
+
+
 def test_more_lines_than_can_be_told_apart(tmp_path):
   lines = {str(i): POINTS for i in range(8)}
   with pytest.raises(ValueError, match="at most 7 names in a picture, got 8"):
