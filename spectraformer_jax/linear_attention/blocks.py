@@ -18,9 +18,10 @@ class Sizes(NamedTuple):
       want more rows.
     step: positions of all rows (examples and heads) in a causal step, which
       takes one chunk or more. Below, launching its programs costs as much as
-      they do; on a CPU a single chunk stays in the cache.
-    stride: steps between two states that are kept for the backward pass. With
-      the large chunks of a TPU its compiler plans less memory where all are.
+      they do; above, features leave a CPU's cache.
+    stride: positions between two states that are kept for the backward pass,
+      one step at least. Those between are made again. A state has F (V + 1)
+      numbers, query, key and value of one position 2 H + V.
     block: positions of all rows in a block of what sees every key: features of
       a block should stay in the cache.
     by_row: such a block is of one row where that is long enough. XLA for CPUs
@@ -36,9 +37,9 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-  "cpu": Sizes(chunk=64, step=0, stride=16, block=2048, by_row=True),
-  "gpu": Sizes(chunk=128, step=16384, stride=16, block=16384),
-  "tpu": Sizes(chunk=256, step=32768, stride=1, block=32768),
+  "cpu": Sizes(chunk=64, step=2048, stride=256, block=2048, by_row=True),
+  "gpu": Sizes(chunk=128, step=16384, stride=2048, block=16384),
+  "tpu": Sizes(chunk=256, step=32768, stride=256, block=32768),
 }
 
 

@@ -74,7 +74,7 @@ class _Plan:
     count = -(-self.length // self.chunk_size)
     steps = -(-count // together)
     size = -(-count // steps) * self.chunk_size
-    self.outer = -(-steps // blocks.sizes().stride)
+    self.outer = -(-steps // max(1, blocks.sizes().stride // size))
     self.inner = -(-steps // self.outer)
     batch, _, heads = key.shape[:3]
     self.cut = blocks.Cut(batch, heads, size, self.inner * self.outer)

@@ -6,6 +6,7 @@ the sum of key features.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention.layouts import in_columns
@@ -203,22 +204,41 @@ def _chunks_first(x: Array, count: int) -> Array:
 
 def _states(state: State, psi: Array, value: Array) -> tuple[State, State]:
   """States before each chunk, ``[B, N, S, ...]``, and after the last."""
-
-  def running(first, own):
-    first = first[:, :, None]
-    ends = first + jnp.cumsum(own, axis=2)
-    return jnp.concatenate([first, ends[:, :, :-1]], axis=2), ends[:, :, -1]
-
-  kv, last_kv = running(state.kv, keys_times_values(psi, value))
+  kv, last_kv = _running(state.kv, keys_times_values(psi, value))
   magnitude = last_magnitude = None
   if state.magnitude is not None:
-    magnitude, last_magnitude = running(
+    magnitude, last_magnitude = _running(
       state.magnitude, jnp.sum(jnp.abs(psi), axis=-2)
     )
   return (
     state._replace(kv=kv, magnitude=magnitude),
     state._replace(kv=last_kv, magnitude=last_magnitude),
   )
+
+
+def _running(first: Array, own: Array) -> tuple[Array, Array]:
+  """Sums before each chunk, ``[B, N, S, ...]``, and after the last.
+
+  A cumulative sum of S chunks is a sum of S^2 of them where XLA is for CPUs.
+  """
+  if own.shape[2] == 1:
+    return first[:, :, None], first + own[:, :, 0]
+  return jax.lax.platform_dependent(
+    first, own, cpu=_running_one_by_one, default=_running_at_once
+  )
+
+
+def _running_one_by_one(first, own):
+  add = lambda total, part: (total + part, total)
+  own = jnp.moveaxis(own, 2, 0)
+  last, before = jax.lax.scan(add, first, own, unroll=16)
+  return jnp.moveaxis(before, 0, 2), last
+
+
+def _running_at_once(first, own):
+  first = first[:, :, None]
+  ends = first + jnp.cumsum(own, axis=2)
+  return jnp.concatenate([first, ends[:, :, :-1]], axis=2), ends[:, :, -1]
 
 
 def _with_ones(value: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Causal steps of several chunks, as accelerators take them."""
+"""Causal steps of several chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from spectraformer_jax.linear_attention import blocks
+from spectraformer_jax.linear_attention import blocks, chunks
 from tests.linear_attention.engine_cases import (
   CAUSAL,
   assert_close,
@@ -21,12 +21,14 @@ CHUNK = 12
 @pytest.fixture(params=[(3, 1), (4, 16), (9, 1)], ids=lambda p: f"{p[0]}x")
 def together(request, monkeypatch):
   """Chunks a step for 4 rows, and steps between two states that are kept."""
-  chunks, stride = request.param
+  count, steps = request.param
   jax.clear_caches()
-  step = 4 * CHUNK * chunks
-  sizes = blocks.Sizes(chunk=CHUNK, step=step, stride=stride, block=2048)
+  length = CHUNK * count
+  sizes = blocks.Sizes(
+    chunk=CHUNK, step=4 * length, stride=steps * length, block=2048
+  )
   monkeypatch.setitem(blocks.SIZES, "cpu", sizes)
-  yield chunks
+  yield count
   jax.clear_caches()
 
 
@@ -83,3 +85,26 @@ def test_the_state_equals_that_of_single_chunks(together):
   actual, expected = after(None), after(100)
   assert actual.kv.shape == expected.kv.shape
   assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 16, 19])
+def test_sums_of_chunks_one_by_one_equal_those_at_once(count):
+  first, own, weight = (
+    jax.random.normal(jax.random.key(i), (2, 3, *n, 5, 4))
+    for i, n in enumerate([(), (count,), (count,)])
+  )
+
+  def run(running):
+    def loss(first, own):
+      before, last = running(first, own)
+      return jnp.sum(before * weight) + jnp.sum(jnp.sin(last))
+
+    return running(first, own), jax.grad(loss, argnums=(0, 1))(first, own)
+
+  # A sum of 20 normal numbers, each rounded to 6e-8 of it.
+  assert_close(
+    run(chunks._running_one_by_one), run(chunks._running_at_once), 1e-5
+  )
+  before, last = chunks._running(first, own)
+  np.testing.assert_array_equal(before[:, :, 0], first)
+  np.testing.assert_allclose(last, first + own.sum(2), atol=1e-5)
