@@ -219,7 +219,7 @@ def _states(state: State, psi: Array, value: Array) -> tuple[State, State]:
 def _running(first: Array, own: Array) -> tuple[Array, Array]:
   """Sums before each chunk, ``[B, N, S, ...]``, and after the last.
 
-  A cumulative sum of S chunks is a sum of S^2 of them where XLA is for CPUs.
+  XLA for CPUs makes a cumulative sum of S chunks by S^2 / 2 additions.
   """
   if own.shape[2] == 1:
     return first[:, :, None], first + own[:, :, 0]
