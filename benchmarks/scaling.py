@@ -7,7 +7,8 @@ features M, the head dimension H, the heads N and the depth are each varied
 alone. Attention is posrf-orf, forward + backward, in both forms; `step` a
 training step of the paper's model. CPU time of all threads, medians. The
 exponent is the slope of log time against log size: 1 is linear. Each figure
-comes from a process of its own; rows that the CSV holds are not measured again.
+comes from a process of its own, and the sizes of a line take turns, a call of
+each at a time; rows that the CSV holds are not measured again.
 """
 
 import argparse
@@ -98,7 +99,10 @@ def measure(case: dict, repeats: int) -> dict:
     function, inputs = attention(sizes, case["form"] == "causal")
   jax.block_until_ready(function(*inputs))
   _, cpu = processes.median_times(
-    lambda: jax.block_until_ready(function(*inputs)), repeats
+    lambda: jax.block_until_ready(function(*inputs)),
+    repeats,
+    in_turn=True,
+    settle_s=0.1,
   )
   return {"cpu_ms": round(1e3 * cpu, 3)}
 
@@ -148,7 +152,7 @@ def main() -> None:
   )
   parser.add_argument("--csv", default="scaling.csv")
   parser.add_argument("--plot", help="also draw a picture")
-  parser.add_argument("--repeats", type=int, default=7)
+  parser.add_argument("--repeats", type=int, default=15)
   parser.add_argument("--one", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.one:
@@ -162,6 +166,7 @@ def main() -> None:
   rows = processes.measure_missing(
     *(os.path.abspath(__file__), args.csv, cases, ("cpu_ms",)),
     ("--repeats", str(args.repeats)),
+    compared="size",
   )
   from rich.console import Console
   from rich.table import Table
