@@ -12,6 +12,7 @@ from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.nn.positions import next_positions, rotate
+from spectraformer_jax.nn.projections import projection
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
@@ -93,7 +94,7 @@ class SpectralSelfAttention(nn.Module):
     self._check(decode)
     heads = (self.num_heads, self.head_dim)
     query, key, value = (
-      nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)
+      projection(heads, dtype=self.dtype, name=name)(x)
       for name in ("query", "key", "value")
     )
     if self.rotary:
@@ -132,9 +133,10 @@ class SpectralSelfAttention(nn.Module):
         is_causal=self.is_causal,
         key_mask=mask,
       )
-    return nn.DenseGeneral(
+    output = projection(
       x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out"
-    )(out)
+    )
+    return output(out)
 
   def _baseline(self, query, key, value, mask):
     """Attention of one of `BASELINES`, whose parameters are "baseline"."""

@@ -1,4 +1,6 @@
-"""Dropout: its rate, its mean, its two halves, its errors."""
+"""Dropout: its rate, its mean, what shares random bits, its errors."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +35,35 @@ def test_rate_and_mean(rate, width):
   assert abs(out.mean() - 1.0) < 4 * error / (1 - rate)
 
 
-def test_entries_are_independent():
-  dropped = drop(0.5) == 0.0
-  centred = dropped - 0.5
-  # The two that share 32 bits, neighbours in a row, and neighbours in a column.
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_entries_are_independent(impl):
+  rngs = {"dropout": jax.random.key(0, impl=impl)}
+  dropped = (
+    Dropout(0.5).apply({}, jnp.ones((500, 400)), deterministic=False, rngs=rngs)
+    == 0.0
+  )
+  centred = np.asarray(dropped) - 0.5
+  parts = np.split(centred, 4)
+  # Those whose bits are of one run of the generator, and neighbours.
   for a, b in (
-    (centred[:, :200], centred[:, 200:]),
+    *itertools.combinations(parts, 2),
     (centred[:, 1:], centred[:, :-1]),
     (centred[1:], centred[:-1]),
   ):
     assert abs(4 * (a * b).mean()) < 4 / np.sqrt(a.size)
+
+
+@pytest.mark.parametrize("shape", [(1000,), (3, 1000), (2, 3, 5, 100)])
+def test_every_number_of_axes(shape):
+  out = drop(0.5, shape)
+  assert out.shape == shape
+  assert abs((out == 0.0).mean() - 0.5) < 4 * 0.5 / np.sqrt(out.size)
+
+
+def test_examples_and_keys_have_masks_of_their_own():
+  masks = [*drop(0.5, (3, 40, 50)), *drop(0.5, (3, 40, 50), seed=1)]
+  for a, b in itertools.combinations(masks, 2):
+    assert 0.4 < (a == b).mean() < 0.6  # by nine standard errors
 
 
 def test_no_rate_and_deterministic_change_nothing():
