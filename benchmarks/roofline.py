@@ -39,6 +39,7 @@ def parts() -> list[tuple]:
   import jax.numpy as jnp
 
   import spectraformer_jax as sf
+  from spectraformer_jax.nn.dropout import Dropout
 
   n = TOKENS * HEADS
   fm = sf.feature_map("posrf", "orf", num_features=ROWS)
@@ -56,8 +57,8 @@ def parts() -> list[tuple]:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
   def dropout(x):
-    bits = jax.random.bits(jax.random.key(0), x.shape, jnp.uint16)
-    return jnp.where(bits < 58982, x / 0.9, 0)
+    rngs = {"dropout": jax.random.key(0)}
+    return Dropout(0.1).apply({}, x, deterministic=False, rngs=rngs)
 
   tokens, heads = (TOKENS, WIDTH), (8, TOKENS // 8, HEADS, HEAD_DIM)
   inner, features = (TOKENS, MLP), (n, ROWS)
@@ -75,7 +76,7 @@ def parts() -> list[tuple]:
     ("MLP, second", product, (inner, (MLP, WIDTH)), 2 * t * WIDTH * MLP),
     ("GELU", jax.nn.gelu, (inner,), (m + 6) * t * MLP),
     ("layer norm", norm, (tokens,), 8 * t * WIDTH),
-    ("dropout", dropout, (tokens,), 40 * t * WIDTH),
+    ("dropout", dropout, (tokens,), 33 * t * WIDTH),
     (
       "W x",
       product,

@@ -66,6 +66,17 @@ def test_examples_and_keys_have_masks_of_their_own():
     assert 0.4 < (a == b).mean() < 0.6  # by nine standard errors
 
 
+def test_a_map_over_keys_drops_what_each_key_drops():
+  def of_key(key):
+    return Dropout(0.5).apply(
+      {}, jnp.ones((7, 8)), deterministic=False, rngs={"dropout": key}
+    )
+
+  keys = jax.random.split(jax.random.key(0), 3)
+  want = np.stack([of_key(key) for key in keys])
+  np.testing.assert_array_equal(jax.jit(jax.vmap(of_key))(keys), want)
+
+
 def test_no_rate_and_deterministic_change_nothing():
   np.testing.assert_array_equal(drop(0.0), 1.0)
   x = jnp.ones((3, 4))
