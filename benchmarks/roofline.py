@@ -57,7 +57,8 @@ def parts() -> list[tuple]:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
   def dropout(x):
-    rngs = {"dropout": jax.random.key(0)}
+    # Of no constant key, whose bits XLA may know.
+    rngs = {"dropout": jax.random.key(x[0, 0].astype(int))}
     return Dropout(0.1).apply({}, x, deterministic=False, rngs=rngs)
 
   tokens, heads = (TOKENS, WIDTH), (8, TOKENS // 8, HEADS, HEAD_DIM)
