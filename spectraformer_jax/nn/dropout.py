@@ -53,7 +53,7 @@ class Dropout(nn.Module):
     # put in a column, so that the backward pass stores booleans.
     *outer, length, width = (1, *x.shape)
     words = _pairs_of_words(rng, (*outer, -(-length // 4), width))
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    halves = [h for word in words for h in (word & (_LEVELS - 1), word >> 16)]
     keep = jnp.concatenate([half < kept for half in halves], axis=-2)
     keep = keep[..., :length, :].reshape(x.shape)
     keep = checkpoint_name(keep, KEPT)
