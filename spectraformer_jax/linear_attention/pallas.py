@@ -65,6 +65,10 @@ class Kernels:
     backend = jax.default_backend()
     if not self.is_elsewhere and backend != self.platform:
       return f"it needs a {self.platform.upper()}, JAX runs on {backend!r}"
+    try:
+      _ = self.module
+    except ImportError as error:
+      return f"this version of JAX does not have what it needs ({error})"
     if segment_ids is not None:
       return "it takes no segment_ids"
     if query.shape[3] > 1:

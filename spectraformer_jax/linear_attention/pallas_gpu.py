@@ -8,6 +8,7 @@ first and differentiates the body in place.
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ NUM_WARPS = 8
 # What one program may take on an H100.
 SHARED_MEMORY = 232_448
 PRIMITIVES = pallas_scan.PRIMITIVES
+# JAX says so from 0.11 on. Nobody who uses the kernels can act on it.
+TRITON_WARNING = "The Pallas Triton backend is deprecated"
 
 
 def fit(sizes: pallas_scan.Sizes, asked: int | None) -> pallas_scan.Tile | str:
@@ -145,6 +148,11 @@ class Calls:
 
   def _call(self, kernel, inputs, outputs):
     """Runs a kernel over examples and heads, each with all that is theirs."""
+    # JAX warns when the program is lowered, after this returns, so a filter
+    # that ends here would come too early.
+    warnings.filterwarnings(
+      "ignore", message=TRITON_WARNING, category=DeprecationWarning
+    )
     call = functools.partial(
       pl.pallas_call,
       grid=jax.tree.leaves(outputs)[0].shape[:2],

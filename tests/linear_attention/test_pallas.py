@@ -1,6 +1,8 @@
 """Pallas kernels, interpreted: values, gradients, races, refusals."""
 
+import contextlib
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -360,6 +362,15 @@ def test_another_platform_is_refused_and_falls_back(platform):
     attend(("pallas_tpu", "pallas_gpu"))
 
 
+def test_kernels_of_a_backend_that_jax_removed_are_refused(monkeypatch):
+  package = sys.modules[pallas.__package__]
+  monkeypatch.delattr(package, "pallas_gpu")
+  monkeypatch.setitem(sys.modules, pallas_gpu.__name__, None)
+  add(monkeypatch, "removed", pallas.Kernels("gpu", is_elsewhere=True))
+  with pytest.raises(ValueError, match="this version of JAX does not have"):
+    attend("removed")
+
+
 def test_kernels_are_off_by_default():
   assert api.names_of(None)[0] == "xla"
   assert {"pallas_tpu", "pallas_gpu"} <= set(api.IMPLEMENTATIONS)
@@ -389,10 +400,17 @@ def test_kernels_lower_without_the_hardware(platform, component, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot do \['concatenate'\]"):
       trace(x, x, x)
     return
-  traced = trace(x, x, x)
   target, call = {
     "tpu": ("tpu", "tpu_custom_call"),
     "gpu": ("cuda", "triton"),
   }[platform]
-  text = traced.lower(lowering_platforms=(target,)).as_text()
+  device = jax.sharding.AbstractDevice(
+    device_kind="NVIDIA H100", num_cores=132, platform="gpu"
+  )
+  mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+  is_gpu = platform == "gpu"
+  on_gpu = jax.sharding.use_abstract_mesh(mesh)
+  with on_gpu if is_gpu else contextlib.nullcontext():
+    traced = trace(x, x, x)
+    text = traced.lower(lowering_platforms=(target,)).as_text()
   assert text.count(call) >= 2
