@@ -3,7 +3,7 @@
 A compiled step on a CPU asks for one block of temporary memory, some hundred
 MiB, and frees it when it ends. By default glibc gives such a block back to the
 kernel, which hands out zeroed pages again at the next step, a fault for each.
-docs/performance.md says what that costs.
+docs/decisions/09-memory-of-a-step.md says what that costs.
 """
 
 import ctypes
