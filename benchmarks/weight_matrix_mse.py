@@ -31,7 +31,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spectraformer_jax.study.pairs import split_options
+from spectraformer_jax.study.approximation.pair_spec import split_options
 from spectraformer_jax.weight_matrices import (
   WEIGHT_MATRICES,
   WeightMatrix,

@@ -30,6 +30,7 @@ def test_modules_are_all_found():
 
 @pytest.mark.parametrize("name", ["spectraformer_jax", *MODULES])
 @pytest.mark.quick_every(6)
+@pytest.mark.filterwarnings("ignore:.* is now spectraformer_jax")
 def test_doctests(name):
   module = importlib.import_module(name)
   result = doctest.testmod(module, optionflags=doctest.FAIL_FAST)

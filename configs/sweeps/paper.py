@@ -19,7 +19,7 @@ The rows of the paper that are missing: Big Bird, Reformer, Informer
 
 import os
 
-from spectraformer_jax.study.cells import Sweep
+from spectraformer_jax.study.sweep import Sweep
 
 COMPONENTS = ("oprf", "posrf", "saderf")
 MATRICES = ("fastfood_learnable", "mm", "orf", "qmc", "sgq", "sorf")

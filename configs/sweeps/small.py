@@ -11,7 +11,7 @@ paper. The model is the paper's with half the features, for sequences this
 short. The optimiser is that of the quick variants, which suits few steps.
 """
 
-from spectraformer_jax.study.cells import Sweep
+from spectraformer_jax.study.sweep import Sweep
 
 
 def get_sweep():

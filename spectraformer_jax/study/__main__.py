@@ -5,7 +5,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from spectraformer_jax.study import approximation, plot, sweep, table
+from spectraformer_jax.study.approximation import command as approximation
+from spectraformer_jax.study.sweep import command as sweep
+from spectraformer_jax.study.sweep import plots, table
 
 # Name of a command -> module with add_arguments(parser) and run(args); the
 # first line of its docstring is its help.
@@ -13,7 +15,7 @@ COMMANDS = {
   "approximation": approximation,
   "sweep": sweep,
   "table": table,
-  "plot": plot,
+  "plot": plots,
 }
 USER_ERROR, INTERRUPTED = 2, 130
 

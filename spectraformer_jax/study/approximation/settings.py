@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats as distributions
 
-from spectraformer_jax.study.results import Row
+from spectraformer_jax.study.approximation.results import Row
 
 SIGNIFICANCE = 0.05
 

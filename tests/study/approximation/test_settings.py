@@ -1,9 +1,12 @@
 import pytest
 
-from spectraformer_jax.study import advice
-from spectraformer_jax.study.approximation_report import lines
-from spectraformer_jax.study.settings import settings_of, told_apart
-from tests.study.rows import row
+from spectraformer_jax.study.approximation import advice
+from spectraformer_jax.study.approximation.report import lines
+from spectraformer_jax.study.approximation.settings import (
+  settings_of,
+  told_apart,
+)
+from tests.study.approximation.rows import row
 
 
 def setting(*rows):

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spectraformer_jax.study.inputs import (
+from spectraformer_jax.study.approximation.inputs import (
   make_inputs,
   random_inputs,
   read_npz,

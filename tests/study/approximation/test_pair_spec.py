@@ -1,6 +1,9 @@
 import pytest
 
-from spectraformer_jax.study.pairs import all_pairs, parse_pair
+from spectraformer_jax.study.approximation.pair_spec import (
+  all_pairs,
+  parse_pair,
+)
 
 
 def test_options_reach_the_map():

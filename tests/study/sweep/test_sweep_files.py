@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from spectraformer_jax.nn.from_config import make_feature_map
-from spectraformer_jax.study import runs as cell_runs
-from spectraformer_jax.study.cells import expand, load_sweep
+from spectraformer_jax.study.sweep import runs as cell_runs
+from spectraformer_jax.study.sweep.cells import expand, load_sweep
 from tests.code_blocks import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is biased:UserWarning")

@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy import stats
 
-from spectraformer_jax.study.cells import CELL
+from spectraformer_jax.study.sweep.cells import CELL
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.writers import read_rows, result_row
 

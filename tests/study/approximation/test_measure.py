@@ -7,9 +7,15 @@ import pytest
 from scipy import stats as distributions
 
 import spectraformer_jax as sf
-from spectraformer_jax.study import measure as lib
-from spectraformer_jax.study.inputs import make_inputs, random_inputs
-from spectraformer_jax.study.kernel_error import has_kernel, kernel_ratios
+from spectraformer_jax.study.approximation import measure as lib
+from spectraformer_jax.study.approximation.inputs import (
+  make_inputs,
+  random_inputs,
+)
+from spectraformer_jax.study.approximation.kernel_error import (
+  has_kernel,
+  kernel_ratios,
+)
 
 
 def figures(pair, num_features, inputs, scale, **options):

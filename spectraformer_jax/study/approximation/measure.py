@@ -12,8 +12,8 @@ from scipy import stats as distributions
 
 import spectraformer_jax as sf
 from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.study.inputs import Inputs
-from spectraformer_jax.study.kernel_error import (
+from spectraformer_jax.study.approximation.inputs import Inputs
+from spectraformer_jax.study.approximation.kernel_error import (
   has_kernel,
   independent_rows_mse,
   kernel_ratios,

@@ -12,10 +12,10 @@ import time
 import pytest
 
 from spectraformer_jax.study import __main__ as study
-from spectraformer_jax.study import cells as spec
-from spectraformer_jax.study import sweep
-from spectraformer_jax.study.cells import Sweep, expand
-from spectraformer_jax.study.live import Board
+from spectraformer_jax.study.sweep import cells as spec
+from spectraformer_jax.study.sweep import command as sweep
+from spectraformer_jax.study.sweep.board import Board
+from spectraformer_jax.study.sweep.cells import Sweep, expand
 from spectraformer_jax.train.lock import workdir_lock
 from spectraformer_jax.train.writers import read_rows, result_row
 from tests.train.conftest import ROOT, TINY, run_python, start_python
@@ -223,7 +223,7 @@ def test_a_cell_ends_with_its_sweep_however_that_ends():
   cell = subprocess.Popen(
     [
       *(sys.executable, "-c"),
-      "import time; from spectraformer_jax.study import run_cell as r; "
+      "import time; from spectraformer_jax.study.sweep import run_cell as r; "
       "r.stop_with_the_sweep(); print('up', flush=True); time.sleep(60)",
     ],
     stdin=subprocess.PIPE,
@@ -303,7 +303,7 @@ def test_the_live_table_is_drawn(tmp_path):
 def test_flags_change_what_the_file_says(tmp_path, capsys):
   file = tmp_path / "mine.py"
   file.write_text(
-    "from spectraformer_jax.study.cells import Sweep\n"
+    "from spectraformer_jax.study.sweep.cells import Sweep\n"
     "def get_sweep():\n"
     "  return Sweep({'d': 'configs/digits.py', 'e': 'configs/digits.py'},\n"
     "    {'softmax': {}, 'local': {'model.attention_kwargs.block_size': 8}},\n"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectraformer_jax.study import runs as cell_runs
-from spectraformer_jax.study.runs import Run, Spread
-from spectraformer_jax.study.table_text import (
+from spectraformer_jax.study.sweep import runs as cell_runs
+from spectraformer_jax.study.sweep.runs import Run, Spread
+from spectraformer_jax.study.sweep.table_text import (
   NONE,
   PAPER,
   accuracy_text,

@@ -1,6 +1,6 @@
 """Rows as a measurement would give them."""
 
-from spectraformer_jax.study.results import FIGURES, KEYS, Row
+from spectraformer_jax.study.approximation.results import FIGURES, KEYS, Row
 
 
 def row(pair="posrf-iid", num_features=64, error=0.5, **changes):

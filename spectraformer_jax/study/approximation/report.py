@@ -7,8 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spectraformer_jax.study.advice import advise, half_width
-from spectraformer_jax.study.settings import Setting, over_uniform
+from spectraformer_jax.study.approximation.advice import advise, half_width
+from spectraformer_jax.study.approximation.settings import Setting, over_uniform
 
 UNIFORM = "uniform attention"
 # Columns that a narrow terminal has no room for.

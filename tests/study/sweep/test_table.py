@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from spectraformer_jax.study import __main__ as study
-from spectraformer_jax.study import runs as cell_runs
-from tests.study.made_up import write_run, write_sweep
+from spectraformer_jax.study.sweep import runs as cell_runs
+from tests.study.sweep.made_up import write_run, write_sweep
 
 
 def make(folder, *flags):

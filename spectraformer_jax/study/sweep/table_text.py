@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from spectraformer_jax.study.runs import Spread, paper_figures
+from spectraformer_jax.study.sweep.runs import Spread, paper_figures
 
 NONE = "-"
 PAPER = "†"

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.text import Annotation
 
 from spectraformer_jax.study import __main__ as study
-from spectraformer_jax.study import plot
-from spectraformer_jax.study import runs as cell_runs
-from tests.study.made_up import write_run, write_sweep
+from spectraformer_jax.study.sweep import plots
+from spectraformer_jax.study.sweep import runs as cell_runs
+from tests.study.sweep.made_up import write_run, write_sweep
 
 ATTENTIONS = [
   *("oprf-orf", "posrf-orf", "oprf-fastfood_learnable", "posrf-mm"),
@@ -41,21 +41,21 @@ def test_the_front_is_what_nothing_beats_in_both():
     "better and dearer": (4.0, 60.0),
     "best": (9.0, 61.0),
   }
-  assert plot.pareto_front(points) == ["cheap", "better", "best"]
+  assert plots.pareto_front(points) == ["cheap", "better", "best"]
   points = {"cheap": (1.0, 0.3), "dear": (2.0, 0.1 + 0.2)}
-  assert plot.pareto_front(points) == ["cheap"]
+  assert plots.pareto_front(points) == ["cheap"]
 
 
 def test_heights_are_apart_and_in_order():
   for heights in ([0.5] * 9, [0.98, 0.99, 1.0], [0.0, 0.1, 0.1, 0.9]):
-    places = plot.spread_out(heights, 0.1)
+    places = plots.spread_out(heights, 0.1)
     assert np.diff(places).min() > 0.1 - 1e-9
     assert max(places) <= 1.0 + 1e-9 and min(places) >= 0.0
-  assert plot.spread_out([0.1, 0.6], 0.1) == [0.1, 0.6]
+  assert plots.spread_out([0.1, 0.6], 0.1) == [0.1, 0.6]
 
 
 def test_heat_map_has_each_pair_once_with_its_figure(runs):
-  figure = plot.heat_map(runs, "listops")
+  figure = plots.heat_map(runs, "listops")
   axes = figure.axes[0]
   assert sorted(texts(axes)) == sorted(
     f"{40.2 + 2 * i:.2f}\n± 0.20" for i in range(4)
@@ -64,18 +64,20 @@ def test_heat_map_has_each_pair_once_with_its_figure(runs):
   assert columns == ["fastfood_learnable", "mm", "orf"]
   image = axes.images[0].get_array()
   assert image.shape == (2, 3) and np.ma.count_masked(image) == 2
-  assert plot.heat_map([r for r in runs if "-" not in r.attention], "x") is None
+  assert (
+    plots.heat_map([r for r in runs if "-" not in r.attention], "x") is None
+  )
 
 
 def test_costs_name_every_attention_and_mark_the_front(runs):
-  seconds, label = plot._time(runs)
-  axes = plot.costs(runs, "listops", seconds, label).axes[0]
+  seconds, label = plots._time(runs)
+  axes = plots.costs(runs, "listops", seconds, label).axes[0]
   assert axes.get_xlabel() == "training time, minutes"
   assert sorted(texts(axes)) == sorted([*ATTENTIONS, "skyformer"])
   colours = {t.get_text(): t.get_color() for t in axes.texts}
   # Each of the made-up ones costs more and is better than the one before.
-  assert colours["softmax"] == plot.FRONT
-  front = {name for name, colour in colours.items() if colour == plot.FRONT}
+  assert colours["softmax"] == plots.FRONT
+  front = {name for name, colour in colours.items() if colour == plots.FRONT}
   assert front == set(ATTENTIONS)
 
 
@@ -83,7 +85,7 @@ def test_curves_look_the_same_in_every_task_and_differ_in_one(runs):
   order = cell_runs.labels(runs)[1]
   looks = []
   for task in ("listops", "digits"):
-    axes = plot.curves(runs, task, order).axes[0]
+    axes = plots.curves(runs, task, order).axes[0]
     looks.append(
       {
         text.get_text(): (line.get_color(), line.get_linestyle())
@@ -103,9 +105,9 @@ def test_curves_look_the_same_in_every_task_and_differ_in_one(runs):
 def test_no_two_texts_overlap_and_none_is_cut_off(runs):
   order = cell_runs.labels(runs)[1]
   for figure in (
-    plot.heat_map(runs, "listops"),
-    plot.costs(runs, "listops", *plot._time(runs)),
-    plot.curves(runs, "listops", order),
+    plots.heat_map(runs, "listops"),
+    plots.costs(runs, "listops", *plots._time(runs)),
+    plots.curves(runs, "listops", order),
   ):
     figure.canvas.draw()
     axes = figure.axes[0]

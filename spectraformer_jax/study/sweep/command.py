@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from spectraformer_jax.registry import nearest
-from spectraformer_jax.study import cells as spec
-from spectraformer_jax.study.cells import Cell, Sweep
-from spectraformer_jax.study.live import Board
+from spectraformer_jax.study.sweep import cells as spec
+from spectraformer_jax.study.sweep.board import Board
+from spectraformer_jax.study.sweep.cells import Cell, Sweep
 from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.host_memory import HUGE_PAGES
@@ -208,7 +208,7 @@ def shard(cells: Sequence[Cell], which: str) -> list[Cell]:
 def start_cell(cell: Cell, workdir: Path, cpus: str) -> subprocess.Popen:
   """Starts the cell's process; what it prints goes to its log."""
   with (workdir / spec.LOG).open("a") as log:
-    module = "spectraformer_jax.study.run_cell"
+    module = "spectraformer_jax.study.sweep.run_cell"
     return subprocess.Popen(
       [sys.executable, "-m", module, str(workdir), cpus],
       stdout=log,

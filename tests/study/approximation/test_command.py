@@ -3,10 +3,10 @@ import csv
 import numpy as np
 import pytest
 
-from spectraformer_jax.study import approximation
 from spectraformer_jax.study.__main__ import main
-from spectraformer_jax.study.measure import Reference
-from tests.study.rows import row
+from spectraformer_jax.study.approximation import command as approximation
+from spectraformer_jax.study.approximation.measure import Reference
+from tests.study.approximation.rows import row
 
 SMALL = [
   "approximation",

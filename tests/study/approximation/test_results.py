@@ -1,7 +1,7 @@
 import pytest
 
-from spectraformer_jax.study.results import Results
-from tests.study.rows import row
+from spectraformer_jax.study.approximation.results import Results
+from tests.study.approximation.rows import row
 
 
 def test_rows_come_back(tmp_path):

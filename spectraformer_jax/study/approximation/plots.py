@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spectraformer_jax.study.pairs import parse_pair
-from spectraformer_jax.study.settings import Setting, over_uniform
+from spectraformer_jax.study.approximation.pair_spec import parse_pair
+from spectraformer_jax.study.approximation.settings import Setting, over_uniform
 
 # Okabe and Ito's palette without its yellow, which is faint on white: told
 # apart with any colour vision. Markers and dashes tell them apart in grey.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import logging
 
-from spectraformer_jax.study.cells import CELL, cell_from_json
+from spectraformer_jax.study.sweep.cells import CELL, cell_from_json
 
 FAILED = 1
 

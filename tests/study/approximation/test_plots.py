@@ -1,15 +1,15 @@
 import pytest
 from matplotlib.figure import Figure
 
-from spectraformer_jax.study import error_plots
-from spectraformer_jax.study.settings import settings_of
-from tests.study.rows import row
+from spectraformer_jax.study.approximation import plots
+from spectraformer_jax.study.approximation.settings import settings_of
+from tests.study.approximation.rows import row
 
 ALL = ["error_vs_features.png", "error_vs_scale.png", "heat_map.png"]
 
 
 def names(folder, rows):
-  return [path.name for path in error_plots.draw(settings_of(rows), folder)]
+  return [path.name for path in plots.draw(settings_of(rows), folder)]
 
 
 def test_only_what_there_is_to_draw(tmp_path):
@@ -43,9 +43,9 @@ def test_errors_that_have_no_logarithm(tmp_path, error):
 
 
 def test_the_best_are_shown_if_there_are_many():
-  count = error_plots.MOST_LINES + 3
+  count = plots.MOST_LINES + 3
   rows = [row(f"c{i}-x", error=0.9 - 0.01 * i) for i in range(count)]
-  styles = error_plots._styles(settings_of(rows))
+  styles = plots._styles(settings_of(rows))
   assert set(styles) == {f"c{i}-x" for i in range(3, count)}
   looks = {(style["color"], style["marker"]) for style in styles.values()}
   assert len(looks) == len(styles)

@@ -7,7 +7,10 @@ from flax import linen
 
 import spectraformer_jax as sf
 from spectraformer_jax import nn
-from spectraformer_jax.study.capture import capture, capture_workdir
+from spectraformer_jax.study.approximation.capture import (
+  capture,
+  capture_workdir,
+)
 from spectraformer_jax.train.config import default_config
 from spectraformer_jax.train.loop import load_data, train_and_evaluate
 from spectraformer_jax.typing import FeatureVariables

@@ -3,8 +3,8 @@
 import math
 
 from spectraformer_jax.components import build_component
-from spectraformer_jax.study.pairs import split_options
-from spectraformer_jax.study.settings import (
+from spectraformer_jax.study.approximation.pair_spec import split_options
+from spectraformer_jax.study.approximation.settings import (
   Setting,
   beats_uniform,
   over_uniform,

@@ -30,17 +30,25 @@ from rich.progress import (
 
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.kernels import KERNELS
-from spectraformer_jax.study import approximation_report as report
-from spectraformer_jax.study import error_plots
-from spectraformer_jax.study.inputs import (
+from spectraformer_jax.study.approximation import plots, report
+from spectraformer_jax.study.approximation.inputs import (
   Inputs,
   random_inputs,
   read_npz,
 )
-from spectraformer_jax.study.measure import Options, measure, prepare, refer
-from spectraformer_jax.study.pairs import Pair, all_pairs, parse_pair
-from spectraformer_jax.study.results import Results, Row
-from spectraformer_jax.study.settings import settings_of
+from spectraformer_jax.study.approximation.measure import (
+  Options,
+  measure,
+  prepare,
+  refer,
+)
+from spectraformer_jax.study.approximation.pair_spec import (
+  Pair,
+  all_pairs,
+  parse_pair,
+)
+from spectraformer_jax.study.approximation.results import Results, Row
+from spectraformer_jax.study.approximation.settings import settings_of
 
 RESULTS, REPORT = "results.csv", "report.md"
 PAIRS = ("posrf-iid", "posrf-orf", "oprf-orf", "saderf-orf", "trigrf-orf")
@@ -169,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
   settings = settings_of(rows)
   for setting in settings:
     report.print_setting(setting, console)
-  pictures = error_plots.draw(settings, args.out)
+  pictures = plots.draw(settings, args.out)
   report.write(
     args.out / REPORT,
     settings,
@@ -242,7 +250,7 @@ def inputs_of(args: argparse.Namespace) -> list[Inputs]:
   if args.inputs.is_file():
     return read_npz(args.inputs)
   # Here, because it brings in Flax and the data pipeline.
-  from spectraformer_jax.study.capture import capture_workdir
+  from spectraformer_jax.study.approximation.capture import capture_workdir
 
   return capture_workdir(
     args.inputs, split=args.split, examples=args.examples, step=args.step

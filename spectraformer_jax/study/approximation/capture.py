@@ -1,0 +1,112 @@
+"""What the attention layers of a trained model see."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as linen
+import jax.numpy as jnp
+
+from spectraformer_jax import data
+from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained, rotate
+from spectraformer_jax.study.approximation.inputs import Inputs, make_inputs
+from spectraformer_jax.train import describe
+from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.loop import load_data
+from spectraformer_jax.train.steps import model_inputs
+
+PROJECTIONS = ("query", "key", "value")
+
+
+def capture(
+  model: linen.Module, variables: Mapping[str, Any], *args: Any
+) -> list[Inputs]:
+  """Queries, keys, values and masks of every `SpectralSelfAttention`.
+
+  Args:
+    model: any module that has such layers in it.
+    variables: its variables.
+    *args: what it is called with.
+
+  Returns:
+    One `Inputs` for each call of a layer, in order; a layer is named by its
+    path in the model, without "encoder" and "attention".
+
+  Raises:
+    ValueError: the model has no such layer.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from spectraformer_jax import nn
+    >>> encoder = nn.Encoder(attention="softmax", num_layers=1, head_dim=4)
+    >>> x = jnp.ones((1, 5, 8))
+    >>> variables = encoder.init(jax.random.key(0), x)
+    >>> [(c.name, c.query.shape) for c in capture(encoder, variables, x)]
+    [('layer_0', (1, 5, 2, 4))]
+  """
+  calls = []
+
+  def intercept(call, args, kwargs, context):
+    module = context.module
+    if context.method_name != "__call__":
+      return call(*args, **kwargs)
+    if isinstance(module, SpectralSelfAttention):
+      mask = args[1] if len(args) > 1 else kwargs.get("mask")
+      calls.append({"name": _layer_name(module.path), "key_mask": mask})
+      return call(*args, **kwargs)
+    out = call(*args, **kwargs)
+    is_part = isinstance(module.parent, SpectralSelfAttention)
+    if is_part and module.name in PROJECTIONS:
+      calls[-1][module.name] = out
+      if module.parent.rotary and module.name != "value":
+        # What attention is given is turned after the projection.
+        calls[-1][module.name] = rotate(out, jnp.arange(out.shape[1]))
+    return out
+
+  with linen.intercept_methods(intercept):
+    model.apply(variables, *args)
+  if not calls:
+    raise ValueError(
+      f"{type(model).__name__} has no SpectralSelfAttention to capture."
+    )
+  return [make_inputs(**call) for call in calls]
+
+
+def _layer_name(path: tuple[str, ...]) -> str:
+  """A path without what all layers share."""
+  parts = [part for part in path if part not in ("encoder", "attention")]
+  return "/".join(parts) or "attention"
+
+
+def capture_workdir(
+  workdir: Path, *, split: str, examples: int, step: str
+) -> list[Inputs]:
+  """What the layers of a trained run see on the first examples of a split.
+
+  Args:
+    workdir: of `train.py`.
+    split: "train", "dev" or "test".
+    examples: how many.
+    step: "best" (by dev accuracy), "last", or a step that was kept.
+
+  Raises:
+    ValueError: the workdir holds no run, no such checkpoint, or was trained on
+      other data than the task has now.
+  """
+  config = files.stored_config(workdir)
+  (dataset,) = load_data(config, [split]).values()
+  files.check_data(workdir, {split: describe.split(dataset)})
+  if examples > len(dataset):
+    raise ValueError(
+      f"--examples must be at most the {len(dataset)} of split {split!r}, got "
+      f"{examples}."
+    )
+  batches = data.Batches(
+    dataset,
+    examples,
+    seed=0,
+    train=False,
+    pad_to_multiple=config.task.pad_to_multiple,
+  )
+  model, variables = load_pretrained(workdir, step=step)
+  return capture(model, variables, *model_inputs(next(batches)))

@@ -1,0 +1,185 @@
+"""Queries, keys and values to measure on: random ones, or those of a file."""
+
+import dataclasses
+import functools
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from spectraformer_jax import checks
+
+ARRAYS = ("query", "key", "value", "key_mask", "query_mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What one attention layer sees, before ``1/sqrt(H)``.
+
+  Attributes:
+    name: for tables: "random", "layer_0".
+    query: ``[B, T, N, H]`` float32.
+    key: ``[B, S, N, H]`` float32.
+    value: ``[B, S, N, V]`` float32.
+    key_mask: ``[B, S]`` bool: keys that may be seen.
+    query_mask: ``[B, T]`` bool: queries whose outputs count.
+  """
+
+  name: str
+  query: np.ndarray
+  key: np.ndarray
+  value: np.ndarray
+  key_mask: np.ndarray
+  query_mask: np.ndarray
+
+  @property
+  def length(self) -> int:
+    """S, the number of keys."""
+    return self.key.shape[1]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Changes if any number or shape does."""
+    digest = hashlib.sha256()
+    for name in ARRAYS:
+      array = getattr(self, name)
+      digest.update(f"{name} {array.dtype} {array.shape}".encode())
+      digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:12]
+
+  def cropped(self, length: int | None) -> "Inputs":
+    """The first `length` positions; None for all.
+
+    Raises:
+      ValueError: there are fewer, queries and keys differ in number, or a
+        sequence has no visible key there.
+    """
+    if length is None or length == self.length == self.query.shape[1]:
+      return self
+    if self.query.shape[1] != self.length:
+      raise ValueError(
+        f"inputs {self.name!r} have {self.query.shape[1]} queries and "
+        f"{self.length} keys, so --lengths cannot shorten them."
+      )
+    if length > self.length:
+      raise ValueError(
+        f"inputs {self.name!r} have {self.length} positions, got "
+        f"--lengths {length}."
+      )
+    return dataclasses.replace(
+      self, **{name: getattr(self, name)[:, :length] for name in ARRAYS}
+    )
+
+
+def make_inputs(name, query, key, value, key_mask=None, query_mask=None):
+  """`Inputs` from arrays of any float dtype; without masks all counts.
+
+  Queries take the mask of keys where T == S and they have none themselves.
+
+  Raises:
+    ValueError: shapes or masks that do not agree, numbers that are not finite,
+      or a sequence without a visible key or query; `name` is in the message.
+
+  Example:
+    >>> x = np.ones((1, 5, 2, 4))
+    >>> make_inputs("toy", x, x, x).key_mask.shape
+    (1, 5)
+  """
+  try:
+    query, key, value = (np.asarray(x, np.float32) for x in (query, key, value))
+    checks.check_attention_inputs(query, key, value, is_causal=False)
+    if query.shape[2] != key.shape[2]:
+      raise ValueError(
+        f"{query.shape[2]} query heads for {key.shape[2]} key heads; repeat "
+        "keys and values so that each query head has its own."
+      )
+    checks.check_key_mask(key_mask, key)
+    checks.check_key_mask(query_mask, query, "query_mask")
+  except ValueError as error:
+    raise ValueError(f"inputs {name!r}: {error}") from None
+  if key_mask is None:
+    key_mask = np.ones(key.shape[:2], bool)
+  if query_mask is None:
+    same = query.shape[1] == key.shape[1]
+    query_mask = key_mask if same else np.ones(query.shape[:2], bool)
+  inputs = Inputs(name, query, key, value, key_mask, query_mask)
+  for array in ("query", "key", "value"):
+    if not np.isfinite(getattr(inputs, array)).all():
+      raise ValueError(f"inputs {name!r}: {array} is not finite everywhere.")
+  if not (key_mask.any(axis=1).all() and query_mask.any(axis=1).all()):
+    raise ValueError(f"inputs {name!r}: a mask hides a whole sequence.")
+  return inputs
+
+
+def random_inputs(
+  *, batch: int, length: int, num_heads: int, head_dim: int, seed: int
+) -> Inputs:
+  """Independent standard normal q, k and v.
+
+  Example:
+    >>> random_inputs(
+    ...   batch=1, length=8, num_heads=2, head_dim=4, seed=0).query.shape
+    (1, 8, 2, 4)
+  """
+  shape = (3, batch, length, num_heads, head_dim)
+  return make_inputs("random", *np.random.default_rng(seed).normal(size=shape))
+
+
+def read_npz(path: Path) -> list[Inputs]:
+  """Inputs of a file written by `numpy.savez`; nothing is unpickled.
+
+  One layer: arrays query, key and value, or q, k and v, perhaps key_mask and
+  query_mask. Many layers: the same after a prefix, "layer_0/query".
+
+  Raises:
+    ValueError: the file is not an npz of such arrays.
+  """
+  try:
+    with np.load(path) as file:
+      stored = {name: file[name] for name in file.files}
+  # TypeError: a single array (npy) is no context manager.
+  except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
+    raise ValueError(f"{str(path)!r} is not an npz file of arrays.") from None
+  layers: dict[str, dict[str, np.ndarray]] = {}
+  short = {"q": "query", "k": "key", "v": "value"}
+  for name, array in stored.items():
+    layer, _, leaf = name.rpartition("/")
+    leaf = short.get(leaf, leaf)
+    if leaf not in ARRAYS:
+      raise ValueError(
+        f"{str(path)!r} holds {name!r}; arrays are called "
+        f"{', '.join(ARRAYS)} (or q, k, v), perhaps after 'layer/'."
+      )
+    layers.setdefault(layer, {})[leaf] = array
+  for layer, arrays in layers.items():
+    missing = [name for name in ARRAYS[:3] if name not in arrays]
+    if missing:
+      where = f"layer {layer!r} of " if layer else ""
+      raise ValueError(f"{where}{str(path)!r} has no {', '.join(missing)}.")
+  if not layers:
+    raise ValueError(f"{str(path)!r} holds no arrays.")
+  names = sorted(layers, key=_natural)
+  return [make_inputs(name or path.stem, **layers[name]) for name in names]
+
+
+def _natural(name: str) -> list:
+  """Sorts layer_10 behind layer_9."""
+  parts = re.split(r"(\d+)", name)
+  return [
+    (part.isdigit(), int(part or 0) if part.isdigit() else part)
+    for part in parts
+  ]
+
+
+def write_npz(path: Path, layers: list[Inputs]) -> None:
+  """Writes what `read_npz` reads."""
+  np.savez(
+    path,
+    **{
+      f"{layer.name}/{name}": getattr(layer, name)
+      for layer in layers
+      for name in ARRAYS
+    },
+  )
