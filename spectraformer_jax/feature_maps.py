@@ -19,6 +19,7 @@ from spectraformer_jax.feature_parts import (
   check_stats,
   check_x,
   drop_empty,
+  mean_over_examples,
   weigh_rows,
 )
 from spectraformer_jax.heads import lead_with_batch, over_examples_and_heads
@@ -191,8 +192,9 @@ class FeatureMap:
   ) -> PyTree:
     """The averages that `solve` turns into stats; leaves ``[B, N, ...]``.
 
-    Arguments as in `calibrate`. They are means over positions, so they may be
-    averaged over examples, devices and time before `solve`.
+    Arguments as in `calibrate`. They are means over positions and products of
+    such means, so they may be averaged over examples, devices and time before
+    `solve`. `mean_moments` averages over examples.
     """
 
     def one_head(variables, query, key, query_mask, key_mask):
@@ -214,14 +216,62 @@ class FeatureMap:
     )
     return jax.tree.map(jax.lax.stop_gradient, moments) or ()
 
+  def mean_moments(
+    self,
+    variables: FeatureVariables,
+    query: Array,
+    key: Array,
+    *,
+    key_mask: Array | None = None,
+    query_mask: Array | None = None,
+  ) -> tuple[PyTree, Array]:
+    """`moments`, averaged over the examples that have visible tokens.
+
+    Arguments as in `calibrate`. An example whose queries or keys are all hidden
+    does not count, neither as zeros.
+
+    Returns:
+      The averages, leaves ``[1, N, ...]``, and whether any example counts, a
+      bool scalar; zeros and False if none does.
+
+    Example:
+      >>> import spectraformer_jax as sf
+      >>> fm = sf.feature_map("oprf", "orf", num_features=16)
+      >>> v = fm.init(jax.random.key(0), head_dim=4)
+      >>> x = jnp.ones((2, 3, 1, 4)) / 2
+      >>> mask = jnp.array([[True] * 3, [False] * 3])
+      >>> mean, counts = fm.mean_moments(v, x, x, key_mask=mask)
+      >>> mean["component"]["key_square"].tolist(), bool(counts)
+      ([[1.0]], True)
+    """
+    masks = {"key_mask": key_mask, "query_mask": query_mask}
+    moments = self.moments(variables, query, key, **masks)
+    counts = jnp.ones(query.shape[:1], bool)
+    for mask in masks.values():
+      if mask is not None:
+        counts &= jnp.any(mask, axis=1)
+    return mean_over_examples(moments, counts), jnp.any(counts)
+
   def solve(self, moments: PyTree) -> PyTree:
-    """Stats for data with these moments, leaves ``[B, N, ...]``."""
+    """Stats for data with these moments, leaves ``[B, N, ...]``.
+
+    Raises:
+      ValueError: moments that lack what this map needs, as those that earlier
+        versions kept do.
+    """
     if not moments:
       return ()
     stats = dict(moments)
     if "component" in moments:
       solve = over_examples_and_heads(self.component.solve)
-      stats["component"] = solve(moments["component"])
+      try:
+        stats["component"] = solve(moments["component"])
+      except KeyError as error:
+        raise ValueError(
+          f"moments for {self.info.name!r} lack {error}: running statistics "
+          "of an earlier version cannot be used; drop the collection "
+          "'feature_stats' and train on, or take new ones with fm.moments."
+        ) from error
     return jax.tree.map(jax.lax.stop_gradient, stats)
 
   def log_features(

@@ -93,6 +93,21 @@ def drop_empty(**parts) -> dict[str, PyTree]:
   return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
+def mean_over_examples(tree: PyTree, counts: Array) -> PyTree:
+  """Means over axis 0, kept, of the rows where `counts` ``[B]`` is True."""
+  weights = counts.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1).astype(
+    jnp.float32
+  )
+
+  def mean(leaf):
+    shape = (-1,) + (1,) * (leaf.ndim - 1)
+    weight = jnp.reshape(weights, shape).astype(leaf.dtype)
+    kept = jnp.where(jnp.reshape(counts, shape), leaf, 0.0)
+    return jnp.sum(weight * kept, axis=0, keepdims=True)
+
+  return jax.tree.map(mean, tree)
+
+
 def check_stats(stats, x):
   """ValueError unless leaves of stats lead with [B, N] of x, or ones."""
   batch, heads = x.shape[0], x.shape[2]

@@ -140,6 +140,9 @@ class Component:
   ) -> PyTree:
     """What `solve` needs to know of the data; means, so they can be averaged.
 
+    Where `solve` needs a product of means, the product is a moment of its own:
+    its average over examples is not the product of the averages.
+
     Args:
       query: ``[T, H]`` float32, scaled.
       key: ``[S, H]`` float32, scaled.
@@ -256,6 +259,20 @@ class KernelComponent(Component):
     """`log_second_moment` for kernel="softmax"; the Gaussian one follows."""
     return super().log_second_moment(x, y, state)
 
+  def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
+    """What the means ``[H]`` of an example would have as `moments`, alone."""
+    return self.moments(query_mean[None], key_mean[None], None, None)
+
+  def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
+    """`moments` about each example's means, made those about one centre.
+
+    Args:
+      moments: averages over examples, each about its own centre.
+      scatter: average of `scatter` of the examples' centres, less that of the
+        one centre.
+    """
+    return jax.tree.map(jnp.add, moments, scatter)
+
   def gaussian_shift(self, x: Array) -> Array:
     """``[T, 1]``: what turns a softmax log-feature into this kernel's one."""
     if self.kernel == "gaussian":
@@ -305,6 +322,18 @@ def masked_mean(values: Array, mask: Array | None) -> Array:
   keep = jnp.reshape(mask, mask.shape + (1,) * (values.ndim - 1))
   total = jnp.sum(jnp.where(keep, values, 0.0), axis=0)
   return total / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
+
+
+def covariance(mean_product: Array, product_of_means: Array) -> Array:
+  """The difference, exactly zero where it is no more than rounding.
+
+  Args:
+    mean_product: an average over examples of products.
+    product_of_means: the product of the averages, of the same shape.
+  """
+  difference = mean_product - product_of_means
+  size = jnp.abs(mean_product) + jnp.abs(product_of_means)
+  return jnp.where(jnp.abs(difference) > 1e-5 * size, difference, 0.0)
 
 
 def frozen(tree: PyTree) -> PyTree:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.components.base import (
@@ -11,10 +12,11 @@ from spectraformer_jax.components.base import (
   Component,
   ComponentState,
   KernelComponent,
+  covariance,
   masked_mean,
 )
 from spectraformer_jax.components.data_dependent import check_statistics
-from spectraformer_jax.typing import Array, LogFeatures
+from spectraformer_jax.typing import Array, LogFeatures, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,11 @@ class Centred(Component):
     return self.base.draw(rng, num_features, head_dim)
 
   def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`; the base's are of centred vectors."""
+    """See `Component.moments`.
+
+    "base" are those of the base, about the example's own centre, where they
+    lose no digits to the means; "scatter" is what they lack about another.
+    """
     centre = {
       "query_mean": masked_mean(query, query_mask),
       "key_mean": masked_mean(key, key_mask),
@@ -154,14 +160,24 @@ class Centred(Component):
       query_mask,
       key_mask,
     )
-    return {"centre": centre, "base": base}
+    return {"centre": centre, "base": base, "scatter": self._scatter(centre)}
 
   def solve(self, moments):
-    """See `Component.solve`."""
-    return {
-      "centre": moments["centre"],
-      "base": self.base.solve(moments["base"]),
-    }
+    """See `Component.solve`; the base's moments are moved to one centre."""
+    centre = moments["centre"]
+    scatter = jax.tree.map(
+      covariance, moments["scatter"], self._scatter(centre)
+    )
+    base = self.base.add_scatter(moments["base"], scatter)
+    return {"centre": centre, "base": self.base.solve(base)}
+
+  def _scatter(self, centre: PyTree) -> PyTree:
+    """What an example's means add to its moments about its own centre."""
+    means = centre["query_mean"], centre["key_mean"]
+    left = (m - c for m, c in zip(means, self._centres(centre), strict=True))
+    return jax.tree.map(
+      jnp.subtract, self.base.scatter(*means), self.base.scatter(*left)
+    )
 
   def prepare(self, state, head_dim):
     """See `Component.prepare`."""

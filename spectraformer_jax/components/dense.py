@@ -77,11 +77,9 @@ class DenseExponential(OptimalPositive):
     query_map, key_map = maps["query_map"], maps["key_map"]
     # Mean square of each coordinate of x' + y', over all pairs.
     spread = (
-      _mean_square(query_map, moments["query_square"])
-      + _mean_square(key_map, moments["key_square"])
-      + 2.0
-      * apply_map(query_map, moments["query_mean"])
-      * apply_map(key_map, moments["key_mean"])
+      _mean_product(query_map, moments["query_square"], query_map)
+      + _mean_product(key_map, moments["key_square"], key_map)
+      + 2.0 * _mean_product(query_map, moments["cross"], key_map)
     )
     # Rounding must not push a mean of squares below zero.
     spread = jnp.maximum(spread, 0.0)
@@ -171,12 +169,15 @@ class SADERF(DenseExponential):
     return not self.per_dimension
 
   def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`; "square" is of each coordinate."""
+    """See `Component.moments`; squares and "cross" of each coordinate."""
+    query_mean = masked_mean(query, query_mask)
+    key_mean = masked_mean(key, key_mask)
     return {
       "query_square": masked_mean(jnp.square(query), query_mask),
       "key_square": masked_mean(jnp.square(key), key_mask),
-      "query_mean": masked_mean(query, query_mask),
-      "key_mean": masked_mean(key, key_mask),
+      "query_mean": query_mean,
+      "key_mean": key_mean,
+      "cross": query_mean * key_mean,
     }
 
   def best_maps(self, moments):
@@ -209,10 +210,8 @@ def apply_map(linear: Array, x: Array) -> Array:
   return x * jnp.reshape(linear, (1,) * (x.ndim - 1) + (-1,))
 
 
-def _mean_square(linear: Array, square: Array) -> Array:
-  """Mean square of each mapped coordinate: diagonal of G M G^T, ``[H]``."""
-  if linear.ndim == 2:
-    return jnp.einsum(
-      "gh,hk,gk->g", linear, square, linear, precision="highest"
-    )
-  return jnp.square(linear) * square
+def _mean_product(left: Array, product: Array, right: Array) -> Array:
+  """Mean products of mapped coordinates: diagonal of L M R^T, ``[H]``."""
+  if left.ndim == 2:
+    return jnp.einsum("gh,hk,gk->g", left, product, right, precision="highest")
+  return left * product * right

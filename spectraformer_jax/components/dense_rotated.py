@@ -46,11 +46,14 @@ class DenseRotated(DenseExponential):
 
   def moments(self, query, key, query_mask, key_mask):
     """See `Component.moments`; "square" is the mean of x x^T."""
+    query_mean = masked_mean(query, query_mask)
+    key_mean = masked_mean(key, key_mask)
     return {
       "query_square": _mean_outer(query, query_mask),
       "key_square": _mean_outer(key, key_mask),
-      "query_mean": masked_mean(query, query_mask),
-      "key_mean": masked_mean(key, key_mask),
+      "query_mean": query_mean,
+      "key_mean": key_mean,
+      "cross": jnp.outer(query_mean, key_mean),
     }
 
   def best_maps(self, moments):
@@ -297,9 +300,7 @@ def _inverse_of_lower(lower: Array) -> Array:
 
 def _principal_axes(moments, query_map: Array, key_map: Array) -> Array:
   """Eigenvectors, as columns, of the mean of (x' + y')(x' + y')^T."""
-  query_mean = query_map @ moments["query_mean"]
-  key_mean = key_map @ moments["key_mean"]
-  crossed = jnp.outer(query_mean, key_mean)
+  crossed = query_map @ moments["cross"] @ key_map.T
   return jnp.linalg.eigh(
     query_map @ moments["query_square"] @ query_map.T
     + key_map @ moments["key_square"] @ key_map.T

@@ -66,15 +66,35 @@ class Discrete(DataDependent):
   def typical_moments(self, head_dim: int) -> PyTree:
     """Moments of unit-variance, unscaled normal queries and keys."""
     deviation = head_dim**-0.25
-    full = lambda value: jnp.full((head_dim,), value, jnp.float32)
+    size = deviation * math.sqrt(2.0 / math.pi)
+    values = {
+      "square": deviation**2,
+      "size": size,
+      "mean": 0.0,
+    }
+    both = {
+      f"{side}_{name}": value
+      for name, value in values.items()
+      for side in ("query", "key")
+    }
+    others = {
+      "square_product": deviation**4,
+      "size_product": size**2,
+      "square_mean": 0.0,
+      "mean_square": 0.0,
+      "cross": 0.0,
+      "least": -3.0 * deviation,
+    }
     return {
-      "query_square": full(deviation**2),
-      "key_square": full(deviation**2),
-      "query_size": full(deviation * math.sqrt(2.0 / math.pi)),
-      "key_size": full(deviation * math.sqrt(2.0 / math.pi)),
-      "query_mean": full(0.0),
-      "key_mean": full(0.0),
-      "least": full(-3.0 * deviation),
+      name: jnp.full((head_dim,), value, jnp.float32)
+      for name, value in (both | others).items()
+    }
+
+  def scatter(self, query_mean, key_mean):
+    """See `KernelComponent.scatter`: squares, which add up."""
+    return {
+      "query_square": jnp.square(query_mean),
+      "key_square": jnp.square(key_mean),
     }
 
   def constant(self, head_dim):
@@ -120,6 +140,25 @@ class Discrete(DataDependent):
     y, key_factor = self.shifted(y, parameters)
     factor = 2.0 * jnp.sum(query_factor + key_factor, axis=-1)
     return factor + self.pair_moment(x * y, parameters)
+
+
+def add_to_products(moments: PyTree, added: PyTree, name: str) -> PyTree:
+  """Moments with those of both sides grown, and their product with them.
+
+  Args:
+    moments: with f"query_{name}", f"key_{name}" and f"{name}_product".
+    added: what to add to the first two.
+    name: "square" or "size".
+  """
+  query, key = moments[f"query_{name}"], moments[f"key_{name}"]
+  new_query = query + added[f"query_{name}"]
+  new_key = key + added[f"key_{name}"]
+  growth = new_query * new_key - query * key
+  return moments | {
+    f"query_{name}": new_query,
+    f"key_{name}": new_key,
+    f"{name}_product": moments[f"{name}_product"] + growth,
+  }
 
 
 def _project_in_parts(x: Array, rows: Array) -> Array:
@@ -214,15 +253,22 @@ class PoisRF(Discrete):
 
   def moments(self, query, key, query_mask, key_mask):
     """See `Component.moments`."""
+    query_square = masked_mean(jnp.square(query), query_mask)
+    key_square = masked_mean(jnp.square(key), key_mask)
     return {
-      "query_square": masked_mean(jnp.square(query), query_mask),
-      "key_square": masked_mean(jnp.square(key), key_mask),
+      "query_square": query_square,
+      "key_square": key_square,
+      "square_product": query_square * key_square,
     }
+
+  def add_scatter(self, moments, scatter):
+    """See `KernelComponent.add_scatter`; taken as independent of moments."""
+    return add_to_products(moments, scatter, "square")
 
   def solve(self, moments):
     """See `Component.solve`."""
-    product = moments["query_square"] * moments["key_square"]
-    return {"rate": jnp.clip(jnp.sqrt(jnp.mean(product)), *RATE_RANGE)}
+    mean = jnp.mean(moments["square_product"])
+    return {"rate": jnp.clip(jnp.sqrt(mean), *RATE_RANGE)}
 
   def counts(self, uniform, parameters):
     """See `Discrete.counts`."""
@@ -318,14 +364,26 @@ class GeomRF(Discrete):
 
   def moments(self, query, key, query_mask, key_mask):
     """See `Component.moments`."""
+    query_size = masked_mean(jnp.abs(query), query_mask)
+    key_size = masked_mean(jnp.abs(key), key_mask)
     return {
-      "query_size": masked_mean(jnp.abs(query), query_mask),
-      "key_size": masked_mean(jnp.abs(key), key_mask),
+      "query_size": query_size,
+      "key_size": key_size,
+      "size_product": query_size * key_size,
     }
+
+  def add_scatter(self, moments, scatter):
+    """See `KernelComponent.add_scatter`; as if all were Gaussian."""
+    grown = {}
+    for side in ("query", "key"):
+      size, square = moments[f"{side}_size"], scatter[f"{side}_square"]
+      square = jnp.square(size) + 2.0 / math.pi * jnp.maximum(square, 0.0)
+      grown[f"{side}_size"] = jnp.sqrt(square) - size
+    return add_to_products(moments, grown, "size")
 
   def solve(self, moments):
     """See `Component.solve`."""
-    return {"p": optimal_p(moments["query_size"] * moments["key_size"])}
+    return {"p": optimal_p(moments["size_product"])}
 
   def counts(self, uniform, parameters):
     """See `Discrete.counts`."""

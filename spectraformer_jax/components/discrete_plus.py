@@ -4,7 +4,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from spectraformer_jax.components.base import COMPONENTS, masked_mean
+from spectraformer_jax.components.base import (
+  COMPONENTS,
+  covariance,
+  masked_mean,
+)
 from spectraformer_jax.components.discrete import Discrete, GeomRF, PoisRF
 from spectraformer_jax.typing import Array
 
@@ -48,11 +52,25 @@ class Shifted(Discrete):
 
   def moments(self, query, key, query_mask, key_mask):
     """See `Component.moments`."""
+    query_mean = masked_mean(query, query_mask)
+    key_mean = masked_mean(key, key_mask)
     return super().moments(query, key, query_mask, key_mask) | {
-      "query_mean": masked_mean(query, query_mask),
-      "key_mean": masked_mean(key, key_mask),
+      "query_mean": query_mean,
+      "key_mean": key_mean,
+      "cross": query_mean * key_mean,
       "least": _least(query, key, query_mask, key_mask),
     }
+
+  def scatter(self, query_mean, key_mean):
+    """See `KernelComponent.scatter`."""
+    return super().scatter(query_mean, key_mean) | {
+      "cross": query_mean * key_mean
+    }
+
+  def add_scatter(self, moments, scatter):
+    """See `KernelComponent.add_scatter`; least values are about centres."""
+    cross = moments["cross"] + scatter["cross"]
+    return super().add_scatter(moments, scatter) | {"cross": cross}
 
   def shifted(self, x, parameters):
     """See `Discrete.shifted`."""
@@ -116,16 +134,40 @@ class PoisRFPlus(Shifted, PoisRF):
     True
   """
 
+  def moments(self, query, key, query_mask, key_mask):
+    """See `Component.moments`: with the products that a shift brings in."""
+    moments = super().moments(query, key, query_mask, key_mask)
+    return moments | {
+      "square_mean": moments["query_square"] * moments["key_mean"],
+      "mean_square": moments["query_mean"] * moments["key_square"],
+    }
+
   def solve(self, moments):
     """See `Component.solve`: the law's parameter is that of shifted data."""
     shift = moments["least"] - MARGIN
-    shifted = {
-      f"{side}_square": _square_about(
-        moments[f"{side}_square"], moments[f"{side}_mean"], shift
-      )
-      for side in ("query", "key")
-    }
-    return super().solve(shifted) | {"shift": shift}
+    squares, means = (
+      [moments[f"{side}_{name}"] for side in ("query", "key")]
+      for name in ("square", "mean")
+    )
+    query, key = (
+      _square_about(square, mean, shift)
+      for square, mean in zip(squares, means, strict=True)
+    )
+    # Of the examples' (x^2 - 2 c x + c^2) and the same of y.
+    varying = covariance(moments["square_product"], squares[0] * squares[1])
+    varying -= (
+      2.0 * shift * covariance(moments["square_mean"], squares[0] * means[1])
+    )
+    varying -= (
+      2.0 * shift * covariance(moments["mean_square"], means[0] * squares[1])
+    )
+    varying += (
+      4.0
+      * jnp.square(shift)
+      * covariance(moments["cross"], means[0] * means[1])
+    )
+    product = jnp.maximum(query * key + varying, 0.0)
+    return super().solve({"square_product": product}) | {"shift": shift}
 
 
 @COMPONENTS.register("geomrf_plus")
@@ -165,12 +207,12 @@ class GeomRFPlus(Shifted, GeomRF):
   def solve(self, moments):
     """See `Component.solve`: the law's parameter is that of shifted data."""
     shift = moments["least"] - MARGIN
+    query_mean, key_mean = moments["query_mean"], moments["key_mean"]
     # All coordinates lie above the shift, so their sizes are their distances.
-    shifted = {
-      f"{side}_size": jnp.abs(moments[f"{side}_mean"] - shift)
-      for side in ("query", "key")
-    }
-    return super().solve(shifted) | {"shift": shift}
+    product = jnp.abs(query_mean - shift) * jnp.abs(key_mean - shift)
+    product += covariance(moments["cross"], query_mean * key_mean)
+    product = jnp.maximum(product, 0.0)
+    return super().solve({"size_product": product}) | {"shift": shift}
 
 
 def _square_about(square: Array, mean: Array, shift: Array) -> Array:

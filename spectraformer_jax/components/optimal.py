@@ -171,25 +171,25 @@ class OPRF(OptimalPositive):
     return {"rho_logit": logit(self.constant(head_dim)["rho"])}
 
   def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`."""
+    """See `Component.moments`; "cross" is the product of the means."""
+    query_mean = masked_mean(query, query_mask)
+    key_mean = masked_mean(key, key_mask)
     return {
       "query_square": masked_mean(jnp.sum(query**2, -1), query_mask),
       "key_square": masked_mean(jnp.sum(key**2, -1), key_mask),
-      "query_mean": masked_mean(query, query_mask),
-      "key_mean": masked_mean(key, key_mask),
+      "query_mean": query_mean,
+      "key_mean": key_mean,
+      "cross": jnp.sum(query_mean * key_mean, axis=-1),
     }
 
   def solve(self, moments):
     """See `Component.solve`."""
-    query_mean, key_mean = moments["query_mean"], moments["key_mean"]
     pair_square = (
-      moments["query_square"]
-      + moments["key_square"]
-      + 2.0 * jnp.sum(query_mean * key_mean, axis=-1)
+      moments["query_square"] + moments["key_square"] + 2.0 * moments["cross"]
     )
     # Rounding must not push a mean of squares below zero.
     pair_square = jnp.maximum(pair_square, 0.0)
-    return {"rho": optimal_rho(pair_square, query_mean.shape[-1])}
+    return {"rho": optimal_rho(pair_square, moments["query_mean"].shape[-1])}
 
   def constant(self, head_dim):
     """See `DataDependent.constant`."""

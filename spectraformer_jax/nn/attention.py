@@ -226,19 +226,15 @@ class SpectralSelfAttention(nn.Module):
     running = self.variable("feature_stats", "moments", typical)
     stats = fm.solve(running.value)
     if not deterministic and not self.is_initializing():
-      new = fm.moments(
+      new, counts = fm.mean_moments(
         variables,
         query.astype(jnp.float32) * scale,
         key.astype(jnp.float32) * scale,
         key_mask=mask,
         query_mask=mask,
       )
+      rate = jnp.where(counts, 1.0 - STATS_DECAY, 0.0)
       running.value = jax.tree.map(
-        lambda old, new: (
-          STATS_DECAY * old
-          + (1.0 - STATS_DECAY) * jnp.mean(new, axis=0, keepdims=True)
-        ),
-        running.value,
-        new,
+        lambda old, new: (1.0 - rate) * old + rate * new, running.value, new
       )
     return stats
