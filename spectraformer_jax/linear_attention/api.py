@@ -320,6 +320,7 @@ def _reference(
     by_head[1],
     visible[:, :, None],
     state=state,
+    segments=segment_ids,
   )
   keep = None if keep is None else keep[:, None, :, None]
   after = chunks.add_keys(

@@ -16,6 +16,7 @@ from spectraformer_jax.linear_attention.products import (
   queries_times_state,
 )
 from spectraformer_jax.linear_attention.state import (
+  LOWEST,
   FeatureFn,
   State,
   key_features,
@@ -140,6 +141,8 @@ def causal_chunks(
   """
   groups, count = query.shape[2], query.shape[3] // chunk
   positions = position + chunk * jnp.arange(count)
+  if segment is not None:
+    state = _seen_by(state, segment[:, 0])
   psi, exponent = key_features(
     key_map,
     constants,
@@ -147,14 +150,19 @@ def causal_chunks(
     positions,
     _in_chunks(keep, count),
     state.exponent,
+    segment=segment,
   )
-  before = rescale(state, exponent)
+  first = last = of_queries = exponent
+  if segment is not None:
+    first, last = exponent[:, :, 0], exponent[:, :, -1]
+    of_queries = jnp.tile(exponent, (1, 1, groups, 1))[:, :, None]
+  before = rescale(state, first)
   phi, top = query_features(
     query_map,
     constants,
     _chunks_first(query, count),
     positions,
-    exponent,
+    of_queries,
     known and known.top,
   )
   visible = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
@@ -171,12 +179,15 @@ def causal_chunks(
   sums = queries_times_state(phi, states.kv)
   magnitude = _times_magnitude(phi, states)
   if segment is not None:
-    old = jnp.tile(segment == before.segment[:, None], (1, groups))
+    old = jnp.tile(segment == segment[:, :1], (1, groups))
     old = old[:, None, None]
     sums = jnp.where(old[..., None], sums, 0.0)
     if magnitude is not None:
       magnitude = jnp.where(old, magnitude, 0.0)
-    after = _next_segment(before, psi[:, :, 0], value[:, :, 0], segment)
+    before = rescale(_seen_by(before, segment[:, -1]), last)
+    is_last = (segment == segment[:, -1:])[:, None, :, None]
+    own = jnp.where(is_last, psi[:, :, 0], 0.0)
+    after = _add(before, own, value[:, :, 0])
   sums += jnp.einsum("...cd,...dv->...cv", within(phi, psi), value)
   if magnitude is not None:
     magnitude += jnp.sum(within(jnp.abs(phi), jnp.abs(psi)), axis=-1)
@@ -277,15 +288,17 @@ def _times_magnitude(phi: Array, state: State) -> Array | None:
   return jnp.einsum("...cf,...f->...c", jnp.abs(phi), state.magnitude)
 
 
-def _next_segment(state: State, psi, value, segment) -> State:
-  """The state of the chunk's last segment alone."""
-  last = segment[:, -1]
-  same = (state.segment == last)[:, None, None]
-  keep_old = jnp.where(same, 1.0, 0.0)
-  state = state._replace(
-    kv=state.kv * keep_old[..., None],
-    magnitude=(None if state.magnitude is None else state.magnitude * keep_old),
-    segment=last,
+def _seen_by(state: State, segment: Array) -> State:
+  """The state as queries of the segments ``[B]`` see it: their own, or empty.
+
+  An empty one has the lowest exponent: what another segment left must not
+  decide what is too small to be kept.
+  """
+  same = (state.segment == segment)[:, None, None]
+  keep = lambda sums: jnp.where(same, sums, 0.0)
+  return state._replace(
+    kv=jnp.where(same[..., None], state.kv, 0.0),
+    magnitude=None if state.magnitude is None else keep(state.magnitude),
+    exponent=jnp.where(same, state.exponent, LOWEST),
+    segment=segment,
   )
-  psi = jnp.where((segment == last[:, None])[:, None, :, None], psi, 0.0)
-  return _add(state, psi, value)

@@ -20,6 +20,7 @@ def attend(
   visible: Array,
   *,
   state: State,
+  segments: tuple[Array, Array] | None = None,
 ) -> Array:
   """Attention with features that all exist, the quadratic way.
 
@@ -29,11 +30,14 @@ def attend(
     value: ``[B, N, S, V]`` float32.
     visible: bool, broadcastable to ``[B, N, G, T, S]``.
     state: sums over keys that came before; every query sees them.
+    segments: ids ``[B, T]`` and ``[B, S]`` of packed rows; no state then.
 
   Returns:
     ``[B, N, G, T, V]`` float32.
   """
-  phi, psi, old = stabilise(query, key, jnp.any(visible, (1, 2, 3)), state)
+  phi, psi, old = stabilise(
+    query, key, jnp.any(visible, (1, 2, 3)), state, segments
+  )
 
   def weights(phi, psi):
     products = jnp.einsum("bngtf,bnsf->bngts", phi, psi, precision="highest")
@@ -55,12 +59,17 @@ def attend(
 
 
 def stabilise(
-  query: LogFeatures, key: LogFeatures, key_mask: Array, state: State
+  query: LogFeatures,
+  key: LogFeatures,
+  key_mask: Array,
+  state: State,
+  segments: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array, Array]:
   """Features of bounded size whose attention equals the naive one, exactly.
 
   Each feature is shifted by its maximum over the visible keys of its example
-  and head, which the queries take back; then each query by its own maximum.
+  and head (and segment), which the queries take back; then each query by its
+  own maximum.
   Both cancel in the ratio, so no gradient flows through them. For a positive
   map that is not causal every normalizer is at least 1.
 
@@ -69,6 +78,7 @@ def stabilise(
     key: log-features ``[B, N, S, F]``.
     key_mask: ``[B, S]`` bool.
     state: earlier sums, with an exponent of their own.
+    segments: see `attend`.
 
   Returns:
     query features, key features (0 where hidden), and the factor ``[B, N, F]``
@@ -81,11 +91,32 @@ def stabilise(
   key_log = jnp.where(key_mask[:, None, :, None], key.log_magnitude, -jnp.inf)
   earlier = state.exponent * math.log(2.0)
   shift = jnp.maximum(jnp.max(key_log, axis=2), earlier)
-  shift = jax.lax.stop_gradient(shift)
-  query_log = query.log_magnitude + shift[:, :, None, None]
+  of_queries = of_keys = shift = jax.lax.stop_gradient(shift)[:, :, None]
+  if segments is not None:
+    of_queries, of_keys = (
+      jnp.maximum(jax.lax.stop_gradient(largest), earlier[:, :, None])
+      for largest in _max_in_segments(key_log, segments)
+    )
+  query_log = query.log_magnitude + of_queries[:, :, None]
   top = jax.lax.stop_gradient(jnp.max(query_log, axis=-1, keepdims=True))
   phi = jnp.exp(query_log - top)
-  psi = jnp.exp(key_log - shift[:, :, None])
+  psi = jnp.exp(key_log - of_keys)
   if query.factor is not None:
     phi, psi = query.factor * phi, key.factor * psi
-  return phi, psi, 2.0**-KEY_EXPONENT * jnp.exp(earlier - shift)
+  return phi, psi, 2.0**-KEY_EXPONENT * jnp.exp(earlier - shift[:, :, 0])
+
+
+def _max_in_segments(x: Array, segments: tuple[Array, Array]):
+  """The largest of ``x [B, N, S, F]`` in the segment of each query and key."""
+  length = segments[0].shape[1]
+  ids = jnp.concatenate(segments, axis=1)
+
+  def of_example(x, ids):
+    number = jnp.searchsorted(jnp.sort(ids), ids)
+    largest = jax.ops.segment_max(
+      jnp.swapaxes(x, 0, 1), number[length:], ids.size
+    )
+    return jnp.swapaxes(largest[number], 0, 1)
+
+  largest = jax.vmap(of_example)(x, ids)
+  return largest[:, :, :length], largest[:, :, length:]

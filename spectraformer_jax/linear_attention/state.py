@@ -150,6 +150,7 @@ def key_features(
   keep: Array | None,
   exponent: Array,
   is_final: bool = False,
+  segment: Array | None = None,
 ) -> tuple[Array, Array]:
   """Features ``[B, N, S, C, F]`` of keys, relative to the returned exponent.
 
@@ -161,8 +162,14 @@ def key_features(
     keep: bool ``[B, 1, S, C, 1]``, False for hidden keys; None for all True.
     exponent: the state's; the result is at least this.
     is_final: no visible key has a larger exponent: it need not be looked for.
+    segment: ids ``[B, C]`` of packed rows (not decreasing) in one chunk; the
+      state is of the first. Each has exponents of its own then, and what is
+      returned are those of each position, ``[B, N, C, F]`` or ``[.., 1]``.
   """
   log_magnitude, factor = _of_chunks(key_map, constants, key, position)
+  if segment is not None:
+    is_first = (segment == segment[:, :1])[:, None, :, None]
+    exponent = jnp.where(is_first, exponent[:, :, None], LOWEST)
   if log_magnitude is None:
     features = factor
   else:
@@ -170,9 +177,15 @@ def key_features(
     features, own = split(fixed)
     if not is_final:
       visible = fixed if keep is None else jnp.where(keep, fixed, LOWEST)
-      top = whole_exponent(jnp.max(visible, axis=(2, 3)))
-      exponent = once(jnp.maximum(exponent, top))
-    below = jnp.minimum(own - exponent[:, :, None, None], 0.0)
+      if segment is None:
+        largest = jnp.max(visible, axis=(2, 3))
+      else:
+        largest = max_in_segments(visible[:, :, 0], segment)
+      exponent = once(jnp.maximum(exponent, whole_exponent(largest)))
+    of_keys = exponent[:, :, None]
+    if segment is None:
+      of_keys = of_keys[:, :, None]
+    below = jnp.minimum(own - of_keys, 0.0)
     features = features * power_of_two(below + KEY_EXPONENT)
     features = exponential_of(log_magnitude, features)
     if factor is not None:
@@ -180,6 +193,27 @@ def key_features(
   if keep is not None:
     features = jnp.where(keep, features, 0.0)
   return features, exponent
+
+
+def max_in_segments(x: Array, segment: Array) -> Array:
+  """The largest of ``x [B, N, C, F]`` in the segment of each position.
+
+  Args:
+    x: numbers.
+    segment: ids ``[B, C]``, not decreasing.
+  """
+  length = x.shape[2]
+  for side in (1, -1):
+    distance = 1
+    while distance < length:
+      # Equal ids so far apart have only equal ones between.
+      moved = jnp.roll(segment, side * distance, axis=1)
+      place = jnp.arange(length)[::side]
+      same = (moved == segment) & (place >= distance)[None]
+      other = jnp.roll(x, side * distance, axis=2)
+      x = jnp.where(same[:, None, :, None], jnp.maximum(x, other), x)
+      distance *= 2
+  return x
 
 
 def query_features(
@@ -200,7 +234,8 @@ def query_features(
     constants: its variables.
     query: ``[B, N, S, G, C, H]``: S chunks, G queries of each key head.
     position: of the first query of each chunk, ``[S]``.
-    exponent: of the sums.
+    exponent: of the sums, ``[B, N, F]``, or of those that each query sees,
+      ``[B, N, S, G C, F]``; F may be 1.
     top: the largest exponents, where they are known.
 
   Returns:
@@ -218,7 +253,8 @@ def query_features(
     return factor, None
   fixed = jax.lax.stop_gradient(log_magnitude)
   features, own = split(fixed)
-  exponent = exponent[:, :, None, None]
+  if exponent.ndim == 3:
+    exponent = exponent[:, :, None, None]
   if top is None:
     whole = fixed + exponent * math.log(2.0)
     top = once(whole_exponent(jnp.max(whole, axis=-1, keepdims=True)))

@@ -47,6 +47,67 @@ def test_packed_rows_equal_separate_rows(is_causal, component):
   assert_close((out, grads), expected, tolerance)
 
 
+SCALES = {"posrf": (1.0, 60.0), "trigrf": (20.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+  "implementation, is_causal, chunk_size",
+  [
+    ("xla", False, None),
+    ("xla", True, 1),
+    ("xla", False, 5),
+    ("reference", False, None),
+  ],
+)
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("component", ["posrf", "trigrf"])
+@pytest.mark.quick_every(3)
+def test_segments_of_other_scales_do_not_push_each_other_out(
+  implementation, is_causal, chunk_size, backwards, component
+):
+  fm, variables = build(component)
+  query, key, value = make(36, batch=2, scale=1.0)
+  big, small = jnp.array(SCALES[component][:: -1 if backwards else 1])
+  # Within a segment all have one scale; the second example has three segments
+  # in one chunk, some of one position.
+  ids = jnp.array([[0] * 18 + [1] * 18, [0] * 16 + [1] + [2] + [3] * 18])
+  factor = jnp.where(ids % 2 == 0, big, small)[:, :, None, None]
+  arrays = (query * factor, key * factor, value)
+  options = {"is_causal": is_causal, "implementation": implementation}
+  out, grads = run(
+    arrays, fm, variables, segment_ids=ids, chunk_size=chunk_size, **options
+  )
+  weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+
+  def alone(arrays, example, own):
+    part = [x[example : example + 1, own] for x in arrays]
+    out = sf.spectral_attention(
+      *part,
+      feature_map=fm,
+      variables=variables,
+      is_causal=is_causal,
+      chunk_size=chunk_size,
+    )
+    return jnp.sum(out[0] * weights[example, own]), out
+
+  tolerance = 2e-2 if component == "trigrf" else 1e-4
+  for example in range(2):
+    for segment in range(4):
+      own = np.flatnonzero(np.asarray(ids[example]) == segment)
+      if not own.size:
+        continue
+      expected_grads, expected = jax.grad(alone, has_aux=True)(
+        arrays, example, own
+      )
+      assert jnp.all(expected != 0.0)
+      assert_close(out[example, own], expected[0], tolerance)
+      for got, want in zip(grads, expected_grads, strict=True):
+        top = max(1.0, float(jnp.max(jnp.abs(want))))
+        np.testing.assert_allclose(
+          got[example, own], want[example, own], atol=tolerance * top
+        )
+
+
 @pytest.mark.slow
 def test_segments_need_not_be_contiguous_and_may_differ_in_length():
   fm, variables = build()
