@@ -8,6 +8,7 @@ import numpy as np
 
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.seeds import check_seed
 
 Batch = dict[str, np.ndarray]
 
@@ -86,14 +87,12 @@ class Batches(Iterator[Batch]):
   ):
     self.dataset = dataset
     self.global_batch = check_int("global_batch", global_batch, 1)
-    self.seed = check_int("seed", seed, 0)
+    self.seed = check_seed("seed", seed)
     self.train = train
     self._host = check_int("host", host, 0)
     hosts = check_int("hosts", hosts, 1)
     if self._host >= hosts:
       raise ValueError(f"host must be below hosts={hosts}, got {host}.")
-    if self.seed >= 2**64:
-      raise ValueError(f"seed must be below 2**64, got {seed}.")
     if global_batch % hosts:
       raise ValueError(
         f"global_batch must be a multiple of hosts={hosts}, got {global_batch}."

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from spectraformer_jax.data import examples, linear, lra_figures
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.cache import load_split
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import LOGGER
 from spectraformer_jax.data.options import make_parser, parse_options
 from spectraformer_jax.data.source import SPLITS
 from spectraformer_jax.data.tasks import TASKS, build_source
+from spectraformer_jax.seeds import check_seed
 
 DIFFERS = 1
 
@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> int:
     ValueError: if a task, an option or a file is not as it should be.
   """
   known, options = _parse(args)
-  options["seed"] = check_int("seed", known.seed, 0)
+  options["seed"] = check_seed("seed", known.seed)
   with _messages_shown():
     source = build_source(known.task, options, known.cache_dir)
     show_progress = Progress()

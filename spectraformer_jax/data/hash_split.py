@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
+from spectraformer_jax.seeds import check_seed
 
 
 def split_by_content(
@@ -27,14 +27,14 @@ def split_by_content(
 
   Raises:
     ValueError: if a share is negative or they do not add up to 1, or the seed
-      is not an integer >= 0.
+      is not an integer >= 0 and below 2**64.
 
   Example:
     >>> parts = split_by_content([b"a", b"b", b"a"], {"x": 0.5, "y": 0.5}, 0)
     >>> sorted(parts["x"].tolist() + parts["y"].tolist())
     [0, 1, 2]
   """
-  seed = check_int("seed", seed, 0)
+  seed = check_seed("seed", seed)
   total = sum(shares.values())
   if min(shares.values()) < 0 or abs(total - 1) > 1e-9:
     raise ValueError(f"shares must be >= 0 and add up to 1, got {shares!r}.")

@@ -34,6 +34,7 @@ from spectraformer_jax.data.readers import (
 from spectraformer_jax.data.source import SPLITS, Progress, Source
 from spectraformer_jax.data.tasks import TASKS
 from spectraformer_jax.data.writer import Writer
+from spectraformer_jax.seeds import make_generator
 
 TOKENIZERS = ("full", "no_close")
 
@@ -192,7 +193,7 @@ def _write(
   seen: set[bytes] = set()
   for index, split in enumerate(SPLITS):
     writer, wanted = writers[split], options[f"num_{split}"]
-    rng = np.random.default_rng([seed, index])
+    rng = make_generator(seed, index)
     fruitless = 0
     for batch in generator.sample(rng, **window):
       batch = _unseen(batch, seen, wanted - writer.num_examples)

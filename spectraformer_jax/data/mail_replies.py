@@ -38,6 +38,7 @@ from spectraformer_jax.data.stand_in import (
 from spectraformer_jax.data.tasks import TASKS
 from spectraformer_jax.data.word_overlap import OVERLAP, overlap_rule
 from spectraformer_jax.data.words import hash_words
+from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 4000
 SHORTEST = 40  # bytes that a mail must have of its own
@@ -127,7 +128,7 @@ def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Row]]:
   parts = split_by_content(threads, SHARES, seed)
   pairs = {}
   for number, split in enumerate(SPLITS):
-    rng = np.random.default_rng([seed, number])
+    rng = make_generator(seed, number)
     lists = collections.defaultdict(list)
     for i in parts[split]:
       lists[replies[i].list_id].append(replies[i])

@@ -18,6 +18,7 @@ from spectraformer_jax.data.pathfinder_shapes import SETTINGS
 from spectraformer_jax.data.source import SPLITS, Progress, Source
 from spectraformer_jax.data.tasks import TASKS
 from spectraformer_jax.data.writer import Writer
+from spectraformer_jax.seeds import make_generator
 
 DIFFICULTIES = {6: "easy", 9: "intermediate", 14: "hard"}
 
@@ -84,7 +85,7 @@ def pathfinder_synthetic(
     sizes = {split: options[f"num_{split}"] for split in SPLITS}
     done = 0
     for index, split in enumerate(SPLITS):
-      rng = np.random.default_rng([seed, index])
+      rng = make_generator(seed, index)
       writer, wanted = writers[split], sizes[split]
       for batch in generator.sample(rng, settings, bars=bars, seeding=seeding):
         pixels = batch.pixels[: wanted - writer.num_examples]

@@ -28,6 +28,7 @@ from spectraformer_jax.data.source import SPLITS, Source
 from spectraformer_jax.data.stand_in import BYTES, SHARES, from_package, named
 from spectraformer_jax.data.tasks import TASKS
 from spectraformer_jax.data.word_overlap import OVERLAP, overlap_rule
+from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 2000
 YEARS_APART = 25
@@ -90,7 +91,7 @@ def _make_pairs(
   years = (str(year).encode() for year, _ in speeches)
   pairs = {}
   for split, members in split_by_content(years, SHARES, seed).items():
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    rng = make_generator(seed, SPLITS.index(split))
     chosen = [(i, *speeches[i]) for i in members.tolist()]
     pairs[split] = _pair_up(chosen, length, rng)
   return pairs

@@ -4,11 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.cache import load_split
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.source import Progress, Source
 from spectraformer_jax.registry import Registry
+from spectraformer_jax.seeds import check_seed
 
 TASKS = Registry("task")
 """Factories of :class:`Source`: each takes ``seed``, and options of its own."""
@@ -41,7 +41,8 @@ def load(
     split: ``"train"``, ``"dev"`` or ``"test"``.
     cache_dir: root of the token cache; None for ``$SPECTRAFORMER_DATA`` or
       ``~/.cache/spectraformer_jax``.
-    seed: decides what is generated and how a data set is cut into splits.
+    seed: decides what is generated and how a data set is cut into splits;
+      below 2**64.
     tokenizer: one of the task's tokenisers; None for its default.
     progress: ``progress(done, total)``, called while a split is built.
     **task_kwargs: the task's own options.
@@ -59,7 +60,7 @@ def load(
     >>> digits.vocab_size, digits.num_classes, digits.length
     (17, 10, 64)
   """
-  options = task_kwargs | {"seed": check_int("seed", seed, 0)}
+  options = task_kwargs | {"seed": check_seed("seed", seed)}
   if tokenizer is not None:
     options["tokenizer"] = tokenizer
   source = build_source(task, options, cache_dir)

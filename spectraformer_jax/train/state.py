@@ -12,6 +12,7 @@ import optax
 from spectraformer_jax import nn
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.from_config import example_inputs
+from spectraformer_jax.seeds import make_key
 from spectraformer_jax.typing import Array, PyTree
 
 # The one non-learnable collection that training itself updates.
@@ -61,13 +62,13 @@ class RunKeys(NamedTuple):
 
 
 def run_keys(seed: int) -> RunKeys:
-  """The keys of the run with this seed.
+  """The keys of the run with this seed, below 2**64.
 
   Example:
     >>> run_keys(0).dropout_rng.shape
     ()
   """
-  return RunKeys(*jax.random.split(jax.random.key(seed), 4))
+  return RunKeys(*jax.random.split(make_key(seed), 4))
 
 
 def create(

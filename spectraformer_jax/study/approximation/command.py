@@ -30,6 +30,7 @@ from rich.progress import (
 
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.kernels import KERNELS
+from spectraformer_jax.seeds import check_seed
 from spectraformer_jax.study.approximation import plots, report
 from spectraformer_jax.study.approximation.inputs import (
   Inputs,
@@ -201,8 +202,7 @@ def check(args: argparse.Namespace) -> None:
     if not scale > 0:
       raise ValueError(f"--scales must be positive, got {scale!r}.")
   check_positive_int("--draws", args.draws)
-  if args.seed < 0:
-    raise ValueError(f"--seed must be 0 or more, got {args.seed}.")
+  check_seed("--seed", args.seed)
   if bool(args.components) != bool(args.matrices):
     raise ValueError("--components and --matrices go together.")
   if args.inputs and not args.inputs.exists():

@@ -12,6 +12,7 @@ from scipy import stats as distributions
 
 import spectraformer_jax as sf
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.seeds import make_key
 from spectraformer_jax.study.approximation.inputs import Inputs
 from spectraformer_jax.study.approximation.kernel_error import (
   has_kernel,
@@ -146,7 +147,7 @@ def prepare(
   )
   if feature_map.weight_matrix.info.redrawable:
     init = jax.jit(init)  # others cannot be drawn inside jit
-  rng = jax.random.key(options.seed)
+  rng = make_key(options.seed)
   draws = [init(jax.random.fold_in(rng, i)) for i in range(options.draws)]
 
   def attend(variables, query, key, value, key_mask, query_mask):
