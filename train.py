@@ -31,6 +31,18 @@ ROOT = Path(__file__).resolve().parent
 # space on the disk.
 USER_ERROR, DIVERGED, IO_ERROR, RESUMABLE = 2, 3, 74, 75
 
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+
+
+def _is_sound(arg: str) -> bool:
+  """Whether `config_flags` can look at an argument without a traceback."""
+  override = _OVERRIDE.match(arg)
+  try:
+    return not override or train_config.check_key(override[1]) is None
+  except ValueError:
+    return False
+
+
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   str(ROOT / "configs" / "digits.py"),
@@ -41,6 +53,8 @@ _CONFIG = config_flags.DEFINE_config_file(
   # sections that take any key and names the nearest one otherwise.
   lock_config=False,
   accept_new_attributes=True,
+  # It reads them here; `parse_flags` says what is wrong with the others.
+  sys_argv=list(filter(_is_sound, sys.argv)),
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -70,14 +84,22 @@ flags.FLAGS.set_default("verbosity", logging.INFO)
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses with absl; a mistake ends in one line, not in a traceback."""
   try:
+    kept, unset = argv[:1], {}
     for arg in argv[1:]:
-      override = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+      override = _OVERRIDE.match(arg)
       if override:
         train_config.check_key(override[1])
-      config = re.match(r"--?config=([^:]+)", arg)
+        # absl reads an integer as an integer, so None takes another way.
+        unset[override[1]] = train_config.is_none(override[1], override[2])
+      if not (override and unset[override[1]]):
+        kept.append(arg)
+      config = re.match(r"--?config=([^:]*)", arg)
       if config and not Path(config[1]).is_file():
         raise ValueError(f"There is no config file {config[1]!r}.")
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(kept)
+    for path in (path for path, is_unset in unset.items() if is_unset):
+      _CONFIG.value.update_from_flattened_dict({path: None})
+    return rest
   except Exception as error:
     fail(error)
 

@@ -12,6 +12,8 @@ from spectraformer_jax.nn.by_token import KEPT
 from spectraformer_jax.typing import Array
 
 _LEVELS = 1 << 16
+# Rates from here on are rounded to 1.
+MAX_RATE = 1.0 - 0.5 / _LEVELS
 
 
 class Dropout(nn.Module):
@@ -23,7 +25,8 @@ class Dropout(nn.Module):
   by the rounded one, so that the mean stays exact.
 
   Attributes:
-    rate: share of the entries that become zero, in [0, 1).
+    rate: share of the entries that become zero, in [0, 1), also when it is
+      rounded.
 
   Example:
     >>> x = jnp.ones((4, 6))
@@ -41,10 +44,13 @@ class Dropout(nn.Module):
     """``[..., D] -> [..., D]``; needs rng "dropout" unless deterministic.
 
     Raises:
-      ValueError: a rate outside [0, 1).
+      ValueError: a rate that is, or is rounded to, a number outside [0, 1).
     """
-    if not 0.0 <= self.rate < 1.0:
-      raise ValueError(f"dropout rate must be in [0, 1), got {self.rate!r}.")
+    if not 0.0 <= self.rate < MAX_RATE:
+      raise ValueError(
+        "dropout rate must be in [0, 1) when rounded to a multiple of 2**-16, "
+        f"got {self.rate!r}."
+      )
     kept = round((1.0 - self.rate) * _LEVELS)
     if deterministic or kept == _LEVELS:
       return x

@@ -27,9 +27,13 @@ Model = Classifier | DualClassifier | LanguageModel | MaskedLanguageModel
 def make_feature_map(config: ConfigDict) -> FeatureMap | None:
   """The pair of the config; None for a baseline.
 
+  A pair without weight matrix ("none") has no num_features, whatever the config
+  says.
+
   Raises:
     ValueError: unknown component or matrix, an option it or the baseline does
-      not have, or a redraw interval for a matrix that cannot be redrawn.
+      not have or cannot use, or a redraw interval for a matrix that cannot be
+      redrawn.
 
   Example:
     >>> from spectraformer_jax.train.config import default_config
@@ -40,20 +44,43 @@ def make_feature_map(config: ConfigDict) -> FeatureMap | None:
   if config.model.attention != "spectral":
     return None
   section = config.feature_map
-  feature_map = pairs.feature_map(
-    section.component,
-    section.weight_matrix,
-    num_features=section.num_features,
-    component_kwargs=section.component_kwargs.to_dict(),
-    weight_matrix_kwargs=section.weight_matrix_kwargs.to_dict(),
+  options = {
+    name: _hashable(section[name].to_dict())
+    for name in ("component_kwargs", "weight_matrix_kwargs")
+  }
+  try:
+    feature_map = pairs.feature_map(
+      section.component,
+      section.weight_matrix,
+      num_features=None
+      if section.weight_matrix == "none"
+      else section.num_features,
+      **options,
+    )
+  except TypeError as error:  # of an option's value
+    raise ValueError(
+      f"config.feature_map of {section.component!r} and "
+      f"{section.weight_matrix!r} cannot use one of the options {options}: "
+      f"{error}"
+    ) from error
+  redrawable = (
+    feature_map.num_rows and feature_map.weight_matrix.info.redrawable
   )
-  if section.redraw_interval and not feature_map.weight_matrix.info.redrawable:
+  if section.redraw_interval and not redrawable:
     raise ValueError(
       f"config.feature_map.redraw_interval must be 0 for weight matrix "
       f"{section.weight_matrix!r}, which cannot be redrawn, got "
       f"{section.redraw_interval}."
     )
   return feature_map
+
+
+def _hashable(options: Mapping[str, Any]) -> dict[str, Any]:
+  """With tuples for lists, which a command line gives."""
+  return {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in options.items()
+  }
 
 
 def make_model(

@@ -5,6 +5,8 @@ Experiments (``configs/*.py``) start from `default_config` and change values.
 
 import difflib
 import json
+import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,9 +15,11 @@ from ml_collections.config_dict import placeholder
 
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.nn.attention import ATTENTIONS
+from spectraformer_jax.nn.dropout import MAX_RATE
 from spectraformer_jax.nn.encoder import MLPS, NORMS
 from spectraformer_jax.nn.positions import POSITIONS
 from spectraformer_jax.nn.sequence_encoder import POOLED_NORMS, POOLINGS
+from spectraformer_jax.seeds import check_seed
 from spectraformer_jax.train.objectives import OBJECTIVES
 from spectraformer_jax.train.parallel import ENGINES
 from spectraformer_jax.train.recipes import recipe
@@ -28,6 +32,11 @@ OPEN_SECTIONS = (
   "feature_map.component_kwargs",
   "feature_map.weight_matrix_kwargs",
 )
+
+
+def _is_count(x) -> bool:
+  return isinstance(x, numbers.Integral) and x >= 0
+
 
 CHOICES = {
   "model.attention": ATTENTIONS,
@@ -45,38 +54,52 @@ CHOICES = {
 }
 POSITIVE_INTS = (
   *("model.embed_dim", "model.num_layers", "model.num_heads"),
-  *("model.head_dim", "model.mlp_dim", "feature_map.num_features"),
+  *("model.head_dim", "model.mlp_dim"),
   *("train.num_steps", "train.batch_size", "train.max_skipped_steps"),
   "train.accumulate",
   *("eval.every", "eval.batch_size"),
   *("checkpoint.every", "checkpoint.keep", "logging.every"),
   "task.pad_to_multiple",
 )
-# Optional sizes: None takes the data set's.
-OPTIONAL_POSITIVE_INTS = ("model.vocab_size", "model.max_len")
-# key: (test, what is right)
+# None takes the data set's size, or is that of a pair without weight matrix.
+OPTIONAL_POSITIVE_INTS = (
+  *("model.vocab_size", "model.max_len"),
+  "feature_map.num_features",
+)
+SEEDS = ("task.seed", "train.seed")
+NAMES = ("task.name", "feature_map.component", "feature_map.weight_matrix")
+OPTIONAL_NAMES = (
+  *("task.cache_dir", "task.tokenizer"),
+  *("model.init_from", "logging.wandb"),
+)
+# On the command line these are None when they are written as none.
+OPTIONAL = (
+  *OPTIONAL_POSITIVE_INTS,
+  *OPTIONAL_NAMES,
+  *("optim.feature_map_lr", "logging.progress_bar"),
+)
+# key: (test of a finite number, what is right)
 RANGES = {
-  "model.dropout_rate": (lambda x: 0 <= x < 1, "in [0, 1)"),
-  "feature_map.redraw_interval": (lambda x: x >= 0, "0 (never) or more"),
+  "model.dropout_rate": (
+    lambda x: 0 <= x < MAX_RATE,
+    "in [0, 1) when rounded to a multiple of 2**-16",
+  ),
   "optim.lr": (lambda x: x > 0, "positive"),
-  "optim.warmup_steps": (lambda x: x >= 0, "0 or more"),
   "optim.b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
   "optim.b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
   "optim.eps": (lambda x: x > 0, "positive"),
   "optim.weight_decay": (lambda x: x >= 0, "0 or more"),
   "optim.clip_threshold": (lambda x: x > 0, "positive"),
-  "optim.feature_map_lr": (
-    lambda x: x is None or x >= 0,
-    "0 or more, or None for config.optim.lr",
-  ),
   "optim.label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
   "optim.ema_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
-  "eval.patience": (lambda x: x >= 0, "0 (never) or more"),
-  "task.seed": (lambda x: x >= 0, "0 or more"),
-  "train.seed": (lambda x: x >= 0, "0 or more"),
   "logging.interval_seconds": (lambda x: x >= 0, "0 or more"),
-  "profile": (lambda x: x >= 0, "0 (off) or more steps"),
+  "feature_map.redraw_interval": (_is_count, "0 (never) or more"),
+  "optim.warmup_steps": (_is_count, "0 or more"),
+  "eval.patience": (_is_count, "0 (never) or more"),
+  "profile": (_is_count, "0 (off) or more steps"),
 }
+# Arguments of `data.load` that have keys of their own.
+_RESERVED = ("seed", "tokenizer", "cache_dir", "progress")
 
 
 NUM_STEPS = 50_000
@@ -167,7 +190,8 @@ def default_config() -> ConfigDict:
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
   """`config` as plain nested JSON values (tuples become lists)."""
-  return json.loads(json.dumps(config.to_dict()))
+  # Of numpy's numbers the Python ones.
+  return json.loads(json.dumps(config.to_dict(), default=lambda x: x.item()))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -202,8 +226,17 @@ def check_key(path: str) -> None:
     >>> check_key("optim.lr")
   """
   known = flatten(default_config().to_dict())
-  if path in known or path.startswith(tuple(f"{p}." for p in OPEN_SECTIONS)):
+  if path in known:
     return
+  section, _, option = path.rpartition(".")
+  if section in OPEN_SECTIONS and option.isidentifier():
+    return
+  for section in OPEN_SECTIONS:
+    if path.startswith(f"{section}."):
+      raise ValueError(
+        f"Config key {path!r} must be one name after {section!r}: its options "
+        "are numbers, texts and tuples."
+      )
   raise ValueError(f"Unknown config key {path!r}.{_nearest(path, known)}")
 
 
@@ -236,6 +269,11 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ValueError: one line that names the key, its value and what would be right.
   """
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      "config must be a ConfigDict, as spectraformer_jax.train.config."
+      f"default_config() gives it, got {type(config).__name__}."
+    )
   values = flatten(config.to_dict())
   for path in values:
     check_key(path)
@@ -245,22 +283,7 @@ def validate(config: ConfigDict) -> None:
         f"Config key {path!r} is missing; start from "
         "spectraformer_jax.train.config.default_config()."
       )
-  for path in POSITIVE_INTS:
-    check_positive_int(f"config.{path}", values[path])
-  for path in OPTIONAL_POSITIVE_INTS:
-    if values[path] is not None:
-      check_positive_int(f"config.{path}", values[path])
-  for path, known in CHOICES.items():
-    if values[path] not in known:
-      raise ValueError(
-        f"config.{path} must be one of {', '.join(map(str, known))}, "
-        f"got {values[path]!r}."
-      )
-  for path, (is_right, right) in RANGES.items():
-    if not is_right(values[path]):
-      raise ValueError(f"config.{path} must be {right}, got {values[path]!r}.")
-  for bucket in values["task.buckets"]:
-    check_positive_int("config.task.buckets", bucket)
+  _check_types(values)
   steps, warmup = values["train.num_steps"], values["optim.warmup_steps"]
   # The schedule "rsqrt" knows no last step: a run may end while it rises.
   if warmup >= steps and values["optim.schedule"] != "rsqrt":
@@ -268,6 +291,108 @@ def validate(config: ConfigDict) -> None:
       f"config.optim.warmup_steps must be less than config.train.num_steps "
       f"= {steps}, got {warmup}."
     )
+  _check_pooled_norm(values)
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+  """Every value by itself."""
+  for path in POSITIVE_INTS:
+    check_positive_int(f"config.{path}", values[path])
+  for path in OPTIONAL_POSITIVE_INTS:
+    if values[path] is not None:
+      check_positive_int(f"config.{path}", values[path])
+  for path in SEEDS:
+    check_seed(f"config.{path}", values[path])
+  for path in (*NAMES, *OPTIONAL_NAMES):
+    optional = path in OPTIONAL_NAMES and values[path] is None
+    if not (optional or isinstance(values[path], str)):
+      right = "text or None" if path in OPTIONAL_NAMES else "text"
+      raise ValueError(f"config.{path} must be {right}, got {values[path]!r}.")
+  for path, known in CHOICES.items():
+    if values[path] not in known:
+      raise ValueError(
+        f"config.{path} must be one of {', '.join(map(str, known))}, "
+        f"got {values[path]!r}."
+      )
+  for path, (is_right, right) in RANGES.items():
+    if not (_is_finite(values[path]) and is_right(values[path])):
+      raise ValueError(f"config.{path} must be {right}, got {values[path]!r}.")
+  rate = values["optim.feature_map_lr"]
+  if not (rate is None or (_is_finite(rate) and rate >= 0)):
+    raise ValueError(
+      "config.optim.feature_map_lr must be 0 or more, or None for "
+      f"config.optim.lr, got {rate!r}."
+    )
+  for path, right in (
+    ("logging.tensorboard", (True, False)),
+    ("logging.progress_bar", (True, False, None)),
+  ):
+    if values[path] not in right:
+      raise ValueError(
+        f"config.{path} must be one of {', '.join(map(str, right))}, got "
+        f"{values[path]!r}."
+      )
+  buckets = values["task.buckets"]
+  if not isinstance(buckets, tuple | list):
+    raise ValueError(
+      f"config.task.buckets must be a tuple of lengths, got {buckets!r}."
+    )
+  for bucket in buckets:
+    check_positive_int("config.task.buckets", bucket)
+  for path in OPEN_SECTIONS:
+    _check_options(path, values[path])
+
+
+def _is_finite(x: Any) -> bool:
+  """Whether it is a number, and not NaN or infinite."""
+  is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+  return is_number and math.isfinite(x)
+
+
+def _check_options(section: str, options: Any) -> None:
+  """An open section is flat: the owner of an option takes plain values."""
+  if not isinstance(options, Mapping):
+    raise ValueError(
+      f"config.{section} must be options by name, got {options!r}."
+    )
+  for name, value in options.items():
+    if isinstance(value, Mapping):
+      raise ValueError(
+        f"config.{section}.{name} must be a number, text or tuple, got "
+        f"{dict(value)!r}."
+      )
+    if section == "task.kwargs" and name in _RESERVED:
+      raise ValueError(
+        f"config.task.kwargs cannot have {name!r}; set config.task.{name}."
+      )
+
+
+def _check_pooled_norm(values: Mapping[str, Any]) -> None:
+  """Batch normalisation of one example gives 0, whatever it is."""
+  if values["model.pooled_norm"] != "batch":
+    return
+  if values["train.objective"] != "classify":
+    return  # a language model does not pool
+  batch_size, parts = values["train.batch_size"], values["train.accumulate"]
+  if batch_size < 2 * parts:
+    raise ValueError(
+      "config.model.pooled_norm='batch' needs at least 2 examples in each part "
+      f"of a batch, got config.train.batch_size={batch_size} in "
+      f"config.train.accumulate={parts} parts; lower accumulate or use "
+      "pooled_norm='none'."
+    )
+
+
+def is_none(path: str, text: Any) -> bool:
+  """Whether `text` unsets a key that may be None, as on the command line.
+
+  Example:
+    >>> is_none("feature_map.num_features", "none")
+    True
+    >>> is_none("feature_map.weight_matrix", "none")
+    False
+  """
+  return path in OPTIONAL and isinstance(text, str) and text.lower() == "none"
 
 
 def pair_name(config: ConfigDict) -> str:

@@ -6,10 +6,14 @@ import pytest
 from configs import digits, listops
 from spectraformer_jax.nn.from_config import make_feature_map
 from spectraformer_jax.train.config import (
+  NAMES,
   OPEN_SECTIONS,
+  OPTIONAL,
+  OPTIONAL_NAMES,
   check_key,
   default_config,
   flatten,
+  is_none,
   pair_name,
   to_dict,
   validate,
@@ -153,6 +157,111 @@ def test_wrong_value(path, value, right):
   message = str(error.value)
   assert f"config.{path}" in message and repr(value) in message
   assert "\n" not in message
+
+
+def with_value(path, value):
+  """The default config with a value of any type."""
+  config = default_config()
+  section, key = path.split(".") if "." in path else (None, path)
+  with config.ignore_type():
+    (config[section] if section else config)[key] = value
+  return config
+
+
+@pytest.mark.parametrize("path", flatten(default_config().to_dict()))
+def test_a_value_of_another_type_is_told_in_one_line(path):
+  wrong = [object, "five", b"x", [None], {"a": {}}, float("nan"), 1j]
+  if path not in OPTIONAL:
+    wrong.append(None)
+  if path in (*NAMES, *OPTIONAL_NAMES):
+    wrong.remove("five")
+    wrong.append(3)
+  if path.endswith("kwargs"):
+    wrong.append([])
+  for value in wrong:
+    config = with_value(path, value)
+    with pytest.raises(ValueError) as error:
+      validate(config)
+    message = str(error.value)
+    assert path.split(".")[-1] in message and "\n" not in message, value
+
+
+@pytest.mark.parametrize("path", OPTIONAL)
+def test_what_may_be_none(path):
+  validate(with_value(path, None))
+  assert is_none(path, "none") and is_none(path, "None")
+  assert not is_none(path, "no") and not is_none(path, None)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "right"),
+  [
+    ("model.dropout_rate", 0.999999, "when rounded to a multiple"),
+    ("optim.warmup_steps", 2.5, "0 or more"),
+    ("eval.patience", 1.5, "0 .never. or more"),
+    ("optim.lr", float("inf"), "positive"),
+    ("train.seed", 2**64, "below 2"),
+    ("task.seed", -1, ">= 0"),
+    ("task.buckets", 5, "a tuple of lengths"),
+    ("task.kwargs", {"seed": 3}, "set config.task.seed"),
+    ("model.init_from", 3, "text or None"),
+  ],
+)
+def test_siblings_of_wrong_values(path, value, right):
+  with pytest.raises(ValueError, match=right):
+    validate(with_value(path, value))
+
+
+def test_no_config():
+  for config in ({}, None, default_config().to_dict()):
+    with pytest.raises(ValueError, match="config must be a ConfigDict"):
+      validate(config)
+
+
+@pytest.mark.parametrize("name", ["kernel.x", "kernel[0]", "", "x.y.z"])
+def test_an_option_is_one_name(name):
+  with pytest.raises(ValueError, match="one name after"):
+    check_key(f"feature_map.component_kwargs.{name}")
+
+
+def test_options_that_a_pair_cannot_use():
+  config = default_config()
+  config.feature_map.component_kwargs = {"kernel": [1]}
+  validate(config)
+  with pytest.raises(ValueError, match=r"kernel \(1,\)"):
+    make_feature_map(config)
+
+
+@pytest.mark.parametrize("component", ["elu1", "cosformer", "taylor2"])
+@pytest.mark.parametrize("num_features", [128, None])
+def test_a_pair_without_rows_has_no_features(component, num_features):
+  config = default_config()
+  config.feature_map.component = component
+  config.feature_map.weight_matrix = "none"
+  config.feature_map.num_features = num_features
+  validate(config)
+  assert make_feature_map(config).num_features is None
+  config.feature_map.redraw_interval = 5
+  with pytest.raises(ValueError, match="redraw_interval must be 0"):
+    make_feature_map(config)
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "accumulate", "right"),
+  [(8, 4, True), (8, 8, False), (1, 1, 0)],
+)
+def test_batch_norm_needs_two_examples(batch_size, accumulate, right):
+  config = default_config()
+  config.train.batch_size, config.train.accumulate = batch_size, accumulate
+  validate(config)
+  config.model.pooled_norm = "batch"
+  if right:
+    validate(config)
+    return
+  with pytest.raises(ValueError, match="at least 2 examples in each part"):
+    validate(config)
+  config.train.objective = "masked"  # does not pool
+  validate(config)
 
 
 def test_warmup_may_outlast_a_run_of_the_schedule_without_end():

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.train import parallel
 from spectraformer_jax.train.checkpoints import Checkpointer
 from spectraformer_jax.train.loop import train_and_evaluate
@@ -193,6 +194,22 @@ def test_exact_softmax_baseline(tiny_config, tmp_path):
   )
   result = train_and_evaluate(config, tmp_path)
   assert result["pair"] == "softmax" and result["projection_size"] == 0
+
+
+@pytest.mark.parametrize("component", ["elu1", "cosformer", "taylor2"])
+@pytest.mark.quick_every(3)
+def test_pairs_without_a_weight_matrix_train(component, tiny_config, tmp_path):
+  changes = {
+    "feature_map.component": component,
+    "feature_map.weight_matrix": "none",
+    "train.num_steps": 4,
+    "eval.every": 4,
+  }
+  config = tiny_config(**changes)
+  result = train_and_evaluate(config, tmp_path)
+  assert result["pair"] == f"{component}-none"
+  assert result["projection_size"] == 0 and result["parameters"] > 0
+  assert load_pretrained(tmp_path).model.feature_map.num_features is None
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,8 @@ def override(config: ConfigDict, path: str, value: Any) -> None:
     ValueError: an unknown key, or a value of another type.
   """
   train_config.check_key(path)
+  if train_config.is_none(path, value):
+    value = None
   *parents, last = path.split(".")
   for parent in parents:
     config = config[parent]
