@@ -245,7 +245,7 @@ def test_a_cell_ends_with_its_sweep_however_that_ends():
     (["--vary=train.num_step=4,5"], "Did you mean 'train.num_steps'"),
     (["--set=train.num_steps=-4"], "must be a positive integer, got -4"),
     (["--set=train.num_steps"], "must be KEY=VALUE"),
-    (["--seeds=-1"], "config.train.seed must be 0 or more"),
+    (["--seeds=-1"], "config.train.seed must be an integer >= 0"),
     (["--shard=3/2"], "i must be from 1 to n"),
   ],
 )
