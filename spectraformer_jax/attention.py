@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.feature_maps import FeatureMap, Prepared
+from spectraformer_jax.heads import queries_by_key_head
 from spectraformer_jax.linear_attention.api import (
   AttendOptions,
   attend,
@@ -337,15 +338,9 @@ def statistics_of(
   """
   if stats is not None or not feature_map.info.needs_stats:
     return stats
-  batch, length, all_heads, head_dim = query.shape
-  groups = all_heads // key.shape[2]
-  if query_mask is None and length == key.shape[1]:
+  if query_mask is None and query.shape[1] == key.shape[1]:
     query_mask = key_mask
-  if groups > 1:
-    query = query.reshape(batch, length, -1, groups, head_dim)
-    query = jnp.moveaxis(query, 3, 2).reshape(batch, -1, *key.shape[2:])
-    if query_mask is not None:
-      query_mask = jnp.repeat(query_mask, groups, axis=1)
+  query, query_mask = queries_by_key_head(query, query_mask, key.shape[2])
   return feature_map.calibrate(
     variables,
     query.astype(jnp.float32) * root,

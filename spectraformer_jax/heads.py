@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.typing import PyTree
+from spectraformer_jax.typing import Array, PyTree
 
 
 def over_examples_and_heads(function: Callable[..., PyTree]) -> Callable:
@@ -52,3 +52,27 @@ def _over_one_axis(function):
 def lead_with_batch(tree: PyTree) -> PyTree:
   """Leaves ``[N, ...] -> [1, N, ...]``: the same for every example."""
   return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
+
+
+def queries_by_key_head(
+  query: Array, query_mask: Array | None, num_heads: int
+) -> tuple[Array, Array | None]:
+  """Grouped queries as more positions of the head of their keys.
+
+  Args:
+    query: ``[B, T, N G, H]``: G queries share a key head.
+    query_mask: ``[B, T]`` bool or None.
+    num_heads: N.
+
+  Returns:
+    ``[B, T G, N, H]`` and ``[B, T G]`` or None.
+  """
+  batch, length, all_heads, head_dim = query.shape
+  groups = all_heads // num_heads
+  if groups == 1:
+    return query, query_mask
+  query = query.reshape(batch, length, num_heads, groups, head_dim)
+  query = jnp.moveaxis(query, 3, 2).reshape(batch, -1, num_heads, head_dim)
+  if query_mask is not None:
+    query_mask = jnp.repeat(query_mask, groups, axis=1)
+  return query, query_mask

@@ -11,10 +11,10 @@ from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.classifier import Classifier
 from spectraformer_jax.nn.dual_classifier import DualClassifier
 from spectraformer_jax.nn.encoder import Encoder, EncoderLayer
+from spectraformer_jax.nn.generation import generate
 from spectraformer_jax.nn.language_model import (
   LanguageModel,
   MaskedLanguageModel,
-  generate,
 )
 from spectraformer_jax.nn.positions import rotate
 from spectraformer_jax.nn.pretrained import Pretrained, load_pretrained

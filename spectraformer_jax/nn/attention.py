@@ -4,29 +4,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.attention import init_state, spectral_attention
 from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
+from spectraformer_jax.nn.feature_variables import (
+  feature_variables,
+  running_stats,
+)
+from spectraformer_jax.nn.inputs import check_rows, without_padding
 from spectraformer_jax.nn.positions import next_positions, rotate
 from spectraformer_jax.nn.projections import projection
 from spectraformer_jax.registry import nearest
-from spectraformer_jax.typing import Array, FeatureVariables, PyTree
+from spectraformer_jax.typing import Array
 
 ATTENTIONS = ("spectral", *KERNELS, *BASELINES)
-
-# Running statistics keep this share of their value at each training step.
-STATS_DECAY = 0.99
 
 
 class SpectralSelfAttention(nn.Module):
   """Multi-head self-attention, linear in the length.
 
   Attributes:
-    num_heads: N.
+    num_heads: N of the queries.
     head_dim: H.
     feature_map: for attention="spectral"; see `sf.feature_map`.
     attention: "spectral", or a baseline through the same module: an exact
@@ -38,7 +39,10 @@ class SpectralSelfAttention(nn.Module):
     rotary: queries and keys are turned by their positions before the feature
       map or kernel; see `rotate`.
     share_projection: one weight matrix for all heads instead of one each.
+    num_key_value_heads: heads of keys and values, each seen by equally many
+      query heads (grouped-query attention); None is `num_heads`.
     dtype: of the dense layers; None takes that of the input.
+    param_dtype: of the dense layers' parameters; a feature map's are float32.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -62,7 +66,9 @@ class SpectralSelfAttention(nn.Module):
   is_causal: bool = False
   rotary: bool = False
   share_projection: bool = False
+  num_key_value_heads: int | None = None
   dtype: Any = None
+  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
@@ -70,6 +76,7 @@ class SpectralSelfAttention(nn.Module):
     x: Array,
     mask: Array | None = None,
     *,
+    segment_ids: Array | None = None,
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
@@ -77,7 +84,11 @@ class SpectralSelfAttention(nn.Module):
 
     Args:
       x: ``[B, T, D]``.
-      mask: ``[B, T]`` bool, True at real positions; None for all.
+      mask: ``[B, T]`` bool, True at real positions; None for all. What padding
+        holds, NaN included, reaches neither outputs at real positions nor any
+        gradient.
+      segment_ids: ints ``[B, T]`` of packed rows: a position sees those of its
+        own segment, and rotary positions start again in each.
       decode: the positions follow those of earlier calls, whose state (and
         number, for rotary positions) is in the collection "cache"; see
         `LanguageModel`.
@@ -89,39 +100,31 @@ class SpectralSelfAttention(nn.Module):
     Raises:
       ValueError: unknown `attention` or option, no `feature_map` where one is
         needed, `is_causal` where that is not possible, `rotary` with an odd
-        `head_dim`, or `decode` with other attention than causal spectral.
+        `head_dim`, heads that do not divide, a `max_len` beyond that of the
+        component, `segment_ids` of a baseline or with `decode`, `decode` with
+        other attention than causal spectral or with a mask where features
+        depend on positions.
     """
-    self._check(decode)
-    heads = (self.num_heads, self.head_dim)
+    mask, segment_ids = check_rows(x, mask, segment_ids)
+    self._check(mask, segment_ids, decode)
+    x = without_padding(x, mask)
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    key_heads = self.num_key_value_heads or self.num_heads
     query, key, value = (
-      projection(heads, dtype=self.dtype, name=name)(x)
-      for name in ("query", "key", "value")
+      projection((heads, self.head_dim), name=name, **dtypes)(x)
+      for name, heads in (
+        ("query", self.num_heads),
+        ("key", key_heads),
+        ("value", key_heads),
+      )
     )
     if self.rotary:
-      index = next_positions(self, x.shape[1], decode)
+      index = next_positions(self, x, mask, segment_ids, decode)
       query, key = rotate(query, index), rotate(key, index)
     if self.attention == "spectral":
-      variables = self._feature_variables()
-      kwargs = {
-        "feature_map": self.feature_map,
-        "variables": variables,
-        "stats": self._running_stats(
-          variables, query, key, mask, deterministic
-        ),
-      }
-      state = self._decoding_state(x.shape[0], kwargs) if decode else None
-      out = spectral_attention(
-        query,
-        key,
-        value,
-        is_causal=self.is_causal,
-        key_mask=mask,
-        initial_state=state and state.value,
-        return_state=decode,
-        **kwargs,
+      out = self._spectral(
+        query, key, value, mask, segment_ids, decode, deterministic
       )
-      if decode:
-        out, state.value = out
     elif self.attention in BASELINES:
       out = self._baseline(query, key, value, mask)
     else:
@@ -132,11 +135,60 @@ class SpectralSelfAttention(nn.Module):
         kernel=self.attention,
         is_causal=self.is_causal,
         key_mask=mask,
+        segment_ids=segment_ids,
       )
-    output = projection(
-      x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out"
+    return projection(x.shape[-1], axis=(-2, -1), name="out", **dtypes)(out)
+
+  def _spectral(
+    self, query, key, value, mask, segment_ids, decode, deterministic
+  ):
+    """Attention of the feature map, after the keys of earlier calls."""
+    heads = {"num_heads": key.shape[2], "head_dim": self.head_dim}
+    if self.share_projection:
+      variables = feature_variables(
+        self, self.feature_map, **heads | {"num_heads": 1}
+      )
+    else:
+      variables = feature_variables(self, self.feature_map, **heads)
+    stats = running_stats(
+      self,
+      self.feature_map,
+      variables,
+      query,
+      key,
+      query_mask=mask,
+      key_mask=mask,
+      deterministic=deterministic,
     )
-    return output(out)
+    kwargs = {
+      "feature_map": self.feature_map,
+      "variables": variables,
+      "stats": stats,
+    }
+    state = None
+    if decode:
+      state = self.variable(
+        "cache",
+        "state",
+        lambda: init_state(batch_size=query.shape[0], **heads, **kwargs),
+      )
+    out = spectral_attention(
+      query,
+      key,
+      value,
+      is_causal=self.is_causal,
+      key_mask=mask,
+      segment_ids=segment_ids,
+      initial_state=state and state.value,
+      return_state=decode,
+      **kwargs,
+    )
+    if not decode:
+      return out
+    out, after = out
+    if not self.is_initializing():  # `init` makes an empty cache
+      state.value = after
+    return out
 
   def _baseline(self, query, key, value, mask):
     """Attention of one of `BASELINES`, whose parameters are "baseline"."""
@@ -144,7 +196,7 @@ class SpectralSelfAttention(nn.Module):
     kwargs = dict(self.attention_kwargs or {})
     if baseline.init_params is not None:
       sizes = {
-        "num_heads": self.num_heads,
+        "num_heads": key.shape[2],
         "max_len": self.max_len or key.shape[1],
       }
       kwargs = self.param(
@@ -154,87 +206,57 @@ class SpectralSelfAttention(nn.Module):
       kwargs["is_causal"] = self.is_causal
     return baseline.attend(query, key, value, key_mask=mask, **kwargs)
 
-  def _check(self, decode):
+  def _check(self, mask, segment_ids, decode):
     """ValueError for options that do not go together."""
-    if self.attention not in ATTENTIONS:
-      raise ValueError(
-        f"Unknown attention {self.attention!r}."
-        f"{nearest(self.attention, ATTENTIONS)}"
-      )
-    if (self.attention == "spectral") != (self.feature_map is not None):
-      raise ValueError(
-        f"attention={self.attention!r} with feature_map="
-        f"{self.feature_map and self.feature_map.info.name!r}: 'spectral' "
-        "needs a feature map, the exact kernels take none, nor do baselines."
-      )
+    check_attention(self)
     check_options(
       self.attention, self.attention_kwargs or {}, is_causal=self.is_causal
     )
-    if decode and not (self.attention == "spectral" and self.is_causal):
+    component = self.feature_map and self.feature_map.component
+    if component and self.max_len:
+      component.check_length(self.max_len)
+    if segment_ids is not None and self.attention in BASELINES:
+      raise ValueError(
+        f"segment_ids with attention={self.attention!r}: only 'spectral' and "
+        "the exact kernels take packed rows."
+      )
+    if not decode:
+      return
+    if not (component and self.is_causal):
       raise ValueError(
         f"decode=True with attention={self.attention!r}, is_causal="
         f"{self.is_causal}: only causal spectral attention has a state."
       )
+    if segment_ids is not None:
+      raise ValueError(
+        "decode=True with segment_ids: a state is the sum of one row."
+      )
+    if mask is not None and component.info.positional:
+      raise ValueError(
+        f"component {component.info.name!r} counts positions of the whole row, "
+        "so rows of different lengths cannot be decoded together."
+      )
 
-  def _decoding_state(self, batch_size, kwargs):
-    """The state after earlier calls."""
-    sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim}
-    return self.variable(
-      "cache",
-      "state",
-      lambda: init_state(batch_size=batch_size, **sizes, **kwargs),
+
+def check_attention(module: nn.Module) -> None:
+  """ValueError unless attention, feature map and heads go together.
+
+  Args:
+    module: with the attributes of `SpectralSelfAttention` of these names.
+  """
+  attention, feature_map = module.attention, module.feature_map
+  if attention not in ATTENTIONS:
+    raise ValueError(
+      f"Unknown attention {attention!r}.{nearest(attention, ATTENTIONS)}"
     )
-
-  def _feature_variables(self) -> FeatureVariables:
-    """Learnable leaves from "params", drawn ones from "random_features"."""
-    fm = self.feature_map
-    sizes = {
-      "head_dim": self.head_dim,
-      "num_heads": 1 if self.share_projection else self.num_heads,
-    }
-    projection = self.variable(
-      "random_features",
-      "projection",
-      lambda: fm.init_projection(self.make_rng("features"), **sizes),
+  if (attention == "spectral") != (feature_map is not None):
+    raise ValueError(
+      f"attention={attention!r} with feature_map="
+      f"{feature_map and feature_map.info.name!r}: 'spectral' "
+      "needs a feature map, the exact kernels take none, nor do baselines."
     )
-    params = {}
-    shapes = jax.eval_shape(lambda: fm.init_params(jax.random.key(0), **sizes))
-    if jax.tree.leaves(shapes):
-      params = self.param(
-        "feature_map", lambda rng: fm.init_params(rng, **sizes)
-      )
-    return FeatureVariables(params, projection.value)
-
-  def _running_stats(
-    self, variables, query, key, mask, deterministic
-  ) -> PyTree:
-    """Stats of earlier batches; None where the map needs no running ones.
-
-    The step's own batch is counted after it is attended, so that no position
-    is influenced by later ones.
-    """
-    fm = self.feature_map
-    if getattr(fm.component, "statistics", None) != "ema":
-      return None
-    scale = float(self.head_dim) ** -0.25
-
-    def typical():
-      shape = (1, 1024, self.num_heads, self.head_dim)
-      x, y = jax.random.normal(jax.random.key(0), (2, *shape)) * scale
-      return fm.moments(variables, x, y)
-
-    running = self.variable("feature_stats", "moments", typical)
-    stats = fm.solve(running.value)
-    if not deterministic and not self.is_initializing():
-      new, counts = fm.mean_moments(
-        variables,
-        query.astype(jnp.float32) * scale,
-        key.astype(jnp.float32) * scale,
-        key_mask=mask,
-        query_mask=mask,
-      )
-      rate = jnp.where(counts, 1.0 - STATS_DECAY, 0.0)
-      running.value = jax.tree.map(
-        lambda old, new: (1.0 - rate) * old + rate * new, running.value, new
-      )
-    return stats
+  heads = module.num_key_value_heads
+  if heads is not None and (heads < 1 or module.num_heads % heads):
+    raise ValueError(
+      f"num_key_value_heads={heads} must divide num_heads={module.num_heads}."
+    )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.parts import part_of
@@ -23,8 +24,8 @@ class Classifier(nn.Module):
     pooled_norm: "none" or "batch"; see `SequenceEncoder`.
     positions: "learned", "sinusoidal", "rotary" or "none"; see `TokenEncoder`.
     num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
-      attention_kwargs, share_projection, dropout_rate, dtype, remat: see
-      `Encoder`.
+      attention_kwargs, share_projection, num_key_value_heads, dropout_rate,
+      dtype, param_dtype, remat: see `Encoder`.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -55,7 +56,9 @@ class Classifier(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   pooled_norm: str = "none"
+  num_key_value_heads: int | None = None
   dtype: Any = None
+  param_dtype: Any = jnp.float32
   remat: bool = False
 
   @nn.compact
@@ -65,7 +68,9 @@ class Classifier(nn.Module):
     """Classifies.
 
     Args:
-      tokens: ``[B, T]`` ints, T at most `max_len`.
+      tokens: ``[B, T]`` ints in [0, vocab_size), T at most `max_len`; others
+        at real positions are an error where they are known before the program
+        runs, and give NaN where they are not.
       length: ``[B]`` ints: positions from there on are padding; what they hold
         has no influence.
       deterministic: False in training: dropout (needs rng "dropout") and
@@ -75,10 +80,25 @@ class Classifier(nn.Module):
       Logits ``[B, num_classes]`` float32.
 
     Raises:
-      ValueError: a sequence longer than `max_len`, or unknown `pooling`
-        or `pooled_norm`.
+      ValueError: a sequence longer than `max_len`, a token out of the
+        vocabulary, or unknown `pooling` or `pooled_norm`.
     """
     encoder = part_of(self, SequenceEncoder)
     x = encoder(tokens, length, deterministic=deterministic)
-    x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(x))
-    return nn.Dense(self.num_classes, name="head_logits")(x)
+    return class_logits(self, x)
+
+
+def class_logits(module: nn.Module, x: Array) -> Array:
+  """``[B, E] -> [B, num_classes]``: the head, in the caller's compact method.
+
+  Args:
+    module: with the attributes of `Classifier`.
+    x: float32.
+  """
+  hidden = nn.Dense(
+    module.mlp_dim, param_dtype=module.param_dtype, name="head_hidden"
+  )
+  logits = nn.Dense(
+    module.num_classes, param_dtype=module.param_dtype, name="head_logits"
+  )
+  return logits(nn.relu(hidden(x)))

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.classifier import class_logits
+from spectraformer_jax.nn.inputs import check_length, check_tokens
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
 from spectraformer_jax.typing import Array
@@ -23,8 +25,8 @@ class DualClassifier(nn.Module):
     vocab_size, num_classes, max_len, embed_dim, pooling, pooled_norm,
       positions: see `Classifier`.
     num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
-      attention_kwargs, share_projection, dropout_rate, dtype, remat: see
-      `Encoder`.
+      attention_kwargs, share_projection, num_key_value_heads, dropout_rate,
+      dtype, param_dtype, remat: see `Encoder`.
 
   Example:
     >>> import jax, spectraformer_jax as sf
@@ -55,7 +57,9 @@ class DualClassifier(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   pooled_norm: str = "none"
+  num_key_value_heads: int | None = None
   dtype: Any = None
+  param_dtype: Any = jnp.float32
   remat: bool = False
 
   @nn.compact
@@ -71,7 +75,7 @@ class DualClassifier(nn.Module):
     """Classifies.
 
     Args:
-      tokens: ``[B, T]`` ints, T at most `max_len`.
+      tokens: ``[B, T]`` ints, as for `Classifier`.
       length: ``[B]`` ints: positions from there on are padding.
       tokens_2: ``[B, S]`` ints, S at most `max_len`.
       length_2: ``[B]`` ints, for `tokens_2`.
@@ -81,9 +85,17 @@ class DualClassifier(nn.Module):
       Logits ``[B, num_classes]`` float32.
 
     Raises:
-      ValueError: a sequence longer than `max_len`, or unknown `pooling`
-        or `pooled_norm`.
+      ValueError: as `Classifier`, and where the two have not as many rows.
     """
+    tokens = check_tokens(tokens)
+    tokens_2 = check_tokens(tokens_2, "tokens_2")
+    if tokens.shape[0] != tokens_2.shape[0]:
+      raise ValueError(
+        "tokens and tokens_2 must have as many rows, got tokens.shape="
+        f"{tokens.shape}, tokens_2.shape={tokens_2.shape}."
+      )
+    length = check_length(length, tokens)
+    length_2 = check_length(length_2, tokens_2, "length_2")
     # As one batch: one program for both, and rows enough to fill a device.
     longest = max(tokens.shape[1], tokens_2.shape[1])
     both = jnp.concatenate(
@@ -97,5 +109,4 @@ class DualClassifier(nn.Module):
     x = encoder(both, lengths, deterministic=deterministic)
     a, b = jnp.split(x, 2)
     x = jnp.concatenate([a, b, a * b, a - b], axis=-1)
-    x = nn.relu(nn.Dense(self.mlp_dim, name="head_hidden")(x))
-    return nn.Dense(self.num_classes, name="head_logits")(x)
+    return class_logits(self, x)

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.by_token import by_token
 from spectraformer_jax.nn.dropout import Dropout
+from spectraformer_jax.nn.inputs import check_rows, without_padding
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
@@ -28,8 +30,10 @@ class EncoderLayer(nn.Module):
     norm: where the LayerNorm is: "pre": ``x + f(norm(x))``, "post":
       ``norm(x + f(x))``, as in the first Transformers.
     dropout_rate: after attention, and twice in the MLP.
+    dtype, param_dtype: of all dense layers and norms, and of their parameters.
     num_heads, head_dim, feature_map, attention, attention_kwargs, max_len,
-      is_causal, rotary, share_projection, dtype: see `SpectralSelfAttention`.
+      is_causal, rotary, share_projection, num_key_value_heads: see
+      `SpectralSelfAttention`.
   """
 
   num_heads: int = 2
@@ -44,8 +48,10 @@ class EncoderLayer(nn.Module):
   is_causal: bool = False
   rotary: bool = False
   share_projection: bool = False
+  num_key_value_heads: int | None = None
   dropout_rate: float = 0.1
   dtype: Any = None
+  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
@@ -53,45 +59,62 @@ class EncoderLayer(nn.Module):
     x: Array,
     mask: Array | None = None,
     *,
+    segment_ids: Array | None = None,
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
     """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``.
 
+    Arguments are those of `SpectralSelfAttention`; what padding holds has no
+    influence.
+
     Raises:
       ValueError: unknown `mlp` or `norm`, and what `SpectralSelfAttention`
         refuses.
     """
+    mask, segment_ids = check_rows(x, mask, segment_ids)
+    x = without_padding(x, mask)
     for name, known in (("mlp", MLPS), ("norm", NORMS)):
       value = getattr(self, name)
       if value not in known:
         raise ValueError(f"Unknown {name} {value!r}.{nearest(value, known)}")
     attention = part_of(self, SpectralSelfAttention, name="attention")
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def drop(y):
       return Dropout(self.dropout_rate)(y, deterministic=deterministic)
 
     def attend(y):
-      return attention(y, mask, decode=decode, deterministic=deterministic)
+      return attention(
+        y,
+        mask,
+        segment_ids=segment_ids,
+        decode=decode,
+        deterministic=deterministic,
+      )
+
+    def dense(size, name=None):
+      return nn.Dense(size, name=name, **dtypes)
 
     def feed_forward(y):
-      hidden = nn.Dense(self.mlp_dim, dtype=self.dtype)(y)
+      hidden = dense(self.mlp_dim)(y)
       if self.mlp == "gated":
-        gate = nn.Dense(self.mlp_dim, dtype=self.dtype, name="gate")(y)
-        hidden = nn.silu(gate) * hidden
+        hidden = nn.silu(dense(self.mlp_dim, "gate")(y)) * hidden
       else:
         hidden = nn.gelu(hidden)
-      return nn.Dense(x.shape[-1], dtype=self.dtype)(drop(hidden))
+      return dense(x.shape[-1])(drop(hidden))
 
-    def beside(part, norm, x):
+    def beside(part, x):
+      norm = nn.LayerNorm(**dtypes)
       if self.norm == "pre":
         return x + drop(part(norm(x)))
       return norm(x + drop(part(x)))
 
     def second_half(layer, x):
-      return beside(feed_forward, nn.LayerNorm(dtype=layer.dtype), x)
+      del layer
+      return beside(feed_forward, x)
 
-    x = beside(attend, nn.LayerNorm(dtype=self.dtype), x)
+    x = beside(attend, x)
     return by_token(self, second_half, x)
 
 
@@ -104,7 +127,7 @@ class Encoder(nn.Module):
       keeping them: less memory, more time, the same numbers.
     num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
       attention_kwargs, max_len, is_causal, rotary, share_projection,
-      dropout_rate, dtype: see `EncoderLayer`.
+      num_key_value_heads, dropout_rate, dtype, param_dtype: see `EncoderLayer`.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -128,8 +151,10 @@ class Encoder(nn.Module):
   is_causal: bool = False
   rotary: bool = False
   share_projection: bool = False
+  num_key_value_heads: int | None = None
   dropout_rate: float = 0.1
   dtype: Any = None
+  param_dtype: Any = jnp.float32
   remat: bool = False
 
   @nn.compact
@@ -138,23 +163,31 @@ class Encoder(nn.Module):
     x: Array,
     mask: Array | None = None,
     *,
+    segment_ids: Array | None = None,
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
     """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``.
 
-    Raises:
-      ValueError: what `EncoderLayer` refuses.
+    Arguments and errors are those of `EncoderLayer`.
     """
 
-    def run(layer, x, mask):
-      return layer(x, mask, decode=decode, deterministic=deterministic)
+    def run(layer, x, mask, segment_ids):
+      return layer(
+        x,
+        mask,
+        segment_ids=segment_ids,
+        decode=decode,
+        deterministic=deterministic,
+      )
 
     if self.remat:
       run = nn.remat(run)
     for index in range(self.num_layers):
       layer = part_of(self, EncoderLayer, name=f"layer_{index}")
-      x = run(layer, x, mask)
+      x = run(layer, x, mask, segment_ids)
     if self.norm == "post":
       return x
-    return nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+    return nn.LayerNorm(
+      dtype=self.dtype, param_dtype=self.param_dtype, name="norm"
+    )(x)

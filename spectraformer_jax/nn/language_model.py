@@ -1,18 +1,17 @@
-"""Language models, causal and masked, and generation."""
+"""Language models, causal and masked."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.inputs import check_length, check_tokens
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.token_encoder import TokenEncoder
-from spectraformer_jax.typing import Array, PyTree
+from spectraformer_jax.typing import Array
 
 
 class LanguageModel(nn.Module):
@@ -21,8 +20,9 @@ class LanguageModel(nn.Module):
   Attributes:
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
       mlp, norm, positions, feature_map, attention, attention_kwargs,
-      share_projection, dropout_rate, dtype: see `TokenEncoder`. Components with
-      data-dependent parameters need statistics="ema", "learned" or "constant".
+      share_projection, num_key_value_heads, dropout_rate, dtype, param_dtype,
+      remat: see `TokenEncoder`. Components with data-dependent parameters need
+      statistics="ema", "learned" or "constant".
 
   Example:
     >>> import spectraformer_jax as sf
@@ -52,7 +52,9 @@ class LanguageModel(nn.Module):
   attention_kwargs: Mapping[str, Any] | None = None
   share_projection: bool = False
   dropout_rate: float = 0.1
+  num_key_value_heads: int | None = None
   dtype: Any = None
+  param_dtype: Any = jnp.float32
   remat: bool = False
 
   @nn.compact
@@ -61,19 +63,25 @@ class LanguageModel(nn.Module):
     tokens: Array,
     length: Array | None = None,
     *,
+    segment_ids: Array | None = None,
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
     """Logits of the token after each position.
 
     Args:
-      tokens: ``[B, T]`` ints, T at most `max_len`.
+      tokens: ``[B, T]`` ints in [0, vocab_size), T at most `max_len`; others at
+        real positions are an error where they are known before the program
+        runs, and give NaN where they are not.
       length: ``[B]`` ints: positions from there on are padding; None for none.
+      segment_ids: ints ``[B, T]`` of packed rows: each is as if alone, its
+        positions included.
       decode: the tokens follow those of earlier calls, which the collection
         "cache" remembers in a size that does not grow: pass
-        ``mutable=["cache"]`` and the cache of the call before (none at first).
-        Any number of tokens at once; calls beyond `max_len` in all give NaN
-        where positions are learned.
+        ``mutable=["cache"]`` and the cache of the call before, at first none
+        or that of `init`. Any number of tokens at once; with `length` each row
+        goes on from its own. Calls beyond `max_len` in all give NaN where
+        positions are learned.
       deterministic: False in training: dropout (needs rng "dropout") and
         updates of running statistics.
 
@@ -81,20 +89,19 @@ class LanguageModel(nn.Module):
       ``[B, T, vocab_size]`` float32.
 
     Raises:
-      ValueError: a sequence longer than `max_len`, `length` with `decode`, or
-        `decode` with exact attention, which has no state.
+      ValueError: a sequence longer than `max_len` or a `max_len` beyond that of
+        the component, a token out of the vocabulary, `decode` with exact
+        attention, which has no state, or with `segment_ids`, or with `length`
+        where features depend on positions.
     """
-    if decode and length is not None:
-      raise ValueError(
-        "decode=True takes sequences of one length: leave out `length`."
-      )
     x = part_of(self, TokenEncoder, is_causal=True)(
       tokens,
-      _real(tokens, length),
+      real_positions(tokens, length),
+      segment_ids=segment_ids,
       decode=decode,
       deterministic=deterministic,
     )
-    return _logits(x, self.vocab_size)
+    return token_logits(self, x)
 
 
 class MaskedLanguageModel(nn.Module):
@@ -103,7 +110,8 @@ class MaskedLanguageModel(nn.Module):
   Attributes:
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
       mlp, norm, positions, feature_map, attention, attention_kwargs,
-      share_projection, dropout_rate, dtype: see `TokenEncoder`.
+      share_projection, num_key_value_heads, dropout_rate, dtype, param_dtype,
+      remat: see `TokenEncoder`.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -131,7 +139,9 @@ class MaskedLanguageModel(nn.Module):
   attention_kwargs: Mapping[str, Any] | None = None
   share_projection: bool = False
   dropout_rate: float = 0.1
+  num_key_value_heads: int | None = None
   dtype: Any = None
+  param_dtype: Any = jnp.float32
   remat: bool = False
 
   @nn.compact
@@ -140,6 +150,7 @@ class MaskedLanguageModel(nn.Module):
     tokens: Array,
     length: Array | None = None,
     *,
+    segment_ids: Array | None = None,
     deterministic: bool = True,
   ) -> Array:
     """Logits ``[B, T, vocab_size]`` float32 of tokens ``[B, T]``.
@@ -147,98 +158,36 @@ class MaskedLanguageModel(nn.Module):
     Args:
       tokens: ints, with a mask token (one of `vocab_size`) where to guess.
       length: ``[B]`` ints: positions from there on are padding; None for none.
+      segment_ids: as for `LanguageModel`.
       deterministic: as for `LanguageModel`.
 
     Raises:
-      ValueError: a sequence longer than `max_len`.
+      ValueError: a sequence longer than `max_len`, or a token out of the
+        vocabulary.
     """
     x = part_of(self, TokenEncoder)(
-      tokens, _real(tokens, length), deterministic=deterministic
+      tokens,
+      real_positions(tokens, length),
+      segment_ids=segment_ids,
+      deterministic=deterministic,
     )
-    return _logits(x, self.vocab_size)
+    return token_logits(self, x)
 
 
-def generate(
-  model: LanguageModel,
-  variables: PyTree,
-  prompt: Array,
-  *,
-  num_tokens: int,
-  rng: Array | None = None,
-  temperature: float = 0.0,
-) -> Array:
-  """Continues prompts; each token costs O(M V), however long the text is.
-
-  Args:
-    model: with attention="spectral".
-    variables: of the model.
-    prompt: ``[B, T]`` ints, T at least 1.
-    num_tokens: how many to add.
-    rng: PRNG key; needed where `temperature` is not 0.
-    temperature: logits are divided by it and tokens drawn; 0 takes the
-      likeliest.
-
-  Returns:
-    The new tokens ``[B, num_tokens]``, int32.
-
-  Raises:
-    ValueError: longer than `max_len` in all, an empty prompt, a negative
-      temperature, or none of `rng` and temperature 0.
-
-  Example: see `LanguageModel`.
-  """
-  checks.check_positive_int("num_tokens", num_tokens)
-  length = prompt.shape[1]
-  if not 1 <= length <= model.max_len - num_tokens:
-    raise ValueError(
-      f"prompt.shape={prompt.shape} and num_tokens={num_tokens} must fit "
-      f"max_len={model.max_len}, with at least one token in the prompt."
-    )
-  if temperature < 0.0 or (temperature > 0.0 and rng is None):
-    raise ValueError(
-      f"temperature={temperature} must be 0, or positive with an rng."
-    )
-  rng = jax.random.key(0) if rng is None else rng
-  return _generate(model, variables, prompt, rng, num_tokens, temperature)
-
-
-@functools.partial(
-  jax.jit, static_argnames=("model", "num_tokens", "temperature")
-)
-def _generate(model, variables, prompt, rng, num_tokens, temperature):
-  """`generate` on checked arguments."""
-
-  def read(cache, tokens):
-    logits, new = model.apply(
-      {**variables, **cache}, tokens, decode=True, mutable=["cache"]
-    )
-    return new, logits[:, -1]
-
-  def choose(rng, logits):
-    if temperature == 0.0:
-      return jnp.argmax(logits, axis=-1)
-    return jax.random.categorical(rng, logits / temperature)
-
-  def step(carry, rng):
-    cache, logits = carry
-    token = choose(rng, logits)
-    return read(cache, token[:, None]), token
-
-  carry = read({}, prompt)
-  rngs = jax.random.split(rng, num_tokens)
-  # The last token is chosen and not read.
-  (_, logits), tokens = jax.lax.scan(step, carry, rngs[:-1])
-  tokens = jnp.concatenate([tokens, choose(rngs[-1], logits)[None]])
-  return tokens.T.astype(jnp.int32)
-
-
-def _real(tokens: Array, length: Array | None) -> Array | None:
+def real_positions(
+  tokens: Array, length: Array | None, name: str = "length"
+) -> Array | None:
   """``[B, T]``, True before `length`; None for all."""
   if length is None:
     return None
+  tokens = check_tokens(tokens)
+  length = check_length(length, tokens, name)
   return checks.positions_before(length, tokens.shape[1])
 
 
-def _logits(x: Array, vocab_size: int) -> Array:
+def token_logits(module: nn.Module, x: Array) -> Array:
   """``[B, T, D] -> [B, T, vocab_size]``, in the caller's compact method."""
-  return nn.Dense(vocab_size, name="logits")(x.astype(jnp.float32))
+  head = nn.Dense(
+    module.vocab_size, param_dtype=module.param_dtype, name="logits"
+  )
+  return head(x.astype(jnp.float32))

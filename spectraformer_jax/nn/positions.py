@@ -1,6 +1,7 @@
 """Positions of tokens: which come next, their waves, and rotation by them."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,22 +12,60 @@ POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 _LONGEST_WAVE = 1e4
 
 
-def next_positions(module: nn.Module, length: int, decode: bool) -> Array:
-  """The positions ``[T]`` of the next tokens, int32, from 0 on.
+def next_positions(
+  module: nn.Module,
+  x: Array,
+  mask: Array | None,
+  segment_ids: Array | None,
+  decode: bool,
+) -> Array:
+  """The positions of tokens, int32 ``[T]`` or, where rows differ, ``[B, T]``.
 
   Args:
     module: inside its compact method. If it decodes, its "position" in the
-      collection "cache" counts the tokens of all calls.
-    length: T.
+      collection "cache", ``[B]``, counts the real tokens of all calls.
+    x: ``[B, T, ...]``.
+    mask: ``[B, T]``, True at real positions; None for all.
+    segment_ids: ints ``[B, T]`` of packed rows, or None.
     decode: whether the tokens follow those of earlier calls.
   """
+  batch, length = x.shape[:2]
   index = jnp.arange(length, dtype=jnp.int32)
+  if segment_ids is not None:
+    return positions_in_segments(segment_ids)
   if not decode:
     return index
-  count = module.variable("cache", "position", lambda: jnp.zeros((), jnp.int32))
-  index = count.value + index
-  count.value = count.value + length
-  return index
+  count = module.variable(
+    "cache", "position", lambda: jnp.zeros((batch,), jnp.int32)
+  )
+  start = count.value[:, None]
+  if mask is None:
+    index, new = index[None], jnp.int32(length)
+  else:
+    new = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    index = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+  if not module.is_initializing():  # `init` makes an empty cache
+    count.value = count.value + new
+  return start + index
+
+
+def positions_in_segments(segment_ids: Array) -> Array:
+  """How many positions before each have its id, int32 ``[B, T]``.
+
+  Args:
+    segment_ids: ints ``[B, T]``, in any order.
+
+  Example:
+    >>> positions_in_segments(jnp.array([[7, 7, 7, 2, 2, 7]])).tolist()
+    [[0, 1, 2, 0, 1, 3]]
+  """
+  order = jnp.argsort(segment_ids, axis=1, stable=True)
+  ids = jnp.take_along_axis(segment_ids, order, axis=1)
+  index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+  starts = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+  first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+  # Back to the order before.
+  return jnp.take_along_axis(index - first, jnp.argsort(order, axis=1), axis=1)
 
 
 def sinusoids(length: int, size: int) -> Array:

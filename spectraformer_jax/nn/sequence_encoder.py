@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.nn.inputs import check_length, check_tokens
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.token_encoder import TokenEncoder
 from spectraformer_jax.registry import nearest
@@ -31,7 +32,8 @@ class SequenceEncoder(nn.Module):
     pooled_norm: "batch": a `BatchNorm` of the pooled vector; "none".
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
       mlp, norm, positions, feature_map, attention, attention_kwargs,
-      share_projection, dropout_rate, dtype: see `TokenEncoder`.
+      share_projection, num_key_value_heads, dropout_rate, dtype, param_dtype,
+      remat: see `TokenEncoder`.
 
   Example:
     >>> import jax
@@ -60,7 +62,9 @@ class SequenceEncoder(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   pooled_norm: str = "none"
+  num_key_value_heads: int | None = None
   dtype: Any = None
+  param_dtype: Any = jnp.float32
   remat: bool = False
 
   @nn.compact
@@ -84,6 +88,8 @@ class SequenceEncoder(nn.Module):
       value = getattr(self, name)
       if value not in known:
         raise ValueError(f"Unknown {name} {value!r}.{nearest(value, known)}")
+    tokens = check_tokens(tokens)
+    length = check_length(length, tokens)
     mask = checks.positions_before(length, tokens.shape[1])
     encoder = part_of(self, TokenEncoder, prepend_cls=self.pooling == "cls")
     x = encoder(tokens, mask, deterministic=deterministic)
@@ -97,7 +103,9 @@ class SequenceEncoder(nn.Module):
     if self.pooling == "cls":
       return x[:, 0]
     if self.pooling == "attention":
-      score = nn.Dense(1, use_bias=False, name="pooling")(x)
+      score = nn.Dense(
+        1, use_bias=False, param_dtype=self.param_dtype, name="pooling"
+      )(x)
       return weighted_mean(x, score, mask)
     return masked_mean(x, mask)
 
@@ -137,6 +145,8 @@ class BatchNorm(nn.Module):
 def weighted_mean(x: Array, score: Array, mask: Array) -> Array:
   """Mean of ``[B, T, D]`` by softmax of ``[B, T, 1]``; zeros without a mask."""
   keep = mask[:, :, None]
+  if not x.shape[1]:
+    return jnp.sum(x, axis=1)  # a softmax of nothing has no largest entry
   score = jnp.where(keep, score, jnp.finfo(score.dtype).min)
   weight = jnp.where(keep, nn.softmax(score, axis=1), 0.0)
   return jnp.sum(weight * jnp.where(keep, x, 0.0), axis=1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
+from spectraformer_jax.nn.inputs import check_rows, check_tokens, token_ids
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.positions import (
   POSITIONS,
@@ -35,8 +36,8 @@ class TokenEncoder(nn.Module):
       order of the tokens is not told.
     prepend_cls: put a learned token in front of the sequence.
     num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
-      attention_kwargs, is_causal, share_projection, dropout_rate, dtype,
-      remat: see `Encoder`.
+      attention_kwargs, is_causal, share_projection, num_key_value_heads,
+      dropout_rate, dtype, param_dtype, remat: see `Encoder`.
   """
 
   vocab_size: int
@@ -56,7 +57,9 @@ class TokenEncoder(nn.Module):
   share_projection: bool = False
   dropout_rate: float = 0.1
   prepend_cls: bool = False
+  num_key_value_heads: int | None = None
   dtype: Any = None
+  param_dtype: Any = jnp.float32
   remat: bool = False
 
   @nn.compact
@@ -65,20 +68,27 @@ class TokenEncoder(nn.Module):
     tokens: Array,
     mask: Array | None,
     *,
+    segment_ids: Array | None = None,
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
     """``[B, T]`` ints -> ``[B, T, D]``, ``[B, T + 1, D]`` with `prepend_cls`.
 
     Args:
-      tokens: T is at most `max_len`.
+      tokens: T is at most `max_len`. Those at real positions that are not in
+        [0, vocab_size) are an error where they are known before the program
+        runs, and give NaN where they are not.
       mask: ``[B, T]``, True at real positions, or None for all.
+      segment_ids: ints ``[B, T]`` of packed rows: attention stays inside each,
+        and positions start again.
       decode: the tokens follow those of earlier calls; see `LanguageModel`.
       deterministic: False in training.
 
     Raises:
-      ValueError: a sequence longer than `max_len`, or unknown `positions`.
+      ValueError: a sequence longer than `max_len`, a token out of the
+        vocabulary, unknown `positions`, or `segment_ids` with `prepend_cls`.
     """
+    tokens = check_tokens(tokens)
     if self.positions not in POSITIONS:
       raise ValueError(
         f"Unknown positions {self.positions!r}."
@@ -88,17 +98,27 @@ class TokenEncoder(nn.Module):
       raise ValueError(
         f"tokens.shape={tokens.shape} is longer than max_len={self.max_len}."
       )
+    if self.prepend_cls and segment_ids is not None:
+      raise ValueError(
+        "segment_ids with prepend_cls: one token in front of a row cannot be "
+        "of all its segments."
+      )
     x = nn.Embed(
       self.vocab_size,
       self.embed_dim,
       embedding_init=_EMBED_INIT,
       dtype=self.dtype,
+      param_dtype=self.param_dtype,
       name="token_embedding",
-    )(tokens.astype(jnp.int32))
+    )(token_ids(tokens, self.vocab_size, mask))
+    mask, segment_ids = check_rows(x, mask, segment_ids)
     if self.positions in ("learned", "sinusoidal"):
-      x = x + self._learned_positions(tokens.shape[1], decode).astype(x.dtype)
+      table = self._learned_positions(x, mask, segment_ids, decode)
+      x = x + table.astype(x.dtype)
     if self.prepend_cls:
-      token = self.param("cls_token", _EMBED_INIT, (1, 1, self.embed_dim))
+      token = self.param(
+        "cls_token", _EMBED_INIT, (1, 1, self.embed_dim), self.param_dtype
+      )
       token = jnp.broadcast_to(token, (x.shape[0], 1, self.embed_dim))
       x = jnp.concatenate([token.astype(x.dtype), x], axis=1)
       if mask is not None:
@@ -109,17 +129,31 @@ class TokenEncoder(nn.Module):
     encoder = part_of(
       self, Encoder, name="encoder", max_len=longest, rotary=rotary
     )
-    return encoder(x, mask, decode=decode, deterministic=deterministic)
+    return encoder(
+      x,
+      mask,
+      segment_ids=segment_ids,
+      decode=decode,
+      deterministic=deterministic,
+    )
 
-  def _learned_positions(self, length: int, decode: bool) -> Array:
-    """Embeddings ``[1, T, D]`` of the next positions; NaN beyond `max_len`."""
+  def _learned_positions(self, x, mask, segment_ids, decode: bool) -> Array:
+    """Embeddings of positions, ``[B, T, D]`` or ``[1, T, D]`` for all rows.
+
+    NaN beyond `max_len`.
+    """
     start = _EMBED_INIT
     if self.positions == "sinusoidal":
-      start = lambda key, shape: _DEVIATION * sinusoids(*shape)
+      start = lambda key, shape, dtype: (_DEVIATION * sinusoids(*shape)).astype(
+        dtype
+      )
     table = self.param(
-      "position_embedding", start, (self.max_len, self.embed_dim)
+      "position_embedding",
+      start,
+      (self.max_len, self.embed_dim),
+      self.param_dtype,
     )
-    if not decode:
-      return table[None, :length]
-    index = next_positions(self, length, decode)
-    return table.at[index].get(mode="fill", fill_value=jnp.nan)[None]
+    if segment_ids is None and not decode:
+      return table[None, : x.shape[1]]
+    index = next_positions(self, x, mask, segment_ids, decode)
+    return table.at[index].get(mode="fill", fill_value=jnp.nan)

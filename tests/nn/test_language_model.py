@@ -24,8 +24,8 @@ def build(component="posrf", kind=sf.nn.LanguageModel, **kwargs):
     component, matrix, num_features=rows, component_kwargs=COMPONENTS[component]
   )
   sizes = {"embed_dim": 16, "head_dim": 8, "mlp_dim": 32, "max_len": 32}
-  kwargs = {"feature_map": fm} | kwargs
-  model = kind(vocab_size=VOCAB, **sizes, **kwargs)
+  kwargs = {"feature_map": fm} | sizes | kwargs
+  model = kind(vocab_size=VOCAB, **kwargs)
   variables = model.init(jax.random.key(0), jnp.zeros((1, 4), int))
   # Larger embeddings, so that tokens matter from the start.
   params = dict(variables["params"])
@@ -163,11 +163,65 @@ def test_generate_refuses(kwargs, message):
 
 
 def test_decode_refuses():
-  model, variables = build()
-  with pytest.raises(ValueError, match="length"):
-    model.apply(
-      variables, tokens(), jnp.array([3, 4]), decode=True, mutable=["cache"]
-    )
+  decode = {"decode": True, "mutable": ["cache"]}
+  model, variables = build("cosformer")
+  with pytest.raises(ValueError, match="rows of different lengths"):
+    model.apply(variables, tokens(), jnp.array([3, 4]), **decode)
   exact, variables = build(attention="softmax", feature_map=None)
   with pytest.raises(ValueError, match="decode=True"):
-    exact.apply(variables, tokens(), decode=True, mutable=["cache"])
+    exact.apply(variables, tokens(), **decode)
+
+
+def test_init_makes_an_empty_cache():
+  for positions in ("learned", "rotary"):
+    model, variables = build(positions=positions)
+    cache = model.init(jax.random.key(0), tokens(), decode=True)["cache"]
+    assert not any(
+      np.any(leaf > 0) for leaf in jax.tree.leaves(cache)
+    )  # sums and counts; exponents start below 0
+    decode = {"decode": True, "mutable": ["cache"]}
+    out, after = model.apply({**variables, "cache": cache}, tokens(), **decode)
+    expected, same = model.apply(variables, tokens(), **decode)
+    np.testing.assert_array_equal(out, expected)
+    jax.tree.map(np.testing.assert_array_equal, after, same)
+
+
+def test_generation_drops_what_was_decoded_before():
+  model, variables = build()
+  expected = sf.nn.generate(model, variables, tokens(3), num_tokens=4)
+  _, cache = model.apply(variables, tokens(), decode=True, mutable=["cache"])
+  found = sf.nn.generate(model, {**variables, **cache}, tokens(3), num_tokens=4)
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_rows_of_different_lengths_are_decoded_together():
+  for positions in ("learned", "rotary"):
+    model, variables = build(positions=positions)
+    read = jax.jit(
+      lambda variables, tokens, length, model=model: model.apply(
+        variables, tokens, length, decode=True, mutable=["cache"]
+      )
+    )
+    pieces, cache = [], {}
+    for start, length in ((0, [3, 1]), (4, [2, 4]), (8, [1, 3])):
+      out, cache = read(
+        {**variables, **cache},
+        tokens()[:, start : start + 4],
+        jnp.array(length),
+      )
+      pieces.append((start, length, out))
+    for row in range(2):
+      text = [
+        tokens()[row, start : start + length[row]]
+        for start, length, _ in pieces
+      ]
+      logits = [out[row, : length[row]] for _, length, out in pieces]
+      whole = jax.jit(model.apply)(variables, jnp.concatenate(text)[None])
+      np.testing.assert_allclose(
+        jnp.concatenate(logits), whole[0], atol=1e-5, rtol=1e-4
+      )
+
+
+def test_a_component_that_is_shorter_than_the_model_is_refused():
+  with pytest.raises(ValueError, match="max_length=32"):
+    build("cosformer", max_len=33)
