@@ -27,6 +27,8 @@ import numpy as np
 from spectraformer_jax.data import baselines
 from spectraformer_jax.data._checks import check_choice
 from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.find import as_path, first_line, read_plain
+from spectraformer_jax.data.npy import open_array
 from spectraformer_jax.data.source import Progress, Source
 from spectraformer_jax.data.writer import Writer
 
@@ -37,7 +39,14 @@ FORMAT = 1
 def default_cache_dir() -> pathlib.Path:
   """``$SPECTRAFORMER_DATA``, or ``~/.cache/spectraformer_jax``."""
   named = os.environ.get("SPECTRAFORMER_DATA")
-  return pathlib.Path(named or "~/.cache/spectraformer_jax").expanduser()
+  return as_path("$SPECTRAFORMER_DATA", named or "~/.cache/spectraformer_jax")
+
+
+def cache_root(cache_dir: str | os.PathLike | None) -> pathlib.Path:
+  """The root of the cache: `cache_dir`, or where None leaves it."""
+  if cache_dir is None:
+    return default_cache_dir()
+  return as_path("cache_dir", cache_dir)
 
 
 def split_folder(
@@ -46,7 +55,7 @@ def split_folder(
   """Where a split is kept, built or not."""
   facts = json.dumps([FORMAT, source.facts()], sort_keys=True)
   key = hashlib.sha256(facts.encode()).hexdigest()[:8]
-  root = pathlib.Path(cache_dir or default_cache_dir()).expanduser()
+  root = cache_root(cache_dir)
   return root / f"{source.name}-{source.tokenizer}-{key}" / split
 
 
@@ -154,7 +163,10 @@ def _describe(
 
 def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
   """Parses meta.json."""
-  return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+  meta = json.loads(read_plain(folder / "meta.json"))
+  if meta["format"] != FORMAT:
+    raise ValueError(f"its format must be {FORMAT}, got {meta['format']!r}")
+  return meta
 
 
 def _read_arrays(
@@ -163,18 +175,27 @@ def _read_arrays(
   """The dataset whose arrays lie in a folder; hashes them."""
   arrays = {}
   for suffix in ("", "_2") if source.pair else ("",):
-    tokens = np.load(
-      folder / f"tokens{suffix}.npy", mmap_mode="r", allow_pickle=False
-    )
+    name = f"tokens{suffix}"
+    tokens = _open_column(folder / f"{name}.npy", source.token_dtype)
     # A plain view of the map: slicing np.memmap itself is slow.
-    arrays[f"tokens{suffix}"] = np.asarray(tokens)
-    arrays[f"offsets{suffix}"] = np.load(
-      folder / f"offsets{suffix}.npy", allow_pickle=False
-    )
-  labels = np.load(folder / "labels.npy", allow_pickle=False)
+    arrays[name] = np.asarray(tokens)
+    name = f"offsets{suffix}"
+    arrays[name] = np.array(_open_column(folder / f"{name}.npy", np.int64))
+  labels = np.array(_open_column(folder / "labels.npy", np.int32))
   return Dataset(
     **source.facts(), split=split, labels=labels, baselines=figures, **arrays
   )
+
+
+def _open_column(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
+  """An array of the cache, mapped; ValueError unless it is as it should be."""
+  array = open_array(path)
+  if array.ndim != 1 or array.dtype != dtype:
+    raise ValueError(
+      f"{path.name} must have one axis of {np.dtype(dtype)}, got "
+      f"{array.dtype} {array.shape}"
+    )
+  return array
 
 
 @contextlib.contextmanager
@@ -182,14 +203,11 @@ def _damage_explained(folder: pathlib.Path) -> Iterator[None]:
   """Turns what a broken file raises into one message that says what to do."""
   try:
     yield
-  except (
-    FileNotFoundError,
-    EOFError,
-    KeyError,
-    TypeError,
-    ValueError,
-  ) as error:
+  # Nearly anything, as anything may be in meta.json.
+  except Exception as error:
+    if isinstance(error, PermissionError):
+      raise
     raise ValueError(
-      f"cache folder {folder} is damaged ({error}); delete it and it will be "
-      "built again."
+      f"cache folder {folder} is damaged ({first_line(error)}); delete it and "
+      "it will be built again."
     ) from error

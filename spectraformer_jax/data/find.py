@@ -1,18 +1,27 @@
-"""Finding files under a folder that a user names, and saying what is there."""
+"""Finding and opening files under a folder that a user names.
 
+Files may be damaged or hostile: none is opened that is no plain file (a pipe
+never ends), and none is read into memory beyond a limit.
+"""
+
+import codecs
+import gzip
 import hashlib
 import logging
 import os
 import pathlib
-import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
 
 LOGGER = logging.getLogger("spectraformer_jax.data")
 
 LEVELS = 3
 """How deep a search goes: archives unpack to ``lra_release/lra_release``."""
 
-MAX_LINE = 2**26
+MAX_LINE = 2**24
+MAX_FILE = 2**24
+"""Of a file that is read at once: a review, a picture, a description."""
 
 _LEAVES = {"imgs", "metadata", "neg", "pos", "unsup"}  # hold files by thousands
 _SHOWN = 8
@@ -21,13 +30,65 @@ _SAMPLE = 2**16
 
 def open_root(data_dir: str | os.PathLike) -> pathlib.Path:
   """The folder `data_dir`; ValueError if it is none, or an archive."""
-  root = pathlib.Path(data_dir).expanduser()
-  if root.is_file():
-    kind = archive_kind(root)
-    raise ValueError(_unpack(root, kind) if kind else _no_folder(root))
-  if not root.is_dir():
-    raise ValueError(_no_folder(root))
-  return root
+  root = as_path("data_dir", data_dir)
+  try:
+    if root.is_file():
+      kind = archive_kind(root)
+      raise ValueError(_unpack(root, kind) if kind else _no_folder(root))
+    if not root.is_dir():
+      raise ValueError(_no_folder(root))
+    with os.scandir(root):
+      return root
+  except OSError as error:
+    raise ValueError(
+      f"data_dir={str(data_dir)!r} cannot be read: {error.strerror}."
+    ) from None
+
+
+def as_path(name: str, value: str | os.PathLike) -> pathlib.Path:
+  """A path with its ``~`` expanded.
+
+  Args:
+    name: of the argument, for messages.
+    value: what was given for it.
+
+  Raises:
+    ValueError: if it is empty or no path.
+
+  Example:
+    >>> as_path("data_dir", "a/b").name
+    'b'
+  """
+  try:
+    # An empty path would be the current folder.
+    text = os.fspath(value)
+    if not text or "\0" in text:
+      raise ValueError
+    return pathlib.Path(text).expanduser()
+  except (RuntimeError, TypeError, ValueError):
+    raise ValueError(f"{name} must be a path, got {value!r}.") from None
+
+
+def open_plain(path: pathlib.Path) -> BinaryIO:
+  """Opens a file; ValueError if it is a folder, a pipe or a device."""
+  if not path.is_file():
+    what = "it is another kind" if path.exists() else "No such file"
+    raise ValueError(f"{path} must be a plain file: {what}.")
+  return open(path, "rb")
+
+
+def read_plain(path: pathlib.Path, limit: int = MAX_FILE) -> bytes:
+  """What is in a plain file; ValueError if that is more than `limit` bytes."""
+  with open_plain(path) as file:
+    # Room for `limit` bytes is not made for a small file.
+    size = os.fstat(file.fileno()).st_size
+    content = file.read(min(size, limit) + 1)
+  if len(content) > limit:
+    raise ValueError(
+      f"{path} must not be larger than {limit} bytes; it is another kind of "
+      "file or damaged."
+    )
+  return content
 
 
 def folders(root: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -75,13 +136,20 @@ def archive_kind(path: pathlib.Path) -> str | None:
     >>> archive_kind(pathlib.Path(__file__)) is None
     True
   """
-  with open(path, "rb") as file:
+  with open_plain(path) as file:
     start = file.read(512)
   if start.startswith(b"PK\3\4"):
     return "zip"
-  if start.startswith(b"\x1f\x8b"):
-    return "tar" if tarfile.is_tarfile(path) else "gzip"
-  return "tar" if start[257:262] == b"ustar" else None
+  packed = start.startswith(b"\x1f\x8b")
+  if packed:
+    try:
+      with gzip.open(path) as file:
+        start = file.read(512)
+    except (EOFError, OSError, zlib.error):
+      return "gzip"
+  if start[257:262] == b"ustar":
+    return "tar"
+  return "gzip" if packed else None
 
 
 def checksum(paths: Iterable[pathlib.Path], root: pathlib.Path) -> str:
@@ -91,21 +159,34 @@ def checksum(paths: Iterable[pathlib.Path], root: pathlib.Path) -> str:
   """
   digest = hashlib.sha256()
   for path in paths:
-    size = path.stat().st_size
-    digest.update(f"{path.relative_to(root).as_posix()}:{size}:".encode())
-    with open(path, "rb") as file:
+    name = os.fsencode(path.relative_to(root).as_posix())
+    with open_plain(path) as file:
+      size = os.fstat(file.fileno()).st_size
+      digest.update(b"%b:%d:" % (name, size))
       digest.update(file.read(_SAMPLE))
       file.seek(max(0, size - _SAMPLE))
       digest.update(file.read(_SAMPLE))
   return digest.hexdigest()[:16]
 
 
+def first_line(error: Exception) -> str:
+  """The start of an error's text, on one line."""
+  lines = str(error).strip().splitlines()
+  return (lines[0] if lines else type(error).__name__)[:200]
+
+
 def read_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  """Line numbers from 1 and lines without their ends, one at a time."""
-  with open(path, "rb") as file:
+  """Line numbers from 1 and lines without their ends, one at a time.
+
+  A line ends in LF or CRLF; a byte order mark of UTF-8 at the start of the file
+  is left out.
+  """
+  with open_plain(path) as file:
     number = 0
     while line := file.readline(MAX_LINE):
       number += 1
+      if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
       if len(line) == MAX_LINE and not line.endswith(b"\n"):
         raise ValueError(
           f"{path} line {number}: lines must be shorter than {MAX_LINE} bytes."

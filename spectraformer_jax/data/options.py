@@ -49,5 +49,5 @@ def _value(text: str) -> Any:
   """A number where the text is one."""
   try:
     return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
+  except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
     return text

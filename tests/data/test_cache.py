@@ -176,7 +176,7 @@ def plant_objects(folder):
     (hollow, "list indices"),
     (swap, "describes another split"),
     (plant_pickle, "contains pickled"),
-    (plant_objects, "allow_pickle=False"),
+    (plant_objects, "Python objects in dtype"),
     (lambda folder: (folder / "meta.json").unlink(), "No such file"),
     (lambda folder: (folder / "tokens.npy").unlink(), "No such file"),
   ],
