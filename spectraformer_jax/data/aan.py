@@ -10,6 +10,7 @@ Source: Radev et al., "The ACL Anthology Network Corpus", 2013.
 import ast
 import functools
 import pathlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +23,13 @@ ROWS = {"train": 147_086, "dev": 18_090, "test": 17_437}
 LITERALS = ("keep", "decode")
 
 _PATTERN = "new_aan_pairs.{}.tsv"
+
+# What Python prints for bytes, and nothing else that it would evaluate.
+_ESCAPE = rb"\\(?:[\\'\"nrt]|x[0-9a-f]{2})"
+_PRINTED = re.compile(
+  rb"b(?:'(?:[ -&(-\[\]-~]|%(e)b)*+'|\"(?:[ !#-\[\]-~]|%(e)b)*+\")"
+  % {b"e": _ESCAPE}
+)
 
 
 @reads("retrieval", files="tsv_data/new_aan_pairs.{train,eval,test}.tsv")
@@ -59,6 +67,7 @@ def rows(
     ValueError: at the first line that is not as it should be, with its number.
   """
   path = folder / _PATTERN.format(NAMES[split])
+  number = 0
   for number, line in read_lines(path):
     where = f"{path} line {number}"
     columns = line.split(b"\t")
@@ -79,6 +88,8 @@ def rows(
       raise ValueError(f"{where}: expected two texts, got an empty one.")
     first, second = (np.frombuffer(text, np.uint8) for text in texts)
     yield Row(first, label, second)
+  if not number:
+    raise ValueError(f"{path} must hold pairs, it is empty.")
 
 
 def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -88,17 +99,13 @@ def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _decode(text: bytes, where: str) -> bytes:
   """The bytes that a printed literal stands for."""
-  try:
-    value = ast.literal_eval(text.decode("utf-8"))
-  except (MemoryError, RecursionError, SyntaxError, ValueError):
-    value = None
-  if not isinstance(value, bytes):
+  if not _PRINTED.fullmatch(text):
     shown = text[:20].decode("utf-8", "replace")
     raise ValueError(
       f"{where}: literal='decode' needs texts printed as b'...', got "
       f"{shown!r}; use literal='keep'."
     )
-  return value
+  return ast.literal_eval(text.decode("ascii"))
 
 
 def _explain_only_ids(root: pathlib.Path) -> None:

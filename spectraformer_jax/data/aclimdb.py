@@ -2,7 +2,8 @@
 
 ``{train,test}/{neg,pos}/<id>_<stars>.txt``; ``unsup`` has no labels and is left
 out. Outer white space is stripped, as TensorFlow Datasets does, from which Long
-Range Arena takes the reviews; nothing else is changed.
+Range Arena takes the reviews; nothing else is changed: bytes that are no UTF-8
+and a byte order mark stay as they are.
 
 Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from spectraformer_jax.data.find import checksum, innermost
+from spectraformer_jax.data.find import checksum, innermost, read_plain
 from spectraformer_jax.data.readers import Found, Row, reads
 
 LABELS = ("neg", "pos")
@@ -59,6 +60,11 @@ def _list(folder: pathlib.Path, part: str) -> list[tuple[pathlib.Path, int]]:
       if not match:
         raise ValueError(f"{path} must be called <id>_<stars>.txt.")
       numbered.append((int(match[1]), path.name))
+    if not numbered:
+      raise ValueError(
+        f"{source} must hold reviews <id>_<stars>.txt, it holds none; unpack "
+        "the archive again."
+      )
     reviews += [(source / name, label) for _, name in sorted(numbered)]
   return reviews
 
@@ -66,7 +72,7 @@ def _list(folder: pathlib.Path, part: str) -> list[tuple[pathlib.Path, int]]:
 def _rows(reviews: list[tuple[pathlib.Path, int]]) -> Iterator[Row]:
   """The bytes and the label of each review."""
   for path, label in reviews:
-    text = path.read_bytes().strip()
+    text = read_plain(path).strip()
     if not text:
       raise ValueError(f"{path} must hold a review, it is empty.")
     yield Row(np.frombuffer(text, np.uint8), label)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from spectraformer_jax.data import pickles
-from spectraformer_jax.data.find import checksum, innermost
+from spectraformer_jax.data.find import checksum, innermost, open_plain
 from spectraformer_jax.data.grayscale import rgb_to_gray
 from spectraformer_jax.data.readers import Found, Row, check_label, reads
 
@@ -76,7 +76,7 @@ def _binary_rows(path: pathlib.Path) -> Iterator[Row]:
       f"{size} bytes; take cifar-10-binary.tar.gz, whole."
     )
   first = 0
-  with open(path, "rb") as file:
+  with open_plain(path) as file:
     while block := file.read(RECORD * _READ_AT_ONCE):
       records = np.frombuffer(block, np.uint8).reshape(-1, RECORD)
       yield from _rows(records[:, 1:], records[:, 0], path, first)
@@ -89,7 +89,8 @@ def _python_rows(path: pathlib.Path) -> Iterator[Row]:
   columns = {}
   if isinstance(batch, dict):
     for key, value in batch.items():
-      columns[key.decode() if isinstance(key, bytes) else key] = value
+      name = key.decode("latin-1") if isinstance(key, bytes) else str(key)
+      columns[name] = value
   images, labels = columns.get("data"), columns.get("labels")
   if (
     not isinstance(images, np.ndarray)
@@ -98,11 +99,14 @@ def _python_rows(path: pathlib.Path) -> Iterator[Row]:
     or not isinstance(labels, list)
     or len(labels) != len(images)
   ):
+    found = [name[:20] for name in sorted(columns)[:6]]
     raise ValueError(
       f"{path} must hold 'data', uint8 of shape (images, {3 * PLANE}), and as "
-      f"many 'labels'; found keys {sorted(map(str, columns))[:6]}."
+      f"many 'labels'; found keys {found}."
     )
-  yield from _rows(images, labels, path, 0)
+  for first in range(0, len(images), _READ_AT_ONCE):
+    block = slice(first, first + _READ_AT_ONCE)
+    yield from _rows(images[block], labels[block], path, first)
 
 
 def _rows(

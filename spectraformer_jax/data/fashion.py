@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Iterator
 
 from spectraformer_jax.data import idx
-from spectraformer_jax.data.find import checksum, innermost
+from spectraformer_jax.data.find import checksum, innermost, open_plain
 from spectraformer_jax.data.packages import FASHION_MNIST, locate
 from spectraformer_jax.data.readers import (
   Found,
@@ -134,7 +134,7 @@ def _file_rows(
   images: pathlib.Path, labels: pathlib.Path, part: str
 ) -> Iterator[Row]:
   """The examples in two files."""
-  with open(images, "rb") as first, open(labels, "rb") as second:
+  with open_plain(images) as first, open_plain(labels) as second:
     yield from idx.read_rows(first, second, SIDE, f"{images.parent} {part}")
 
 

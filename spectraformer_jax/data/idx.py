@@ -7,6 +7,7 @@ per pixel or label, https://yann.lecun.com/exdb/mnist.
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -53,7 +54,14 @@ def read_rows(
       for i, image in enumerate(pixels.reshape(size, -1)):
         name = f"{where} image {start + i}"
         yield Row(image, check_label(of_chunk[i], 10, name))
-  except (EOFError, gzip.BadGzipFile) as error:
+    # A gzip file is compared with its checksum at its end.
+    for file, name in ((images, "images"), (labels, "labels")):
+      if file.read(1):
+        raise ValueError(
+          f"{where} {name}: the file goes on after the {count} that its header "
+          "announces; it is damaged."
+        )
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise ValueError(f"{where}: a gzip file is damaged ({error}).") from error
 
 

@@ -66,6 +66,13 @@ def encode(text: str) -> np.ndarray:
       f"parentheses must balance, got {opening} '(' and {closing} ')' in "
       f"{_shorten(text)}."
     )
+  raw = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+  nesting = np.cumsum(raw == ord("("), dtype=np.int32)
+  nesting -= np.cumsum(raw == ord(")"), dtype=np.int32)
+  if nesting.min(initial=0) < 0:
+    raise ValueError(
+      f"parentheses must balance, got a ')' before its '(' in {_shorten(text)}."
+    )
   words = text.replace("(", " ").replace(")", " ").split()
   if not words:
     raise ValueError("text must hold at least one token, got none.")
@@ -76,8 +83,8 @@ def encode(text: str) -> np.ndarray:
   except KeyError as error:
     word = error.args[0]
     raise ValueError(
-      f"Unknown ListOps token {word!r} at position {words.index(word)}."
-      f"{nearest(word, _TEXT_TO_ID)}"
+      f"Unknown ListOps token {_shorten(word)} at position "
+      f"{words.index(word)}.{nearest(word[:40], _TEXT_TO_ID)}"
     ) from None
 
 
@@ -115,6 +122,38 @@ def decode(tokens: Iterable[int], form: str = "plain") -> str:
   if form == "x":
     words = ["X" if word == "]" else word for word in words]
   return " ".join(words)
+
+
+def check_complete(tokens: np.ndarray) -> None:
+  """ValueError unless ids with closing brackets are one complete expression.
+
+  Costs a tenth of :func:`evaluate`.
+
+  Args:
+    tokens: ``[length]`` ids between 1 and 15, at least one.
+
+  Example:
+    >>> check_complete(encode("[MAX 2 3 ]"))
+  """
+  opening = (tokens >= MIN) & (tokens <= SM)
+  closing = tokens == CLOSE
+  depth = np.cumsum(opening.astype(np.int32) - closing, dtype=np.int32)
+  if depth[-1] > 0 and depth.min() >= 0:
+    raise ValueError(
+      f"brackets must balance, got {depth[-1]} operators without a ']'."
+    )
+  # Outside of all operators an expression may only end.
+  outside = np.flatnonzero(depth <= 0)
+  if depth[-1] or outside[0] != len(tokens) - 1:
+    raise ValueError(
+      f"brackets must balance and enclose one expression, it is over at "
+      f"position {outside[0]} of {len(tokens)} tokens."
+    )
+  hollow = np.flatnonzero(opening[:-1] & closing[1:])
+  if len(hollow):
+    raise ValueError(
+      f"an operator must have an argument, got none at position {hollow[0]}."
+    )
 
 
 def evaluate(tokens: Iterable[int]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import checksum, innermost, read_lines
-from spectraformer_jax.data.listops_text import decode, encode
+from spectraformer_jax.data.listops_text import check_complete, decode, encode
 from spectraformer_jax.data.readers import Found, Row, check_label, reads
 
 NAMES = {"train": "train", "dev": "val", "test": "test"}
@@ -44,9 +44,13 @@ def find_listops(root: pathlib.Path) -> Found | None:
 def rows(path: pathlib.Path) -> Iterator[Row]:
   """The ids and the value of each expression.
 
+  That an expression is complete is checked; its value is taken as it stands,
+  and ``check`` works it out again.
+
   Raises:
     ValueError: at the first line that is not as it should be, with its number.
   """
+  number = 0
   for number, line in read_lines(path):
     where = f"{path} line {number}"
     columns = line.split(b"\t")
@@ -65,9 +69,15 @@ def rows(path: pathlib.Path) -> Iterator[Row]:
     label = check_label(columns[1], 10, where)
     try:
       tokens = encode(columns[0].decode("utf-8", "replace"))
+      check_complete(tokens)
     except ValueError as error:
       raise ValueError(f"{where}: {error}") from None
     yield Row(tokens, label)
+  if number < 2:
+    raise ValueError(
+      f"{path} must hold the header 'Source<TAB>Target' and expressions, it "
+      f"has {number} lines: a split of no examples."
+    )
 
 
 def export(dataset: Dataset, folder: str | os.PathLike) -> pathlib.Path:

@@ -33,7 +33,7 @@ LISTOPS_SHARES = (
   *(0.1685, 0.0909, 0.0775, 0.0825, 0.0907),
   *(0.0854, 0.0757, 0.0717, 0.0873, 0.1698),
 )
-EVALUATED = 500  # expressions per split whose value is worked out again
+EVALUATED = 2_000  # expressions per split whose value is worked out again
 
 _ERRORS = 4  # standard errors that count as agreement
 
@@ -137,19 +137,33 @@ def _listops(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
   expected = " ".join(f"{share:.3f}" for share in LISTOPS_SHARES)
   yield Figure("label shares", found, expected, not far.any())
   if full:
-    right, count = 0, 0
-    for dataset in splits.values():
-      for i in range(min(EVALUATED, len(dataset))):
-        example = dataset[i]
-        count += 1
-        right += _value(example["tokens"]) == example["label"]
-    agrees = right == count
-    yield Figure("values that are right", f"{right}", f"{count}", agrees)
+    yield _values(splits)
+
+
+def _values(splits: Mapping[str, Dataset]) -> Figure:
+  """Whether labels are the values of their expressions, in an even sample."""
+  count, wrong, sampled = 0, [], []
+  for split, dataset in splits.items():
+    size = min(EVALUATED, len(dataset))
+    if size < len(dataset):
+      sampled.append(f"{size:,} of {len(dataset):,} in {split}")
+    for i in np.linspace(0, len(dataset) - 1, size, dtype=int).tolist():
+      example = dataset[i]
+      value, label = _value(example["tokens"]), example["label"]
+      count += 1
+      if value != label:
+        truth = "no expression" if value is None else f"value {value}"
+        wrong.append(f"{split} example {i} has label {label} and {truth}")
+  what = "values that are right"
+  if sampled:
+    what += f" (looked at {', '.join(sampled)})"
+  expected = f"{count}; {wrong[0]}" if wrong else f"{count}"
+  return Figure(what, f"{count - len(wrong)}", expected, not wrong)
 
 
 def _value(tokens: np.ndarray) -> int | None:
   """The value of an expression; None if it is none."""
   try:
-    return evaluate(tokens)
+    return evaluate(tokens.tolist())
   except ValueError:
     return None

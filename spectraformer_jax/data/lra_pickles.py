@@ -23,6 +23,7 @@ from spectraformer_jax.data.find import checksum, innermost
 from spectraformer_jax.data.readers import Found, Row, check_label, reads
 
 SPLITS = ("train", "dev", "test")
+MAX_IDS = 2**20
 CONTOUR = "curv_contour_length_14"
 
 
@@ -119,6 +120,10 @@ def _tokens(ids: Any, where: str, form: _Form) -> np.ndarray:
   """Stored tokens of one sequence: without padding, and counted from 0."""
   if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
     raise ValueError(f"{where} must be an array of integers.")
+  if ids.size > MAX_IDS:
+    raise ValueError(
+      f"{where} must hold at most {MAX_IDS} ids, got {ids.size}."
+    )
   ids = ids.ravel()
   if not form.pixels:
     ids = np.trim_zeros(ids, "b")  # in images 0 is black, not padding

@@ -22,15 +22,24 @@ import numpy as np
 from spectraformer_jax.data.find import (
   LOGGER,
   checksum,
+  first_line,
   folders,
   innermost,
+  open_plain,
   read_lines,
+  read_plain,
 )
+from spectraformer_jax.data.npy import open_array
 from spectraformer_jax.data.readers import Found, Row, check_label, reads
 
 DIFFICULTY = "curv_contour_length_14"
 ROWS = {"all": 200_000}
 MAX_EMPTY = 10
+MAX_LISTED = 200_000
+"""Pictures in one list; the release has so many in all lists together."""
+
+_MAX_LINE = 4096  # bytes; those of the release have about 100
+_MAX_NAME = 255
 
 _FILES = f"pathfinder{{}}/{DIFFICULTY}/{{{{imgs,metadata}}}}"
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -104,7 +113,7 @@ def _number(text: str) -> tuple[int, str]:
 
 def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
   """Picture and label of each image, by number; one file is held at a time."""
-  with open(path, "rb") as file:
+  with open_plain(path) as file:
     is_array = file.read(6) == b"\x93NUMPY"
   table = []
   for number, columns in _array_rows(path) if is_array else _text_rows(path):
@@ -114,12 +123,20 @@ def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
         f"{where}: expected folder, file, number, label and more with spaces "
         f"between them, got {len(columns)} columns."
       )
+    name = f"{columns[0]}/{columns[1]}"
+    if len(name) > _MAX_NAME or not (name.isascii() and name.isprintable()):
+      raise ValueError(
+        f"{where}: expected the folder and the name of a picture, got "
+        f"{name[:40]!r}."
+      )
     picture = pathlib.PurePosixPath(columns[0], columns[1])
     if picture.is_absolute() or ".." in picture.parts:
       raise ValueError(
         f"{where}: pictures must lie below the folder, got {str(picture)!r}."
       )
     table.append((picture, check_label(columns[3], 2, where)))
+    if len(table) > MAX_LISTED:
+      raise ValueError(f"{path} must list at most {MAX_LISTED} images.")
   if not table:
     raise ValueError(f"{path} must list at least one image, it is empty.")
   for picture, label in sorted(table, key=lambda row: _number(row[0].name)):
@@ -129,25 +146,33 @@ def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
 def _text_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
   """The lines of the release's lists, which are text."""
   for number, line in read_lines(path):
+    if len(line) > _MAX_LINE:
+      raise ValueError(
+        f"{path} line {number}: lines must have at most {_MAX_LINE} bytes, got "
+        f"{len(line)}; it is no list of pictures."
+      )
     if line.strip():
       yield number, line.decode("utf-8", "replace").split()
 
 
 def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
   """The rows of a list that the generator wrote as an array of strings."""
-  try:
-    # Mapped, so that a header that promises too much allocates nothing.
-    table = np.load(path, mmap_mode="r", allow_pickle=False)
-  except (EOFError, OSError, ValueError) as error:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise ValueError(f"{path} is no array of strings ({reason}).") from None
-  if table.ndim != 2 or table.dtype.kind not in "US":
+  table = open_array(path, "array of strings")
+  if (
+    table.ndim != 2
+    or table.dtype.kind not in "US"
+    or table[:1].nbytes > _MAX_LINE
+  ):
     raise ValueError(
       f"{path} must be an array of strings [images, columns], got "
       f"{table.dtype} {table.shape}."
     )
   for number, row in enumerate(table, start=1):
-    yield number, row.astype(str).tolist()
+    try:
+      yield number, row.astype(str).tolist()
+    # A number that is no character.
+    except (SystemError, ValueError):
+      raise ValueError(f"{path} row {number}: it is no text.") from None
 
 
 def _rows(
@@ -158,13 +183,12 @@ def _rows(
   for path in lists:
     for name, label in _read_list(path):
       picture = folder / name
-      try:
-        content = picture.read_bytes()
-      except FileNotFoundError:
+      if not picture.exists():
         raise ValueError(
           f"{picture} is missing, though {path.name} lists it; unpack the "
           "archive again."
-        ) from None
+        )
+      content = read_plain(picture)
       if content:
         yield Row(_pixels(content, picture, side), label)
         continue
@@ -195,7 +219,9 @@ def _pixels(content: bytes, picture: pathlib.Path, side: int) -> np.ndarray:
     raise ValueError(f"{picture} must be a {side} x {side} PNG in 8-bit gray.")
   try:
     with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+      if image.size != (side, side) or image.mode != "L":
+        raise ValueError(f"it is {image.mode} {image.size}")
       return np.asarray(image, np.uint8).ravel()
-  except (OSError, SyntaxError, ValueError) as error:
-    reason = str(error).splitlines()[0]
-    raise ValueError(f"{picture} is damaged ({reason}).") from None
+  # Pillow lets through what its parts raise.
+  except Exception as error:
+    raise ValueError(f"{picture} is damaged ({first_line(error)}).") from None

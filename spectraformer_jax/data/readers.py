@@ -12,6 +12,7 @@ Its rows are streamed: no reader holds more than a chunk of them.
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ ARCHIVE = (
 
 _CHUNK_ROWS = 1024
 _CHUNK_TOKENS = 2**22
+
+_LABEL = re.compile(r"\d{1,9}(\.0*)?", re.ASCII)
 
 Plan = Sequence[tuple[str, Mapping[str, float]]]
 """Which part of the files each pass reads, and the split's share in it."""
@@ -161,6 +164,13 @@ def make_source(
       done += len(chunk)
       progress(done, max(done, found.parts[part]))
     progress(done, done)
+    for split, writer in writers.items():
+      if not writer.num_examples:
+        raise ValueError(
+          f"{found.folder}: none of its {done} examples ({found.what}, {part}) "
+          f"falls into the split {split!r}, which would be a split of no "
+          "examples."
+        )
 
   return Source(
     name=name + found.mark,
@@ -190,17 +200,32 @@ def check_label(label: Any, num_classes: int, where: str) -> int:
     >>> check_label(b"1.0", 2, "pairs.tsv line 3")
     1
   """
-  try:
-    number = float(label)
-  except (TypeError, ValueError):
-    number = -1.0
-  if number not in range(num_classes):
-    shown = label.decode("utf-8", "replace") if type(label) is bytes else label
+  if isinstance(label, np.ndarray) and label.shape == ():
+    label = label.item()
+  if isinstance(label, bytes):
+    label = label.decode("utf-8", "replace")
+  number = -1
+  if isinstance(label, str):
+    number = float(label) if _LABEL.fullmatch(label) else -1
+  elif isinstance(label, (bool, int, float, np.bool_, np.integer, np.floating)):
+    number = label
+  if not (0 <= number < num_classes and number == int(number)):
     raise ValueError(
       f"{where}: the label must be an integer from 0 to {num_classes - 1}, got "
-      f"{str(shown)[:40]!r}."
+      f"{_shown(label)}."
     )
   return int(number)
+
+
+def _shown(label: Any) -> str:
+  """A label for a message: neither long nor, if it is nested, written out."""
+  if isinstance(label, str):
+    return repr(label[:40])
+  if isinstance(label, int) and label.bit_length() > 128:
+    return f"an integer of {label.bit_length()} bits"
+  if isinstance(label, (int, float, np.number, np.bool_)):
+    return repr(str(label))
+  return f"a {type(label).__name__}"
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -101,9 +101,10 @@ def test_wrong_values_are_found(run, tmp_path):
   folder = made_up.write_listops(tmp_path / "listops-1000", count=4)
   text = (folder / "basic_test.tsv").read_text().replace("\t3", "\t4")
   (folder / "basic_test.tsv").write_text(text)
-  (folder / "basic_val.tsv").write_text("Source\tTarget\n[MAX 1\t1\n")
-  _, out, _ = run("check", "listops", "--data_dir=.", "--cache_dir=cache")
-  assert "DIFFERS values that are right: 6, expected 9" in out
+  code, out, _ = run("check", "listops", "--data_dir=.", "--cache_dir=cache")
+  assert code == 1
+  assert "DIFFERS values that are right: 10, expected 12; test" in out
+  assert "test example 0 has label 4 and value 3" in out
 
 
 @pytest.mark.parametrize(
