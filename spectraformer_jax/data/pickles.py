@@ -8,6 +8,12 @@ only select code of this module; nothing is imported, called or built by name.
 
 Covers what pickle protocols 0 to 5 of Python 2 and 3, and numpy 1 and 2, write
 for such values. Strings of Python 2 come out as bytes.
+
+Time and memory are in proportion to the file, whatever it holds: a value may
+refer to another a billion times over, so none is walked through, copied, hashed
+or printed that may be nested or long, and what is held at once is limited. The
+standard unpickler with a list of allowed names would hold a whole file, of up
+to 5 GB here, at once.
 """
 
 import enum
@@ -15,14 +21,24 @@ import math
 import pathlib
 import pickletools
 import re
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-_SHARED_TEXT = 64
+from spectraformer_jax.data.find import first_line, open_plain
 
 ERRORS = (ArithmeticError, LookupError, MemoryError, TypeError, ValueError)
+
+_SHARED_TEXT = 64
+_MAX_NAME = 100  # bytes of a name of a function, a type or a byte order
+_MAX_PIECE = 2**26  # bytes of one string: a batch of CIFAR-10 has 30 MB
+_MAX_BITS = 2**15  # of an integer
+# What may be held at once; an iterator lets go of what it has handed on.
+_MAX_HELD = 2**28  # bytes of strings and arrays
+_MAX_STEPS = 2**20  # opcodes
+_MAX_SHARED = 2**20  # short strings that may come again
 
 
 class _Name(enum.Enum):
@@ -86,8 +102,9 @@ def iterate(path: pathlib.Path) -> Iterator[Any]:
 
 def _run(path: pathlib.Path, machine: "_Machine") -> Iterator[Any]:
   """Feeds a file to a machine; yields what it lets go."""
-  with open(path, "rb") as file:
-    opcodes = pickletools.genops(file)
+  position = 0
+  with open_plain(path) as file:
+    opcodes = pickletools.genops(_Bounded(file))
     while True:
       try:
         opcode, argument, position = next(opcodes)
@@ -95,22 +112,37 @@ def _run(path: pathlib.Path, machine: "_Machine") -> Iterator[Any]:
         return
       except ERRORS as error:
         raise ValueError(
-          f"{path} is no complete pickle file ({_first_line(error)})."
+          f"{path} is no complete pickle file ({first_line(error)}, after byte "
+          f"{position}); it is cut off, damaged or another kind of file."
         ) from None
       try:
         machine.step(opcode.name, argument)
       except ERRORS as error:
         raise ValueError(
-          f"{path} is refused at byte {position}: {_first_line(error)}"
+          f"{path} is refused at byte {position}: {first_line(error)}"
         ) from None
       if machine.items:
         yield from machine.items
         machine.forget()
 
 
-def _first_line(error: Exception) -> str:
-  """The text of an error, on one line."""
-  return (str(error) or type(error).__name__).splitlines()[0]
+class _Bounded:
+  """A file that never reads a long string into memory."""
+
+  def __init__(self, file: BinaryIO):
+    self.file = file
+    self.tell = file.tell
+
+  def read(self, size: int) -> bytes:
+    if size > _MAX_PIECE:
+      raise ValueError(f"it announces {size} bytes, more than {_MAX_PIECE}")
+    return self.file.read(size)
+
+  def readline(self) -> bytes:
+    line = self.file.readline(_MAX_PIECE)
+    if len(line) == _MAX_PIECE:
+      raise ValueError(f"it has a line of more than {_MAX_PIECE} bytes")
+    return line
 
 
 class _Dtype:
@@ -141,10 +173,24 @@ class _Machine:
     self.outer: list[list[Any]] = []  # the stacks below open marks
     self.memo: dict[int, Any] = {}
     self.memoized = 0
-    self.passing: list[int] = []  # memo entries that die with their item
+    self.passing: set[int] = set()  # memo entries that die with their item
+    self.held = 0
+    self.steps = 0
+
+  def hold(self, value: Any) -> None:
+    """Counts a value in; ValueError if there are too many or too large ones."""
+    self.held += sys.getsizeof(value)
+    self.steps += 1
+    if self.held > _MAX_HELD or self.steps > _MAX_STEPS:
+      raise ValueError(
+        f"it holds more than {_MAX_HELD} bytes or {_MAX_STEPS} values at once."
+      )
 
   def step(self, name: str, argument: Any) -> None:
     """One opcode."""
+    self.hold(argument)
+    if type(argument) is int and argument.bit_length() > _MAX_BITS:
+      raise ValueError(f"it holds a number of {argument.bit_length()} bits.")
     if name in _CONSTANTS:
       self.stack.append(argument)
     elif name in _TEXTS:
@@ -216,6 +262,10 @@ class _Machine:
     self.remember(self.memoized)
 
   def remember(self, key: int) -> None:
+    if not 0 <= key < 2**32:
+      raise ValueError(
+        f"it gives an object a number of {key.bit_length()} bits."
+      )
     value = self.stack[-1]
     self.memo[key] = value
     self.memoized += 1
@@ -224,7 +274,9 @@ class _Machine:
     # Field names, types and the like are shared by all items of a list.
     small = isinstance(value, (bytes, str)) and len(value) <= _SHARED_TEXT
     if not small and not isinstance(value, (_Name, _Dtype)):
-      self.passing.append(key)
+      self.passing.add(key)
+    elif len(self.memo) - len(self.passing) > _MAX_SHARED:
+      raise ValueError(f"it shares more than {_MAX_SHARED} strings.")
 
   def recall(self, key: int) -> Any:
     if key not in self.memo:
@@ -237,7 +289,8 @@ class _Machine:
     for key in self.passing:
       if self.memo[key] is not self.stack[0]:  # the outermost list
         del self.memo[key]
-    self.passing = []
+    self.passing = set()
+    self.held = self.steps = 0
 
   def global_(self) -> None:
     name, module = self.stack.pop(), self.stack.pop()
@@ -247,10 +300,17 @@ class _Machine:
     arguments, name = self.stack.pop(), self.stack.pop()
     if not isinstance(name, _Name) or not isinstance(arguments, tuple):
       raise ValueError("it calls something that is no function.")
-    self.stack.append(_call(name, *arguments))
+    if len(arguments) > 5:
+      raise ValueError(f"it calls a function with {len(arguments)} arguments.")
+    made = _call(name, *arguments)
+    if isinstance(made, bytes):
+      self.hold(made)
+    self.stack.append(made)
 
   def build(self) -> None:
     state, target = self.stack.pop(), self.stack[-1]
+    if not isinstance(state, tuple) or len(state) > 9:
+      raise ValueError("it changes an object by something that is no state.")
     if isinstance(target, _Dtype):
       _, target.order, *rest = state
       target.order = _text(target.order)
@@ -317,9 +377,9 @@ def _call(name: _Name, *arguments: Any) -> Any:
   """What numpy's function of that name would have given."""
   if name is _Name.ENCODE:
     text, encoding = arguments
-    if encoding != "latin1":
+    if encoding != "latin1" or not isinstance(text, str):
       raise ValueError("it encodes text other than as 'latin1'.")
-    return _text(text).encode("latin-1")
+    return text.encode("latin-1")
   if name is _Name.DTYPE:
     code = _text(arguments[0])
     if not re.fullmatch("[iu][1248]|f[248]|b1", code):
@@ -331,7 +391,7 @@ def _call(name: _Name, *arguments: Any) -> Any:
     return _Box()
   if name is _Name.FROMBUFFER:
     raw, dtype, shape, order = arguments[:4]
-    if order not in ("C", "F") or arguments[4:] not in ((), (None,)):
+    if type(order) is not str or order not in ("C", "F") or len(arguments) > 4:
       raise ValueError("it holds an array of unknown layout.")
     return _array(raw, dtype, shape, order)
   if name is _Name.SCALAR:
@@ -344,10 +404,12 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
   """An array of numbers, whose size must be that of its bytes."""
   if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
     raise ValueError("its arrays are not of plain numbers.")
-  if not isinstance(shape, tuple) or {type(n) for n in shape} - {int}:
-    raise ValueError("the shape of an array is no tuple of integers.")
+  if not isinstance(shape, tuple) or len(shape) > 8:
+    raise ValueError("the shape of an array is no short tuple.")
+  if not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+    raise ValueError("the shape of an array is no tuple of sizes.")
   numbers = np.frombuffer(raw, dtype.numpy())
-  if math.prod(shape) != len(numbers) or min(shape, default=0) < 0:
+  if math.prod(shape) != len(numbers):
     raise ValueError(f"{len(numbers)} numbers are no array of its shape.")
   return numbers.reshape(shape, order=order)
 
@@ -356,16 +418,18 @@ def _pairs(members: list[Any]) -> dict[Any, Any]:
   """Keys and values in turn as a dict."""
   if len(members) % 2:
     raise ValueError("a dict lacks its last value.")
-  # Hashing nested tuples may take for ever.
-  if {type(key) for key in members[::2]} - {str, bytes, int}:
-    raise ValueError("a key of a dict is neither text nor integer.")
+  # Hashing nested tuples may take for ever, and long integers may be made to
+  # have one hash.
+  for key in members[::2]:
+    if type(key) not in (str, bytes, int):
+      raise ValueError("a key of a dict is neither text nor integer.")
+    if type(key) is int and key.bit_length() > 32:
+      raise ValueError(f"a key of a dict has {key.bit_length()} bits.")
   return dict(zip(members[::2], members[1::2], strict=True))
 
 
 def _text(text: Any) -> str:
-  """A text that may have come as bytes."""
-  if isinstance(text, bytes):
-    return text.decode("ascii")
-  if not isinstance(text, str):
-    raise ValueError("it has something else where a text belongs.")
-  return text
+  """A short text that may have come as bytes."""
+  if not isinstance(text, (bytes, str)) or len(text) > _MAX_NAME:
+    raise ValueError("it has something else where a name belongs.")
+  return text.decode("ascii") if isinstance(text, bytes) else text
