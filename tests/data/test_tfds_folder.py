@@ -14,84 +14,9 @@ from spectraformer_jax.data.grayscale import rgb_to_gray
 from tests.data import made_up
 
 tfds = pytest.importorskip("tensorflow_datasets")
+made_up_tfds = pytest.importorskip("tests.data.made_up_tfds")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-IMAGE = "tensorflow_datasets.core.features.image_feature.Image"
-
-
-def prepare(folder, name, features, examples, version="1.0.0", config=None):
-  """Writes examples by split as a data set of that name; its version folder."""
-
-  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    VERSION = tfds.core.Version(version)
-    BUILDER_CONFIGS = (
-      [tfds.core.BuilderConfig(name=config, description="x")] if config else []
-    )
-
-    def _info(self):
-      dictionary = tfds.features.FeaturesDict(features)
-      return tfds.core.DatasetInfo(builder=self, features=dictionary)
-
-    def _split_generators(self, dl_manager):
-      return {split: enumerate(rows) for split, rows in examples.items()}
-
-    def _generate_examples(self):
-      raise NotImplementedError
-
-  Builder.name = name
-  builder = Builder(data_dir=folder, file_format="array_record")
-  builder.download_and_prepare()
-  return folder / builder.info.full_name
-
-
-def write_imdb(folder, count=60):
-  features = {
-    "text": tfds.features.Text(),
-    "label": tfds.features.ClassLabel(names=["neg", "pos"]),
-  }
-  rows = lambda split: [
-    {"text": f" {split} {i} é\n", "label": i % 2} for i in range(count)
-  ]
-  splits = ("train", "test", "unsupervised")
-  examples = {split: rows(split) for split in splits}
-  return prepare(
-    folder, "imdb_reviews", features, examples, config="plain_text"
-  )
-
-
-def write_images(folder, name, images, labels, version="1.0.0"):
-  """Images as TensorFlow would write them: the bytes of a picture.
-
-  Without TensorFlow the feature cannot be written, so that texts are, and the
-  description is changed afterwards.
-  """
-  features = {
-    "image": tfds.features.Text(),
-    "label": tfds.features.ClassLabel(num_classes=10),
-  }
-  examples = {
-    split: [
-      {"image": made_up.png(image), "label": label}
-      for image, label in zip(images[split], labels[split], strict=True)
-    ]
-    for split in images
-  }
-  target = prepare(folder, name, features, examples, version)
-  path = target / "features.json"
-  description = json.loads(path.read_text())
-  description["featuresDict"]["features"]["image"] = {
-    "image": {"dtype": "uint8", "shape": {"dimensions": ["-1", "-1", "3"]}},
-    "pythonClassName": IMAGE,
-  }
-  path.write_text(json.dumps(description))
-  return target
-
-
-def say_tfrecord(folder):
-  """Changes the description of a folder to the usual format."""
-  path = folder / "dataset_info.json"
-  path.write_text(path.read_text().replace("array_record", "tfrecord"))
 
 
 @pytest.fixture
@@ -109,7 +34,7 @@ def texts(dataset):
 
 
 def test_text(load, tmp_path):
-  write_imdb(tmp_path)
+  made_up_tfds.write_imdb(tmp_path)
   train, dev, test = (load("text", split) for split in data.SPLITS)
   wanted = lambda part: sorted((f"{part} {i} é", i % 2) for i in range(60))
   assert sorted(texts(train) + texts(dev)) == wanted("train") and len(dev)
@@ -122,7 +47,7 @@ def test_text(load, tmp_path):
 def test_image_has_the_split_of_long_range_arena(load, tmp_path):
   images, labels = made_up.cifar_images(50, 0)
   colour = np.moveaxis(images.reshape(-1, 3, 32, 32), 1, -1)
-  write_images(
+  made_up_tfds.write_images(
     tmp_path,
     "cifar10",
     {"train": colour[:40], "test": colour[40:]},
@@ -147,7 +72,7 @@ def test_pathfinder(load, tmp_path):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (20, 32, 32), np.uint8)
   labels = [i % 2 for i in range(20)]
-  write_images(
+  made_up_tfds.write_images(
     tmp_path,
     "pathfinder32",
     {"easy": images[:1], "hard": images},
@@ -185,10 +110,10 @@ def test_tfrecord_is_explained(load, tmp_path, task, name, advice):
 
 
 def test_array_record_is_taken_before_tfrecord(load, tmp_path):
-  folder = write_imdb(tmp_path)
+  folder = made_up_tfds.write_imdb(tmp_path)
   for version in ("0.9.0", "2.0.0"):
     shutil.copytree(folder, folder.parent / version)
-    say_tfrecord(folder.parent / version)
+    made_up_tfds.say_tfrecord(folder.parent / version)
   assert load("text", "test").settings["reader"] == "TFDS imdb_reviews 1.0.0"
 
 
@@ -204,7 +129,7 @@ def test_other_folders_are_passed_over(load, tmp_path):
 
 
 def test_without_array_record(load, tmp_path, monkeypatch):
-  write_imdb(tmp_path)
+  made_up_tfds.write_imdb(tmp_path)
   monkeypatch.setattr(
     tfds_folder.importlib.util, "find_spec", lambda name: None
   )
@@ -214,19 +139,19 @@ def test_without_array_record(load, tmp_path, monkeypatch):
 
 def test_wrong_content(load, tmp_path):
   image = np.zeros((1, 16, 32), np.uint8)
-  write_images(
+  made_up_tfds.write_images(
     tmp_path, "pathfinder32", {"hard": [image[0]] * 10}, {"hard": [0] * 10}
   )
-  with pytest.raises(
-    ValueError, match=r"must be 32 x 32 pixels.* \(16, 32, 3\)"
-  ):
+  with pytest.raises(ValueError, match=r"must be 32 x 32 pixels.* \(16, 32\)"):
     load("pathfinder")
   features = {
     "text": tfds.features.Text(),
     "stars": tfds.features.Scalar(np.int64),
   }
   rows = [{"text": "a", "stars": 1}] * 3
-  prepare(tmp_path, "imdb_reviews", features, {"train": rows, "test": rows})
+  made_up_tfds.prepare(
+    tmp_path, "imdb_reviews", features, dict(train=rows, test=rows)
+  )
   with pytest.raises(
     ValueError, match=r"must have text and label, got \['star"
   ):
@@ -234,7 +159,7 @@ def test_wrong_content(load, tmp_path):
 
 
 def test_nothing_imports_tensorflow(tmp_path):
-  folder = write_imdb(tmp_path)
+  folder = made_up_tfds.write_imdb(tmp_path)
   code = f"""
 import sys
 
