@@ -58,16 +58,18 @@ def spectral_attention(
     value: ``[B, S, N, V]``.
     feature_map: from `sf.feature_map` or `sf.compose`.
     variables: from ``feature_map.init(rng, head_dim=H, num_heads=N or 1)``.
-    stats: data-dependent parameters; None computes them from `query` and `key`
-      (over the visible positions, each example for itself) where the component
-      needs them and attention is neither causal nor packed.
+    stats: data-dependent parameters; None computes them from the visible keys
+      (each example for itself) where the map needs them and attention is
+      neither causal nor packed. Queries do not count, since one must not know
+      of another in a decoder; where all are seen together, as in an encoder,
+      ``stats=feature_map.calibrate(variables, query * root, key * root)`` with
+      ``root = sqrt(scale)`` counts them.
     scale: of ``query . key``; None means ``1 / sqrt(H)``.
     is_causal: query i sees keys 0..i; needs T == S.
     key_mask: ``[B, S]`` bool, True where a key may be seen; acts on features.
       What hidden keys and values hold has no influence, NaN included.
-    query_mask: ``[B, T]`` bool: queries that count in the statistics; others
-      give zeros. None: all give outputs, and where T == S statistics take
-      `key_mask`, as self-attention needs.
+    query_mask: ``[B, T]`` bool: queries that give outputs; others give zeros.
+      None: all do.
     segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
       ``([B, T], [B, S])``; a query sees keys of its own segment only.
     initial_state: of an earlier call with `return_state`: its keys come first.
@@ -82,8 +84,9 @@ def spectral_attention(
 
   Raises:
     ValueError: shapes that do not agree, a mask over query and key positions,
-      statistics that would look at the future or at other packed rows, a
-      state together with segments, or an implementation that cannot run.
+      statistics that would look at the future, at other packed rows or differ
+      from call to call of a state, a state together with segments, or an
+      implementation that cannot run.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -104,6 +107,7 @@ def spectral_attention(
     key_mask=key_mask,
     query_mask=query_mask,
     segment_ids=segment_ids,
+    has_state=return_state or initial_state is not None,
   )
   out, state = _spectral_attention(
     query,
@@ -147,9 +151,7 @@ def _spectral_attention(
   """`spectral_attention` on checked arguments."""
   if query_mask is not None:
     query = jnp.where(query_mask[:, :, None, None], query, 0)
-  stats = statistics_of(
-    feature_map, variables, stats, query, key, key_mask, query_mask, root
-  )
+  stats = statistics_of_keys(feature_map, variables, stats, key, key_mask, root)
   out, state = attend(
     maps_of(feature_map, root),
     feature_map.prepare(variables, stats),
@@ -328,13 +330,27 @@ def maps_of(feature_map: FeatureMap, root: float) -> Maps:
   )
 
 
+def statistics_of_keys(
+  feature_map, variables, stats, key, key_mask, root
+) -> PyTree:
+  """`stats`, or where the map needs some, those of the visible keys.
+
+  They stand in for queries, too: statistics over all queries would tell each of
+  the others, of those to come in a decoder's cross-attention.
+  """
+  return statistics_of(
+    feature_map, variables, stats, key, key, key_mask, key_mask, root
+  )
+
+
 def statistics_of(
   feature_map, variables, stats, query, key, key_mask, query_mask, root
 ) -> PyTree:
   """`stats`, or where the map needs some, those of the visible positions.
 
-  Grouped queries count with their key. Arguments are those of
-  `spectral_attention`; `root` is the factor on each side.
+  For callers who know that all queries are seen together. Grouped queries count
+  with their key. Arguments are those of `spectral_attention`; `root` is the
+  factor on each side.
   """
   if stats is not None or not feature_map.info.needs_stats:
     return stats
@@ -362,17 +378,20 @@ def check_spectral_inputs(
   key_mask,
   query_mask,
   segment_ids=None,
+  has_state=False,
 ) -> None:
   """ValueError unless `spectral_attention` can be given these arguments."""
   checks.check_attention_inputs(query, key, value, is_causal=is_causal)
   checks.check_key_mask(key_mask, key)
   checks.check_key_mask(query_mask, query, "query_mask")
-  _check_statistics(feature_map, stats, is_causal, segment_ids)
+  _check_statistics(feature_map, stats, is_causal, segment_ids, has_state)
   feature_map.check_inputs(variables, key)
   feature_map.component.check_length(query.shape[1])
 
 
-def _check_statistics(feature_map, stats, is_causal, segment_ids) -> None:
+def _check_statistics(
+  feature_map, stats, is_causal, segment_ids, has_state
+) -> None:
   """ValueError where features would depend on what a query must not see."""
   component = feature_map.component
   name = component.info.name
@@ -393,6 +412,8 @@ def _check_statistics(feature_map, stats, is_causal, segment_ids) -> None:
     leak = "is_causal=True", "leak the future"
   elif segment_ids is not None:
     leak = "segment_ids", "mix packed rows"
+  elif has_state:
+    leak = "a state", "differ from those of its other calls"
   if leak and component.needs_stats:
     raise ValueError(
       f"{leak[0]} with component {name!r} would compute statistics from the "

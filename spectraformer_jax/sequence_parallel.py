@@ -11,7 +11,7 @@ from spectraformer_jax import checks
 from spectraformer_jax.attention import (
   check_spectral_inputs,
   maps_of,
-  statistics_of,
+  statistics_of_keys,
 )
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.linear_attention import bidirectional, causal
@@ -55,7 +55,8 @@ def sequence_parallel_attention(
     axis: name of the mesh axis that T and S are divided over.
     feature_map: see `spectral_attention`, as all that follow.
     variables: replicated.
-    stats: data-dependent parameters; None computes them over all devices.
+    stats: data-dependent parameters; None computes them from the keys of all
+      devices.
     scale: of ``query . key``.
     is_causal: query i sees keys 0..i.
     key_mask: ``[B, S]`` bool.
@@ -151,9 +152,7 @@ def _sequence_parallel(
   if key_mask is not None:
     visible = key_mask[:, :, None, None]
     key, value = jnp.where(visible, key, 0), jnp.where(visible, value, 0)
-  stats = statistics_of(
-    feature_map, variables, stats, query, key, key_mask, query_mask, root
-  )
+  stats = statistics_of_keys(feature_map, variables, stats, key, key_mask, root)
   maps = maps_of(feature_map, root)
   groups = query.shape[2] // key.shape[2]
   is_signed = not feature_map.info.positive

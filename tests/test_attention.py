@@ -9,6 +9,7 @@ import spectraformer_jax as sf
 from spectraformer_jax.components import OPRF
 
 COMPONENTS = ["trigrf", "posrf", "oprf"]
+DATA_DEPENDENT = ["oprf", "oprf_hyp", "saderf", "aderf", "sderf", "asderf"]
 CONSTANT = {"oprf": {"statistics": "constant"}}
 
 
@@ -91,13 +92,14 @@ def test_large_norms_stay_accurate(component):
   query, key, value = make(scale=8.4)
   x, y = query * 8**-0.25, key * 8**-0.25
   assert 150 < float(jnp.mean(jnp.sum(x**2, -1))) < 250
-  rho = None
+  stats = rho = None
   if component == "oprf":
-    rho = fm.calibrate(variables, x, y)["component"]["rho"]
+    stats = fm.calibrate(variables, x, y)
+    rho = stats["component"]["rho"]
   w = variables.projection["rows"]["w"]
   expected = naive64(component, w, query, key, value, rho)
   out = sf.spectral_attention(
-    query, key, value, feature_map=fm, variables=variables
+    query, key, value, feature_map=fm, variables=variables, stats=stats
   )
   scale = np.abs(expected).max()
   np.testing.assert_allclose(out / scale, expected / scale, atol=1e-4)
@@ -263,6 +265,76 @@ def test_causal_statistics_of_the_whole_sequence_are_refused():
   stats = fm.calibrate(variables, query, key)
   out = sf.spectral_attention(query, key, value, stats=stats, **kwargs)
   assert bool(jnp.isfinite(out).all())
+
+
+@pytest.mark.parametrize(
+  ("component", "matrix"),
+  [
+    *[(name, "orf") for name in DATA_DEPENDENT],
+    *[(name, "iid") for name in ("poisrf_plus", "geomrf")],
+    ("posrf", "variational"),
+  ],
+)
+@pytest.mark.parametrize("keys", [8, 5])
+@pytest.mark.quick_every(5)
+def test_queries_do_not_know_of_each_other(component, matrix, keys):
+  # As in a decoder's cross-attention, of the same length as its keys or not.
+  fm, variables = build(component, matrix)
+  query, key, value = make(8, keys=keys)
+  kwargs = {"feature_map": fm, "variables": variables}
+  attend = lambda query: sf.spectral_attention(query, key, value, **kwargs)
+  out = attend(query)
+  again = attend(query.at[:, 7].mul(5.0))
+  np.testing.assert_array_equal(again[:, :7], out[:, :7])
+  # One query after the other is the same, as decoding needs it.
+  steps = [attend(query[:, i : i + 1]) for i in range(8)]
+  np.testing.assert_allclose(
+    jnp.concatenate(steps, axis=1), out, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_grouped_and_masked_queries_do_not_know_of_each_other():
+  fm, variables = build("oprf")
+  shared = jax.tree.map(lambda leaf: leaf[:1], variables)
+  query, key, value = make(8)
+  attend = lambda query, mask: sf.spectral_attention(
+    query,
+    key[:, :, :1],
+    value[:, :, :1],
+    feature_map=fm,
+    variables=shared,
+    query_mask=mask,
+  )
+  mask = jnp.ones((2, 8), bool)
+  out = attend(query, mask)
+  for changed in (mask, mask.at[:, 7].set(False)):
+    again = attend(query.at[:, 7, 1].mul(5.0), changed)
+    np.testing.assert_array_equal(again[:, :7], out[:, :7])
+
+
+def test_weights_are_positive_if_the_map_says_so():
+  # Statistics of keys alone do not know the least coordinate of a query.
+  fm, variables = build("poisrf_plus", "iid")
+  query, key, _ = make()
+  weights = sf.implied_attention_weights(
+    4.0 * query, key, feature_map=fm, variables=variables
+  )
+  assert bool((weights < 0.0).any()), "the case has queries below the shift"
+  assert not fm.info.positive
+
+
+def test_a_state_needs_stats_of_its_own():
+  # The next call's statistics would be others.
+  fm, variables = build("oprf")
+  query, key, value = make()
+  kwargs = {"feature_map": fm, "variables": variables, "return_state": True}
+  with pytest.raises(ValueError, match="a state with component 'oprf'"):
+    sf.spectral_attention(query, key, value, **kwargs)
+  stats = fm.calibrate(variables, key, key)
+  _, state = sf.spectral_attention(query, key, value, stats=stats, **kwargs)
+  del kwargs["return_state"]
+  with pytest.raises(ValueError, match="a state with component 'oprf'"):
+    sf.spectral_attention(query, key, value, initial_state=state, **kwargs)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

@@ -25,14 +25,13 @@ class Shifted(Discrete):
 
   @property
   def info(self):
-    """Facts; positive only where the shift is below all that is mapped."""
+    """Facts; not positive, as the shift may be above what is mapped."""
     return dataclasses.replace(
       super().info,
       name=f"{super().info.name}_plus",
       formula=f"exp(x.c - |c|^2/2) times, at x - c: {super().info.formula}",
-      positive=self.statistics == "batch",
       variance=f"{super().info.variance}, at x - c and y - c",
-      good_for="a discrete map whose normalizers are positive",
+      good_for="a discrete map that is positive where stats saw all vectors",
       avoid=(
         "causal attention with statistics='batch'; training, as gradients are "
         "large at the least coordinates"
@@ -105,12 +104,12 @@ class PoisRFPlus(Shifted, PoisRF):
   (which :class:`GeomRFPlus` hardly pays).
 
   Unbiased for every c. Positivity holds where c is below all that is mapped:
-  with "batch", which looks. A running average of minima, a learned or a
-  constant c (three standard deviations) is below most coordinates but not all;
-  the others enter with their sign, so that the estimate stays unbiased, and
-  attention guards its normalizer as for any signed map, with the bias and the
-  doubled sums that this costs. The same holds, unguarded, for stats of other
-  data passed by hand to "batch".
+  with ``stats=fm.calibrate(variables, query, key)`` of those queries and keys.
+  Attention's own statistics are of the keys alone; a running average of minima,
+  a learned or a constant c (three standard deviations) is below most
+  coordinates but not all. The others enter with their sign, so that the
+  estimate stays unbiased, and attention guards its normalizer as for any signed
+  map.
 
   Args:
     kernel: "softmax" or "gaussian".

@@ -6,7 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax.attention import init_state, spectral_attention
+from spectraformer_jax import checks
+from spectraformer_jax.attention import (
+  init_state,
+  spectral_attention,
+  statistics_of,
+)
 from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
@@ -160,6 +165,12 @@ class SpectralSelfAttention(nn.Module):
       key_mask=mask,
       deterministic=deterministic,
     )
+    if stats is None and not self.is_causal and segment_ids is None:
+      # Every position sees all, so queries count as well.
+      root = checks.split_scale(None, self.head_dim)
+      stats = statistics_of(
+        self.feature_map, variables, None, query, key, mask, mask, root
+      )
     kwargs = {
       "feature_map": self.feature_map,
       "variables": variables,

@@ -126,12 +126,13 @@ def test_the_future_has_no_influence(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.quick_every(10)
 def test_attention_is_that_of_the_features(case):
-  # T != S, a mask, and naive float64 sums of the features themselves.
+  # T != S, a mask, and naive float64 sums of the features themselves, whose
+  # statistics are those of the visible keys.
   fm, variables = make(case)
   query, key, value = inputs(9, 6)
   mask = jnp.arange(6)[None, :] < jnp.array([[4], [6]])
   x, y = (a * 8**-0.25 for a in (query, key))
-  stats = fm.calibrate(variables, x, y, key_mask=mask)
+  stats = fm.calibrate(variables, y, y, key_mask=mask, query_mask=mask)
   phi, psi = (
     np.asarray(fm.apply(variables, a, side=side, stats=stats), np.float64)
     for a, side in ((x, "query"), (y, "key"))

@@ -197,6 +197,35 @@ def test_causal_layer_with_running_statistics_keeps_the_future_out():
   np.testing.assert_allclose(after[:, :-1], before[:, :-1], atol=1e-5)
 
 
+@pytest.mark.parametrize("component", ["oprf", "saderf"])
+def test_queries_of_an_encoder_count_in_its_statistics(component):
+  fm = sf.feature_map(component, "orf", num_features=16)
+  layer = sf.nn.SpectralSelfAttention(num_heads=2, head_dim=8, feature_map=fm)
+  x = jax.random.normal(jax.random.key(0), (2, 12, 16))
+  mask = jnp.arange(12)[None] < jnp.array([[9], [12]])
+  variables = layer.init(jax.random.key(1), x)
+  params = variables["params"]
+  query, key, value = (
+    jnp.einsum("btd,dnh->btnh", x, params[name]["kernel"])
+    + params[name]["bias"][None, None]
+    for name in ("query", "key", "value")
+  )
+  maps = sf.FeatureVariables({}, variables["random_features"]["projection"])
+  masks = {"key_mask": mask, "query_mask": mask}
+  stats = fm.calibrate(maps, query * 8**-0.25, key * 8**-0.25, **masks)
+  heads = sf.spectral_attention(
+    *(query, key, value),
+    feature_map=fm,
+    variables=maps,
+    stats=stats,
+    key_mask=mask,
+  )
+  expected = jnp.einsum("btnh,nhd->btd", heads, params["out"]["kernel"])
+  out = layer.apply(variables, x, mask)
+  real = np.asarray(mask)
+  np.testing.assert_allclose(out[real], expected[real], atol=1e-5)
+
+
 def test_parameters_of_a_baseline_are_for_the_longest_sequence():
   model, variables, *_ = build(
     attention="linformer",

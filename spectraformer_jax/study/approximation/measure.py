@@ -11,6 +11,8 @@ import numpy as np
 from scipy import stats as distributions
 
 import spectraformer_jax as sf
+from spectraformer_jax.attention import statistics_of
+from spectraformer_jax.checks import split_scale
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.seeds import make_key
 from spectraformer_jax.study.approximation.inputs import Inputs
@@ -151,10 +153,18 @@ def prepare(
   draws = [init(jax.random.fold_in(rng, i)) for i in range(options.draws)]
 
   def attend(variables, query, key, value, key_mask, query_mask):
+    stats = None
+    if not options.is_causal:
+      root = split_scale(None, head_dim)
+      masks = key_mask, query_mask
+      stats = statistics_of(
+        feature_map, variables, None, query, key, *masks, root
+      )
     return sf.spectral_attention(
       *(query, key, value),
       feature_map=feature_map,
       variables=variables,
+      stats=stats,
       is_causal=options.is_causal,
       key_mask=key_mask,
       query_mask=query_mask,

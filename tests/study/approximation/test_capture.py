@@ -48,10 +48,16 @@ def test_captured_inputs_give_what_the_layer_gave(positions):
     assert layer.key_mask.sum(axis=1).tolist() == [8, 4]
     part = lambda tree: tree["encoder"][layer.name]["attention"]  # noqa: B023
     projection = part(variables["random_features"])["projection"]
+    maps = FeatureVariables({}, projection)
+    masks = {"key_mask": layer.key_mask, "query_mask": layer.key_mask}
+    # An encoder's queries count in the statistics.
+    x, y = (a * 4**-0.25 for a in (layer.query, layer.key))
+    stats = fm.calibrate(maps, x, y, **masks)
     out = sf.spectral_attention(
       *(jnp.asarray(x) for x in (layer.query, layer.key, layer.value)),
       feature_map=fm,
-      variables=FeatureVariables({}, projection),
+      variables=maps,
+      stats=stats,
       key_mask=jnp.asarray(layer.key_mask),
     )
     dense = part(variables["params"])["out"]
