@@ -39,7 +39,7 @@ class Board:
     jobs: int,
     live: bool | None = None,
   ):
-    self._folder, self._jobs = folder, jobs
+    self.folder, self._jobs = folder, jobs
     self._waiting = {cell.name: cell for cell in cells}
     self._running: dict[str, tuple[Cell, float]] = {}
     self._finished: dict[str, tuple[Cell, dict[str, Any]]] = {}
@@ -71,34 +71,43 @@ class Board:
   def skip(self, cell: Cell, result: dict[str, Any]) -> None:
     """The cell had finished before."""
     del self._waiting[cell.name]
-    self._elsewhere.discard(cell.name)
     self._finished[cell.name] = (cell, result)
 
   def run_elsewhere(self, cell: Cell) -> None:
     """Another process runs the cell; it waits until that has ended."""
+    self._leave(cell)
+    self._waiting[cell.name] = cell
     if cell.name not in self._elsewhere:
       self._elsewhere.add(cell.name)
       self._line(f"{cell.name}: another process runs it")
 
   def start(self, cell: Cell) -> None:
-    """The cell begins."""
-    del self._waiting[cell.name]
+    """The cell has begun; does nothing if it is known to."""
+    if cell.name in self._running:
+      return
+    self._leave(cell)
     self._elsewhere.discard(cell.name)
     self._running[cell.name] = (cell, time.monotonic())
     self._line(f"{cell.name}: started")
 
   def finish(self, cell: Cell, result: dict[str, Any]) -> None:
     """The cell has its result."""
-    del self._running[cell.name]
+    self._leave(cell)
+    self._elsewhere.discard(cell.name)
     self._finished[cell.name] = (cell, result)
     self._line(f"{cell.name}: test {result['test/accuracy']:.4f}")
 
   def fail(self, cell: Cell, why: str) -> None:
     """The cell ended without a result."""
-    self._waiting.pop(cell.name, None)
-    self._running.pop(cell.name, None)
+    self._leave(cell)
+    self._elsewhere.discard(cell.name)
     self._failed[cell.name] = why
     self._line(f"{cell.name}: FAILED: {why}")
+
+  def _leave(self, cell: Cell) -> None:
+    """Takes the cell out of those that wait or run."""
+    self._waiting.pop(cell.name, None)
+    self._running.pop(cell.name, None)
 
   def refresh(self) -> None:
     """Draws the table anew."""
@@ -141,7 +150,7 @@ class Board:
     """Running cells, then the latest that ended."""
     table = Table("cell", "state", "step", "dev", "test", box=None)
     for cell, since in self._running.values():
-      rows = read_rows(self._folder / cell.name)
+      rows = read_rows(self.folder / cell.name)
       dev = [row["dev/accuracy"] for row in rows if "dev/accuracy" in row]
       table.add_row(
         cell.name,

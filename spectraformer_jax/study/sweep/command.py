@@ -11,30 +11,23 @@ from their checkpoints. Flags narrow or change what a file says.
 
 import argparse
 import dataclasses
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.study.sweep import cells as spec
-from spectraformer_jax.study.sweep.board import Board
 from spectraformer_jax.study.sweep.cells import Cell, Sweep
+from spectraformer_jax.study.sweep.execute import (
+  dask_workers,
+  run_cells,
+  threads,
+)
 from spectraformer_jax.train import config as train_config
-from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.host_memory import HUGE_PAGES
-from spectraformer_jax.train.lock import in_use
 from spectraformer_jax.train.writers import read_rows, result_row
 
 INTERRUPTED = 130
-POLL_SECONDS = 0.2
-REFRESH_SECONDS = 2.0
-
-StartCell = Callable[[Cell, Path, str], subprocess.Popen]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--jobs", type=int, default=1, help="cells side by side; shares the cores"
   )
   parser.add_argument(
+    "--scheduler",
+    metavar="HOST:PORT",
+    help="of Dask, whose workers run the cells in place of this machine",
+  )
+  parser.add_argument(
     "--shard", default="1/1", help="i/n: every n-th cell, from the i-th"
   )
   parser.add_argument(
@@ -94,8 +92,11 @@ def run(args: argparse.Namespace) -> int:
       finished = result_row(read_rows(folder / cell.name))
       print(f"{'finished' if finished else 'to do':9} {cell.name}")
     return 0
+  workers = threads(args.jobs)
+  if args.scheduler:
+    workers = dask_workers(args.scheduler)
   try:
-    failed = run_cells(cells, folder, jobs=args.jobs)
+    failed = run_cells(cells, folder, workers, jobs=args.jobs)
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on from here", file=sys.stderr)
     return INTERRUPTED
@@ -203,116 +204,3 @@ def shard(cells: Sequence[Cell], which: str) -> list[Cell]:
   if not 1 <= int(index) <= int(count):
     raise ValueError(f"--shard {which}: i must be from 1 to n.")
   return list(cells[int(index) - 1 :: int(count)])
-
-
-def start_cell(cell: Cell, workdir: Path, cpus: str) -> subprocess.Popen:
-  """Starts the cell's process; what it prints goes to its log."""
-  with (workdir / spec.LOG).open("a") as log:
-    module = "spectraformer_jax.study.sweep.run_cell"
-    return subprocess.Popen(
-      [sys.executable, "-m", module, str(workdir), cpus],
-      stdout=log,
-      stderr=subprocess.STDOUT,
-      stdin=subprocess.PIPE,  # its end tells the cell that the sweep has died
-      env={**HUGE_PAGES, **os.environ},
-    )
-
-
-def run_cells(
-  cells: Sequence[Cell],
-  folder: Path,
-  *,
-  jobs: int = 1,
-  live: bool | None = None,
-  start: StartCell = start_cell,
-) -> dict[str, str]:
-  """Runs the cells that have not finished.
-
-  Args:
-    cells: in this order.
-    folder: of the sweep; cells' folders are below it.
-    jobs: how many side by side; each gets its share of the cores.
-    live: see `Board`.
-    start: starts the process of a cell.
-
-  Returns:
-    Name of each cell that failed -> why.
-  """
-  board = Board(cells, folder, jobs=jobs, live=live)
-  running: dict[int, tuple[Cell, subprocess.Popen]] = {}
-  refreshed = 0.0
-  with board:
-    queue = [cell for cell in cells if _prepare(cell, folder, board)]
-    try:
-      while queue or running:
-        for slot in range(jobs):
-          if slot not in running and (cell := _next(queue, folder, board)):
-            board.start(cell)
-            process = start(cell, folder / cell.name, share_of_cpus(slot, jobs))
-            running[slot] = (cell, process)
-        for slot, (cell, process) in list(running.items()):
-          if process.poll() is not None:
-            del running[slot]
-            _conclude(cell, folder / cell.name, process.returncode, board)
-        if time.monotonic() - refreshed > REFRESH_SECONDS:
-          refreshed = time.monotonic()
-          board.refresh()
-        time.sleep(POLL_SECONDS)
-    finally:
-      for _, process in running.values():
-        process.send_signal(signal.SIGTERM)
-      for _, process in running.values():
-        process.wait()
-  return dict(board.failed)
-
-
-def share_of_cpus(slot: int, jobs: int) -> str:
-  """Cores of the slot, comma-separated; empty for all of them."""
-  if jobs == 1 or not hasattr(os, "sched_getaffinity"):
-    return ""
-  cpus = sorted(os.sched_getaffinity(0))
-  # More jobs than cores share them.
-  return ",".join(map(str, cpus[slot::jobs] or [cpus[slot % len(cpus)]]))
-
-
-def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
-  """Whether the cell is to run; describes it in its folder if so."""
-  workdir = folder / cell.name
-  try:
-    files.check_config(workdir, train_config.to_dict(cell.config()))
-  except ValueError as error:
-    board.fail(cell, str(error))
-    return False
-  result = result_row(read_rows(workdir))
-  if result:
-    board.skip(cell, result)
-    return False
-  files.write_text(workdir / spec.CELL, cell.to_json() + "\n")
-  return True
-
-
-def _next(queue: list[Cell], folder: Path, board: Board) -> Cell | None:
-  """Takes the first cell that no other process runs or has finished."""
-  for cell in list(queue):
-    workdir = folder / cell.name
-    if in_use(workdir):
-      board.run_elsewhere(cell)
-      continue
-    queue.remove(cell)
-    result = result_row(read_rows(workdir))
-    if not result:
-      return cell
-    board.skip(cell, result)
-  return None
-
-
-def _conclude(cell: Cell, workdir: Path, status: int, board: Board) -> None:
-  """What became of a cell whose process has ended."""
-  result = result_row(read_rows(workdir))
-  if result and status == 0:
-    board.finish(cell, result)
-    return
-  log = (workdir / spec.LOG).read_text(errors="replace").splitlines()
-  last = next((line.strip() for line in reversed(log) if line.strip()), "")
-  why = f"signal {-status}" if status < 0 else f"status {status}"
-  board.fail(cell, f"{why}: {last}" if last else why)

@@ -1,0 +1,257 @@
+"""Runs cells, each in a process of its own: on this machine, or on many."""
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spectraformer_jax.study.sweep import cells as spec
+from spectraformer_jax.study.sweep.board import Board
+from spectraformer_jax.study.sweep.cells import Cell
+from spectraformer_jax.train import config as train_config
+from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.host_memory import HUGE_PAGES
+from spectraformer_jax.train.lock import in_use
+from spectraformer_jax.train.writers import read_rows, result_row
+
+POLL_SECONDS = 0.5
+
+# (workdir, cores) -> the command of a cell's process.
+Command = Callable[[Path, str], list[str]]
+
+
+class Outcome(NamedTuple):
+  """How a cell's process ended.
+
+  Attributes:
+    status: exit status; None if another process holds the workdir.
+    last_line: of its log.
+  """
+
+  status: int | None
+  last_line: str = ""
+
+
+def cell_command(workdir: Path, cpus: str) -> list[str]:
+  """The command that trains the cell of `workdir` on these cores."""
+  module = "spectraformer_jax.study.sweep.run_cell"
+  return [sys.executable, "-m", module, str(workdir), cpus]
+
+
+def train_cell(
+  workdir: Path, cpus: str, stop: Any, command: Command, cwd: Path
+) -> Outcome:
+  """Runs the process of a cell to its end.
+
+  Args:
+    workdir: holds the cell's description; the log is written there.
+    cpus: the cores to stay on, comma-separated; empty for all.
+    stop: an event; once it is set, the process is told to save and stop.
+    command: makes the process's command.
+    cwd: the folder that the sweep was started in.
+  """
+  if stop.is_set() or in_use(workdir):
+    return Outcome(None)
+  if result_row(read_rows(workdir)):
+    return Outcome(0)  # another process has finished it
+  path = workdir / spec.LOG
+  with path.open("a") as log:
+    process = subprocess.Popen(
+      command(workdir, cpus),
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      stdin=subprocess.PIPE,  # its end tells the cell that the sweep has died
+      env={**HUGE_PAGES, **os.environ},
+      cwd=cwd,
+    )
+  with process:
+    while process.poll() is None:
+      if stop.is_set():
+        process.terminate()
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(POLL_SECONDS)
+  lines = path.read_text(errors="replace").splitlines()
+  last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+  return Outcome(process.returncode, last)
+
+
+# Puts the cell of a workdir in the queue of the workers.
+Submit = Callable[[Path], Future[Outcome]]
+
+
+@contextlib.contextmanager
+def threads(jobs: int, command: Command = cell_command) -> Iterator[Submit]:
+  """Workers on this machine, each with its share of the cores.
+
+  Cells that run when the block is left by an exception save and stop.
+
+  Args:
+    jobs: how many cells run side by side.
+    command: makes the command of a cell's process.
+  """
+  stop, cwd = threading.Event(), Path.cwd()
+  shares: queue.SimpleQueue[str] = queue.SimpleQueue()
+  for slot in range(jobs):
+    shares.put(share_of_cpus(slot, jobs))
+
+  def train(workdir: Path) -> Outcome:
+    cpus = shares.get()
+    try:
+      return train_cell(workdir, cpus, stop, command, cwd)
+    finally:
+      shares.put(cpus)
+
+  with ThreadPoolExecutor(jobs) as executor:
+    try:
+      yield lambda workdir: executor.submit(train, workdir)
+    except BaseException:
+      stop.set()
+      raise
+
+
+@contextlib.contextmanager
+def dask_workers(
+  address: str, command: Command = cell_command
+) -> Iterator[Submit]:
+  """Workers of a Dask scheduler, on machines that share the sweep's folder.
+
+  A cell whose worker dies is given to another one and resumes there.
+
+  Args:
+    address: of the scheduler, host:port.
+    command: makes the command of a cell's process.
+
+  Raises:
+    ValueError: the package is not installed.
+    OSError: no scheduler answers.
+  """
+  try:
+    import distributed
+  except ImportError:
+    raise ValueError(
+      "--scheduler needs Dask: pip install 'spectraformer_jax[dask]'."
+    ) from None
+  cwd = Path.cwd()
+  with distributed.Client(address) as client:
+    stop = distributed.Event(f"stop-{uuid.uuid4().hex}")
+    executor = client.get_executor(pure=False)
+    try:
+      yield lambda workdir: executor.submit(
+        train_cell, workdir, "", stop, command, cwd
+      )
+    except BaseException:
+      stop.set()
+      raise
+    finally:
+      executor.shutdown()
+
+
+def share_of_cpus(slot: int, jobs: int) -> str:
+  """Cores of the slot, comma-separated; empty for all of them."""
+  if jobs == 1 or not hasattr(os, "sched_getaffinity"):
+    return ""
+  cpus = sorted(os.sched_getaffinity(0))
+  # More jobs than cores share them.
+  return ",".join(map(str, cpus[slot::jobs] or [cpus[slot % len(cpus)]]))
+
+
+def run_cells(
+  cells: Sequence[Cell],
+  folder: Path,
+  workers: contextlib.AbstractContextManager[Submit],
+  *,
+  jobs: int = 1,
+  live: bool | None = None,
+) -> dict[str, str]:
+  """Runs the cells that have not finished.
+
+  Args:
+    cells: in this order.
+    folder: of the sweep; cells' folders are below it.
+    workers: `threads` or `dask_workers`.
+    jobs: how many run side by side, for the estimate of the time left.
+    live: see `Board`.
+
+  Returns:
+    Name of each cell that failed -> why.
+  """
+  folder = folder.absolute()
+  board = Board(cells, folder, jobs=jobs, live=live)
+  with board, workers as submit:
+    waiting = [cell for cell in cells if _prepare(cell, folder, board)]
+    while waiting:
+      # What another process runs is waited for, after all that is free.
+      busy = [cell for cell in waiting if in_use(folder / cell.name)]
+      for cell in busy:
+        board.run_elsewhere(cell)
+      futures = {
+        submit(folder / cell.name): cell for cell in waiting if cell not in busy
+      }
+      waiting = busy
+      for future in _as_completed(futures, folder, board):
+        if not _conclude(futures[future], future, board):
+          waiting.append(futures[future])
+      if waiting:
+        time.sleep(POLL_SECONDS)
+  return dict(board.failed)
+
+
+def _as_completed(
+  futures: dict[Future[Outcome], Cell], folder: Path, board: Board
+) -> Iterator[Future[Outcome]]:
+  """Each future as its cell ends; shows those that run in the meantime."""
+  pending = set(futures)
+  while pending:
+    done, pending = wait(
+      pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED
+    )
+    for future in pending:
+      # A Dask future does not tell that it runs; the lock of its cell does.
+      if future.running() or in_use(folder / futures[future].name):
+        board.start(futures[future])
+    # In the order of the sweep, however many ended at once.
+    yield from (future for future in futures if future in done)
+    board.refresh()
+
+
+def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
+  """Whether the cell is to run; describes it in its folder if so."""
+  workdir = folder / cell.name
+  try:
+    files.check_config(workdir, train_config.to_dict(cell.config()))
+  except ValueError as error:
+    board.fail(cell, str(error))
+    return False
+  result = result_row(read_rows(workdir))
+  if result:
+    board.skip(cell, result)
+    return False
+  files.write_text(workdir / spec.CELL, cell.to_json() + "\n")
+  return True
+
+
+def _conclude(cell: Cell, future: Future[Outcome], board: Board) -> bool:
+  """Shows how a cell ended; False if another process has taken it."""
+  try:
+    status, last_line = future.result()
+  except Exception as error:  # a worker that died once too often, say
+    board.fail(cell, f"{type(error).__name__}: {error}")
+    return True
+  if status is None:
+    board.run_elsewhere(cell)
+    return False
+  result = result_row(read_rows(board.folder / cell.name))
+  if result and status == 0:
+    board.finish(cell, result)
+    return True
+  why = f"signal {-status}" if status < 0 else f"status {status}"
+  board.fail(cell, f"{why}: {last_line}" if last_line else why)
+  return True
