@@ -1,4 +1,4 @@
-"""Flax Linen modules: attention, encoder, classifiers, language models.
+"""Flax Linen modules: attention, stacks, classifiers, language models, Seq2Seq.
 
 Collections of a model: ``params`` (learnable, that of the feature maps
 included, under "feature_map"), ``random_features`` (the projections: random,
@@ -9,6 +9,7 @@ decode keep their state in ``cache``.
 
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.classifier import Classifier
+from spectraformer_jax.nn.cross_attention import SpectralCrossAttention
 from spectraformer_jax.nn.dual_classifier import DualClassifier
 from spectraformer_jax.nn.encoder import Encoder, EncoderLayer
 from spectraformer_jax.nn.generation import generate
@@ -19,6 +20,7 @@ from spectraformer_jax.nn.language_model import (
 from spectraformer_jax.nn.positions import rotate
 from spectraformer_jax.nn.pretrained import Pretrained, load_pretrained
 from spectraformer_jax.nn.redraw import redraw
+from spectraformer_jax.nn.seq2seq import Seq2Seq
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
 from spectraformer_jax.nn.token_encoder import TokenEncoder
 
@@ -30,7 +32,9 @@ __all__ = [
   "LanguageModel",
   "MaskedLanguageModel",
   "Pretrained",
+  "Seq2Seq",
   "SequenceEncoder",
+  "SpectralCrossAttention",
   "SpectralSelfAttention",
   "TokenEncoder",
   "generate",

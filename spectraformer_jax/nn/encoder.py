@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.by_token import by_token
+from spectraformer_jax.nn.cross_attention import SpectralCrossAttention
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.inputs import check_rows, without_padding
 from spectraformer_jax.nn.parts import part_of
@@ -23,6 +24,8 @@ class EncoderLayer(nn.Module):
   """Attention and MLP, each with a LayerNorm and beside a residual.
 
   Attributes:
+    attends_memory: between the two, attention to a memory, likewise: the layer
+      of a decoder.
     mlp_dim: hidden width of the MLP.
     mlp: "gelu": ``out(gelu(hidden(x)))``; "gated":
       ``out(silu(gate(x)) * hidden(x))``, half as many parameters again
@@ -46,6 +49,7 @@ class EncoderLayer(nn.Module):
   attention_kwargs: Mapping[str, Any] | None = None
   max_len: int | None = None
   is_causal: bool = False
+  attends_memory: bool = False
   rotary: bool = False
   share_projection: bool = False
   num_key_value_heads: int | None = None
@@ -60,18 +64,22 @@ class EncoderLayer(nn.Module):
     mask: Array | None = None,
     *,
     segment_ids: Array | None = None,
+    memory: Array | None = None,
+    memory_mask: Array | None = None,
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
     """``[B, T, D]`` and a mask ``[B, T]`` or None -> ``[B, T, D]``.
 
-    Arguments are those of `SpectralSelfAttention`; what padding holds has no
-    influence.
+    Arguments are those of `SpectralSelfAttention`, and with `attends_memory`
+    of `SpectralCrossAttention`; what padding holds has no influence.
 
     Raises:
-      ValueError: unknown `mlp` or `norm`, and what `SpectralSelfAttention`
-        refuses.
+      ValueError: unknown `mlp` or `norm`, a memory without `attends_memory`,
+        and what the attentions refuse.
     """
+    if memory is not None and not self.attends_memory:
+      raise ValueError("memory needs attends_memory=True.")
     mask, segment_ids = check_rows(x, mask, segment_ids)
     x = without_padding(x, mask)
     for name, known in (("mlp", MLPS), ("norm", NORMS)):
@@ -89,6 +97,17 @@ class EncoderLayer(nn.Module):
         y,
         mask,
         segment_ids=segment_ids,
+        decode=decode,
+        deterministic=deterministic,
+      )
+
+    def attend_memory(y):
+      cross = part_of(self, SpectralCrossAttention, name="cross_attention")
+      return cross(
+        y,
+        memory,
+        mask,
+        memory_mask,
         decode=decode,
         deterministic=deterministic,
       )
@@ -115,6 +134,8 @@ class EncoderLayer(nn.Module):
       return beside(feed_forward, x)
 
     x = beside(attend, x)
+    if self.attends_memory:
+      x = beside(attend_memory, x)
     return by_token(self, second_half, x)
 
 
@@ -123,6 +144,7 @@ class Encoder(nn.Module):
 
   Attributes:
     num_layers: depth.
+    attends_memory: see `EncoderLayer`.
     remat: in the backward pass, compute each layer's values again instead of
       keeping them: less memory, more time, the same numbers.
     num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
@@ -149,6 +171,7 @@ class Encoder(nn.Module):
   attention_kwargs: Mapping[str, Any] | None = None
   max_len: int | None = None
   is_causal: bool = False
+  attends_memory: bool = False
   rotary: bool = False
   share_projection: bool = False
   num_key_value_heads: int | None = None
@@ -164,6 +187,8 @@ class Encoder(nn.Module):
     mask: Array | None = None,
     *,
     segment_ids: Array | None = None,
+    memory: Array | None = None,
+    memory_mask: Array | None = None,
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
@@ -172,11 +197,13 @@ class Encoder(nn.Module):
     Arguments and errors are those of `EncoderLayer`.
     """
 
-    def run(layer, x, mask, segment_ids):
+    def run(layer, x, mask, segment_ids, memory, memory_mask):
       return layer(
         x,
         mask,
         segment_ids=segment_ids,
+        memory=memory,
+        memory_mask=memory_mask,
         decode=decode,
         deterministic=deterministic,
       )
@@ -185,7 +212,7 @@ class Encoder(nn.Module):
       run = nn.remat(run)
     for index in range(self.num_layers):
       layer = part_of(self, EncoderLayer, name=f"layer_{index}")
-      x = run(layer, x, mask, segment_ids)
+      x = run(layer, x, mask, segment_ids, memory, memory_mask)
     if self.norm == "post":
       return x
     return nn.LayerNorm(

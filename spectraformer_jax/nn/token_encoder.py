@@ -36,8 +36,9 @@ class TokenEncoder(nn.Module):
       order of the tokens is not told.
     prepend_cls: put a learned token in front of the sequence.
     num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
-      attention_kwargs, is_causal, share_projection, num_key_value_heads,
-      dropout_rate, dtype, param_dtype, remat: see `Encoder`.
+      attention_kwargs, is_causal, attends_memory, share_projection,
+      num_key_value_heads, dropout_rate, dtype, param_dtype, remat: see
+      `Encoder`.
   """
 
   vocab_size: int
@@ -54,6 +55,7 @@ class TokenEncoder(nn.Module):
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None
   is_causal: bool = False
+  attends_memory: bool = False
   share_projection: bool = False
   dropout_rate: float = 0.1
   prepend_cls: bool = False
@@ -69,6 +71,8 @@ class TokenEncoder(nn.Module):
     mask: Array | None,
     *,
     segment_ids: Array | None = None,
+    memory: Array | None = None,
+    memory_mask: Array | None = None,
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
@@ -81,6 +85,8 @@ class TokenEncoder(nn.Module):
       mask: ``[B, T]``, True at real positions, or None for all.
       segment_ids: ints ``[B, T]`` of packed rows: attention stays inside each,
         and positions start again.
+      memory: ``[B, S, E]``, with `attends_memory`.
+      memory_mask: ``[B, S]``, True at its real positions, or None for all.
       decode: the tokens follow those of earlier calls; see `LanguageModel`.
       deterministic: False in training.
 
@@ -133,6 +139,8 @@ class TokenEncoder(nn.Module):
       x,
       mask,
       segment_ids=segment_ids,
+      memory=memory,
+      memory_mask=memory_mask,
       decode=decode,
       deterministic=deterministic,
     )

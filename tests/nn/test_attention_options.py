@@ -1,5 +1,7 @@
 """Packed rows, grouped queries and dtypes of parameters, through modules."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,14 @@ def feature_map(component="posrf", **component_kwargs):
   )
 
 
-def language_model(kind=sf.nn.LanguageModel, **kwargs):
+def language_model(kind=sf.nn.LanguageModel, shapes=False, **kwargs):
+  """A model, its variables or their shapes, and tokens."""
   options = {"feature_map": feature_map()} | kwargs
   model = kind(vocab_size=11, max_len=8, embed_dim=8, **SIZES, **options)
   tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 11)
+  if shapes:
+    variables = jax.eval_shape(model.init, jax.random.key(1), tokens)
+    return model, variables, tokens
   variables = jax.jit(model.init)(jax.random.key(1), tokens)
   # Larger embeddings, so that tokens and positions matter from the start.
   params = dict(variables["params"])
@@ -33,23 +39,21 @@ def language_model(kind=sf.nn.LanguageModel, **kwargs):
 @pytest.mark.parametrize(
   "kwargs",
   [
-    {"positions": "learned"},
     {"positions": "rotary"},
     {"kind": sf.nn.MaskedLanguageModel},
     {"attention": "softmax", "feature_map": None, "positions": "rotary"},
     {"feature_map": feature_map("oprf", statistics="ema")},
-    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 1, "positions": "learned"},
   ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(5)
 def test_packed_rows_are_as_if_apart(kwargs):
   model, variables, tokens = language_model(**kwargs)
-  packed = jax.jit(model.apply)(variables, tokens, segment_ids=SEGMENTS)
+  apply = jax.jit(model.apply)
+  packed = apply(variables, tokens, segment_ids=SEGMENTS)
   # In any order: what is interleaved is attended as if it were not.
   order = jnp.array([3, 0, 5, 1, 6, 4, 7, 2])
-  mixed = jax.jit(model.apply)(
-    variables, tokens[:, order], segment_ids=SEGMENTS[:, order]
-  )
+  mixed = apply(variables, tokens[:, order], segment_ids=SEGMENTS[:, order])
   np.testing.assert_allclose(mixed[0], packed[0, order], atol=1e-5)
   for row, start, stop in (
     (0, 0, 3),
@@ -58,9 +62,9 @@ def test_packed_rows_are_as_if_apart(kwargs):
     (1, 0, 6),
     (1, 6, 8),
   ):
-    alone = model.apply(variables, tokens[row : row + 1, start:stop])
+    alone = apply(variables, tokens[row : row + 1, start:stop])
     np.testing.assert_allclose(packed[row, start:stop], alone[0], atol=1e-5)
-  assert np.abs(packed - model.apply(variables, tokens)).max() > 1e-3
+  assert np.abs(packed - apply(variables, tokens)).max() > 1e-3
 
 
 def test_positions_start_again_in_each_segment():
@@ -88,17 +92,18 @@ def test_packed_rows_are_refused_in_words(kwargs, words):
 
 
 def test_segment_ids_of_another_form_are_refused():
-  model, variables, tokens = language_model()
-  np.testing.assert_array_equal(
-    model.apply(variables, tokens, segment_ids=SEGMENTS.tolist()),
-    model.apply(variables, tokens, segment_ids=SEGMENTS),
-  )
+  model, variables, tokens = language_model(shapes=True)
+  apply = functools.partial(jax.eval_shape, model.apply, variables, tokens)
+  assert apply(segment_ids=SEGMENTS).shape == (2, 8, 11)
   for wrong in (SEGMENTS[:, :5], SEGMENTS * 1.0):
     with pytest.raises(ValueError, match="segment_ids must be ints"):
-      model.apply(variables, tokens, segment_ids=wrong)
+      apply(segment_ids=wrong)
   with pytest.raises(ValueError, match="decode=True with segment_ids"):
-    model.apply(
-      variables, tokens, segment_ids=SEGMENTS, decode=True, mutable=["cache"]
+    jax.eval_shape(
+      functools.partial(model.apply, decode=True, mutable=["cache"]),
+      variables,
+      tokens,
+      segment_ids=SEGMENTS,
     )
   encoder = sf.nn.TokenEncoder(
     vocab_size=11,
@@ -120,7 +125,7 @@ def test_segment_ids_of_another_form_are_refused():
     {"feature_map": feature_map("oprf"), "share_projection": True},
   ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_grouped_queries_are_repeated_keys(kwargs):
   sizes = {"num_heads": 4, "head_dim": 4, **kwargs}
   grouped = sf.nn.SpectralSelfAttention(num_key_value_heads=2, **sizes)
@@ -153,15 +158,11 @@ def test_grouped_queries_decode():
   model, variables, tokens = language_model(
     num_heads=4, num_key_value_heads=2, positions="rotary"
   )
-  whole = model.apply(variables, tokens)
+  whole = jax.jit(model.apply)(variables, tokens)
+  read = jax.jit(functools.partial(model.apply, decode=True, mutable=["cache"]))
   cache, parts = {}, []
   for start, stop in ((0, 5), (5, 6), (6, 8)):
-    out, cache = model.apply(
-      {**variables, **cache},
-      tokens[:, start:stop],
-      decode=True,
-      mutable=["cache"],
-    )
+    out, cache = read({**variables, **cache}, tokens[:, start:stop])
     parts.append(out)
   assert cache["cache"]["encoder"]["layer_0"]["attention"]["state"].kv.shape[
     :2
@@ -184,11 +185,12 @@ def test_parameters_have_their_dtype_and_results_do_not_change():
   }
   for kwargs in kinds.values():
     model, variables, tokens = language_model(
-      param_dtype=jnp.bfloat16, **kwargs
+      param_dtype=jnp.bfloat16, shapes=True, **kwargs
     )
     for leaf in jax.tree.leaves(variables["params"]):
       assert leaf.dtype == jnp.bfloat16
-    assert model.apply(variables, tokens).dtype == jnp.float32
+    out = jax.eval_shape(model.apply, variables, tokens)
+    assert out.dtype == jnp.float32
   model = sf.nn.Classifier(
     vocab_size=11,
     num_classes=3,
@@ -199,11 +201,12 @@ def test_parameters_have_their_dtype_and_results_do_not_change():
     feature_map=feature_map("oprf", statistics="learned"),
     **SIZES,
   )
-  variables = model.init(jax.random.key(0), tokens, jnp.array([8, 3]))
+  inputs = tokens, jnp.array([8, 3])
+  variables = jax.jit(model.init)(jax.random.key(0), *inputs)
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
     in_map = "feature_map" in jax.tree_util.keystr(path)
     assert leaf.dtype == (jnp.float32 if in_map else jnp.bfloat16)
-  logits = model.apply(variables, tokens, jnp.array([8, 3]))
+  logits = jax.jit(model.apply)(variables, *inputs)
   assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
 
 

@@ -53,7 +53,7 @@ def same(found, expected, **tolerance):
 
 @pytest.mark.parametrize("kind", ["layer", "encoder"])
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.quick_every(7)
+@pytest.mark.quick_every(11)
 def test_padding_of_vectors_reaches_no_gradient(name, kind):
   if kind == "layer":
     module = sf.nn.SpectralSelfAttention(
@@ -119,7 +119,7 @@ def initialised(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_padding_tokens_may_be_no_tokens(name):
   model, variables, inputs = initialised(name)
 
