@@ -34,6 +34,7 @@ from spectraformer_jax.pairs import (
   list_feature_maps,
 )
 from spectraformer_jax.sequence_parallel import sequence_parallel_attention
+from spectraformer_jax.trainable import trainable
 from spectraformer_jax.typing import FeatureVariables, LogFeatures, WeightSample
 from spectraformer_jax.weight_matrices import list_weight_matrices
 
@@ -60,6 +61,7 @@ __all__ = [
   "nn",
   "sequence_parallel_attention",
   "spectral_attention",
+  "trainable",
   "weight_matrices",
 ]
 
@@ -69,3 +71,7 @@ def __getattr__(name: str):
   if name == "nn":
     return importlib.import_module("spectraformer_jax.nn")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")
+
+
+def __dir__():
+  return sorted({*globals(), *__all__})
