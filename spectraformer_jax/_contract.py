@@ -54,15 +54,15 @@ def check_shapes(feature_map, head_dim, must_fit) -> None:
       f"{name}, {sizes}: leaves must lead with the heads, [{heads}, ...], got "
       f"shapes {shapes}.",
     )
-    for part, expected in zip(variables, (jnp.float32, dtype), strict=True):
+    for part, known in zip(
+      variables, ({jnp.float32}, {jnp.float32, dtype}), strict=True
+    ):
       wrong = [
         leaf.dtype
         for leaf in jax.tree.leaves(part)
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != expected
+        if leaf.dtype not in map(jnp.dtype, known)
       ]
-      require(
-        not wrong, f"{name}, {sizes}: leaves of {wrong}, want {expected}."
-      )
+      require(not wrong, f"{name}, {sizes}: leaves of {wrong}, want {known}.")
     feature_dim = feature_map.component.feature_dim(
       feature_map.num_features, head_dim
     )

@@ -20,6 +20,7 @@ from spectraformer_jax.feature_parts import (
   check_x,
   drop_empty,
   mean_over_examples,
+  store,
   weigh_rows,
 )
 from spectraformer_jax.heads import lead_with_batch, over_examples_and_heads
@@ -88,7 +89,8 @@ class FeatureMap:
       rng: PRNG key.
       head_dim: H.
       num_heads: N; 1 shares one W among all heads.
-      dtype: of the stored projection; drawn in float32, then cast.
+      dtype: of the stored projection, but for log-weights and integers
+        (permutations, bits), which are float32; drawn in float32, then cast.
 
     Returns:
       `FeatureVariables`; every leaf has a leading head axis ``[num_heads]``.
@@ -114,7 +116,8 @@ class FeatureMap:
         rows=self._init_rows(matrix_rng, head_dim),
       )
 
-    return jax.vmap(one_head)(jax.random.split(rng, num_heads))
+    params = jax.vmap(one_head)(jax.random.split(rng, num_heads))
+    return cast_floats(params, jnp.float32)
 
   def init_projection(
     self,
@@ -138,7 +141,7 @@ class FeatureMap:
       )
 
     drawn = jax.vmap(one_head)(jax.random.split(rng, num_heads))
-    return cast_floats(drawn, dtype)
+    return store(drawn, dtype)
 
   def redraw(self, rng: Array, variables: FeatureVariables) -> FeatureVariables:
     """New projection of the same shapes, same params. Works inside jit.

@@ -72,13 +72,28 @@ def weigh_rows(
 
 
 def cast_floats(tree: PyTree, dtype) -> PyTree:
-  """Floats as `dtype`; indices and bits as they are."""
+  """Floats as `dtype`; other leaves as they are."""
   return jax.tree.map(
     lambda leaf: (
       leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
     ),
     tree,
   )
+
+
+def store(projection: Projection, dtype) -> Projection:
+  """Drawn leaves as they are kept: floats, so that all have a gradient.
+
+  Integers are float32, which is exact below 2**24, and so are log-weights: to
+  round one is to change the weight of its row in every estimate.
+  """
+
+  def kept(path, leaf):
+    exact = not jnp.issubdtype(leaf.dtype, jnp.floating)
+    exact |= jax.tree_util.keystr(path[-1:], simple=True) == "log_weight"
+    return leaf.astype(jnp.float32 if exact else dtype)
+
+  return jax.tree_util.tree_map_with_path(kept, projection)
 
 
 def cast_like(projection: Projection, variables: FeatureVariables):

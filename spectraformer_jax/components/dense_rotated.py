@@ -267,8 +267,9 @@ def _mean_outer(x: Array, mask: Array | None) -> Array:
   """Mean of x x^T where `mask`, ``[T, H]`` -> ``[H, H]``."""
   counted = x if mask is None else jnp.where(mask[:, None], x, 0.0)
   total = jnp.einsum("th,tg->hg", counted, counted, precision="highest")
-  count = x.shape[0] if mask is None else jnp.maximum(jnp.sum(mask), 1)
-  return total / count
+  if mask is None:
+    return total / x.shape[0]
+  return total / jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
 
 
 def _align(query_square: Array, key_square: Array) -> dict[str, Array]:

@@ -281,7 +281,7 @@ class PoisRF(Discrete):
   def row_term(self, counts, parameters):
     """See `Discrete.row_term`: none, as r^2 is the rate."""
     del parameters
-    return jnp.zeros(counts.shape[:1])
+    return jnp.zeros(counts.shape[:1], counts.dtype)
 
   def pair_moment(self, product, parameters):
     """See `Discrete.pair_moment`."""

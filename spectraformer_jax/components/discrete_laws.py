@@ -74,4 +74,5 @@ def optimal_p(product: Array) -> Array:
   curvature = jnp.maximum(before - 2.0 * here + after, 1e-30)
   offset = jnp.clip(0.5 * (before - after) / curvature, -1.0, 1.0)
   step = (high - low) / (P_GRID - 1)
-  return jnp.clip(jax.nn.sigmoid(low + step * (index + offset)), *P_RANGE)
+  place = index.astype(offset.dtype) + offset
+  return jnp.clip(jax.nn.sigmoid(low + step * place), *P_RANGE)

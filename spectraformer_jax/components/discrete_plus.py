@@ -80,7 +80,7 @@ class Shifted(Discrete):
 
 def _least(query, key, query_mask, key_mask) -> Array:
   """Least value of each coordinate, ``[H]``; 0 where no position counts."""
-  least = jnp.full(query.shape[-1:], jnp.inf)
+  least = jnp.full(query.shape[-1:], jnp.inf, query.dtype)
   for x, mask in ((query, query_mask), (key, key_mask)):
     if mask is not None:
       x = jnp.where(mask[:, None], x, jnp.inf)

@@ -141,7 +141,11 @@ class HRF(KernelComponent):
   def draw(self, rng, num_features, head_dim):
     """See `Component.draw`: T, independent of W."""
     del num_features
-    return {"mixing": jax.random.normal(rng, (self.num_mixing_rows, head_dim))}
+    return {
+      "mixing": jax.random.normal(
+        rng, (self.num_mixing_rows, head_dim), dtype=jnp.float32
+      )
+    }
 
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""

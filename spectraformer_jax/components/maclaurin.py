@@ -194,7 +194,7 @@ class Maclaurin(Component):
     factors = jnp.reshape(
       project(x / size, rows.w), (x.shape[0], self.max_degree, -1)
     )
-    place = np.arange(self.max_degree)[:, None]
+    place = np.arange(self.max_degree, dtype=np.int32)[:, None]
     counts = (degree[None, :] > place)[None, :, :]
     product = jnp.prod(jnp.where(counts, factors, 1.0), axis=1)
     # A product of many factors can be large: its size joins that of x.
@@ -208,7 +208,8 @@ class Maclaurin(Component):
     """See `Component.kernel_value`; the series up to `max_degree`."""
     del state
     score = jnp.sum(self._inside(x) * self._inside(y), axis=-1)
-    return jnp.polyval(jnp.asarray(np.exp(self._log_a()[::-1])), score)
+    coefficients = np.exp(self._log_a()[::-1])
+    return jnp.polyval(jnp.asarray(coefficients, score.dtype), score)
 
   def log_second_moment(self, x, y, state):
     """See `Component.log_second_moment`."""

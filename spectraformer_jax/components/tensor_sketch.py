@@ -98,9 +98,13 @@ class TensorSketch(Component):
     del state
     bits = rows.w.astype(jnp.int32)
     sign = (1 - 2 * (bits & 1)).astype(jnp.float32)
-    uniform = ((bits >> 1) + 0.5) * jnp.float32(2.0 ** (1 - NUM_BITS))
+    half = (bits >> 1).astype(jnp.float32) + 0.5
+    uniform = half * jnp.float32(2.0 ** (1 - NUM_BITS))
     bucket = jnp.floor(uniform * num_features).astype(jnp.int32)
-    sketch = jax.nn.one_hot(bucket, num_features, axis=1) * sign[:, None, :]
+    sketch = (
+      jax.nn.one_hot(bucket, num_features, dtype=jnp.float32, axis=1)
+      * sign[:, None, :]
+    )
     return rows._replace(w=jnp.reshape(sketch, (-1, sketch.shape[-1])))
 
   def log_features(self, x, rows, side, state):

@@ -87,7 +87,11 @@ class WeightMatrix:
   def draw(
     self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
   ) -> Projection:
-    """Random leaves, float32, in a flat dictionary.
+    """Random leaves in a flat dictionary, float32 or integers below 2**24.
+
+    Leaves are stored in the dtype that `FeatureMap.init` is asked for, except
+    "log_weight" and integers, which are stored as float32: it holds them
+    exactly, and a tree of floats has a gradient.
 
     Leaf "w" is ``[M, H]``: the rows of an approximator (beside it, where they
     are not equal, "log_weight" and "sign" ``[M]``), the noise of a learner.

@@ -73,7 +73,7 @@ class BBQ(Learner):
     del rng, num_rows
     increments = identity_increments(self._knots())
     return {
-      "start": jnp.full((head_dim,), -SPAN),
+      "start": jnp.full((head_dim,), -SPAN, jnp.float32),
       "increments": jnp.tile(increments[:, None], (1, head_dim)),
     }
 

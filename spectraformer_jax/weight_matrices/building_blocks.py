@@ -35,7 +35,7 @@ def haar(rng: Array, num_blocks: int, dim: int) -> Array:
     True
   """
   with jax.default_matmul_precision("highest"):
-    return jax.random.orthogonal(rng, dim, (num_blocks,))
+    return jax.random.orthogonal(rng, dim, (num_blocks,), dtype=jnp.float32)
 
 
 def chi_norms(rng: Array, num_rows: int, dim: int) -> Array:
@@ -45,7 +45,7 @@ def chi_norms(rng: Array, num_rows: int, dim: int) -> Array:
     >>> chi_norms(jax.random.key(0), 5, 8).shape
     (5,)
   """
-  gaussian = jax.random.normal(rng, (num_rows, dim))
+  gaussian = jax.random.normal(rng, (num_rows, dim), dtype=jnp.float32)
   return jnp.sqrt(jnp.sum(jnp.square(gaussian), axis=-1))
 
 
@@ -73,7 +73,9 @@ def chi_rows(rng: Array, rows: Array) -> Array:
     >>> bool(w[0, 0] > 0.0), bool(w[0, 1] == 0.0), bool((w[1] != 0.0).all())
     (True, True, True)
   """
-  return rescale_rows(rows, jax.random.normal(rng, rows.shape))
+  return rescale_rows(
+    rows, jax.random.normal(rng, rows.shape, dtype=jnp.float32)
+  )
 
 
 def rescale_rows(rows: Array, gaussian: Array) -> Array:

@@ -136,7 +136,7 @@ class Butterfly(WeightMatrix):
       "permutation": jax.random.permutation(
         order_rng, order, axis=-1, independent=True
       ),
-      "w": jax.random.normal(norm_rng, (num_rows, head_dim)),
+      "w": jax.random.normal(norm_rng, (num_rows, head_dim), dtype=jnp.float32),
     }
     if self.learnable:
       return drawn
@@ -157,8 +157,8 @@ class Butterfly(WeightMatrix):
 
   def _turn(self, drawn, angles):
     """Rows ``[M, H]``; leaf "w" is the Gaussian matrix that norms are from."""
-    signs = drawn["signs"]
-    blocks = jax.vmap(butterfly_matrix)(signs, drawn["permutation"], angles)
+    signs, order = drawn["signs"], drawn["permutation"].astype(jnp.int32)
+    blocks = jax.vmap(butterfly_matrix)(signs, order, angles)
     num_rows, head_dim = drawn["w"].shape
     n = signs.shape[-1]
     rows = jnp.reshape(blocks, (-1, n))[:num_rows, :head_dim]

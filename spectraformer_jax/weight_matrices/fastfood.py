@@ -98,7 +98,7 @@ class FastFood(WeightMatrix):
       scale_rng, gaussian_rng, order_rng, sign_rng = jax.random.split(rng, 4)
       shape = (num_blocks, n)
       scales = jnp.reshape(chi_norms(scale_rng, num_blocks * n, n), shape)
-      gaussian = jax.random.normal(gaussian_rng, shape)
+      gaussian = jax.random.normal(gaussian_rng, shape, dtype=jnp.float32)
       length = jnp.sqrt(jnp.sum(jnp.square(gaussian), axis=-1, keepdims=True))
       permutation = jax.random.permutation(
         order_rng,

@@ -70,7 +70,7 @@ class FastFoodLearnable(WeightMatrix):
     """See `WeightMatrix.init`."""
     scale_rng, gaussian_rng, sign_rng = jax.random.split(rng, 3)
     blocks, n = _block_shape(num_rows, head_dim)
-    gaussian = jax.random.normal(gaussian_rng, (blocks, n))
+    gaussian = jax.random.normal(gaussian_rng, (blocks, n), dtype=jnp.float32)
     length = jnp.sqrt(jnp.sum(jnp.square(gaussian), axis=-1))
     scales = chi_norms(scale_rng, num_rows, n)
     return {
@@ -80,7 +80,7 @@ class FastFoodLearnable(WeightMatrix):
     }
 
   def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`: leaf "permutation" ``[blocks, n]`` int32."""
+    """See `WeightMatrix.draw`: leaf "permutation" ``[blocks, n]``."""
     del law  # Gaussian only
     shape = _block_shape(num_rows, head_dim)
     order = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
@@ -97,7 +97,8 @@ class FastFoodLearnable(WeightMatrix):
     (num_rows,), (blocks, n), head_dim = s.shape, g.shape, b.shape[-1]
     scales = jnp.pad(s, (0, blocks * n - num_rows)).reshape(blocks, n)
     signs = jnp.pad(b, ((0, 0), (0, n - head_dim)))
-    stacked = fastfood_blocks(scales, g, projection["permutation"], signs)
+    order = projection["permutation"].astype(jnp.int32)
+    stacked = fastfood_blocks(scales, g, order, signs)
     return WeightSample(stacked.reshape(blocks * n, n)[:num_rows, :head_dim])
 
 

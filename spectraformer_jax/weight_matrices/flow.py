@@ -105,7 +105,7 @@ class Flow(Learner):
 
   def forward(self, params: Params, noise: Array) -> tuple[Array, Array]:
     """Rows ``[M, H]`` and the log-determinants ``[M]`` of their Jacobians."""
-    w, log_det = noise, jnp.zeros(noise.shape[:1])
+    w, log_det = noise, jnp.zeros(noise.shape[:1], noise.dtype)
     for i in range(self.num_couplings):
       moved, log_scale, shift = self._coupling(params, i, w)
       w = w.at[:, moved].set(w[:, moved] * jnp.exp(log_scale) + shift)

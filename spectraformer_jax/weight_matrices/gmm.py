@@ -110,11 +110,14 @@ class GMM(Learner):
     del num_rows
     shape = (self.num_components, head_dim)
     if self.num_components == 1:
-      return {"mu": jnp.zeros(shape), "log_sigma": jnp.zeros(shape)}
+      zeros = jnp.zeros(shape, jnp.float32)
+      return {"mu": zeros, "log_sigma": zeros}
     return {
-      "logits": jnp.zeros(shape[:1]),
-      "mu": MEAN_SPREAD * jax.random.normal(rng, shape),
-      "log_sigma": jnp.full(shape, 0.5 * math.log1p(-(MEAN_SPREAD**2))),
+      "logits": jnp.zeros(shape[:1], jnp.float32),
+      "mu": MEAN_SPREAD * jax.random.normal(rng, shape, dtype=jnp.float32),
+      "log_sigma": jnp.full(
+        shape, 0.5 * math.log1p(-(MEAN_SPREAD**2)), jnp.float32
+      ),
     }
 
   def sigma(self, params):
@@ -196,7 +199,11 @@ class Cov(Learner):
     row, column = np.tril_indices(head_dim)
     lower = params["lower"]
     entries = jnp.where(row == column, jax.nn.softplus(lower), lower)
-    return jnp.zeros((head_dim, head_dim)).at[row, column].set(entries)
+    return (
+      jnp.zeros((head_dim, head_dim), entries.dtype)
+      .at[row, column]
+      .set(entries)
+    )
 
   def transform(self, params, noise):
     """See `Learner.transform`."""

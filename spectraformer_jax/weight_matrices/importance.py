@@ -69,7 +69,9 @@ class Importance(WeightMatrix):
   def draw(self, rng, num_rows, head_dim, law):
     """See `WeightMatrix.draw`."""
     del law  # Gaussian only
-    w = self.sigma * jax.random.normal(rng, (num_rows, head_dim))
+    w = self.sigma * jax.random.normal(
+      rng, (num_rows, head_dim), dtype=jnp.float32
+    )
     half_square = 0.5 * jnp.sum(jnp.square(w), axis=-1)
     return {
       "w": w,

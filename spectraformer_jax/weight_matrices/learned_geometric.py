@@ -54,7 +54,9 @@ def reflections(vectors: Array) -> Array:
     along = jnp.einsum("bij,bj->bi", product, u, precision="highest")
     return product - 2.0 * along[..., None] * u[:, None, :], None
 
-  start = jnp.broadcast_to(jnp.eye(head_dim), (blocks, head_dim, head_dim))
+  start = jnp.broadcast_to(
+    jnp.eye(head_dim, dtype=jnp.float32), (blocks, head_dim, head_dim)
+  )
   return jax.lax.scan(reflect, start, jnp.swapaxes(unit, 0, 1))[0]
 
 
@@ -72,7 +74,7 @@ def haar_reflections(rng: Array, num_blocks: int, dim: int) -> Array:
   Returns:
     ``[num_blocks, dim - 1, dim]`` float32.
   """
-  x = jax.random.normal(rng, (num_blocks, dim - 1, dim))
+  x = jax.random.normal(rng, (num_blocks, dim - 1, dim), dtype=jnp.float32)
   x = x * np.triu(np.ones((dim - 1, dim), np.float32))[None]
   length = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
   own = jnp.diagonal(x, axis1=1, axis2=2)

@@ -78,7 +78,7 @@ def random_lattice_points(rng: Array, num_points: int, dim: int) -> Array:
   M is at most 2**16: up to there no product overflows.
   """
   size = jnp.uint32(num_points)
-  half = jax.random.randint(rng, (), 0, max(num_points // 2, 1))
+  half = jax.random.randint(rng, (), 0, max(num_points // 2, 1), jnp.int32)
   multiplier = 2 * half.astype(jnp.uint32) + 1
   step = lambda power, _: (power * multiplier % size, power)
   _, powers = jax.lax.scan(step, jnp.uint32(1), length=dim)

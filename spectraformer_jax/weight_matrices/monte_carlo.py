@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from spectraformer_jax.weight_matrices.base import (
   WEIGHT_MATRICES,
@@ -88,5 +89,7 @@ class Antithetic(WeightMatrix):
   def draw(self, rng, num_rows, head_dim, law):
     """See `WeightMatrix.draw`."""
     del law  # Gaussian only
-    half = jax.random.normal(rng, (-(-num_rows // 2), head_dim))
+    half = jax.random.normal(
+      rng, (-(-num_rows // 2), head_dim), dtype=jnp.float32
+    )
     return {"w": antithetic_rows(half, num_rows)}

@@ -93,12 +93,12 @@ def low_displacement(rng: Array, num_blocks: int, dim: int, rank: int) -> Array:
   gaussian_rng, place_rng, sign_rng = jax.random.split(rng, 3)
   shape = (num_blocks, rank, dim)
   nonzeros = min(NONZEROS, dim)
-  order = jax.random.uniform(place_rng, shape)
+  order = jax.random.uniform(place_rng, shape, dtype=jnp.float32)
   places = jax.lax.top_k(order, nonzeros)[1]
-  mask = jnp.sum(jax.nn.one_hot(places, dim), axis=-2)
+  mask = jnp.sum(jax.nn.one_hot(places, dim, dtype=jnp.float32), axis=-2)
   signs = jax.random.rademacher(sign_rng, shape, jnp.float32)
   sparse = mask * signs / np.float32(np.sqrt(nonzeros * rank))
-  left = circulant(jax.random.normal(gaussian_rng, shape))
+  left = circulant(jax.random.normal(gaussian_rng, shape, dtype=jnp.float32))
   terms = jnp.matmul(left, skew_circulant(sparse), precision="highest")
   return jnp.sum(terms, axis=1)
 
@@ -194,7 +194,9 @@ class PModel(WeightMatrix):
 
   def _whole(self, rows_rng, mix_rng, num_rows, head_dim):
     """One Toeplitz or Hankel matrix for all rows."""
-    budget = jax.random.normal(rows_rng, (num_rows + head_dim - 1,))
+    budget = jax.random.normal(
+      rows_rng, (num_rows + head_dim - 1,), dtype=jnp.float32
+    )
     make = toeplitz if self.kind == "toeplitz" else hankel
     return mix_inputs(mix_rng, make(budget, num_rows, head_dim)[None])[0]
 
@@ -207,7 +209,9 @@ class PModel(WeightMatrix):
       if ldr:
         blocks = low_displacement(rng, num_blocks, n, self.rank or RANK)
       else:
-        blocks = circulant(jax.random.normal(rng, (num_blocks, n)))
+        blocks = circulant(
+          jax.random.normal(rng, (num_blocks, n), dtype=jnp.float32)
+        )
       return mix_inputs(mix_rng, blocks)
 
     return draw_blocks(draw_block, rows_rng, num_rows, n)[:, :head_dim]

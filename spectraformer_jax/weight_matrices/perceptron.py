@@ -28,10 +28,15 @@ def init_perceptron(rng: Array, widths: tuple[int, ...]) -> Params:
   last = len(widths) - 2
   for i, layer_rng in enumerate(jax.random.split(rng, last + 1)):
     shape = widths[i : i + 2]
-    kernel = jnp.zeros(shape)
+    kernel = jnp.zeros(shape, jnp.float32)
     if i < last:
-      kernel = jax.random.normal(layer_rng, shape) / jnp.sqrt(float(shape[0]))
-    params[f"layer_{i}"] = {"kernel": kernel, "bias": jnp.zeros(shape[1:])}
+      kernel = jax.random.normal(
+        layer_rng, shape, dtype=jnp.float32
+      ) / jnp.sqrt(float(shape[0]))
+    params[f"layer_{i}"] = {
+      "kernel": kernel,
+      "bias": jnp.zeros(shape[1:], jnp.float32),
+    }
   return params
 
 

@@ -55,7 +55,11 @@ def _no_rows(*_):
 ROW_LAWS = {
   law.name: law
   for law in (
-    RowLaw("gaussian", jax.random.normal, ndtri),
+    RowLaw(
+      "gaussian",
+      lambda rng, shape: jax.random.normal(rng, shape, dtype=jnp.float32),
+      ndtri,
+    ),
     RowLaw("uniform", open_uniform, lambda u: u),
     RowLaw(
       "rademacher",

@@ -110,6 +110,6 @@ def _sparse_rows(rng, num_rows, size, nonzeros):
   place_rng, value_rng = jax.random.split(rng)
   scores = jax.random.bits(place_rng, (num_rows, size), jnp.uint32)
   _, places = jax.lax.top_k(scores, nonzeros)
-  values = jax.random.normal(value_rng, (num_rows, nonzeros))
+  values = jax.random.normal(value_rng, (num_rows, nonzeros), dtype=jnp.float32)
   rows = jnp.arange(num_rows)[:, None]
-  return jnp.zeros((num_rows, size)).at[rows, places].set(values)
+  return jnp.zeros((num_rows, size), jnp.float32).at[rows, places].set(values)

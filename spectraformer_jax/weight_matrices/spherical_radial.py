@@ -97,7 +97,7 @@ class SSR(WeightMatrix):
     weights = jnp.concatenate([origin, weights])
     sizes = jnp.maximum(jnp.abs(weights), 1e-30)
     return {
-      "w": jnp.concatenate([jnp.zeros((1, head_dim)), nodes]),
+      "w": jnp.concatenate([jnp.zeros((1, head_dim), nodes.dtype), nodes]),
       "log_weight": jnp.log(sizes) + math.log(num_rows),
       "sign": jnp.where(weights < 0.0, -1.0, 1.0).astype(jnp.float32),
     }

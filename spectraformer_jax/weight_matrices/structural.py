@@ -95,7 +95,7 @@ class SCRF(WeightMatrix):
     def draw_block(rng, num_blocks):
       gaussian_rng, sign_rng = jax.random.split(rng)
       shape = (num_blocks, head_dim)
-      gaussian = jax.random.normal(gaussian_rng, shape)
+      gaussian = jax.random.normal(gaussian_rng, shape, dtype=jnp.float32)
       signs = jax.random.rademacher(sign_rng, shape, jnp.float32)
       return circulant(gaussian) * signs[:, None, :]
 

@@ -164,7 +164,7 @@ class MMAnti(WeightMatrix):
 
 def matched_rows(rng: Array, num_rows: int, head_dim: int) -> Array:
   """Rows ``[M, H]`` of sample mean 0 and sample covariance I; M > H."""
-  gaussian = jax.random.normal(rng, (num_rows, head_dim))
+  gaussian = jax.random.normal(rng, (num_rows, head_dim), dtype=jnp.float32)
   centred = gaussian - jnp.mean(gaussian, axis=0, keepdims=True)
   with jax.default_matmul_precision("highest"):
     q, r = jnp.linalg.qr(centred)

@@ -104,7 +104,9 @@ class Variational(Learner):
     widths = (head_dim, self.hidden_factor * head_dim, 2 * head_dim)
     params = {"network": init_perceptron(network_rng, widths)}
     if self.context == "learned":
-      params["context"] = jax.random.normal(context_rng, (head_dim,))
+      params["context"] = jax.random.normal(
+        context_rng, (head_dim,), dtype=jnp.float32
+      )
     return params
 
   def calibrate(self, params, key, key_mask):

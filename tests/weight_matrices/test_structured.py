@@ -175,7 +175,7 @@ def test_learnable_butterfly_stays_orthogonal_and_learns(rng):
   # 72 uniform angles: one misses an end of 0.5 with probability 2e-3.
   assert params["angles"].min() < 0.5 and params["angles"].max() > 5.8
   drawn = matrix.draw(jax.random.key(1), 16, 8, GAUSSIAN)
-  assert drawn["permutation"].dtype == jnp.int32
+  assert drawn["permutation"].dtype == jnp.int32  # stored as float32
 
   def loss(params):
     w = matrix.rows(params, drawn).w
