@@ -21,7 +21,7 @@ class Classifier(nn.Module):
     max_len: longest sequence; size of the table of learned positions.
     embed_dim: D.
     pooling: "mean", "cls" or "attention"; see `SequenceEncoder`.
-    pooled_norm: "none" or "batch"; see `SequenceEncoder`.
+    pooled_norm, batch_axis: "none" or "batch"; see `SequenceEncoder`.
     positions: "learned", "sinusoidal", "rotary" or "none"; see `TokenEncoder`.
     num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
       attention_kwargs, share_projection, num_key_value_heads, dropout_rate,
@@ -56,6 +56,7 @@ class Classifier(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   pooled_norm: str = "none"
+  batch_axis: str | None = None
   num_key_value_heads: int | None = None
   dtype: Any = None
   param_dtype: Any = jnp.float32

@@ -57,6 +57,7 @@ class DualClassifier(nn.Module):
   dropout_rate: float = 0.1
   pooling: str = "mean"
   pooled_norm: str = "none"
+  batch_axis: str | None = None
   num_key_value_heads: int | None = None
   dtype: Any = None
   param_dtype: Any = jnp.float32

@@ -30,6 +30,8 @@ class SequenceEncoder(nn.Module):
       the sequence, whose output is taken; "attention": a mean over the real
       positions with weights ``softmax(w . x)``, w learned.
     pooled_norm: "batch": a `BatchNorm` of the pooled vector; "none".
+    batch_axis: the mapped axis over which a batch is divided, if any: see
+      `BatchNorm`.
     vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
       mlp, norm, positions, feature_map, attention, attention_kwargs,
       share_projection, num_key_value_heads, dropout_rate, dtype, param_dtype,
@@ -63,6 +65,7 @@ class SequenceEncoder(nn.Module):
   pooling: str = "mean"
   pooled_norm: str = "none"
   num_key_value_heads: int | None = None
+  batch_axis: str | None = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
   remat: bool = False
@@ -95,7 +98,8 @@ class SequenceEncoder(nn.Module):
     x = encoder(tokens, mask, deterministic=deterministic)
     x = self._pool(x.astype(jnp.float32), mask)
     if self.pooled_norm == "batch":
-      x = BatchNorm(name="pooled_norm")(x, deterministic=deterministic)
+      norm = BatchNorm(self.batch_axis, name="pooled_norm")
+      x = norm(x, deterministic=deterministic)
     return x
 
   def _pool(self, x: Array, mask: Array) -> Array:
@@ -116,14 +120,25 @@ class BatchNorm(nn.Module):
   What all examples share, and so tells nothing, is gone, and what is left has
   the scale that the layers after it expect (Ioffe and Szegedy, "Batch
   Normalization", 2015). Deterministic calls take running moments, kept in the
-  collection "feature_stats". Several devices: each one's own examples.
-  `flax.linen.BatchNorm` has its moments in a collection of its own, which
-  checkpoints and training steps would have to carry beside that one.
+  collection "feature_stats". `flax.linen.BatchNorm` has its moments in a
+  collection of its own, which checkpoints and training steps would have to
+  carry beside that one.
+
+  Attributes:
+    axis_name: of `jax.pmap`, `jax.vmap` or `jax.shard_map`, where each device
+      has as many examples: moments are those of all of them. None: those of
+      the examples it is called with.
   """
+
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, *, deterministic: bool = True) -> Array:
-    """``[B, D]`` -> ``[B, D]``, float32."""
+    """``[B, D]`` -> ``[B, D]``, float32.
+
+    Raises:
+      ValueError: one example in training, of which nothing would be left.
+    """
     size = (1, x.shape[-1])
     scale = self.param("scale", nn.initializers.ones, size[1:])
     bias = self.param("bias", nn.initializers.zeros, size[1:])
@@ -132,14 +147,27 @@ class BatchNorm(nn.Module):
       self.variable("feature_stats", "variance", jnp.ones, size),
     )
     mean, variance = (moment.value for moment in running)
-    if not deterministic:
-      mean = jnp.mean(x, axis=0, keepdims=True)
-      variance = jnp.var(x, axis=0, keepdims=True)
-      if not self.is_initializing():
-        for moment, new in zip(running, (mean, variance), strict=True):
-          moment.value = _DECAY * moment.value + (1 - _DECAY) * new
+    if not (deterministic or self.is_initializing()):
+      mean, variance = self._batch_moments(x)
+      for moment, new in zip(running, (mean, variance), strict=True):
+        moment.value = _DECAY * moment.value + (1 - _DECAY) * new
     x = (x - mean) * jax.lax.rsqrt(variance + _EPS)
     return x * scale[None] + bias[None]
+
+  def _batch_moments(self, x: Array) -> tuple[Array, Array]:
+    """Mean and variance, each ``[1, D]``, over the examples of all devices."""
+    devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+    if x.shape[0] * devices < 2:
+      raise ValueError(
+        "pooled_norm='batch' needs at least 2 examples in training, got 1: it "
+        "would be 0, and with it the encoder's gradient."
+      )
+    mean = jnp.mean(x, axis=0, keepdims=True)
+    if devices == 1:
+      return mean, jnp.var(x, axis=0, keepdims=True)
+    mean = jax.lax.pmean(mean, self.axis_name)
+    square = jnp.mean(jnp.square(x - mean), axis=0, keepdims=True)
+    return mean, jax.lax.pmean(square, self.axis_name)
 
 
 def weighted_mean(x: Array, score: Array, mask: Array) -> Array:

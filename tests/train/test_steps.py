@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from spectraformer_jax.nn.sequence_encoder import BatchNorm
 from spectraformer_jax.train import state, steps
 from tests.train import workers
 from tests.train.conftest import run_python
@@ -91,6 +92,76 @@ def test_running_statistics_are_averaged_over_devices(engine, on_devices):
     for name in eight
     if name.startswith("ema[")
   )
+
+
+@pytest.mark.parametrize("engine", ["pmap", "jit"])
+@pytest.mark.parametrize("devices", [8, 16])  # two examples on each, one
+@pytest.mark.slow
+def test_batch_norm_is_that_of_the_whole_batch(devices, engine, tmp_path):
+  found = []
+  for count in (1, devices):
+    path = tmp_path / f"{count}.npz"
+    code, _, err = run_python(
+      *("-m", "tests.train.workers", "norm", str(path), engine), devices=count
+    )
+    assert code == 0, err
+    found.append(dict(np.load(path)))
+  one, many = found
+  assert one.keys() == many.keys()
+  encoder = [x for x in one if x.startswith("gradient['encoder']")]
+  assert max(np.abs(one[name]).max() for name in encoder) > 1e-3
+  for name in one:
+    # float32 sums in another order, of gradients that were parameters' changes.
+    tolerance = 1e-5 * max(0.1, np.abs(one[name]).max())
+    np.testing.assert_allclose(
+      one[name], many[name], rtol=0, atol=tolerance, err_msg=name
+    )
+
+
+@pytest.mark.parametrize("parts", [8, 2])  # one example on each, four
+@pytest.mark.quick_every(2)
+def test_moments_and_gradient_of_divided_batch_norm(parts):
+  x, y = np.random.default_rng(0).standard_normal((2, 8, 3), np.float32)
+  variables = BatchNorm().init(jax.random.key(0), x)
+
+  def loss(x, y, axis_name):
+    layer = BatchNorm(axis_name)
+    out, updated = layer.apply(
+      variables, x, deterministic=False, mutable=["feature_stats"]
+    )
+    return jnp.sum(jnp.sin(out) * y), updated
+
+  grad = jax.grad(loss, has_aux=True)
+  expected = grad(x, y, None)
+  assert np.abs(expected[0]).max() > 0.1
+  divide = lambda array: array.reshape(parts, -1, 3)
+  found = jax.vmap(lambda x, y: grad(x, y, "data"), axis_name="data")(
+    divide(x), divide(y)
+  )
+  # float32 sums of eight numbers of order 1.
+  np.testing.assert_allclose(
+    found[0].reshape(8, 3), expected[0], rtol=0, atol=2e-6
+  )
+  moments = map(jax.tree.leaves, (found[1], expected[1]))
+  for many, one in zip(*moments, strict=True):
+    for copy in many:
+      np.testing.assert_allclose(copy, one, rtol=1e-6, atol=1e-7)
+
+
+def test_batch_norm_of_one_example_is_refused():
+  model = workers.tiny_model().clone(pooled_norm="batch")
+  batch = {name: array[:1] for name, array in workers.tiny_batch().items()}
+  train_state = state.create(
+    model, workers.MAP, optax.sgd(1.0), state.run_keys(0)
+  )
+  step = functools.partial(
+    steps.train_step, apply_fn=model.apply, tx=optax.sgd(1.0)
+  )
+  with pytest.raises(ValueError, match="at least 2 examples .* got 1"):
+    jax.eval_shape(step, train_state, batch, jax.random.key(0))
+  # In evaluation one is enough.
+  evaluate = functools.partial(steps.eval_step, apply_fn=model.apply)
+  jax.eval_shape(evaluate, train_state, batch)
 
 
 @pytest.mark.slow

@@ -103,6 +103,30 @@ def run_steps(path: str, engine: str) -> None:
   np.savez(path, **arrays)
 
 
+def run_norm(path: str, engine: str) -> None:
+  """Saves gradient and moments of a model with batch normalisation."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  model = tiny_model().clone(pooled_norm="batch", batch_axis=parallel.AXIS)
+  tx = optax.sgd(1.0)
+  before = state.create(model, MAP, tx, state.run_keys(0))
+  step = parallel.DataParallelStep(
+    functools.partial(steps.train_step, apply_fn=model.apply, tx=tx),
+    engine=engine,
+  )
+  after, sums = step(
+    parallel.replicate(before), tiny_batch(), jax.random.key(1)
+  )
+  change = jax.tree.map(
+    lambda a, b: np.asarray(a) - b, before.params, after.params
+  )
+  np.savez(
+    path,
+    **named("gradient", change),
+    **named("sums", sums),
+    **named("moments", after.collections[state.MUTABLE_COLLECTION]),
+  )
+
+
 def run_keys() -> None:
   """Checks keys and projections of replicas on this many devices."""
   devices = jax.local_device_count()
@@ -203,4 +227,5 @@ def named(prefix, tree) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
   name, *args = sys.argv[1:]
-  {"steps": run_steps, "keys": run_keys, "training": run_training}[name](*args)
+  runs = {"steps": run_steps, "norm": run_norm, "keys": run_keys}
+  (runs | {"training": run_training})[name](*args)
