@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import host_memory, hosts, loop, report
+from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.nonfinite import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent
@@ -30,6 +31,8 @@ ROOT = Path(__file__).resolve().parent
 # from the last checkpoint after RESUMABLE, and after IO_ERROR once there is
 # space on the disk.
 USER_ERROR, DIVERGED, IO_ERROR, RESUMABLE = 2, 3, 74, 75
+
+ADVICE = "{}; a lower config.optim.lr or another config.optim.clip may help"
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
@@ -155,6 +158,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise ValueError(f"Unknown argument {argv[1]!r}; flags start with --.")
     config = _CONFIG.value.lock()
+    if _WORKDIR.value == "":
+      raise ValueError("--workdir must be a folder, got ''.")
     workdir = Path(_WORKDIR.value or default_workdir(config))
     command = shlex.join(["python", *sys.argv])
     hosts.connect(
@@ -164,11 +169,11 @@ def main(argv: list[str]) -> None:
       detect=_MULTIHOST.value,
       heartbeat_seconds=_HEARTBEAT_SECONDS.value,
     )
-    loop.train_and_evaluate(config, workdir, command=command)
+    result = loop.train_and_evaluate(config, workdir, command=command)
   except NonFiniteError as error:
     fail(error, DIVERGED)
   except OSError as error:
-    fail(error, IO_ERROR)
+    fail(error, USER_ERROR if error.errno in files.MISTAKES else IO_ERROR)
   except Exception as error:
     if hosts.lost(error):
       logging.debug("traceback:", exc_info=error)
@@ -190,6 +195,8 @@ def main(argv: list[str]) -> None:
     sys.exit(RESUMABLE)
   if hosts.is_main():
     report.print_summary(workdir)
+  if result.get("diverged"):
+    fail(NonFiniteError(ADVICE.format(result["diverged"])), DIVERGED)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,8 @@ from ml_collections import ConfigDict
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn import from_config
 from spectraformer_jax.typing import PyTree
+
+_LOGGER = logging.getLogger(__name__)
 
 # What a workdir holds; docs/training.md.
 CONFIG = "config.json"
@@ -60,15 +64,19 @@ def load_pretrained(
     ValueError: 'no/such/folder' is no workdir: no config.json.
   """
   path = Path(path)
-  if not (path / CONFIG).exists():
+  stored = read_config(path, ("config", "data"))
+  if stored is None:
     raise ValueError(f"{str(path)!r} is no workdir: no {CONFIG}.")
-  stored = json.loads((path / CONFIG).read_text())
-  config = ConfigDict(stored["config"])
-  feature_map = from_config.make_feature_map(config)
-  model = from_config.make_model(config, feature_map, stored["data"]["train"])
+  try:
+    config = ConfigDict(stored["config"])
+    feature_map = from_config.make_feature_map(config)
+    model = from_config.make_model(config, feature_map, stored["data"]["train"])
+    shapes = _shapes(model, feature_map)
+  except (AttributeError, KeyError, TypeError) as error:
+    raise damaged(path, error) from error
   step = find_step(path, step)
   try:
-    variables = _read(path, step, _shapes(model, feature_map))
+    variables = _read(path, step, shapes)
   except Exception as error:  # orbax and tensorstore raise many kinds
     raise ValueError(
       f"The checkpoint of step {step} in {str(path)!r} cannot be read: "
@@ -77,37 +85,107 @@ def load_pretrained(
   return Pretrained(model, variables)
 
 
+def read_config(workdir: Path, parts: Sequence[str]) -> dict[str, Any] | None:
+  """config.json, which has at least these parts; None where there is none.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  try:
+    content = (workdir / CONFIG).read_bytes()
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  if not content.strip():
+    raise damaged(workdir, "it is empty")
+  try:
+    stored = json.loads(content)
+  except (ValueError, RecursionError) as error:
+    raise damaged(workdir, error) from error
+  if not isinstance(stored, dict):
+    raise damaged(workdir, f"it holds {type(stored).__name__}, not an object")
+  for part in parts:
+    kind = list if part == "environments" else dict
+    content = stored.get(part)
+    if not isinstance(content, kind):
+      raise damaged(workdir, f"its {part!r} is missing or wrong")
+    if part == "config":
+      continue
+    entries = content if kind is list else content.values()
+    if not content or not all(isinstance(entry, dict) for entry in entries):
+      raise damaged(workdir, f"its {part!r} holds no objects")
+  return stored
+
+
+def damaged(workdir: Path, why: Exception | str) -> ValueError:
+  """The error about a config.json that is not as it was written."""
+  if isinstance(why, Exception):
+    why = one_line(why)
+  return ValueError(
+    f"{str(workdir / CONFIG)!r} is damaged: {why.rstrip('.')}; put back the "
+    "file that the run wrote, or use another workdir."
+  )
+
+
 def find_step(path: Path, step: int | str) -> int:
   """The number of a checkpoint.
+
+  As when a run is resumed, the newest checkpoint whose record can be read says
+  which is the best, and is the last; newer ones are left out with a warning.
 
   Args:
     path: a workdir.
     step: "best", "last" or a number.
 
   Raises:
-    ValueError: there is none of that step.
+    ValueError: there is none of that step, or no record can be read.
   """
   folder = path / CHECKPOINTS
   # Orbax gives a checkpoint its name when it is complete.
   names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-  steps = sorted(int(name) for name in names if name.isdigit())
+  steps = sorted(int(x) for x in names if x.isascii() and x.isdigit())
   if not steps:
     raise ValueError(f"{str(path)!r} holds no checkpoint.")
-  wanted = steps[-1] if step == "last" else step
-  if step == "best":
-    best = _read_record(path, steps[-1])["best"]
-    if best is None:
+  wanted = step
+  if step in ("best", "last"):
+    wanted, record = _newest(path, steps)
+    if step == "best" and record["best"] is None:
       raise ValueError(
         f"{str(path)!r} was not evaluated yet, so no step is the best; use "
         "'last'."
       )
-    wanted = best["step"]
+    if step == "best":
+      wanted = record["best"]["step"]
   if str(wanted) not in map(str, steps):
     raise ValueError(
-      f"{str(path)!r} holds no checkpoint of step {step!r}; it holds best and "
-      f"last, {', '.join(map(str, steps))}."
+      f"{str(path)!r} holds no checkpoint of step {wanted!r}; it holds best "
+      f"and last, {', '.join(map(str, steps))}."
     )
   return int(wanted)
+
+
+def _newest(path: Path, steps: Sequence[int]) -> tuple[int, dict[str, Any]]:
+  """The last checkpoint whose record can be read, and that record."""
+  faults = {}
+  for step in reversed(steps):
+    try:
+      record = _read_record(path, step)
+      best = record["best"]
+      if best is not None and not isinstance(best["step"], int):
+        raise ValueError(f"its best step is {best['step']!r}")
+    except Exception as error:  # orbax raises many kinds
+      faults[step] = one_line(error)
+      continue
+    for bad_step, fault in faults.items():
+      _LOGGER.warning(
+        "The checkpoint of step %d in %r cannot be read: %s. Going by that of "
+        "step %d instead.",
+        *(bad_step, str(path), fault, step),
+      )
+    return step, record
+  raise ValueError(
+    f"None of the checkpoints {list(steps)} in {str(path)!r} can be read: "
+    f"{faults[steps[-1]]}"
+  )
 
 
 def checksum(tree: PyTree, note: str = "") -> str:
@@ -147,6 +225,8 @@ def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
   folder = (path / CHECKPOINTS / str(step) / "state").absolute()
   with ocp.StandardCheckpointer() as checkpointer:
     state = checkpointer.restore(folder)
+  if int(state["step"]) != step:
+    raise ValueError(f"it is that of step {int(state['step'])}.")
   params = state.get("ema", state["params"])
   # Orbax knows no named tuples: what it gives is told by names alone.
   found = _by_name({"params": params, **state["collections"]})

@@ -186,6 +186,8 @@ class Checkpointer:
       )
       state, record = TrainState(**restored.state), dict(restored.record)
       jax.tree_util.tree_map_with_path(_check_leaf, target, state)
+      if int(state.step) != step:
+        raise ValueError(f"it is that of step {int(state.step)}.")
       written = record.pop("checksum", None)  # older versions wrote none
       record.pop(VARIABLES_CHECKSUM, None)
       if written not in (None, _checksum(state, record)):

@@ -1,6 +1,7 @@
 """What a run says about itself: in its log, config.json and last row."""
 
 import collections
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -123,6 +124,27 @@ def out_of_patience(record: Record, patience: int) -> str:
   )
 
 
+def divergence(record: Record, test_losses: Mapping[str, float]) -> str | None:
+  """Why a run that has ended is no good; None if it is.
+
+  Example:
+    >>> divergence(Record({}, dev={"step": 3, "loss": float("nan")}), {})
+    'diverged: the loss on the dev split is nan after step 3'
+  """
+  step, dev_loss = record.dev["step"], record.dev["loss"]
+  faults = [
+    f"the loss on the {name} is {loss:.4g} after step {step}"
+    for name, loss in {"dev split": dev_loss, **test_losses}.items()
+    if not math.isfinite(loss)
+  ]
+  if record.skipped_in_a_row:
+    faults.append(
+      f"the last {record.skipped_in_a_row} steps were skipped, since loss or "
+      "gradient were not finite"
+    )
+  return f"diverged: {', and '.join(faults)}" if faults else None
+
+
 def result(config: ConfigDict, test: Dataset, record: Record) -> dict[str, Any]:
   """What the last row holds beside test metrics and sizes."""
   batch_size = config.train.batch_size
@@ -131,6 +153,8 @@ def result(config: ConfigDict, test: Dataset, record: Record) -> dict[str, Any]:
     "dev/accuracy_best": record.best["accuracy"],
     "dev/accuracy_last": record.dev["accuracy"],
     "best_step": record.best["step"],
+    "num_steps": config.train.num_steps,
+    "skipped_steps": record.skipped,
     "task": test.name,
     "pair": pair_name(config),
     "provenance": test.provenance,

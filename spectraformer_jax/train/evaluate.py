@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,13 @@ import jax.numpy as jnp
 from spectraformer_jax import data
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.nn.pretrained import find_step
-from spectraformer_jax.train import describe, objectives, parallel, steps
+from spectraformer_jax.train import (
+  describe,
+  objectives,
+  parallel,
+  steps,
+  strict_json,
+)
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.loop import evaluate_split, load_data
 from spectraformer_jax.train.state import TrainState
@@ -103,4 +108,4 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--split", default="test", choices=data.SPLITS)
   parser.add_argument("--batch_size", type=int)
   parser.add_argument("--cache_dir", help="root of the token cache")
-  print(json.dumps(evaluate(**vars(parser.parse_args(argv)))))
+  print(strict_json.dumps(evaluate(**vars(parser.parse_args(argv)))))

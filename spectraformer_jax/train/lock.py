@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,16 +39,26 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
   """
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / LOCK).open("a+") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _acquire(file):
       file.seek(0)
       holder = file.read().strip() or "another run"
       raise ValueError(
         f"workdir {str(workdir)!r} is in use by {holder}; wait for it or use "
         "another --workdir."
-      ) from None
+      )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     yield
+
+
+def _acquire(file) -> bool:
+  """Takes the lock; waits a moment for `in_use`, which holds it to look."""
+  for _ in range(5):
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      time.sleep(0.05)
+      continue
+    return True
+  return False

@@ -38,7 +38,12 @@ from spectraformer_jax.train.progress import Progress
 from spectraformer_jax.train.selection import is_better, out_of_patience
 from spectraformer_jax.train.signals import StopSignals
 from spectraformer_jax.train.storage import Storage
-from spectraformer_jax.train.writers import MetricWriter, read_rows, result_row
+from spectraformer_jax.train.writers import (
+  MetricWriter,
+  finished_result,
+  read_rows,
+  result_row,
+)
 from spectraformer_jax.typing import Array
 
 
@@ -58,7 +63,8 @@ def train_and_evaluate(
     command: what to type to get this run, for its report.
 
   Returns:
-    The last row of metrics.jsonl: "test/accuracy" and more.
+    The last row of metrics.jsonl: "test/accuracy" and more; "diverged" says why
+    the result is no good, None if it is.
 
   Raises:
     ValueError: before anything is compiled: a key or value of the config, a
@@ -73,6 +79,7 @@ def train_and_evaluate(
 
   # 1. Whatever can be wrong is found before anything is compiled.
   validate(config)
+  hosts.from_main(lambda: files.check_folder(workdir))
   wandb_run.load(config.logging.wandb)
   feature_map = from_config.make_feature_map(config)
   optim.check_feature_map_lr(config.optim, feature_map)
@@ -87,6 +94,7 @@ def train_and_evaluate(
 
   # 2. Data and model.
   datasets = load_data(config)
+  objectives.check_lengths(config.train.objective, datasets)
   facts = {
     split: describe.split(dataset) for split, dataset in datasets.items()
   }
@@ -100,16 +108,30 @@ def train_and_evaluate(
   # Its own checks: of the batch size and the buckets.
   make_batches(datasets["train"], config.train.batch_size, train=True)
   model = from_config.make_model(config, feature_map, facts["train"])
+  if hasattr(model, "batch_axis"):
+    model = model.clone(batch_axis=parallel.AXIS)
   with contextlib.ExitStack() as held:
 
     def claim_workdir():
-      files.check_data(workdir, facts)
       held.enter_context(workdir_lock(workdir))
+      # Again: another run may have been at work here since.
+      if found := find_result(workdir, config):
+        return found
+      files.check_data(workdir, facts)
       files.write_config(workdir, to_dict(config), facts, command)
+      return None
 
-    hosts.from_main(claim_workdir)
+    finished = hosts.from_main(claim_workdir)
+    if finished:
+      logging.info("%s holds a finished run by now.", workdir)
+      return finished
     train(config, workdir, feature_map, model, datasets, facts, make_batches)
-    return hosts.from_main(lambda: find_result(workdir, config))
+
+    def conclude():
+      report.write_report(workdir)
+      return result_row(read_rows(workdir))
+
+    return hosts.from_main(conclude)
 
 
 def train(
@@ -136,12 +158,13 @@ def train(
       datasets["train"], config.train.batch_size, train=True
     ).state()
   )
+  init_lines = []
   restored = storage.restore_latest(train_state)
   if restored:
     train_state, stored = restored
     record = Record(**stored)
   elif config.model.init_from:
-    train_state = pretrained.start_from(train_state, config)
+    train_state, init_lines = pretrained.start_from(train_state, config)
   start = int(train_state.step)
   train_state = parallel.replicate(train_state)
   dropout_rng = parallel.replicate(keys.dropout_rng)
@@ -197,6 +220,7 @@ def train(
       workdir,
       start_step=start,
       tensorboard=config.logging.tensorboard,
+      first_row=min(config.logging.every, config.eval.every),
       wandb=wandb_run.start(config.logging.wandb, workdir, to_dict(config))
       if hosts.is_main()
       else None,
@@ -215,6 +239,7 @@ def train(
     for line in (
       *describe.run(config, workdir, facts, sizes, start),
       *describe.variables(train_state),
+      *init_lines,
     ):
       progress.line(line)
     window = Window(record.window)
@@ -308,20 +333,28 @@ def train(
       **describe.result(config, datasets["test"], record),
       **sizes,
     }
+    losses = {
+      "test split, best-dev parameters": test_best["loss"],
+      "test split, last parameters": test_last["loss"],
+    }
+    outcome["diverged"] = describe.divergence(record, losses)
     outcome["test/accuracy"] = test_best["accuracy"]
     writer.write(record.dev["step"], outcome)
 
 
 def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
-  """The result of a finished run, whose report is written again.
+  """The result of a finished run, whose report is written again if it can be.
 
   Raises:
-    ValueError: the workdir holds another config.
+    ValueError: the workdir holds another config, or a damaged result.
   """
   files.check_config(workdir, to_dict(config))
-  result = result_row(read_rows(workdir))
+  result = finished_result(workdir, config.train.num_steps)
   if result:
-    report.write_report(workdir)
+    try:
+      report.write_report(workdir)
+    except OSError as error:  # such as a folder that is for reading alone
+      logging.warning("The report is not written again: %s", error)
   return result
 
 

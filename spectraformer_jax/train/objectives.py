@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spectraformer_jax.checks import positions_before
+from spectraformer_jax.data import Dataset
 from spectraformer_jax.train.steps import replica_rng
 from spectraformer_jax.typing import Array
 
@@ -26,6 +27,27 @@ OBJECTIVES = ("classify", "masked", "causal")
 _HIDDEN_PERIOD = 7
 # Sets the key of the hidden tokens apart from that of dropout.
 _MASKS = 2**32 - 1
+
+
+def check_lengths(objective: str, datasets: Mapping[str, Dataset]) -> None:
+  """Refuses sequences in which there is nothing to guess.
+
+  Raises:
+    ValueError: "causal", and no sequence of a split has a next token.
+  """
+  if objective != "causal":
+    return
+  for split, dataset in datasets.items():
+    longest = max(
+      np.diff(offsets).max()
+      for offsets in (dataset.offsets, dataset.offsets_2)
+      if offsets is not None
+    )
+    if longest < 2:
+      raise ValueError(
+        "config.train.objective='causal' needs sequences of 2 tokens or more; "
+        f"the longest of the {split} split of {dataset.name!r} has {longest}."
+      )
 
 
 def guessing(

@@ -1,9 +1,8 @@
 """Classes and their probabilities for inputs that a user gives."""
 
 import argparse
-import json
+import re
 import sys
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 from spectraformer_jax.data.listops_text import CLOSE, encode
 from spectraformer_jax.data.words import hash_words
 from spectraformer_jax.nn import Classifier, DualClassifier, load_pretrained
+from spectraformer_jax.nn.pretrained import damaged, one_line
+from spectraformer_jax.train import strict_json
 from spectraformer_jax.train import workdir as files
 
 # Ids of each input: of one sequence, or of two for a task of pairs.
@@ -95,8 +96,11 @@ def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
   wanted = 2 if facts["pair"] else 1
   inputs = []
   for number, line in enumerate(lines, 1):
+    if number == 1:  # a byte order mark is no part of the text
+      line = line.removeprefix("\ufeff")
     texts = line.rstrip("\r\n").split("\t") if wanted == 2 else [line.strip()]
     try:
+      _check_utf8(line)
       if len(texts) != wanted:
         raise ValueError(
           f"a pair is two texts with a tab between, got {len(texts)}."
@@ -108,6 +112,16 @@ def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
       raise ValueError(f"Line {number}: {error}") from error
     inputs.append(sequences)
   return inputs
+
+
+def _check_utf8(line: str) -> None:
+  """ValueError if bytes that are no UTF-8 were read into `line`."""
+  try:
+    line.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"it is no UTF-8, from character {error.start + 1} on."
+    ) from None
 
 
 def _encode(text: str, facts: dict[str, Any]) -> np.ndarray:
@@ -122,13 +136,20 @@ def _encode(text: str, facts: dict[str, Any]) -> np.ndarray:
   if tokenizer in ("full", "no_close"):
     ids = encode(text)
     return ids[ids != CLOSE] if tokenizer == "no_close" else ids
-  try:
-    return np.array([int(word) for word in text.split()], np.int64)
-  except ValueError:
+  words = text.split()
+  # Not what else int() takes, such as 1_0.
+  wrong = [word for word in words if not re.fullmatch(r"-?[0-9]+", word)]
+  if wrong:
     raise ValueError(
       f"tokenizer {tokenizer!r} has no text; write ids with spaces between, "
-      f"got {text[:40]!r}."
-    ) from None
+      f"got {wrong[0][:40]!r}."
+    )
+  longest = max(words, key=len, default="")
+  if len(longest) > 18:
+    raise ValueError(
+      f"ids must lie in [0, {facts['vocab_size']}), got {longest[:40]}."
+    )
+  return np.array([int(word) for word in words], np.int64)
 
 
 def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
@@ -144,10 +165,17 @@ def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
     ValueError: names the array or the row that is not right.
   """
   try:
-    with np.load(path, allow_pickle=False) as file:
+    file = np.load(path, allow_pickle=False)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+      raise ValueError("it is a single array, an .npy")
+    with file:
       arrays = dict(file)
-  except (zipfile.BadZipFile, ValueError) as error:
-    raise ValueError(f"{str(path)!r} is no .npz of arrays: {error}") from error
+  except OSError:
+    raise
+  except Exception as error:  # of zipfile, zlib, tokenize and more
+    raise ValueError(
+      f"{str(path)!r} is no .npz of arrays: {one_line(error)}"
+    ) from error
   parts = []
   for suffix in ("", "_2") if facts["pair"] else ("",):
     name = f"tokens{suffix}"
@@ -225,16 +253,22 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.batch_size < 1:
     raise ValueError(f"--batch_size must be positive, got {args.batch_size}.")
-  facts = files.stored_run(Path(args.workdir))["data"]["train"]
-  if args.input.endswith(".npz"):
-    inputs = read_npz(args.input, facts)
-  elif args.input == "-":
-    inputs = read_text(sys.stdin, facts)
-  else:
-    with Path(args.input).open(encoding="utf-8") as file:
-      inputs = read_text(file, facts)
+  facts = _facts(Path(args.workdir))
+  name = "standard input" if args.input == "-" else args.input
+  try:
+    if args.input.endswith(".npz"):
+      inputs = read_npz(args.input, facts)
+    elif args.input == "-":
+      inputs = read_text(sys.stdin, facts)
+    else:
+      path = Path(args.input)
+      # What is no UTF-8 is told by `read_text`, which knows the line.
+      with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        inputs = read_text(file, facts)
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}") from error
   if not inputs:
-    raise ValueError(f"{args.input!r} holds no input.")
+    raise ValueError(f"{name} holds no input.")
   for row in predict(
     args.workdir, inputs, step=args.step, batch_size=args.batch_size
   ):
@@ -242,4 +276,18 @@ def main(argv: Sequence[str]) -> None:
       "label": int(row.argmax()),
       "probabilities": [round(float(p), 6) for p in row],
     }
-    print(json.dumps(found))
+    print(strict_json.dumps(found))
+
+
+def _facts(workdir: Path) -> dict[str, Any]:
+  """What config.json says of the data.
+
+  Raises:
+    ValueError: no run, or a damaged file.
+  """
+  facts = files.stored_run(workdir)["data"].get("train", {})
+  names = ("tokenizer", "id_shift", "length", "pair", "vocab_size")
+  missing = [name for name in names if name not in facts]
+  if missing:
+    raise damaged(workdir, f"its data.train has no {missing[0]!r}")
+  return facts

@@ -1,6 +1,7 @@
 """The start of a run from what another one has learnt."""
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.train import hosts, state
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.config import flatten, to_dict
+from spectraformer_jax.train.optim import FEATURE_MAP
 from spectraformer_jax.train.writers import read_rows, result_row
 from spectraformer_jax.typing import PyTree
 
@@ -25,19 +27,34 @@ _FREE = (
   "feature_map.redraw_interval",
 )
 
+# Keys that differ with another attention.
+_OF_ATTENTION = ("model.attention", "model.attention_kwargs")
+# The collection of projections.
+_DRAWN = "random_features"
+
+Variables = Mapping[str, PyTree]
+
 
 def start_from(
   train_state: state.TrainState, config: ConfigDict
-) -> state.TrainState:
+) -> tuple[state.TrainState, list[str]]:
   """The first state of a run, with the weights of `config.model.init_from`.
 
   Embeddings, positions and encoder come from the best-dev parameters of that
   run, and so do its projections and running statistics, to which the weights
   belong. Heads, pooling and optimiser start anew.
 
+  A run with another `model.attention`, such as the exact one, gives all
+  parameters whose names and shapes are those of this model, its head included
+  where the objective is the same. What belongs to the attention itself (feature
+  maps, projections and their statistics) starts anew.
+
   Args:
     train_state: of `state.create`.
     config: of this run.
+
+  Returns:
+    The state, and lines that say what it has from where.
 
   Raises:
     ValueError: no finished run is there, or its model is another.
@@ -50,26 +67,103 @@ def start_from(
     source = files.stored_config(workdir)
     _check_same(workdir, to_dict(source), to_dict(config))
     trained = dict(load_pretrained(workdir).variables)
-    found, params = trained.pop("params"), dict(train_state.params)
-    for name in SHARED:
-      if name in params:
-        params[name] = _take(name, found[name], params[name])
-    collections = dict(train_state.collections)
-    for collection, found in trained.items():
-      shared = {k: v for k, v in found.items() if k in SHARED}
-      collections[collection] = {**collections.get(collection, {}), **shared}
-    variables = {**collections, "params": params}
+    ours = {"params": train_state.params, **train_state.collections}
+    if source.model.attention == config.model.attention:
+      variables = _take_shared(trained, ours)
+    else:
+      same = source.train.objective == config.train.objective
+      variables = _take_fitting(trained, ours, None if same else SHARED)
+    return _lines(workdir, trained, ours, variables)
 
   variables = None
-  hosts.from_main(read)
+  lines = hosts.from_main(read)
   like = {"params": train_state.params, **train_state.collections}
   variables = hosts.arrays_from_main(variables, like)
   params = variables.pop("params")
-  return train_state._replace(
+  new = train_state._replace(
     params=params,
     collections=variables,
     ema=None if train_state.ema is None else jax.tree.map(jnp.copy, params),
   )
+  return new, lines
+
+
+def _take_shared(trained: Variables, ours: Variables) -> Variables:
+  """Of a model with the same attention: all of the shared parts."""
+  params = dict(ours["params"])
+  for name in SHARED:
+    if name in params:
+      params[name] = _take(name, trained["params"][name], params[name])
+  variables = {**ours, "params": params}
+  for collection, found in trained.items():
+    if collection != "params":
+      shared = {k: v for k, v in found.items() if k in SHARED}
+      variables[collection] = {**ours.get(collection, {}), **shared}
+  return variables
+
+
+def _take_fitting(
+  trained: Variables, ours: Variables, parts: Sequence[str] | None
+) -> Variables:
+  """Of a model with another attention: leaves of equal names and shapes.
+
+  Args:
+    trained: variables of the other run.
+    ours: initial ones.
+    parts: of the model; None for all.
+  """
+  for name in ("token_embedding", "position_embedding"):
+    if name in ours["params"] and name in trained["params"]:
+      taken = _take(name, trained["params"][name], ours["params"][name])
+      trained = {**trained, "params": {**trained["params"], name: taken}}
+  found = _by_path({k: v for k, v in trained.items() if k != _DRAWN})
+
+  def pick(path, leaf):
+    names = [part.key for part in path]
+    other = found.get(jax.tree_util.keystr(path))
+    if other is None or other.shape != leaf.shape or FEATURE_MAP in names:
+      return leaf
+    return other if parts is None or names[1] in parts else leaf
+
+  return jax.tree_util.tree_map_with_path(pick, ours)
+
+
+def _lines(
+  workdir: Path, trained: Variables, ours: Variables, variables: Variables
+) -> list[str]:
+  """What was taken, what starts anew and what was left, by part."""
+  old, new = _by_path(ours), _by_path(variables)
+  taken = {path for path in new if new[path] is not old[path]}
+  there = _by_path(trained)
+  groups = {
+    "taken": taken,
+    "anew": new.keys() - taken,
+    "left": there.keys() - taken,
+  }
+  return [
+    f"config.model.init_from={str(workdir)!r}: {word}: {_parts(paths)}"
+    for word, paths in groups.items()
+    if paths
+  ]
+
+
+def _parts(paths: Iterable[str]) -> str:
+  """Names of leaves, those of a part counted: encoder/layer_0 (12)."""
+  names = (path[2:-2].split("']['") for path in paths)
+  # Of the parameters by part; of other collections by name.
+  parts = collections.Counter(
+    "/".join(name[1:-1][:2] or name[1:]) if name[0] == "params" else name[0]
+    for name in names
+  )
+  return ", ".join(f"{part} ({parts[part]})" for part in sorted(parts))
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+  """Leaves by path."""
+  return {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _check_finished(workdir: Path) -> None:
@@ -87,8 +181,11 @@ def _check_same(
 ) -> None:
   """Refuses weights of another encoder."""
   theirs, ours = flatten(source), flatten(config)
+  free, sections = _FREE, ("model.", "feature_map.")
+  if theirs["model.attention"] != ours["model.attention"]:
+    free, sections = (*_FREE, *_OF_ATTENTION), ("model.",)
   for path in ours:
-    if path in _FREE or not path.startswith(("model.", "feature_map.")):
+    if path in free or not path.startswith(sections):
       continue
     if theirs[path] != ours[path]:
       raise ValueError(

@@ -10,33 +10,69 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spectraformer_jax.nn.pretrained import damaged
 from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.config import default_config, flatten, to_dict
 from spectraformer_jax.train.writers import read_rows, result_row
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey.
 TRAIN_COLOUR, DEV_COLOUR = "#0072B2", "#D55E00"
 BASELINE_COLOURS = ("#555555", "#009E73", "#CC79A7")
 
+_NUMBER, _SIZE = int | float, int | float | None
+# What the last row of a finished run holds.
+_RESULT = {
+  **dict.fromkeys(
+    (
+      *("test/accuracy_best", "test/accuracy_last", "examples_per_second"),
+      *("dev/accuracy_best", "dev/accuracy_last", "step_seconds"),
+      *("best_step", "train_seconds", "parameters", "projection_size"),
+    ),
+    _NUMBER,
+  ),
+  **dict.fromkeys(("pair", "provenance", "task"), str),
+  **dict.fromkeys(
+    ("compile_seconds", "peak_memory_bytes", "peak_device_bytes"), _SIZE
+  ),
+  "baselines": Mapping,
+}
+
 
 def summary(workdir: Path) -> list[tuple[str, str]]:
   """Lines of the result as (what, figure), for the report and the terminal.
 
   Raises:
-    ValueError: the run in `workdir` has not finished.
+    ValueError: the run in `workdir` has not finished, or its result or its
+      config is damaged.
   """
-  stored, rows = files.read_config(workdir), read_rows(workdir)
-  result = result_row(rows)
-  if stored is None or result is None:
+  stored, result = files.stored_run(workdir), result_row(read_rows(workdir))
+  if result is None:
     raise ValueError(f"workdir {str(workdir)!r} holds no finished run.")
-  config, test = stored["config"], stored["data"]["test"]
-  seeds = config["train"]["seed"], config["task"]["seed"]
-  lines = [
+  _check_result(workdir, result)
+  try:
+    return _lines(stored, result)
+  except (KeyError, TypeError, ValueError) as error:
+    raise damaged(workdir, f"it lacks or has another {error}") from error
+
+
+def _lines(
+  stored: Mapping[str, Any], result: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+  """`summary` of the content of config.json and of the last row."""
+  config = flatten(to_dict(default_config())) | flatten(stored["config"])
+  test = stored["data"]["test"]
+  lines = [("diverged", result["diverged"])] if result.get("diverged") else []
+  lines += [
     ("task", test["name"]),
     ("attention", result["pair"]),
-    *_objective(config["train"]),
+    *_objective(config["train.objective"]),
     ("data", f"{result['provenance']}; {_split_sizes(stored['data'])}"),
-    ("seeds", "training {}, data {}".format(*seeds)),
-    ("steps", _steps(result["step"], config["train"]["num_steps"])),
+    (
+      "seeds",
+      f"training {config['train.seed']}, data {config['task.seed']}",
+    ),
+    ("steps", _steps(result["step"], config["train.num_steps"])),
+    *_skipped(result.get("skipped_steps", 0)),
     (
       "test accuracy, best-dev parameters",
       f"{_percent(result['test/accuracy_best'])} (step {result['best_step']})",
@@ -57,7 +93,7 @@ def summary(workdir: Path) -> list[tuple[str, str]]:
       "speed",
       f"{result['examples_per_second']:.1f} examples/s, "
       f"{1e3 * result['step_seconds']:.1f} ms a step of "
-      f"{config['train']['batch_size']}",
+      f"{config['train.batch_size']}",
     ),
     ("compile time", _or_unknown(result["compile_seconds"], "{:.1f} s")),
     ("training time", f"{result['train_seconds']:.0f} s without compilation"),
@@ -79,7 +115,7 @@ def write_report(workdir: Path) -> None:
   stored = files.read_config(workdir)
   plot_curves(workdir)
   env = stored["environments"][-1]
-  command = env["command"] or (
+  command = env.get("command") or (
     "train_and_evaluate(config, workdir)  # with the config of config.json"
   )
   text = [
@@ -180,8 +216,8 @@ def _plot(axes, rows, name, colour, label, style, marker) -> None:
 def _environment_lines(environments: Sequence[Mapping[str, Any]]) -> list[str]:
   """Versions and machine of the last start, and how many others there were."""
   env = dict(environments[-1])
-  del env["command"]
-  devices = env.pop("devices")
+  env.pop("command", None)
+  devices = env.pop("devices", None) or ["unknown"]
   env["devices"] = f"{len(devices)} x {devices[0]}"
   lines = ["| | |", "|---|---|"]
   lines += [f"| {name} | {value} |" for name, value in env.items()]
@@ -194,9 +230,31 @@ def _environment_lines(environments: Sequence[Mapping[str, Any]]) -> list[str]:
   return lines
 
 
-def _objective(train: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _check_result(workdir: Path, result: Mapping[str, Any]) -> None:
+  """ValueError about a last row that is not as a run writes it."""
+  wrong = [
+    name
+    for name, kind in _RESULT.items()
+    if not isinstance(result.get(name), kind)
+  ]
+  if not wrong:
+    return
+  raise ValueError(
+    f"The result, the last row of {str(workdir / files.METRICS)!r}, is "
+    f"damaged: {', '.join(map(repr, wrong))} missing or wrong; delete the row, "
+    "and train.py makes it again from the last checkpoint."
+  )
+
+
+def _skipped(steps: int) -> list[tuple[str, str]]:
+  """A line about steps that were not made, if there are any."""
+  if not steps:
+    return []
+  return [("skipped steps", f"{steps:,}, loss or gradient not finite")]
+
+
+def _objective(objective: str) -> list[tuple[str, str]]:
   """What accuracy is about, where it is not the labels."""
-  objective = train.get("objective", "classify")
   if objective == "classify":
     return []
   return [("objective", f"{objective}: accuracy is that of guessed tokens")]

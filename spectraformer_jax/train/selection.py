@@ -1,5 +1,6 @@
 """Which parameters are the best, and when to look no further."""
 
+import math
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
@@ -12,12 +13,14 @@ def is_better(
 ) -> bool:
   """Higher dev accuracy; among equals, lower dev loss.
 
+  Parameters whose loss is not finite are worse than any others.
+
   Example:
     >>> dev = {"accuracy": 0.5, "loss": 1.0}
     >>> is_better(dev, None), is_better(dev, dev)
     (True, False)
   """
-  rank = lambda x: (x["accuracy"], -x["loss"])
+  rank = lambda x: (math.isfinite(x["loss"]), x["accuracy"], -x["loss"])
   return best is None or rank(dev) > rank(best)
 
 

@@ -1,32 +1,93 @@
 """Metrics: JSON lines are the source of truth, TensorBoard a view of them."""
 
-import json
+import codecs
+import functools
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
+from spectraformer_jax.nn.pretrained import one_line
+from spectraformer_jax.train import strict_json
 from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.config import flatten
 
 
 def read_rows(workdir: Path | str) -> list[dict[str, Any]]:
-  """All complete rows of a workdir's metrics.jsonl, in order.
+  """All rows of a workdir's metrics.jsonl that can be read, in order.
 
-  A last line that a kill has cut short is left out.
+  A last line that a kill has cut short, or that is being written, is left out;
+  other lines that are no rows are left out with a warning.
 
   Example:
     >>> read_rows("no/such/folder")
     []
   """
-  path = Path(workdir) / files.METRICS
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else ():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+  rows, bad = _scan(Path(workdir) / files.METRICS)
+  for number, reason in bad:
+    _warn(str(workdir), number, reason)
   return rows
+
+
+@functools.cache  # once for each line
+def _warn(workdir: str, number: int, reason: str) -> None:
+  logging.warning(
+    "line %d of %s is no row of metrics and is left out: %s",
+    *(number, Path(workdir) / files.METRICS, reason),
+  )
+
+
+def _scan(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+  """Rows; and number and fault of each line that is none."""
+  rows, bad = [], []
+  content = path.read_bytes() if path.exists() else b""
+  *lines, rest = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+  for number, line in enumerate(lines, 1):
+    try:
+      rows.append(_row(line))
+    except ValueError as error:
+      bad.append((number, one_line(error)))
+  try:  # a whole row without its end
+    rows += [_row(rest)] if rest else []
+  except ValueError:
+    pass
+  return rows, bad
+
+
+def _row(line: bytes) -> dict[str, Any]:
+  """One row; ValueError says why it is none."""
+  if not line.strip():
+    raise ValueError("it is blank")
+  row = strict_json.loads(line.decode())
+  if not isinstance(row, dict):
+    raise ValueError(f"it holds {type(row).__name__} instead of an object")
+  step = row.get("step")
+  if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+    raise ValueError(f"its step must be an integer >= 0, got {step!r}")
+  for name, value in row.items():
+    if "/" in name and (
+      not isinstance(value, int | float) or isinstance(value, bool)
+    ):
+      raise ValueError(f"its {name!r} must be a number, got {value!r}")
+  return row
+
+
+def finished_result(workdir: Path, num_steps: int) -> dict[str, Any] | None:
+  """The result of a run of that many steps, None if it has not finished.
+
+  A run that is to go on for more steps than its result is of has not.
+  """
+  result = result_row(read_rows(workdir))
+  if result is None:
+    return None
+  planned = result.get("num_steps")
+  if planned is None:  # of a version in which no run could go on
+    stored = files.read_config(workdir, parts=("config",)) or {"config": {}}
+    planned = flatten(stored["config"]).get("train.num_steps", num_steps)
+  return result if planned == num_steps else None
 
 
 def result_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -42,8 +103,11 @@ class MetricWriter:
   Args:
     workdir: the run's folder.
     start_step: rows of later steps, left by a run that was stopped after its
-      last checkpoint, are removed first: training will write them again.
+      last checkpoint, are removed first: training will write them again. Where
+      a line is no row, the file as it was is kept beside it.
     tensorboard: write event files too.
+    first_row: the step of the first row; there have to be rows if `start_step`
+      is not before it.
     wandb: of `wandb_run.start`, to log to as well.
     enabled: False makes one that writes nothing, for all processes but one.
   """
@@ -54,6 +118,7 @@ class MetricWriter:
     *,
     start_step: int,
     tensorboard: bool,
+    first_row: int = 1,
     wandb: Any | None = None,
     enabled: bool = True,
   ):
@@ -62,13 +127,8 @@ class MetricWriter:
     if not enabled:
       return
     self._path = workdir / files.METRICS
-    kept = [
-      row
-      for row in read_rows(workdir)
-      if row["step"] <= start_step and "test/accuracy" not in row
-    ]
-    lines = [json.dumps(row) + "\n" for row in kept if start_step]
-    files.write_text(self._path, "".join(lines))
+    self._first_row = first_row
+    self._rewrite(workdir, start_step)
     self._file = self._path.open("a")
     if tensorboard:
       from tensorboardX import SummaryWriter
@@ -78,12 +138,41 @@ class MetricWriter:
         purge_step=start_step + 1,
       )
 
+  def _rewrite(self, workdir: Path, start_step: int) -> None:
+    """Leaves the rows up to `start_step`, and says what goes."""
+    rows = read_rows(workdir)  # warns of lines that are none
+    _, bad = _scan(self._path)
+    if bad:
+      logging.warning(
+        "%s as it was is now %s", self._path, files.set_aside(self._path)
+      )
+    kept = [
+      row
+      for row in rows
+      if row["step"] <= start_step and "test/accuracy" not in row
+    ]
+    if not start_step:
+      kept = []
+    elif not kept and start_step >= self._first_row:
+      logging.warning(
+        "%s has no rows of the first %d steps: it was deleted or emptied",
+        *(self._path, start_step),
+      )
+    if dropped := len(rows) - len(kept):
+      logging.info(
+        "%s: %d rows that are not of the first %d steps are dropped; this run "
+        "writes them again",
+        *(self._path, dropped, start_step),
+      )
+    lines = [strict_json.dumps(row) + "\n" for row in kept]
+    files.write_text(self._path, "".join(lines))
+
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """One row; metrics ("train/loss") go to the other views as well."""
     if not self._file:
       return
     row = {"step": step, **values, "time": round(time.time(), 3)}
-    self._file.write(json.dumps(row) + "\n")
+    self._file.write(strict_json.dumps(row) + "\n")
     self._file.flush()
     metrics = {name: value for name, value in values.items() if "/" in name}
     if self._tensorboard:

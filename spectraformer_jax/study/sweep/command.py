@@ -21,11 +21,11 @@ from spectraformer_jax.study.sweep import cells as spec
 from spectraformer_jax.study.sweep.cells import Cell, Sweep
 from spectraformer_jax.study.sweep.execute import (
   dask_workers,
+  result_of,
   run_cells,
   threads,
 )
 from spectraformer_jax.train import config as train_config
-from spectraformer_jax.train.writers import read_rows, result_row
 
 INTERRUPTED = 130
 
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
   folder = Path(args.out)
   if args.list:
     for cell in cells:
-      finished = result_row(read_rows(folder / cell.name))
+      finished = result_of(cell, folder / cell.name)
       print(f"{'finished' if finished else 'to do':9} {cell.name}")
     return 0
   workers = threads(args.jobs)

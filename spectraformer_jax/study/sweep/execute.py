@@ -20,7 +20,11 @@ from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.host_memory import HUGE_PAGES
 from spectraformer_jax.train.lock import in_use
-from spectraformer_jax.train.writers import read_rows, result_row
+from spectraformer_jax.train.writers import (
+  finished_result,
+  read_rows,
+  result_row,
+)
 
 POLL_SECONDS = 0.5
 
@@ -60,7 +64,13 @@ def train_cell(
   """
   if stop.is_set() or in_use(workdir):
     return Outcome(None)
-  if result_row(read_rows(workdir)):
+  cell = spec.cell_from_json((workdir / spec.CELL).read_text())
+  result = result_row(read_rows(workdir))
+  # A result of fewer steps is one to go on from.
+  if result and result.get("num_steps") in (
+    None,
+    cell.overrides.get("train.num_steps", result.get("num_steps")),
+  ):
     return Outcome(0)  # another process has finished it
   path = workdir / spec.LOG
   with path.open("a") as log:
@@ -227,15 +237,23 @@ def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
   workdir = folder / cell.name
   try:
     files.check_config(workdir, train_config.to_dict(cell.config()))
+    result = result_of(cell, workdir)
   except ValueError as error:
     board.fail(cell, str(error))
     return False
-  result = result_row(read_rows(workdir))
+  if result and result.get("diverged"):
+    board.fail(cell, result["diverged"])
+    return False
   if result:
     board.skip(cell, result)
     return False
   files.write_text(workdir / spec.CELL, cell.to_json() + "\n")
   return True
+
+
+def result_of(cell: Cell, workdir: Path) -> dict[str, Any] | None:
+  """The last row of a cell that has finished, else None."""
+  return finished_result(workdir, cell.config().train.num_steps)
 
 
 def _conclude(cell: Cell, future: Future[Outcome], board: Board) -> bool:
@@ -248,7 +266,7 @@ def _conclude(cell: Cell, future: Future[Outcome], board: Board) -> bool:
   if status is None:
     board.run_elsewhere(cell)
     return False
-  result = result_row(read_rows(board.folder / cell.name))
+  result = result_of(cell, board.folder / cell.name)
   if result and status == 0:
     board.finish(cell, result)
     return True

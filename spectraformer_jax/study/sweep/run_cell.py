@@ -53,9 +53,13 @@ def main(workdir: str, cpus: str) -> int:
   folder = Path(workdir)
   try:
     cell = cell_from_json((folder / CELL).read_text())
-    train_and_evaluate(cell.config(), folder, command=cell.command(folder))
+    command = cell.command(folder)
+    result = train_and_evaluate(cell.config(), folder, command=command)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
+    return FAILED
+  if result.get("diverged"):
+    print(f"error: {result['diverged']}", file=sys.stderr)
     return FAILED
   return 0
 
