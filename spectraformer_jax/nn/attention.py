@@ -19,7 +19,7 @@ from spectraformer_jax.nn.feature_variables import (
   feature_variables,
   running_stats,
 )
-from spectraformer_jax.nn.inputs import check_rows, without_padding
+from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
 from spectraformer_jax.nn.positions import next_positions, rotate
 from spectraformer_jax.nn.projections import projection
 from spectraformer_jax.registry import nearest
@@ -110,6 +110,7 @@ class SpectralSelfAttention(nn.Module):
         other attention than causal spectral or with a mask where features
         depend on positions.
     """
+    check_flags(decode=decode, deterministic=deterministic)
     mask, segment_ids = check_rows(x, mask, segment_ids)
     self._check(mask, segment_ids, decode)
     x = without_padding(x, mask)

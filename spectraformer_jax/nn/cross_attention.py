@@ -13,7 +13,7 @@ from spectraformer_jax.nn.feature_variables import (
   feature_variables,
   running_stats,
 )
-from spectraformer_jax.nn.inputs import check_rows, without_padding
+from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
 from spectraformer_jax.nn.projections import projection
 from spectraformer_jax.typing import Array
 
@@ -82,6 +82,7 @@ class SpectralCrossAttention(nn.Module):
         do with each other), batches that differ, `decode` with exact
         attention, or no memory and no call before.
     """
+    check_flags(decode=decode, deterministic=deterministic)
     self._check(x, memory, decode)
     mask, _ = check_rows(x, mask, None)
     x = without_padding(x, mask)

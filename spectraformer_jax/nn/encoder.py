@@ -11,7 +11,7 @@ from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.by_token import by_token
 from spectraformer_jax.nn.cross_attention import SpectralCrossAttention
 from spectraformer_jax.nn.dropout import Dropout
-from spectraformer_jax.nn.inputs import check_rows, without_padding
+from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
@@ -78,6 +78,7 @@ class EncoderLayer(nn.Module):
       ValueError: unknown `mlp` or `norm`, a memory without `attends_memory`,
         and what the attentions refuse.
     """
+    check_flags(decode=decode, deterministic=deterministic)
     if memory is not None and not self.attends_memory:
       raise ValueError("memory needs attends_memory=True.")
     mask, segment_ids = check_rows(x, mask, segment_ids)

@@ -22,10 +22,23 @@ def feature_variables(
     feature_map: whose leaves they are.
     head_dim: H.
     num_heads: N of the keys, or 1 to share.
+
+  Raises:
+    ValueError: no "random_features" where they cannot be made.
   """
   sizes = {"head_dim": head_dim, "num_heads": num_heads}
+  collection = "random_features"
+  if not (
+    module.has_variable(collection, "projection")
+    or module.is_mutable_collection(collection)
+  ):
+    raise ValueError(
+      f"collection {collection!r} is missing: apply needs it beside 'params', "
+      "and nn.scan and nn.vmap need it in variable_axes={'params': 0, "
+      f"{collection!r}: 0}}."
+    )
   projection = module.variable(
-    "random_features",
+    collection,
     "projection",
     lambda: feature_map.init_projection(module.make_rng("features"), **sizes),
   )

@@ -8,6 +8,17 @@ from spectraformer_jax import checks
 from spectraformer_jax.typing import Array
 
 
+def check_flags(**flags: bool) -> None:
+  """ValueError for a flag that is not known when the program is built."""
+  for name, value in flags.items():
+    if isinstance(value, jax.core.Tracer):
+      raise ValueError(
+        f"{name} must be a Python bool, got a traced value; nn.remat traces "
+        "keyword arguments: give it a function, nn.remat(lambda layer, x: "
+        f"layer(x, {name}=True))(layer, x)."
+      )
+
+
 def without_padding(x: Array, mask: Array | None) -> Array:
   """Vectors with zeros where padding was: NaN there would reach gradients.
 

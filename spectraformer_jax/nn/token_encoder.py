@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
-from spectraformer_jax.nn.inputs import check_rows, check_tokens, token_ids
+from spectraformer_jax.nn.inputs import (
+  check_flags,
+  check_rows,
+  check_tokens,
+  token_ids,
+)
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.positions import (
   POSITIONS,
@@ -94,6 +99,7 @@ class TokenEncoder(nn.Module):
       ValueError: a sequence longer than `max_len`, a token out of the
         vocabulary, unknown `positions`, or `segment_ids` with `prepend_cls`.
     """
+    check_flags(decode=decode, deterministic=deterministic)
     tokens = check_tokens(tokens)
     if self.positions not in POSITIONS:
       raise ValueError(
