@@ -150,12 +150,12 @@ class SpectralSelfAttention(nn.Module):
   ):
     """Attention of the feature map, after the keys of earlier calls."""
     heads = {"num_heads": key.shape[2], "head_dim": self.head_dim}
-    if self.share_projection:
-      variables = feature_variables(
-        self, self.feature_map, **heads | {"num_heads": 1}
-      )
-    else:
-      variables = feature_variables(self, self.feature_map, **heads)
+    variables = feature_variables(
+      self,
+      self.feature_map,
+      head_dim=self.head_dim,
+      num_heads=1 if self.share_projection else key.shape[2],
+    )
     stats = running_stats(
       self,
       self.feature_map,

@@ -5,7 +5,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax.attention import spectral_attention
+from spectraformer_jax import checks
+from spectraformer_jax.attention import (
+  spectral_attention,
+  statistics_of_keys,
+)
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.nn.attention import check_attention
@@ -116,8 +120,15 @@ class SpectralCrossAttention(nn.Module):
       key_mask=memory_mask,
       deterministic=deterministic,
     )
-    if stats is None and self.feature_map.info.needs_stats:
-      stats = self._stats_of_memory(variables, key, memory_mask)
+    # Said here, since later calls, which have no keys, need them as well.
+    stats = statistics_of_keys(
+      self.feature_map,
+      variables,
+      stats,
+      key,
+      memory_mask,
+      checks.split_scale(None, self.head_dim),
+    )
     out, state = spectral_attention(
       query,
       key,
@@ -162,13 +173,6 @@ class SpectralCrossAttention(nn.Module):
       self.feature_map,
       head_dim=self.head_dim,
       num_heads=1 if self.share_projection else heads,
-    )
-
-  def _stats_of_memory(self, variables, key, memory_mask):
-    """Statistics of keys in both roles: none of a query, which may be later."""
-    key = key.astype(jnp.float32) * float(self.head_dim) ** -0.25
-    return self.feature_map.calibrate(
-      variables, key, key, key_mask=memory_mask, query_mask=memory_mask
     )
 
   def _check(self, x, memory, decode):
