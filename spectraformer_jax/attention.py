@@ -109,6 +109,10 @@ def spectral_attention(
     segment_ids=segment_ids,
     has_state=return_state or initial_state is not None,
   )
+  component = feature_map.component
+  if component.longest is not None and initial_state is not None:
+    before = checks.known(initial_state.length)
+    component.check_length(before + query.shape[1])
   out, state = _spectral_attention(
     query,
     key,
@@ -162,6 +166,11 @@ def _spectral_attention(
     options=options,
     **kwargs,
   )
+  longest = feature_map.component.longest
+  if longest is not None and kwargs["initial_state"] is not None:
+    position = kwargs["initial_state"].length + jnp.arange(query.shape[1])
+    reached = (position < longest)[None, :, None, None]
+    out = jnp.where(reached, out, jnp.nan)
   if query_mask is not None:
     out = jnp.where(query_mask[:, :, None, None], out, 0)
   return out, state
@@ -246,7 +255,9 @@ def decode_step(
     ``[B, 1, N, V]`` in value's dtype, and the state with the token in it.
 
   Raises:
-    ValueError: more than one token, or shapes that do not agree.
+    ValueError: more than one token, shapes that do not agree, or a token
+      beyond the longest sequence of its component (known only at run time, its
+      output is NaN).
 
   Example: see `init_state`.
   """

@@ -5,6 +5,7 @@ Checks look at static shapes only, so they run before any compilation.
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.typing import Array
@@ -96,6 +97,13 @@ def split_scale(scale: float | None, head_dim: int) -> float:
   if not scale > 0:
     raise ValueError(f"scale must be positive, got {scale!r}.")
   return math.sqrt(scale)
+
+
+def known(position) -> int:
+  """A position that is known while tracing; 0 for None and a traced one."""
+  if position is None or isinstance(position, jax.core.Tracer):
+    return 0
+  return int(position)
 
 
 def positions_before(lengths: Array, size: int) -> Array:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from spectraformer_jax.checks import known
 from spectraformer_jax.components import Component, ComponentState
 from spectraformer_jax.feature_parts import (
   FeatureMapInfo,
@@ -301,11 +302,13 @@ class FeatureMap:
       factor ``[..., T, N, F]`` or None.
 
     Raises:
-      ValueError: unknown side, shapes that do not agree, or missing stats.
+      ValueError: unknown side, shapes that do not agree, missing stats, or
+        positions that are known to be beyond what the component can map.
     """
     if side not in SIDES:
       raise ValueError(f"side must be one of {SIDES}, got {side!r}.")
     self.check_inputs(variables, x)
+    self.component.check_length(known(position) + x.shape[-3])
     flat = jnp.reshape(x, (-1, *x.shape[-3:]))
     check_stats(stats, flat)
     prepared = self.prepare(variables, stats)

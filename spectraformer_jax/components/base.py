@@ -118,8 +118,18 @@ class Component:
   def check(self, num_features: int, head_dim: int) -> None:
     """Raises ValueError for sizes it cannot serve."""
 
+  @property
+  def longest(self) -> int | None:
+    """Length of the longest sequence it can map; None without a bound."""
+    return None
+
   def check_length(self, length: int) -> None:
     """Raises ValueError for a sequence that is too long for it."""
+    if self.longest is not None and length > self.longest:
+      raise ValueError(
+        f"component {self.info.name!r} has max_length={self.longest}, got a "
+        f"sequence of length {length}: build it with a larger max_length."
+      )
 
   def init(self, rng: Array, head_dim: int) -> Params:
     """Learnable parameters of one head, float32; ``{}`` if none."""

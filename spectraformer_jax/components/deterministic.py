@@ -96,9 +96,11 @@ class CosFormer(Component):
 
   Queries and keys count positions from 0, whatever T and S are: use it where
   both run along one axis, as in self-attention. A caller that maps a sequence
-  piece by piece passes the `position` of each piece, and sees to it that the
-  whole is not longer than L: beyond, cosines turn negative. `kernel_value` is
-  for equal positions.
+  piece by piece passes the `position` of each piece. Beyond L cosines would
+  turn negative: a sequence, or a state and what follows it, that is known to
+  be longer is an error, and where the position is known only at run time (as
+  in a jitted `decode_step`) outputs from position L on are NaN. `kernel_value`
+  is for equal positions.
 
   Args:
     max_length: L, at least the longest sequence.
@@ -106,7 +108,7 @@ class CosFormer(Component):
 
   Raises:
     ValueError: a max_length that is not a positive integer, a negative epsilon;
-      when mapped, a sequence longer than max_length.
+      when mapped, a sequence longer than max_length, with what came before.
 
   References:
     Qin et al., cosFormer, 2022, cos-based re-weighting (2202.08791).
@@ -148,13 +150,10 @@ class CosFormer(Component):
     """See `Component.feature_dim`."""
     return None if head_dim is None else 2 * head_dim
 
-  def check_length(self, length):
-    """See `Component.check_length`."""
-    if length > self.max_length:
-      raise ValueError(
-        f"component 'cosformer' has max_length={self.max_length}, got a "
-        f"sequence of length {length}: build it with a larger max_length."
-      )
+  @property
+  def longest(self):
+    """See `Component.longest`."""
+    return self.max_length
 
   def log_features(self, x, rows, side, state):
     """See `Component.log_features`."""
