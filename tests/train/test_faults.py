@@ -1,5 +1,6 @@
 """What goes wrong in a long run: signals, kills, full disks, NaN, two runs."""
 
+import json
 import os
 import random
 import re
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from absl import logging
 
-from spectraformer_jax.train import parallel
+from spectraformer_jax.train import describe, parallel, report
 from spectraformer_jax.train.lock import workdir_lock
 from spectraformer_jax.train.loop import train_and_evaluate
 from spectraformer_jax.train.meters import RUN_AHEAD, Record
 from spectraformer_jax.train.nonfinite import NonFiniteError, SkippedSteps
+from spectraformer_jax.train.selection import is_better
 from spectraformer_jax.train.signals import StopSignals
 from spectraformer_jax.train.steps import Sums
 from spectraformer_jax.train.writers import read_rows
@@ -216,6 +218,65 @@ def test_run_that_diverges_stops_with_a_report(tiny_config, tmp_path):
   assert rows and "nan" in text and "token_embedding" in text
   with np.load(folder / "batch.npz") as batch:
     assert batch["tokens"].shape == (32, 64) and batch["weight"].sum() == 32
+
+
+def refuse(name):
+  raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_run_that_ends_diverged_says_so(tiny_config, tmp_path, capsys):
+  # Fewer steps than are too many in a row; the second is the first skipped.
+  changes = {"optim.lr": 1e38, "optim.warmup_steps": 0, "optim.clip": "none"}
+  config = tiny_config(**changes, **{"train.num_steps": 4, "eval.every": 2})
+  result = train_and_evaluate(config, tmp_path)
+  assert "diverged: the loss on the dev split is" in result["diverged"]
+  assert "the last 3 steps were skipped" in result["diverged"]
+  assert result["skipped_steps"] == 3
+  for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    json.loads(line, parse_constant=refuse)
+  assert train_and_evaluate(config, tmp_path)["diverged"] == result["diverged"]
+  report.print_summary(tmp_path)
+  out = capsys.readouterr().out
+  assert "diverged" in out and "skipped steps" in out
+  assert "diverged" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_train_py_exits_with_the_status_of_a_diverged_run(cache_dir, tmp_path):
+  values = TINY | {"task.cache_dir": cache_dir, "train.num_steps": 6}
+  command = [TRAIN, f"--workdir={tmp_path}", *as_flags(values)]
+  command += ["--config.optim.lr=1e38", "--config.optim.clip=none"]
+  for _ in range(2):  # the second prints it again
+    code, out, err = run_python(*command)
+    assert code == 3, err
+    assert "test accuracy, best-dev parameters" in out and "diverged" in out
+    assert err.splitlines()[-1].startswith("error: diverged: the loss on the")
+
+
+@pytest.mark.parametrize(
+  ("dev_loss", "in_a_row", "test_loss", "words"),
+  [
+    (1.0, 0, 1.0, None),
+    (np.nan, 0, 1.0, "dev split is nan after step 3"),
+    (1.0, 2, 1.0, "the last 2 steps were skipped"),
+    (1.0, 0, np.inf, "test split is inf after step 3"),
+    (np.nan, 1, np.nan, "dev split is nan.*test split is nan.*last 1 steps"),
+  ],
+)
+def test_what_a_diverged_run_is(dev_loss, in_a_row, test_loss, words):
+  record = Record({}, dev={"step": 3, "loss": dev_loss})
+  # Steps that were skipped before others that were made are no end.
+  record.skipped, record.skipped_in_a_row = 5, in_a_row
+  found = describe.divergence(record, {"test split": test_loss})
+  assert found is None if words is None else re.search(words, found)
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best():
+  finite = {"accuracy": 0.1, "loss": 2.0}
+  for loss in (np.nan, np.inf):
+    other = {"accuracy": 0.9, "loss": loss}
+    assert is_better(finite, other) and not is_better(other, finite)
+    assert is_better(other, None)
 
 
 def test_skipped_steps_count_in_a_row():

@@ -8,7 +8,9 @@ import pytest
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.train import parallel
 from spectraformer_jax.train.checkpoints import Checkpointer
+from spectraformer_jax.train.config import to_dict
 from spectraformer_jax.train.loop import train_and_evaluate
+from spectraformer_jax.train.workdir import check_config
 from spectraformer_jax.train.writers import read_rows
 from tests.train import workers
 from tests.train.conftest import run_python
@@ -255,6 +257,53 @@ def test_other_config_in_workdir(uninterrupted, tiny_config):
   # What does not change the training may differ.
   harmless = {"logging.every": 7, "checkpoint.keep": 5}
   train_and_evaluate(tiny_config(**harmless), workdir)
+
+
+ENDLESS = {
+  "optim.schedule": "rsqrt",
+  "train.num_steps": 16,
+  "eval.every": 8,
+  "checkpoint.every": 8,
+}
+
+
+def test_a_finished_run_goes_on_for_more_steps(tiny_config, tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  whole = train_and_evaluate(tiny_config(**ENDLESS), one)
+  short = tiny_config(**ENDLESS | {"train.num_steps": 8})
+  assert train_and_evaluate(short, two)["step"] == 8
+  result = train_and_evaluate(tiny_config(**ENDLESS), two)
+  assert without_times([result]) == without_times([whole])
+  same_arrays(saved_arrays(one, 16), saved_arrays(two, 16))
+  assert without_times(read_rows(one)) == without_times(read_rows(two))
+  stored = json.loads((two / "config.json").read_text())
+  assert stored["config"]["train"]["num_steps"] == 16
+  # Finished again, and never shorter.
+  assert train_and_evaluate(tiny_config(**ENDLESS), two) == result
+  with pytest.raises(ValueError, match="16 there and 8 here.* can only grow"):
+    train_and_evaluate(short, two)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "rsqrt"])
+def test_which_runs_may_go_on(schedule, tiny_config, tmp_path):
+  changes = {"optim.schedule": schedule, "optim.warmup_steps": 2}
+  before, after = (
+    to_dict(tiny_config(**changes, **{"train.num_steps": steps}))
+    for steps in (16, 48)
+  )
+  (tmp_path / "config.json").write_text(json.dumps({"config": before}))
+  check = lambda config: check_config(tmp_path, config)
+  if schedule == "rsqrt":
+    check(after)
+    after["train"]["batch_size"] = 16
+    with pytest.raises(ValueError, match="batch_size is 32 there and 16 here"):
+      check(after)
+    return
+  with pytest.raises(ValueError, match=f"'{schedule}' depends on it") as error:
+    check(after)
+  message = str(error.value)
+  assert "train.num_steps is 16 there and 48 here" in message
+  assert "\n" not in message
 
 
 def test_run_of_an_older_version_goes_on(uninterrupted, tiny_config, tmp_path):

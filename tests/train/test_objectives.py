@@ -1,14 +1,20 @@
 """Masked and causal objectives, and runs that start from such a run."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from spectraformer_jax.nn.from_config import make_feature_map, make_model
 from spectraformer_jax.train import objectives, parallel
-from spectraformer_jax.train.config import default_config, validate
+from spectraformer_jax.train.checkpoints import Checkpointer
+from spectraformer_jax.train.config import default_config, to_dict, validate
 from spectraformer_jax.train.loop import train_and_evaluate
-from spectraformer_jax.train.state import run_keys
+from spectraformer_jax.train.pretrained import start_from
+from spectraformer_jax.train.state import create, run_keys
 from spectraformer_jax.train.writers import read_rows
 from tests.train import workers
 from tests.train.test_loop import same_arrays, saved_arrays, without_times
@@ -197,3 +203,94 @@ def test_other_weights_are_refused(
   changes = {"model.init_from": str(pretrained[0])} | changes
   with pytest.raises(ValueError, match=words):
     train_and_evaluate(tiny_config(**changes), tmp_path)
+
+
+def finished_folder(path, config, best_step=3):
+  """The workdir of a finished run of that config, with made-up weights."""
+  facts = {"name": "toy", "vocab_size": 17, "num_classes": 3, "length": 8}
+  facts |= {"pair": False, "fingerprint": "0"}
+  feature_map = make_feature_map(config)
+  model = make_model(config, feature_map, facts)
+  new = create(model, feature_map, optax.sgd(1.0), run_keys(7))
+  new = parallel.to_host(new._replace(step=np.int32(best_step)))
+  stored = {"config": to_dict(config), "data": {"train": facts}}
+  stored["environments"] = [{}]
+  path.mkdir()
+  (path / "config.json").write_text(json.dumps(stored))
+  with Checkpointer(path / "checkpoints", keep=1) as checkpointer:
+    best = {"step": best_step, "accuracy": 0.5, "loss": 1.0}
+    checkpointer.save(new, {"best": best}, best_step=best_step)
+  row = {"step": best_step, "test/accuracy": 0.5}
+  (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+  return new
+
+
+def first_state(config):
+  """Of a run with that config."""
+  facts = {"name": "toy", "vocab_size": 17, "num_classes": 3, "length": 8}
+  feature_map = make_feature_map(config)
+  model = make_model(config, feature_map, facts | {"pair": False})
+  return create(model, feature_map, optax.sgd(1.0), run_keys(0))
+
+
+SOFTMAX = {"model.attention": "softmax"}
+# Learnable rows, and running statistics.
+LEARNT = {
+  "feature_map.weight_matrix": "fastfood_learnable",
+  "feature_map.component_kwargs": {"statistics": "ema"},
+}
+
+
+@pytest.mark.parametrize(
+  ("there", "here", "head"),
+  [
+    (SOFTMAX, {}, True),
+    (SOFTMAX, LEARNT, True),
+    (SOFTMAX | {"train.objective": "masked"}, {}, False),
+    ({}, SOFTMAX, True),
+    ({"model.attention": "linformer"}, LEARNT, True),
+  ],
+)
+@pytest.mark.quick_every(5)
+def test_weights_of_a_run_with_another_attention(
+  there, here, head, tiny_config, tmp_path
+):
+  folder = tmp_path / "there"
+  source = workers.named("", finished_folder(folder, tiny_config(**there)))
+  config = tiny_config(**here, **{"model.init_from": str(folder)})
+  before = workers.named("", first_state(config))
+  new, lines = start_from(first_state(config), config)
+  after = workers.named("", new)
+  assert after.keys() == before.keys()
+  taken = set()
+  for name in before:
+    own = "feature_map" in name or not name.startswith(".params")
+    is_head = "head" in name
+    if own or (is_head and not head) or name not in source:
+      np.testing.assert_array_equal(after[name], before[name], name)
+      continue
+    if "token_embedding" in name:
+      rows = len(before[name])
+      np.testing.assert_array_equal(after[name], source[name][:rows], name)
+    else:
+      np.testing.assert_array_equal(after[name], source[name], name)
+    taken.add(name)
+  assert any("token_embedding" in name for name in taken)
+  assert any("encoder" in name and "kernel" in name for name in taken)
+  assert any("head" in name for name in taken) == head
+  text = "\n".join(lines)
+  assert str(folder) in text and "taken: encoder/" in text
+  assert ("head" in lines[0]) == head
+  if here != SOFTMAX:
+    assert "random_features" in lines[1] and "anew: " in lines[1]
+  if there == {}:
+    assert "random_features" in lines[-1] and "left: " in lines[-1]
+
+
+def test_what_another_attention_does_not_excuse(tiny_config, tmp_path):
+  folder = tmp_path / "there"
+  finished_folder(folder, tiny_config(**SOFTMAX))
+  changes = {"model.mlp": "gated", "model.init_from": str(folder)}
+  config = tiny_config(**changes)
+  with pytest.raises(ValueError, match="config.model.mlp is 'gelu' there"):
+    start_from(first_state(config), config)
