@@ -18,6 +18,7 @@ from spectraformer_jax.linear_attention.state import (
   joined,
   parted,
 )
+from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -75,8 +76,8 @@ def read(
   Returns:
     ``[B, T, N, G, V]``.
   """
-  state = joined(state)
-  return _read(query_map, chunk, dtype, constants, state, query, position)
+  inputs = alike(constants, joined(state), query)
+  return _read(query_map, chunk, dtype, *inputs, position)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -193,8 +194,8 @@ def accumulate(
     value: ``[B, S, N, V]``.
     keep: bool ``[B, S]`` or None.
   """
-  state = joined(state)
-  return parted(_accumulate(key_map, chunk, constants, state, key, value, keep))
+  inputs = (constants, joined(state), key, value, keep)
+  return parted(_accumulate(key_map, chunk, *alike(*inputs)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention import leaves
+from spectraformer_jax.linear_attention.varying import varying_like
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -93,7 +94,7 @@ def empty_like(x: Array, depth: int | None = None, dtype=None) -> Array:
     dtype: another dtype.
   """
   shape = x.shape if depth is None else (*x.shape[:-1], depth)
-  return jax.lax.empty(shape, dtype or x.dtype)
+  return varying_like(jax.lax.empty(shape, dtype or x.dtype), x)
 
 
 class Cut(NamedTuple):

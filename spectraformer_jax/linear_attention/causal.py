@@ -18,6 +18,7 @@ from spectraformer_jax.linear_attention.state import (
   joined,
   parted,
 )
+from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -48,8 +49,8 @@ def causal(
   Returns:
     ``[B, T, N, G, V]`` of value's dtype and the state after the last key.
   """
-  inputs = (query, key, value, keep, segment)
-  out, state = _causal(maps, chunk, constants, joined(state), *inputs)
+  inputs = alike(constants, joined(state), query, key, value, keep, segment)
+  out, state = _causal(maps, chunk, *inputs)
   return out, parted(state)
 
 
