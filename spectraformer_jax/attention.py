@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax import checks
+from spectraformer_jax import checks, meshes
 from spectraformer_jax.feature_maps import FeatureMap, Prepared
 from spectraformer_jax.heads import queries_by_key_head
 from spectraformer_jax.linear_attention.api import (
@@ -150,30 +150,48 @@ def _spectral_attention(
   root,
   key_mask,
   options,
-  **kwargs,
+  segment_ids,
+  initial_state,
 ):
   """`spectral_attention` on checked arguments."""
-  if query_mask is not None:
-    query = jnp.where(query_mask[:, :, None, None], query, 0)
-  stats = statistics_of_keys(feature_map, variables, stats, key, key_mask, root)
-  out, state = attend(
-    maps_of(feature_map, root),
-    feature_map.prepare(variables, stats),
+
+  def on_one_device(query, key, value, variables, rows, masks):
+    stats, initial_state = rows
+    query_mask, key_mask, segment_ids = masks
+    if query_mask is not None:
+      query = jnp.where(query_mask[:, :, None, None], query, 0)
+    stats = statistics_of_keys(
+      feature_map, variables, stats, key, key_mask, root
+    )
+    out, state = attend(
+      maps_of(feature_map, root),
+      feature_map.prepare(variables, stats),
+      query,
+      key,
+      value,
+      key_mask=key_mask,
+      segment_ids=segment_ids,
+      initial_state=initial_state,
+      options=options,
+    )
+    longest = feature_map.component.longest
+    if longest is not None and initial_state is not None:
+      position = initial_state.length + jnp.arange(query.shape[1])
+      reached = (position < longest)[None, :, None, None]
+      out = jnp.where(reached, out, jnp.nan)
+    if query_mask is not None:
+      out = jnp.where(query_mask[:, :, None, None], out, 0)
+    return out, state
+
+  return meshes.on_shards(
+    on_one_device,
     query,
     key,
     value,
-    key_mask=key_mask,
-    options=options,
-    **kwargs,
+    by_head=variables,
+    by_row=(stats, initial_state),
+    by_example=(query_mask, key_mask, segment_ids),
   )
-  longest = feature_map.component.longest
-  if longest is not None and kwargs["initial_state"] is not None:
-    position = kwargs["initial_state"].length + jnp.arange(query.shape[1])
-    reached = (position < longest)[None, :, None, None]
-    out = jnp.where(reached, out, jnp.nan)
-  if query_mask is not None:
-    out = jnp.where(query_mask[:, :, None, None], out, 0)
-  return out, state
 
 
 def init_state(

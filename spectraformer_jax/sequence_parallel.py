@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from spectraformer_jax import checks
+from spectraformer_jax import checks, meshes
 from spectraformer_jax.attention import (
   check_spectral_inputs,
   maps_of,
@@ -51,7 +51,8 @@ def sequence_parallel_attention(
     query: ``[B, T, N, H]``; N may be a multiple of the keys' heads.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
-    mesh: devices; see `jax.make_mesh` (axis types Auto).
+    mesh: devices; see `jax.make_mesh`. Over its Explicit axes arrays are
+      divided first, if they are not yet.
     axis: name of the mesh axis that T and S are divided over.
     feature_map: see `spectral_attention`, as all that follow.
     variables: replicated.
@@ -147,6 +148,37 @@ def _sequence_parallel(
   axis,
 ):
   """`sequence_parallel_attention` on checked arguments."""
+  run = functools.partial(
+    _on_auto_axes,
+    feature_map=feature_map,
+    root=root,
+    is_causal=is_causal,
+    chunk=chunk,
+    axis=axis,
+  )
+  masks = key_mask, query_mask
+  return meshes.with_auto_axes(
+    run, mesh, axis, query, key, value, masks, (variables, stats)
+  )
+
+
+def _on_auto_axes(
+  mesh,
+  query,
+  key,
+  value,
+  masks,
+  maps_and_stats,
+  *,
+  feature_map,
+  root,
+  is_causal,
+  chunk,
+  axis,
+):
+  """`sequence_parallel_attention` where no mesh axis is Explicit."""
+  key_mask, query_mask = masks
+  variables, stats = maps_and_stats
   if query_mask is not None:
     query = jnp.where(query_mask[:, :, None, None], query, 0)
   if key_mask is not None:

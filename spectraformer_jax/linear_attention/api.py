@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax import checks
+from spectraformer_jax import checks, meshes
 from spectraformer_jax.linear_attention import (
   bidirectional,
   causal,
@@ -93,15 +93,13 @@ def linear_attention(
     is_causal=is_causal,
     depth="feature dim",
   )
-  out, state = attend(
-    _PLAIN,
-    (),
+  out, state = _linear_attention(
     query_features,
     key_features,
     value,
-    key_mask=key_mask,
-    segment_ids=segment_ids,
-    initial_state=initial_state,
+    key_mask,
+    segment_ids,
+    initial_state,
     options=AttendOptions(
       is_causal=is_causal,
       return_state=return_state,
@@ -111,6 +109,37 @@ def linear_attention(
     ),
   )
   return (out, state) if return_state else out
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def _linear_attention(
+  query, key, value, key_mask, segment_ids, initial_state, *, options
+):
+  """`linear_attention` on checked arguments."""
+
+  def on_one_device(query, key, value, constants, initial_state, masks):
+    key_mask, segment_ids = masks
+    return attend(
+      _PLAIN,
+      constants,
+      query,
+      key,
+      value,
+      key_mask=key_mask,
+      segment_ids=segment_ids,
+      initial_state=initial_state,
+      options=options,
+    )
+
+  return meshes.on_shards(
+    on_one_device,
+    query,
+    key,
+    value,
+    by_head=(),
+    by_row=initial_state,
+    by_example=(key_mask, segment_ids),
+  )
 
 
 def _plain(constants: PyTree, x: Array, position: Array) -> LogFeatures:

@@ -223,7 +223,9 @@ def best_cut(chunk: int | None, shape: tuple[int, ...]) -> Cut:
   """Of ``[B, S, N, ...]``: all rows of what is asked, or what is best."""
   batch, length, heads = shape[:3]
   best = sizes()
-  by_row = not chunk and best.by_row and length >= best.block
+  # Over several devices rows are divided: none may be looked up by its number.
+  is_alone = jax.device_count() == 1
+  by_row = not chunk and best.by_row and is_alone and length >= best.block
   if by_row:
     # At least that many positions, evenly, so that little is padded.
     positions = -(-length // (length // best.block))

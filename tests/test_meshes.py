@@ -1,0 +1,262 @@
+"""Attention inside `jax.shard_map`, and on meshes with Explicit axes.
+
+Eight virtual devices are those of a process of its own, which runs this file.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import spectraformer_jax as sf
+
+BATCH, LENGTH, HEADS, HEAD_DIM = 4, 70, 4, 8
+CASES = {
+  "posrf": {},
+  "posrf causal": {"is_causal": True},
+  "posrf packed": {"segment_ids": np.arange(LENGTH)[None] // 20},
+  "oprf masked": {"key_mask": np.arange(LENGTH)[None] < 50},
+}
+
+
+def attention_of(name):
+  """Attention of x, and of x and a learnable leaf."""
+  component, kwargs = name.split()[0], dict(CASES[name])
+  for mask in {"key_mask", "segment_ids"} & kwargs.keys():
+    kwargs[mask] = jnp.asarray(kwargs[mask])
+  fm = sf.feature_map(component, "orf", num_features=16)
+  variables = fm.init(jax.random.key(1), head_dim=HEAD_DIM, num_heads=HEADS)
+
+  def attention(x):
+    masks = {
+      name: jnp.broadcast_to(value, x.shape[:2])
+      for name, value in kwargs.items()
+      if name != "is_causal"
+    }
+    return sf.spectral_attention(
+      *(x, x, x), feature_map=fm, variables=variables, **{**kwargs, **masks}
+    )
+
+  return attention
+
+
+def relative(got, expected):
+  """The largest difference, relative to the largest number."""
+  got, expected = np.asarray(got), np.asarray(expected)
+  return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+def collectives(compiled):
+  return re.findall(
+    r"= \S+ (all-gather|all-to-all|collective-permute)", compiled.as_text()
+  )
+
+
+def on_mesh(name, kind):
+  """Differences, sharding and collectives of values and gradients."""
+  mesh = jax.make_mesh((4, 2), ("b", "h"), axis_types=2 * (AxisType[kind],))
+  attention = attention_of(name)
+  gradient = jax.grad(lambda x: jnp.sum(attention(x) ** 2))
+  x = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, HEADS, HEAD_DIM))
+  sharding = NamedSharding(mesh, P("b", None, "h", None))
+  placed = jax.device_put(x, sharding)
+  found = []
+  for function in (attention, gradient):
+    compiled = jax.jit(function).lower(placed).compile()
+    out = compiled(placed)
+    found.append(
+      {
+        "difference": relative(out, jax.jit(function)(x)),
+        "same_sharding": out.sharding.is_equivalent_to(sharding, 4),
+        "collectives": collectives(compiled),
+      }
+    )
+  return found
+
+
+def in_shard_map(name):
+  """Differences of values and gradients inside `jax.shard_map`."""
+  mesh = jax.make_mesh((4,), ("b",), axis_types=(AxisType.Auto,))
+  attention = attention_of(name)
+  gradient = jax.grad(lambda x: jnp.sum(attention(x) ** 2))
+  x = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, HEADS, HEAD_DIM))
+  found = []
+  for function in (attention, gradient):
+    inside = jax.shard_map(
+      function, mesh=mesh, in_specs=P("b"), out_specs=P("b")
+    )
+    found.append(relative(jax.jit(inside)(x), jax.jit(function)(x)))
+  return found
+
+
+def models_in_shard_map():
+  """Differences of a classifier, its gradients, and generated tokens."""
+  mesh = jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,))
+  fm = sf.feature_map("posrf", "orf", num_features=16)
+  sizes = {"vocab_size": 16, "max_len": 24, "num_layers": 1, "head_dim": 8}
+  classifier = sf.nn.Classifier(num_classes=3, feature_map=fm, **sizes)
+  model = sf.nn.LanguageModel(feature_map=fm, **sizes)
+  tokens = jax.random.randint(jax.random.key(0), (4, 12), 0, 16)
+  length = jnp.array([12, 3, 8, 5])
+  weights = classifier.init(jax.random.key(1), tokens, length)
+  variables = model.init(jax.random.key(1), tokens)
+
+  def divided(function, *args, out):
+    specs = (P(), *(len(args) - 1) * [P("b")])
+    return jax.jit(
+      jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
+    )(*args)
+
+  def loss(params, tokens, length):
+    every = {**weights, "params": params}
+    logits = classifier.apply(every, tokens, length)
+    return jax.lax.psum(jnp.sum(logits**2), "b")
+
+  def plain_loss(params, tokens, length):
+    logits = classifier.apply({**weights, "params": params}, tokens, length)
+    return jnp.sum(logits**2)
+
+  args = (weights["params"], tokens, length)
+  got = divided(jax.grad(loss), *args, out=P())
+  expected = jax.grad(plain_loss)(*args)
+  write = lambda variables, tokens: sf.nn.generate(
+    model, variables, tokens, num_tokens=4
+  )
+  return {
+    "gradients": max(
+      jax.tree.leaves(
+        jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), got, expected)
+      )
+    ),
+    "tokens": bool(
+      (
+        divided(write, variables, tokens, out=P("b"))
+        == write(variables, tokens)
+      ).all()
+    ),
+  }
+
+
+def sequence_parallel():
+  """Differences on an Explicit mesh, of arrays that lie on it or not."""
+  mesh = jax.make_mesh((2, 4), ("b", "s"), axis_types=2 * (AxisType.Explicit,))
+  fm = sf.feature_map("oprf", "orf", num_features=16)
+  maps = {
+    "feature_map": fm,
+    "variables": fm.init(jax.random.key(1), head_dim=HEAD_DIM),
+  }
+  x = jax.random.normal(jax.random.key(0), (BATCH, 64, HEADS, HEAD_DIM))
+  attention = lambda x: sf.sequence_parallel_attention(
+    *(x, x, x), mesh=mesh, axis="s", **maps
+  )
+  gradient = jax.grad(lambda x: jnp.sum(attention(x) ** 2))
+  expected = sf.spectral_attention(x, x, x, **maps)
+  plain = jax.grad(
+    lambda x: jnp.sum(sf.spectral_attention(x, x, x, **maps) ** 2)
+  )
+  found = {}
+  for name, spec in {"none": None, "s": P(None, "s"), "b": P("b", "s")}.items():
+    y = x if spec is None else jax.device_put(x, NamedSharding(mesh, spec))
+    found[name] = [
+      relative(attention(y), expected),
+      relative(jax.jit(gradient)(y), plain(x)),
+    ]
+  return found
+
+
+def refusal():
+  mesh = jax.make_mesh((8,), ("s",), axis_types=(AxisType.Explicit,))
+  x = jnp.ones((1, 16, 2, HEAD_DIM))
+  x = jax.device_put(x, NamedSharding(mesh, P(None, "s")))
+  fm = sf.feature_map("posrf", "orf", num_features=16)
+  variables = fm.init(jax.random.key(1), head_dim=HEAD_DIM)
+  try:
+    sf.spectral_attention(x, x, x, feature_map=fm, variables=variables)
+  except ValueError as error:
+    return str(error)
+
+
+@pytest.fixture(scope="module")
+def found():
+  """What the process of eight devices found."""
+  env = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTHONPATH": os.getcwd(),
+  }
+  process = subprocess.run(
+    [sys.executable, "-m", "tests.test_meshes"],
+    capture_output=True,
+    text=True,
+    env=env,
+    timeout=1200,
+  )
+  assert process.returncode == 0, process.stderr[-2000:]
+  return json.loads(process.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_inside_shard_map(found, name):
+  assert max(found["shard_map"][name]) < 1e-5
+
+
+@pytest.mark.slow
+def test_models_inside_shard_map(found):
+  assert found["models"]["gradients"] < 1e-5
+  assert found["models"]["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize("name", CASES)
+def test_examples_and_heads_divided_over_a_mesh(found, name, kind):
+  for result in found[kind][name]:
+    assert result["difference"] < 1e-5
+    assert result["same_sharding"]
+    assert not result["collectives"]
+
+
+@pytest.mark.slow
+def test_sequence_parallel_on_explicit_axes(found):
+  for name, differences in found["sequence_parallel"].items():
+    assert max(differences) < 1e-5, name
+
+
+@pytest.mark.slow
+def test_a_divided_length_is_refused(found):
+  assert "sequence_parallel_attention" in found["refusal"]
+
+
+def test_loops_take_the_types_of_shard_map():
+  # One device is enough for the check of types.
+  mesh = jax.make_mesh((1,), ("b",), axis_types=(AxisType.Auto,))
+  attention = attention_of("posrf causal")
+  gradient = jax.grad(lambda x: jnp.sum(attention(x) ** 2))
+  x = jax.random.normal(jax.random.key(0), (2, LENGTH, HEADS, HEAD_DIM))
+  inside = jax.shard_map(gradient, mesh=mesh, in_specs=P("b"), out_specs=P("b"))
+  assert relative(jax.jit(inside)(x), gradient(x)) < 1e-5
+
+
+if __name__ == "__main__":
+  print(
+    json.dumps(
+      {
+        "shard_map": {name: in_shard_map(name) for name in CASES},
+        "models": models_in_shard_map(),
+        **{
+          kind: {name: on_mesh(name, kind) for name in CASES}
+          for kind in ("Explicit", "Auto")
+        },
+        "sequence_parallel": sequence_parallel(),
+        "refusal": refusal(),
+      }
+    )
+  )
