@@ -1,6 +1,7 @@
 """``python -m package command ...``: one module for each command."""
 
 import importlib.util
+import io
 import sys
 from collections.abc import Sequence
 
@@ -35,8 +36,12 @@ def run(
   if command not in commands or not importlib.util.find_spec(module):
     print(f"error: unknown command {command!r}.\n{usage}", file=sys.stderr)
     return USER_ERROR
+  # A name of a file or a text that the terminal cannot show is no mistake.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
   try:
     return importlib.import_module(module).main(rest) or 0
   except (OSError, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    message = " ".join(str(error).split("\n"))
+    print(f"error: {message}", file=sys.stderr)
     return USER_ERROR

@@ -20,5 +20,5 @@ def check_int(name: str, number: Any, low: int) -> int:
 
 def check_choice(name: str, choice: Any, known: Iterable[str]) -> None:
   """ValueError with the nearest known one unless `choice` is known."""
-  if choice not in known:
+  if choice not in tuple(known):  # anything can be looked for in a tuple
     raise ValueError(f"Unknown {name} {choice!r}.{nearest(choice, known)}")

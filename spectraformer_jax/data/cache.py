@@ -46,7 +46,10 @@ def cache_root(cache_dir: str | os.PathLike | None) -> pathlib.Path:
   """The root of the cache: `cache_dir`, or where None leaves it."""
   if cache_dir is None:
     return default_cache_dir()
-  return as_path("cache_dir", cache_dir)
+  root = as_path("cache_dir", cache_dir)
+  if root.exists() and not root.is_dir():
+    raise ValueError(f"cache_dir must be a folder, got {str(root)!r}.")
+  return root
 
 
 def split_folder(

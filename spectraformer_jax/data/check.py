@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spectraformer_jax.data import examples, linear, lra_figures
+from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.cache import load_split
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import LOGGER
@@ -37,6 +38,7 @@ def main(args: Sequence[str]) -> int:
     ValueError: if a task, an option or a file is not as it should be.
   """
   known, options = _parse(args)
+  shown = check_int("examples", known.examples, 0)
   options["seed"] = check_seed("seed", known.seed)
   with _messages_shown():
     source = build_source(known.task, options, known.cache_dir)
@@ -48,7 +50,7 @@ def main(args: Sequence[str]) -> int:
   for line in report(splits):
     print(line)
   pictures = known.pictures or pathlib.Path(f"{source.name}.png")
-  for line in examples.show(splits["train"], known.examples, pictures):
+  for line in examples.show(splits["train"], shown, pictures):
     print(line)
   if known.linear:
     for line in linear.describe(splits):

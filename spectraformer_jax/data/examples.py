@@ -29,6 +29,7 @@ def show(dataset: Dataset, count: int, pictures: pathlib.Path) -> Iterator[str]:
     labels = draw(dataset, pictures)
     yield f"images in {pictures}, rows with labels {labels}"
     return
+  count = min(count, len(dataset))
   for index in np.linspace(0, len(dataset) - 1, count, dtype=int).tolist():
     example = dataset[index]
     yield f"example {index}, label {example['label']}"

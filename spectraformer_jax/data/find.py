@@ -200,7 +200,13 @@ def _subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
     return []
   try:
     with os.scandir(folder) as entries:
-      names = [e.name for e in entries if e.is_dir() and e.name[0] != "."]
+      # is_dir() of a link that leads to itself is an error.
+      names = [
+        e.name
+        for e in entries
+        if e.name[0] != "."
+        and (os.path.isdir(e.path) if e.is_symlink() else e.is_dir())
+      ]
   except PermissionError:
     return []
   return [folder / name for name in sorted(names)]

@@ -6,6 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 
+class Parser(argparse.ArgumentParser):
+  """A parser whose complaints are a ValueError, told in one line."""
+
+  def error(self, message):
+    """Raises what argparse would print with its usage."""
+    raise ValueError(f"{message}; see --help.")
+
+
 def make_parser(command: str, description: str) -> argparse.ArgumentParser:
   """A parser with the options that all commands share.
 
@@ -13,7 +21,7 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     command: what follows ``python -m spectraformer_jax.data``.
     description: what it does, for ``--help``.
   """
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog=f"python -m spectraformer_jax.data {command}",
     description=(
       f"{description} Options of the task itself are given as --name=value: "

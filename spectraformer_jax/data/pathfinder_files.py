@@ -15,6 +15,7 @@ mechanisms for perceptual grouping", 2020.
 import io
 import pathlib
 import struct
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -169,10 +170,14 @@ def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
     )
   for number, row in enumerate(table, start=1):
     try:
-      yield number, row.astype(str).tolist()
-    # A number that is no character.
-    except (SystemError, ValueError):
-      raise ValueError(f"{path} row {number}: it is no text.") from None
+      row = np.ascontiguousarray(row.astype(str))
+      # Python makes texts of numbers that are no characters, and fails later.
+      is_text = row.view(np.uint32).max() <= sys.maxunicode
+    except ValueError:
+      is_text = False
+    if not is_text:
+      raise ValueError(f"{path} row {number}: it is no text.")
+    yield number, row.tolist()
 
 
 def _rows(

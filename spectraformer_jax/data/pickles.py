@@ -263,9 +263,7 @@ class _Machine:
 
   def remember(self, key: int) -> None:
     if not 0 <= key < 2**32:
-      raise ValueError(
-        f"it gives an object a number of {key.bit_length()} bits."
-      )
+      raise ValueError("it gives an object a number beyond 32 bits.")
     value = self.stack[-1]
     self.memo[key] = value
     self.memoized += 1

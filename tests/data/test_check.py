@@ -1,15 +1,22 @@
 """The command that looks at a task."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from spectraformer_jax import commands, data
 from spectraformer_jax.data import __main__ as command
-from spectraformer_jax.data import lra_figures
+from spectraformer_jax.data import find, lra_figures
 from spectraformer_jax.data.check import count_duplicates
 from spectraformer_jax.data.dataset import Dataset
 from tests.data import made_up
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -119,14 +126,74 @@ def test_wrong_values_are_found(run, tmp_path):
     (["check", "text", "--data_dir=7"], "must be an existing folder, got '7'"),
     (["check", "digits", "--vol=1"], "has no option 'vol'"),
     (["check", "digits", "--val"], "must be written --name=value, got '--val'"),
+    (["check", "digits", "--seed=x"], "--seed: invalid int value: 'x'; see"),
+    (["check", "digits", "--examples=-1"], "examples must be an integer >= 0"),
+    (["check", "digits", "--cache_dir="], "cache_dir must be a path, got ''"),
+    (["check", "digits", "--cache_dir=a_file"], "must be a folder, got 'a_fil"),
+    (["check"], "the following arguments are required: task; see --help"),
+    (["check", ""], "Unknown task ''"),
+    (["check", "text", "--data_dir="], "data_dir must be a path, got ''"),
+    (["check", "text", "--data_dir=a_file"], "must be an existing folder, got"),
+    (["check", "text", "--data_dir=~no_such_user/x"], "must be a path, got '~no_s"),
+    (["check", "text", "--data_dir=" + "x" * 300], "name too long"),
+    (["check", "text", "--data_dir=/dev/null"], "must be an existing folder"),
+    (["check", "text", "--data_dir=\udcff"], "existing folder, got '\\udcff'"),
+    (["check", "listops", "--tokenizer=[1]"], "Unknown tokenizer [1]"),
+    (["check", "listops", "--max_len={[]:1}"], "max_len must be an integer"),
+    (["check", "listops", "--max_len=" + "(" * 9999], "max_len must be an in"),
+    (["check", "listops", "--max_len=" + "9" * 9999], "max_len must be an in"),
+    (["check", "listops", "x"], "must be written --name=value, got 'x'"),
+    (["fetch", ""], "Unknown stand-in ''"),
+    (["fetch"], "the following arguments are required: name"),
+    (["fetch", "fashion", "--data_dir="], "data_dir must be a path, got ''"),
+    (["fetch", "imdb_half", "--data_dir=a_file"], "must be an existing folder"),
+    (["fetch", "digits", "--data_dir=."], "has no option 'data_dir'"),
     (["check", "digits", "--seed=-1"], "seed must be an integer >= 0"),
   ],
 )
-def test_mistakes_end_in_one_line(run, args, message):
+def test_mistakes_end_in_one_line(run, tmp_path, args, message):
+  (tmp_path / "a_file").touch()
   code, out, err = run(*args)
   assert code == 2 and out == ""
   assert err.startswith("error: ") and message in err
   assert len(err.strip().splitlines()) == 1
+
+
+def test_a_name_that_no_terminal_shows(tmp_path):
+  folder = made_up.write_listops(tmp_path / "\udcff\nx", count=4)
+  process = subprocess.run(
+    [
+      *(sys.executable, "-m", "spectraformer_jax.data", "check", "listops"),
+      *(f"--data_dir={folder}", f"--cache_dir={tmp_path}"),
+    ],
+    env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+    capture_output=True,
+    timeout=100,
+  )
+  assert process.returncode == 1 and process.stderr == b""
+  assert b"ListOps TSV in " in process.stdout and b"udcff" in process.stdout
+
+
+def test_a_folder_that_may_not_be_read(run, tmp_path, monkeypatch):
+  def refuse(folder):
+    raise PermissionError(13, "Permission denied", str(folder))
+
+  monkeypatch.setattr(find.os, "scandir", refuse)
+  code, _, err = run("check", "text", "--data_dir=.")
+  assert code == 2
+  assert err == "error: data_dir='.' cannot be read: Permission denied.\n"
+
+
+def test_wrong_values_are_found_in_a_sample(run, tmp_path, monkeypatch):
+  monkeypatch.setattr(lra_figures, "EVALUATED", 3)
+  folder = made_up.write_listops(tmp_path / "listops-1000", count=4)
+  path = folder / "basic_val.tsv"
+  path.write_text(path.read_text()[:-2] + "4\n")  # the last
+  _, out, _ = run("check", "listops", "--data_dir=.", "--cache_dir=cache")
+  assert (
+    "DIFFERS values that are right (looked at 3 of 4 in train, 3 of 4 in dev, "
+    "3 of 4 in test): 8, expected 9; dev example 3 has label 4 and value 2"
+  ) in out
 
 
 def test_commands(run, monkeypatch):
