@@ -134,7 +134,7 @@ def test_wrong_values_are_found(run, tmp_path):
     (["check", ""], "Unknown task ''"),
     (["check", "text", "--data_dir="], "data_dir must be a path, got ''"),
     (["check", "text", "--data_dir=a_file"], "must be an existing folder, got"),
-    (["check", "text", "--data_dir=~no_such_user/x"], "must be a path, got '~no_s"),
+    (["check", "text", "--data_dir=~no_user/x"], "must be a path, got '~no_u"),
     (["check", "text", "--data_dir=" + "x" * 300], "name too long"),
     (["check", "text", "--data_dir=/dev/null"], "must be an existing folder"),
     (["check", "text", "--data_dir=\udcff"], "existing folder, got '\\udcff'"),
