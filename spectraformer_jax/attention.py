@@ -413,12 +413,12 @@ def check_spectral_inputs(
   checks.check_attention_inputs(query, key, value, is_causal=is_causal)
   checks.check_key_mask(key_mask, key)
   checks.check_key_mask(query_mask, query, "query_mask")
-  _check_statistics(feature_map, stats, is_causal, segment_ids, has_state)
+  check_statistics(feature_map, stats, is_causal, segment_ids, has_state)
   feature_map.check_inputs(variables, key)
   feature_map.component.check_length(query.shape[1])
 
 
-def _check_statistics(
+def check_statistics(
   feature_map, stats, is_causal, segment_ids, has_state
 ) -> None:
   """ValueError where features would depend on what a query must not see."""

@@ -66,21 +66,47 @@ def test_masks_of_flax(name, jit, component):
   np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-  "mask", [CAUSAL, jnp.eye(LENGTH, dtype=bool)[None, None]]
-)
-def test_other_masks_are_refused(mask):
+BAND = jnp.abs(jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)) < 2
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_other_masks_are_refused(is_causal):
   fm, variables = build()
-  fn = sf.as_attention_fn(fm, variables)
+  fn = sf.as_attention_fn(fm, variables, is_causal=is_causal)
   q, k, v = arrays()
+  mask = BAND[None, None]
   with pytest.raises(ValueError, match="is_causal=True for a causal mask"):
     fn(q, k, v, mask=mask)
-  # Inside jit the mask is not known: the output says it, example by example.
-  mixed = jnp.concatenate([jnp.ones((2, *mask.shape[1:]), bool), mask[:1] > 0])
-  out = jax.jit(lambda mask: fn(q, k, v, mask=mask))(mixed)
-  bad = np.isnan(out).all(axis=(1, 2, 3))
-  assert bad.tolist() == [False, False, True]
-  assert not np.isnan(out[:2]).any()
+  # Known at trace time as well, from numpy or from outside.
+  for known in (mask, np.asarray(mask)):
+    with pytest.raises(ValueError, match="is_causal=True for a causal mask"):
+      jax.jit(lambda q, known=known: fn(q, k, v, mask=known))(q)
+  # Inside jit a mask is not known: outputs and gradients say it, example by
+  # example.
+  mixed = jnp.concatenate([jnp.ones((2, *mask.shape[1:]), bool), mask])
+  mixed = mixed & (CAUSAL[:1] > 0) if is_causal else mixed
+
+  def call(mask, *qkv):
+    out = fn(*qkv, mask=mask)
+    return jnp.sum(jnp.sin(out[2:])) + jnp.sum(out[:2]), out
+
+  grads, out = jax.jit(jax.grad(call, (1, 2, 3), has_aux=True))(mixed, q, k, v)
+  assert np.isnan(out[2]).all()
+  for leaf in (out, *grads):
+    bad = np.isnan(leaf).any(axis=(1, 2, 3))
+    assert bad.tolist() == [False, False, True]
+    assert not np.isnan(leaf[:2]).any()
+
+
+def test_debug_nans_turns_an_unknown_mask_into_the_sentence():
+  fm, variables = build()
+  fn = sf.as_attention_fn(fm, variables)
+  call = jax.jit(lambda mask: fn(*arrays(), mask=mask))
+  with (
+    jax.debug_nans(True),
+    pytest.raises(ValueError, match="cannot honour another mask"),
+  ):
+    call(BAND[None, None])
 
 
 def test_heads_that_see_different_keys_are_refused():
@@ -93,7 +119,7 @@ def test_heads_that_see_different_keys_are_refused():
 @pytest.mark.parametrize(
   ("kwargs", "message"),
   [
-    ({"bias": jnp.zeros((1, 1, 7, 7))}, "bias"),
+    ({"bias": jnp.ones((1, 1, 7, 7))}, "bias"),
     ({"dropout_rate": 0.1}, "dropout_rate=0.1"),
     ({"module": object()}, "sow_weights"),
     ({"mask": jnp.ones((1, 1, 7, 5), bool)}, r"\[3, 2, 7, 7\].*mask.shape"),
@@ -207,7 +233,7 @@ def test_jax_nn_signature(is_causal):
 @pytest.mark.parametrize(
   "kwargs",
   [
-    {"bias": jnp.zeros((1, 1, 7, 7))},
+    {"bias": jnp.ones((1, 1, 7, 7))},
     {"local_window_size": 2},
     {"return_residual": True},
     {"implementation": "cudnn"},
