@@ -72,7 +72,7 @@ def load_pretrained(
     feature_map = from_config.make_feature_map(config)
     model = from_config.make_model(config, feature_map, stored["data"]["train"])
     shapes = _shapes(model, feature_map)
-  except (AttributeError, KeyError, TypeError) as error:
+  except Exception as error:  # what an edited value leads to is not known
     raise damaged(path, error) from error
   step = find_step(path, step)
   try:

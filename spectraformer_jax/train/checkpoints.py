@@ -7,6 +7,7 @@ of devices, and a JSON record of everything else a resume needs.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -202,9 +203,14 @@ class Checkpointer:
 
   def _set_aside(self, step: int) -> Path:
     """Moves a checkpoint out of the folder; returns where it is now."""
-    place = self._directory.with_name(DAMAGED) / str(step)
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(exist_ok=True)
+    folder = self._directory.with_name(DAMAGED)
+    folder.mkdir(exist_ok=True)
+    names = (f"{step}-{again}" for again in itertools.count(2))
+    place = next(
+      folder / name
+      for name in itertools.chain([str(step)], names)
+      if not (folder / name).exists()
+    )
     shutil.move(self._directory / str(step), place)
     self._manager.reload()
     return place

@@ -238,7 +238,36 @@ def test_a_checkpoint_of_another_step_is_set_aside(tmp_path, log):
     assert checkpointer.steps() == [10]
     save(checkpointer, 15)
   assert "it is that of step 10" in log["warning"][0]
-  assert (tmp_path / "damaged_checkpoints" / "15").exists()
+  aside = tmp_path / "damaged_checkpoints"
+  (aside / "15" / "mine").touch()
+  # The next one does not take the place of the first.
+  (directory / "15" / "record" / "metadata").write_text("")
+  with Checkpointer(directory, keep=3) as checkpointer:
+    assert checkpointer.restore_latest(make_state(0))[0].step == 10
+  assert (aside / "15" / "mine").exists() and (aside / "15-2").exists()
+
+
+@broken_reads
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("model.embed_dim", 0),
+    ("model.embed_dim", "wide"),
+    ("model.num_heads", 0),
+    ("feature_map.component", "opfr"),
+    ("feature_map.num_features", None),
+    ("model.dropout_rate", "some"),
+  ],
+)
+def test_an_edited_value_of_config_json(key, value, copy):
+  stored = json.loads((copy / "config.json").read_text())
+  section, name = key.split(".")
+  stored["config"][section][name] = value
+  (copy / "config.json").write_text(json.dumps(stored))
+  if key != "model.dropout_rate":  # without effect
+    one_line(lambda: nn.load_pretrained(copy), "config.json")
+  if key != "feature_map.component" and value is not None:
+    one_line(lambda: evaluate(copy), "config.json", name)
 
 
 def spoil_record(folder):

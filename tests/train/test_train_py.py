@@ -107,10 +107,33 @@ def test_keywords_of_components_and_matrices():
     ("--config=no/such/file.py", "no/such/file.py"),
     ("--config=configs/listops.py:fast", "Unknown variant 'fast'"),
     ("digits", "Unknown argument 'digits'"),
+    *(
+      pytest.param(flag, words, marks=pytest.mark.slow)
+      for flag, words in (
+        ("--config=", "There is no config file ''"),
+        ("--config=/dev/null", "There is no config file '/dev/null'"),
+        ("--config=" + "x" * 300 + ".py", "x" * 300),
+        ("--workdir=", "--workdir must be a folder"),
+        ("--workdir=/dev/null", "'/dev/null' is a file"),
+        ("--workdir=/dev/null/x/y", "--workdir must be a folder"),
+        ("--workdir=" + "x" * 300, "--workdir must be a folder"),
+        ("--config.task.cache_dir=/dev/null", "/dev/null"),
+        ("--config.model.init_from=" + "x" * 300, "x" * 300),
+        ("--config.train.seed=18446744073709551616", "below 2**64"),
+        ("--config.train.seed=-1", "integer >= 0"),
+        ("--config.feature_map.component_kwargs.kernel=[1]", "kernel (1,)"),
+        ("--config.feature_map.component_kwargs.kernel.x=1", "one name after"),
+        ("--config.task.kwargs.max_len.x=1", "one name after"),
+        ("--config.task.kwargs.seed=1", "set config.task.seed"),
+        ("--config.model.dropout_rate=0.999999", "dropout_rate"),
+        ("--config.train.num_steps=none", "num_steps"),
+      )
+    ),
   ],
 )
 def test_mistakes_end_in_one_line(flag, message, tmp_path):
-  code, out, err = run_python(TRAIN, f"--workdir={tmp_path / 'run'}", flag)
+  workdir = f"--workdir={tmp_path / 'run'}"
+  code, out, err = run_python(TRAIN, workdir, flag)
   assert code == 2 and out == ""
   lines = err.strip().splitlines()
   assert len(lines) == 1, err
