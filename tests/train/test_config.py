@@ -1,10 +1,12 @@
 import functools
 import json
+import pathlib
 
 import pytest
 
 from configs import digits, listops
 from spectraformer_jax.nn.from_config import make_feature_map
+from spectraformer_jax.study.sweep.cells import Sweep, expand
 from spectraformer_jax.train.config import (
   NAMES,
   OPEN_SECTIONS,
@@ -244,6 +246,19 @@ def test_a_pair_without_rows_has_no_features(component, num_features):
   config.feature_map.redraw_interval = 5
   with pytest.raises(ValueError, match="redraw_interval must be 0"):
     make_feature_map(config)
+
+
+def test_cells_of_a_sweep_without_rows(monkeypatch):
+  monkeypatch.chdir(pathlib.Path(__file__).parents[2])
+  sweep = Sweep(
+    {"digits": "configs/digits.py"},
+    ["elu1-none", "posrf-orf"],
+    overrides={"feature_map.num_features": "none"},
+  )
+  elu1, posrf = (cell.config() for cell in expand(sweep))
+  assert make_feature_map(elu1).info.name == "elu1-none"
+  with pytest.raises(ValueError, match="num_features must be a positive"):
+    make_feature_map(posrf)
 
 
 @pytest.mark.parametrize(
