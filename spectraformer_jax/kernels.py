@@ -107,10 +107,17 @@ def exact_attention(
     # A product with a zero weight would let NaN through.
     keep = key_mask[:, :, None, None]
     y, v = jnp.where(keep, y, 0.0), jnp.where(keep, v, 0.0)
+  # Queries that hold NaN, or too much, give NaN and no gradient: the padding
+  # of self-attention is among them.
+  holds_nan = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+  x = jnp.where(holds_nan, 0.0, x)
   scores = jnp.einsum("btnh,bsnh->bnts", x, y, precision="highest")
   if kernel == "gaussian":
     # The query's own factor is the same for all its keys and cancels.
     scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
-  weights = masked_softmax(scores, visible)
+  top = jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True)
+  overflows = jnp.any(visible, axis=-1, keepdims=True) & ~jnp.isfinite(top)
+  weights = masked_softmax(jnp.where(overflows, 0.0, scores), visible)
   out = jnp.einsum("bnts,bsnv->btnv", weights, v, precision="highest")
+  out = jnp.where(holds_nan | jnp.swapaxes(overflows, 1, 2), jnp.nan, out)
   return out.astype(value.dtype)

@@ -17,6 +17,7 @@ from spectraformer_jax.linear_attention import (
   reference,
   segments,
 )
+from spectraformer_jax.linear_attention.products import PLAIN
 from spectraformer_jax.linear_attention.state import (
   Maps,
   State,
@@ -343,8 +344,12 @@ def _reference(
   grouped = jnp.moveaxis(query, 1, 3)
   by_head = [jnp.swapaxes(x, 1, 2) for x in (key, value)]
   position = state.length
+  # Queries that hold NaN give NaN, but no gradient of their own.
+  is_bad = ~jnp.all(jnp.isfinite(grouped), axis=-1, keepdims=True)
   out = reference.attend(
-    in_groups(constants, grouped, position if is_causal else 0),
+    in_groups(
+      constants, jnp.where(is_bad, 0, grouped), position if is_causal else 0
+    ),
     maps.key(constants, by_head[0], position),
     by_head[1],
     visible[:, :, None],
@@ -353,9 +358,10 @@ def _reference(
   )
   keep = None if keep is None else keep[:, None, :, None]
   after = chunks.add_keys(
-    maps.key, constants, joined(state), *by_head, position, keep
+    maps.key, constants, joined(state), *by_head, position, keep, PLAIN
   )
   after = parted(after)._replace(length=position + key.shape[1])
+  out = jnp.where(is_bad, jnp.nan, out)
   return jnp.moveaxis(out, 3, 1), after
 
 

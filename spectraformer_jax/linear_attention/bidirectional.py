@@ -10,11 +10,23 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention import blocks, chunks, leaves
+from spectraformer_jax.linear_attention import (
+  blocks,
+  chunks,
+  derivatives,
+  leaves,
+)
+from spectraformer_jax.linear_attention.products import (
+  BACKWARD,
+  FORWARD,
+  PLAIN,
+  Products,
+)
 from spectraformer_jax.linear_attention.state import (
   FeatureFn,
   Maps,
   State,
+  fixed,
   joined,
   parted,
 )
@@ -76,17 +88,36 @@ def read(
   Returns:
     ``[B, T, N, G, V]``.
   """
-  inputs = alike(constants, joined(state), query)
-  return _read(query_map, chunk, dtype, *inputs, position)
+  run = derivatives.with_backward(
+    *(
+      functools.partial(function, query_map, chunk, dtype)
+      for function in (_read_forward, _read_backward, _read_plain)
+    )
+  )
+  inputs = alike(constants, fixed(joined(state)), query)
+  return run(*inputs, jnp.asarray(position))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _read(query_map, chunk, dtype, *inputs):
-  """`read` of a state whose sums are joined."""
-  return _read_blocks(query_map, chunk, dtype, *inputs)[0]
+def _read_forward(query_map, chunk, dtype, *inputs):
+  """`read` of a state whose sums are joined, and what is kept."""
+  out, found = _read_blocks(query_map, chunk, dtype, FORWARD, *inputs)
+  return out, (out, found)
 
 
-def _read_blocks(query_map, chunk, dtype, constants, state, query, position):
+def _read_plain(query_map, chunk, dtype, *inputs):
+  return _read_blocks(query_map, chunk, dtype, PLAIN, *inputs)[0]
+
+
+def _read_blocks(
+  query_map,
+  chunk,
+  dtype,
+  products: Products,
+  constants,
+  state,
+  query,
+  position,
+):
   """The output, and normalizers and largest exponents of each block."""
   length = query.shape[1]
   cut = blocks.best_cut(chunk, query.shape)
@@ -99,23 +130,19 @@ def _read_blocks(query_map, chunk, dtype, constants, state, query, position):
       *cut.rows((constants, state), place),
       cut.queries(padded, place),
       position + place.position,
+      products=products,
     )
     return cut.write(out, found.out, place), found._replace(out=None)
 
   out = blocks.empty_like(padded, state.kv.shape[-1] - 1, dtype)
-  out, found = jax.lax.scan(step, out, cut.indices())
+  out, found = jax.lax.scan(products.step(step), out, cut.indices())
   return out[:, :length].reshape(*query.shape[:-1], -1), found
 
 
-def _read_fwd(query_map, chunk, dtype, *inputs):
-  out, found = _read_blocks(query_map, chunk, dtype, *inputs)
-  return out, (*inputs, out, found)
-
-
-def _read_bwd(query_map, chunk, dtype, residuals, gradient):
+def _read_backward(query_map, chunk, dtype, inputs, kept, gradient):
   """Blocks are independent; what they say of the state is added up."""
   del dtype
-  constants, state, query, position, out, every = residuals
+  (constants, state, query, position), (out, every) = inputs, kept
   length = query.shape[1]
   cut = blocks.best_cut(chunk, query.shape)
   padded, gradient, out = (
@@ -127,6 +154,10 @@ def _read_bwd(query_map, chunk, dtype, residuals, gradient):
     index, found = x
     place = cut.place(index)
     found = found._replace(out=cut.queries(out, place))
+    d_out = cut.queries(gradient, place).astype(jnp.float32)
+    queries, found = chunks.unless_unused(
+      cut.queries(padded, place), found, d_out
+    )
     own_constants, own_state = cut.rows((constants, state), place)
     _, pull = jax.vjp(
       lambda floats, sums, queries: (
@@ -136,14 +167,14 @@ def _read_bwd(query_map, chunk, dtype, residuals, gradient):
           leaves.with_sums(own_state, sums),
           queries,
           position + place.position,
+          BACKWARD,
           found,
         ).out
       ),
       leaves.floats(own_constants),
       leaves.sums(own_state),
-      cut.queries(padded, place),
+      queries,
     )
-    d_out = cut.queries(gradient, place).astype(jnp.float32)
     *pulled, d_block = pull(d_out)
     total = cut.add_to_rows(total, tuple(pulled), place)
     return (total, cut.write(d_query, d_block, place)), None
@@ -159,11 +190,8 @@ def _read_bwd(query_map, chunk, dtype, residuals, gradient):
     leaves.gradient_of_constants(constants, d_floats),
     leaves.gradient_of_state(state, d_sums),
     d_query[:, :length].reshape(query.shape),
-    leaves.no_gradient(jnp.asarray(position)),
+    None,
   )
-
-
-_read.defvjp(_read_fwd, _read_bwd)
 
 
 def _cut_keys(chunk: int | None, key, value, keep):
@@ -194,13 +222,29 @@ def accumulate(
     value: ``[B, S, N, V]``.
     keep: bool ``[B, S]`` or None.
   """
-  inputs = (constants, joined(state), key, value, keep)
-  return parted(_accumulate(key_map, chunk, *alike(*inputs)))
+  run = derivatives.with_backward(
+    *(
+      functools.partial(function, key_map, chunk)
+      for function in (_sum_forward, _sum_backward, _sum_plain)
+    )
+  )
+  inputs = (constants, fixed(joined(state)), key, value, keep)
+  return parted(run(*alike(*inputs)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _accumulate(key_map, chunk, constants, state, key, value, keep):
-  """`accumulate` with joined sums."""
+def _sum_forward(key_map, chunk, *inputs):
+  """`accumulate` with joined sums, and what is kept."""
+  state = _sum_blocks(key_map, chunk, FORWARD, *inputs)
+  return state, state.exponent
+
+
+def _sum_plain(key_map, chunk, *inputs):
+  return _sum_blocks(key_map, chunk, PLAIN, *inputs)
+
+
+def _sum_blocks(
+  key_map, chunk, products: Products, constants, state, key, value, keep
+):
   length, start = key.shape[1], state.length
   cut, padded = _cut_keys(chunk, key, value, keep)
 
@@ -210,21 +254,17 @@ def _accumulate(key_map, chunk, constants, state, key, value, keep):
       key_map,
       *cut.rows((constants, state), place),
       *cut.keys(*padded, place, start),
+      products=products,
     )
     return cut.write_rows(state, own, place), None
 
-  state = jax.lax.scan(step, state, cut.indices())[0]
+  state = jax.lax.scan(products.step(step), state, cut.indices())[0]
   return state._replace(length=start + length)
 
 
-def _accumulate_fwd(key_map, chunk, constants, state, key, value, keep):
-  out = _accumulate(key_map, chunk, constants, state, key, value, keep)
-  return out, (constants, state, key, value, keep, out.exponent)
-
-
-def _accumulate_bwd(key_map, chunk, residuals, gradient):
+def _sum_backward(key_map, chunk, inputs, exponent, gradient):
   """Each block contributes a sum of its own, so blocks are independent."""
-  constants, state, key, value, keep, exponent = residuals
+  constants, state, key, value, keep = inputs
   length = key.shape[1]
   cut, padded = _cut_keys(chunk, key, value, keep)
   # Relative to the final exponent, the state enters and leaves linearly.
@@ -244,6 +284,7 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
           leaves.with_floats(own_constants, floats),
           own_empty,
           *(k, v, *where),
+          BACKWARD,
           is_final=True,
         )
       ),
@@ -274,6 +315,3 @@ def _accumulate_bwd(key_map, chunk, residuals, gradient):
     d_value[:, :length],
     None,
   )
-
-
-_accumulate.defvjp(_accumulate_fwd, _accumulate_bwd)

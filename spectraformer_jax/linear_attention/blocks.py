@@ -86,7 +86,10 @@ def flat(query: Array) -> Array:
 
 
 def empty_like(x: Array, depth: int | None = None, dtype=None) -> Array:
-  """An array to be written block by block, of any content before.
+  """Zeros to be written over block by block.
+
+  `jax.lax.empty` would save a write, but seems to depend on what `vmap` maps
+  over, which `jax.jacfwd` does not allow.
 
   Args:
     x: its shape and dtype.
@@ -94,7 +97,7 @@ def empty_like(x: Array, depth: int | None = None, dtype=None) -> Array:
     dtype: another dtype.
   """
   shape = x.shape if depth is None else (*x.shape[:-1], depth)
-  return varying_like(jax.lax.empty(shape, dtype or x.dtype), x)
+  return varying_like(jnp.zeros(shape, dtype or x.dtype), x)
 
 
 class Cut(NamedTuple):

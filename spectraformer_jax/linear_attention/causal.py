@@ -11,10 +11,22 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention import blocks, chunks, leaves
+from spectraformer_jax.linear_attention import (
+  blocks,
+  chunks,
+  derivatives,
+  leaves,
+)
+from spectraformer_jax.linear_attention.products import (
+  BACKWARD,
+  FORWARD,
+  PLAIN,
+  Products,
+)
 from spectraformer_jax.linear_attention.state import (
   Maps,
   State,
+  fixed,
   joined,
   parted,
 )
@@ -49,16 +61,15 @@ def causal(
   Returns:
     ``[B, T, N, G, V]`` of value's dtype and the state after the last key.
   """
-  inputs = alike(constants, joined(state), query, key, value, keep, segment)
-  out, state = _causal(maps, chunk, *inputs)
+  run = derivatives.with_backward(
+    *(
+      functools.partial(function, maps, chunk)
+      for function in (_forward, _backward, _plain)
+    )
+  )
+  inputs = (query, key, value, keep, segment)
+  out, state = run(*alike(constants, fixed(joined(state)), *inputs))
   return out, parted(state)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _causal(maps, chunk, constants, state, *inputs):
-  """`causal` with joined sums."""
-  plan = _Plan(maps, chunk, *inputs)
-  return _causal_forward(plan, constants, state)[:2]
 
 
 class _Plan:
@@ -99,18 +110,24 @@ class _Plan:
       segment,
     )
 
-  def step(self, constants, state, *inputs, known=None):
+  def step(
+    self,
+    constants,
+    state,
+    *inputs,
+    products: Products,
+    known: chunks.Found | None = None,
+  ):
     """State after one step, and what its queries found."""
-    return chunks.causal_chunks(
-      *self.maps, self.chunk_size, constants, state, *inputs, known
-    )
+    args = (*self.maps, self.chunk_size, constants, state, *inputs)
+    return chunks.causal_chunks(*args, products, known)
 
   def place(self, outer, inner):
     """Where a step starts."""
     return self.cut.place(outer * self.inner + inner)
 
 
-def _causal_forward(plan, constants, state):
+def _strides(plan, products, constants, state):
   """Output, last state, the state before each stride, and what was found."""
   start = state.length
 
@@ -118,10 +135,13 @@ def _causal_forward(plan, constants, state):
     def step(carry, inner):
       state, out = carry
       place = plan.place(outer, inner)
-      state, found = plan.step(constants, state, *plan.inputs(place, start))
+      state, found = plan.step(
+        constants, state, *plan.inputs(place, start), products=products
+      )
       out = plan.cut.write(out, found.out, place)
       return (state, out), found._replace(out=None)
 
+    step = products.step(step)
     after, found = jax.lax.scan(step, carry, jnp.arange(plan.inner))
     return after, (carry[0], found)
 
@@ -135,15 +155,21 @@ def _causal_forward(plan, constants, state):
   return out, state, boundaries, found
 
 
-def _causal_fwd(maps, chunk, constants, state, *inputs):
+def _forward(maps, chunk, constants, state, *inputs):
+  """`causal` with joined sums, and what is kept."""
   plan = _Plan(maps, chunk, *inputs)
-  out, after, *kept = _causal_forward(plan, constants, state)
-  return (out, after), (constants, state, inputs, out, *kept)
+  out, after, *kept = _strides(plan, FORWARD, constants, state)
+  return (out, after), (out, *kept)
 
 
-def _causal_bwd(maps, chunk, residuals, gradients):
+def _plain(maps, chunk, constants, state, *inputs):
+  return _strides(_Plan(maps, chunk, *inputs), PLAIN, constants, state)[:2]
+
+
+def _backward(maps, chunk, inputs, kept, gradients):
   """Strides last to first; inside one, states are made again, then used."""
-  constants, initial, inputs, out, boundaries, every = residuals
+  constants, initial, *inputs = inputs
+  out, boundaries, every = kept
   plan = _Plan(maps, chunk, *inputs)
   d_out, d_state = gradients
   out, d_out = (
@@ -155,7 +181,8 @@ def _causal_bwd(maps, chunk, residuals, gradients):
 
     def again(state, inner):
       inputs = plan.inputs(plan.place(outer, inner), initial.length)
-      return plan.step(constants, state, *inputs)[0], state
+      after, _ = plan.step(constants, state, *inputs, products=BACKWARD)
+      return after, state
 
     _, states = jax.lax.scan(again, state, jnp.arange(plan.inner))
 
@@ -165,12 +192,17 @@ def _causal_bwd(maps, chunk, residuals, gradients):
       place = plan.place(outer, inner)
       found = found._replace(out=plan.cut.queries(out, place))
       query, key, value, *where = plan.inputs(place, initial.length)
+      d_block = plan.cut.queries(d_out, place).astype(jnp.float32)
+      query, found = chunks.unless_unused(
+        query, found, d_block, plan.cut.positions // plan.chunk_size
+      )
 
       def one_step(floats, sums, query, key, value):
         after, again = plan.step(
           leaves.with_floats(constants, floats),
           leaves.with_sums(state, sums),
           *(query, key, value, *where),
+          products=BACKWARD,
           known=found,
         )
         return leaves.sums(after), again.out
@@ -183,7 +215,6 @@ def _causal_bwd(maps, chunk, residuals, gradients):
         key,
         value,
       )
-      d_block = plan.cut.queries(d_out, place).astype(jnp.float32)
       pulled = pull((d_state, d_block))
       d_inputs = (
         plan.cut.write(whole, block, place)
@@ -213,6 +244,3 @@ def _causal_bwd(maps, chunk, residuals, gradients):
     None,
     None,
   )
-
-
-_causal.defvjp(_causal_fwd, _causal_bwd)

@@ -10,11 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention.layouts import in_columns
-from spectraformer_jax.linear_attention.products import (
-  keys_times_values,
-  mean_of_values,
-  queries_times_state,
-)
+from spectraformer_jax.linear_attention.products import Products
 from spectraformer_jax.linear_attention.state import (
   LOWEST,
   FeatureFn,
@@ -50,6 +46,7 @@ def add_keys(
   value: Array,
   position: Array,
   keep: Array | None,
+  products: Products,
   is_final: bool = False,
 ) -> State:
   """The state after the keys of one block.
@@ -62,6 +59,7 @@ def add_keys(
     value: ``[B, N, C, V]``.
     position: of the first key.
     keep: bool ``[B, 1, C, 1]`` or None.
+    products: see `Products`.
     is_final: the state has the exponent of all keys already.
   """
   psi, exponent = key_features(
@@ -72,8 +70,10 @@ def add_keys(
     _in_chunks(keep, 1),
     state.exponent,
     is_final,
+    exponential=products.exponential,
   )
-  return _add(rescale(state, exponent), psi[:, :, 0], _with_ones(value))
+  state = rescale(state, exponent)
+  return _add(state, psi[:, :, 0], _with_ones(value), products)
 
 
 def read(
@@ -82,6 +82,7 @@ def read(
   state: State,
   query: Array,
   position: Array,
+  products: Products,
   known: Found | None = None,
 ) -> Found:
   """Queries ``[B, N, G, C, H]`` see the state.
@@ -95,13 +96,14 @@ def read(
     position[None],
     state.exponent,
     known and known.top,
+    exponential=products.exponential,
   )
   phi = phi[:, :, 0]
-  sums = queries_times_state(phi, state.kv)
+  sums = products.queries_times_state(phi, state.kv)
   magnitude = _times_magnitude(phi, state)
   if known is not None:
     known = known._replace(out=known.out.reshape(*sums.shape[:-1], -1))
-  out, normalizer = _mean(sums, magnitude, known)
+  out, normalizer = _mean(sums, magnitude, known, products)
   return Found(out.reshape(*query.shape[:-1], -1), normalizer, top)
 
 
@@ -117,6 +119,7 @@ def causal_chunks(
   position: Array,
   keep: Array | None,
   segment: Array | None,
+  products: Products,
   known: Found | None = None,
 ) -> tuple[State, Found]:
   """Outputs of some chunks whose queries see the state and earlier keys.
@@ -134,6 +137,7 @@ def causal_chunks(
     keep: bool ``[B, 1, C, 1]`` or None.
     segment: ids ``[B, C]`` of packed rows (not decreasing) in one chunk, or
       None.
+    products: see `Products`.
     known: what was found, where gradients alone are wanted; else None.
 
   Returns:
@@ -151,6 +155,7 @@ def causal_chunks(
     _in_chunks(keep, count),
     state.exponent,
     segment=segment,
+    exponential=products.exponential,
   )
   first = last = of_queries = exponent
   if segment is not None:
@@ -164,6 +169,7 @@ def causal_chunks(
     positions,
     of_queries,
     known and known.top,
+    exponential=products.exponential,
   )
   visible = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
   if segment is not None:
@@ -175,8 +181,8 @@ def causal_chunks(
     return jnp.where(visible, weights, 0.0)
 
   value = _in_chunks(_with_ones(value), count)
-  states, after = _states(before, psi, value)
-  sums = queries_times_state(phi, states.kv)
+  states, after = _states(before, psi, value, products)
+  sums = products.queries_times_state(phi, states.kv)
   magnitude = _times_magnitude(phi, states)
   if segment is not None:
     old = jnp.tile(segment == segment[:, :1], (1, groups))
@@ -187,17 +193,44 @@ def causal_chunks(
     before = rescale(_seen_by(before, segment[:, -1]), last)
     is_last = (segment == segment[:, -1:])[:, None, :, None]
     own = jnp.where(is_last, psi[:, :, 0], 0.0)
-    after = _add(before, own, value[:, :, 0])
+    after = _add(before, own, value[:, :, 0], products)
   sums += jnp.einsum("...cd,...dv->...cv", within(phi, psi), value)
   if magnitude is not None:
     magnitude += jnp.sum(within(jnp.abs(phi), jnp.abs(psi)), axis=-1)
   if known is not None:
     found = _chunks_first(known.out, count)
     known = known._replace(out=found.reshape(*sums.shape[:-1], -1))
-  out, normalizer = _mean(sums, magnitude, known)
+  out, normalizer = _mean(sums, magnitude, known, products)
   out = out.reshape(*out.shape[:3], groups, chunk, -1)
   out = jnp.swapaxes(out, 2, 3).reshape(*query.shape[:-1], -1)
   return after, Found(out, normalizer, top)
+
+
+def unless_unused(
+  query: Array, known: Found, d_out: Array, count: int = 1
+) -> tuple[Array, Found]:
+  """Zeros for queries whose outputs nobody uses: they may hold anything.
+
+  Padding is among them. A zero gradient of the output is not enough, since a
+  product of zero with what NaN or 1e30 makes of a feature is NaN.
+
+  Args:
+    query: ``[B, N, G, C, H]``.
+    known: what was found, for them.
+    d_out: the gradient of their outputs, ``[B, N, G, C, V]``.
+    count: of the chunks that they are of, S.
+  """
+  unused = jnp.all(d_out == 0.0, axis=-1, keepdims=True)
+  out = jnp.where(unused, 0, known.out)
+  normalizer, top = known.normalizer, known.top
+  rows = _chunks_first(unused, count)
+  rows = rows.reshape(*rows.shape[:3], -1, 1)
+  if normalizer is not None:
+    normalizer = jnp.where(rows.reshape(normalizer.shape), 1.0, normalizer)
+  if top is not None:
+    # So large a divisor leaves nothing of their features.
+    top = jnp.where(rows, -LOWEST, top)
+  return jnp.where(unused, 0, query), Found(out, normalizer, top)
 
 
 def _in_chunks(x: Array | None, count: int) -> Array | None:
@@ -213,9 +246,11 @@ def _chunks_first(x: Array, count: int) -> Array:
   return jnp.swapaxes(x, 2, 3)
 
 
-def _states(state: State, psi: Array, value: Array) -> tuple[State, State]:
+def _states(
+  state: State, psi: Array, value: Array, products: Products
+) -> tuple[State, State]:
   """States before each chunk, ``[B, N, S, ...]``, and after the last."""
-  kv, last_kv = _running(state.kv, keys_times_values(psi, value))
+  kv, last_kv = _running(state.kv, products.keys_times_values(psi, value))
   magnitude = last_magnitude = None
   if state.magnitude is not None:
     magnitude, last_magnitude = _running(
@@ -258,7 +293,12 @@ def _with_ones(value: Array) -> Array:
   return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
 
-def _mean(sums: Array, magnitude: Array | None, known: Found | None):
+def _mean(
+  sums: Array,
+  magnitude: Array | None,
+  known: Found | None,
+  products: Products,
+):
   """Outputs ``[..., C, V]`` and, of positive maps, the normalizers.
 
   `known` has outputs of that shape.
@@ -266,18 +306,18 @@ def _mean(sums: Array, magnitude: Array | None, known: Found | None):
   if magnitude is not None:
     return normalise(sums[..., :-1], sums[..., -1], magnitude), None
   if known is None:
-    return mean_of_values(sums, None)
+    return products.mean_of_values(sums, None)
   out = known.out.astype(jnp.float32)
-  return mean_of_values(sums, (out, known.normalizer))
+  return products.mean_of_values(sums, (out, known.normalizer))
 
 
-def _add(state: State, psi: Array, value: Array) -> State:
+def _add(state: State, psi: Array, value: Array, products: Products) -> State:
   """The state with more keys, of the same exponent; values `_with_ones`."""
   magnitude = state.magnitude
   if magnitude is not None:
     magnitude = magnitude + jnp.sum(jnp.abs(psi), axis=2)
   return state._replace(
-    kv=state.kv + keys_times_values(psi, value), magnitude=magnitude
+    kv=state.kv + products.keys_times_values(psi, value), magnitude=magnitude
   )
 
 

@@ -20,12 +20,8 @@ def with_sums(state: State, sums) -> State:
 
 def gradient_of_state(state: State, sums) -> State:
   """Gradient of the sums; the rest of a state has none."""
-  segment = None if state.segment is None else no_gradient(state.segment)
-  return with_sums(state, sums)._replace(
-    exponent=jnp.zeros_like(state.exponent),
-    length=no_gradient(state.length),
-    segment=segment,
-  )
+  no_gradients = jax.tree.map(lambda x: None, state)
+  return with_sums(no_gradients, sums)
 
 
 def is_float(leaf: Array) -> bool:
@@ -47,9 +43,7 @@ def with_floats(tree: PyTree, floats: list[Array]) -> PyTree:
 def gradient_of_constants(constants: PyTree, d_floats: list[Array]) -> PyTree:
   """Gradients of the float leaves; integers have none."""
   new = iter(d_floats)
-  return jax.tree.map(
-    lambda x: next(new) if is_float(x) else no_gradient(x), constants
-  )
+  return jax.tree.map(lambda x: next(new) if is_float(x) else None, constants)
 
 
 def no_gradient(x: Array):

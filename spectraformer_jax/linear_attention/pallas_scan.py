@@ -136,8 +136,13 @@ def scan(
   def backward(residuals, gradients):
     constants, wanted, kept, xs, mask = residuals
     wanted = [w is not None for w in wanted]
+    d_last, d_ys = _instantiate(gradients)
+    if d_ys:
+      # Queries whose outputs nobody uses, padding among them, hold anything.
+      unused = jnp.all(d_ys[0] == 0.0, axis=-1, keepdims=True)
+      xs = [jnp.where(unused, 0, xs[0]), *xs[1:]]
     d_wanted, d_carry, d_xs = calls.backward(
-      constants, wanted, kept, xs, mask, *_instantiate(gradients)
+      constants, wanted, kept, xs, mask, d_last, d_ys
     )
     d_wanted = iter(d_wanted)
     d_constants = [

@@ -5,11 +5,15 @@ long, and autodiff asks for such ones. These, and what their gradients need, are
 written with the small operand turned instead.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention.layouts import turned
-from spectraformer_jax.linear_attention.state import divide
+from spectraformer_jax.linear_attention.layouts import once, turned
+from spectraformer_jax.linear_attention.state import divide, exponential_of
 from spectraformer_jax.typing import Array
 
 
@@ -84,3 +88,51 @@ def _mean_bwd(result, gradients):
 
 
 mean_of_values.defvjp(_mean_fwd, _mean_bwd)
+
+
+class Products(NamedTuple):
+  """What chunks compute with, by the derivatives that are taken of it.
+
+  Attributes:
+    keys_times_values: see there.
+    queries_times_state: see there.
+    mean_of_values: see there.
+    exponential: of log-features and the features made of them, the features.
+    step: wraps the body of a loop over steps.
+  """
+
+  keys_times_values: Callable
+  queries_times_state: Callable
+  mean_of_values: Callable
+  exponential: Callable
+  step: Callable
+
+
+def _plain_mean(sums: Array, known: None) -> tuple[Array, Array]:
+  """`mean_of_values`."""
+  del known
+  return divide(sums[..., :-1], sums[..., -1:]), sums[..., -1]
+
+
+def _plain_exponential(log_magnitude: Array, features: Array) -> Array:
+  """The features, with exact derivatives of any order."""
+  fixed = jax.lax.stop_gradient
+  return jnp.exp(log_magnitude - fixed(log_magnitude)) * fixed(features)
+
+
+_CHEAP = (keys_times_values, queries_times_state, mean_of_values)
+
+# For a forward pass, and for one backward pass: JAX may drop the rule of
+# `exponential_of`, and so the derivative, where it takes two through a loop.
+FORWARD = Products(*_CHEAP, lambda _, features: once(features), lambda f: f)
+BACKWARD = Products(*_CHEAP, exponential_of, lambda f: f)
+
+# As JAX differentiates them, in any mode and order. Features are made again
+# there as well, instead of being kept.
+PLAIN = Products(
+  lambda psi, value: jnp.swapaxes(psi, -1, -2) @ value,
+  jnp.matmul,
+  _plain_mean,
+  _plain_exponential,
+  functools.partial(jax.checkpoint, prevent_cse=False),
+)

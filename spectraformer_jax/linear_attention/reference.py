@@ -35,6 +35,11 @@ def attend(
   Returns:
     ``[B, N, G, T, V]`` float32.
   """
+  # Those too large for their features give NaN, and no gradient.
+  is_bad = False
+  for leaf in jax.tree.leaves(query):
+    is_bad |= ~jnp.all(jnp.isfinite(leaf), axis=-1, keepdims=True)
+  query = jax.tree.map(lambda leaf: jnp.where(is_bad, 0.0, leaf), query)
   phi, psi, old = stabilise(
     query, key, jnp.any(visible, (1, 2, 3)), state, segments
   )
@@ -55,7 +60,8 @@ def attend(
   if state.magnitude is not None:
     magnitude = jnp.sum(weights(jnp.abs(phi), jnp.abs(psi)), axis=-1)
     magnitude += of_state(jnp.abs(phi), state.magnitude)
-  return normalise(numerator, normalizer, magnitude)
+  out = normalise(numerator, normalizer, magnitude)
+  return jnp.where(is_bad, jnp.nan, out)
 
 
 def stabilise(

@@ -151,6 +151,8 @@ def key_features(
   exponent: Array,
   is_final: bool = False,
   segment: Array | None = None,
+  *,
+  exponential: Callable[[Array, Array], Array],
 ) -> tuple[Array, Array]:
   """Features ``[B, N, S, C, F]`` of keys, relative to the returned exponent.
 
@@ -165,6 +167,7 @@ def key_features(
     segment: ids ``[B, C]`` of packed rows (not decreasing) in one chunk; the
       state is of the first. Each has exponents of its own then, and what is
       returned are those of each position, ``[B, N, C, F]`` or ``[.., 1]``.
+    exponential: see `Products`.
   """
   log_magnitude, factor = _of_chunks(key_map, constants, key, position)
   if segment is not None:
@@ -174,7 +177,7 @@ def key_features(
     features = factor
   else:
     fixed = jax.lax.stop_gradient(log_magnitude)
-    features, own = split(fixed)
+    features, own = split(log_magnitude)
     if not is_final:
       visible = fixed if keep is None else jnp.where(keep, fixed, LOWEST)
       if segment is None:
@@ -187,7 +190,7 @@ def key_features(
       of_keys = of_keys[:, :, None]
     below = jnp.minimum(own - of_keys, 0.0)
     features = features * power_of_two(below + KEY_EXPONENT)
-    features = exponential_of(log_magnitude, features)
+    features = exponential(log_magnitude, features)
     if factor is not None:
       features = features * factor
   if keep is not None:
@@ -223,6 +226,8 @@ def query_features(
   position: Array,
   exponent: Array,
   top: Array | None = None,
+  *,
+  exponential: Callable[[Array, Array], Array],
 ) -> tuple[Array, Array | None]:
   """Features of queries ``[B, N, S, G, C, H]`` for sums of that exponent.
 
@@ -237,6 +242,7 @@ def query_features(
     exponent: of the sums, ``[B, N, F]``, or of those that each query sees,
       ``[B, N, S, G C, F]``; F may be 1.
     top: the largest exponents, where they are known.
+    exponential: see `Products`.
 
   Returns:
     ``[B, N, S, G C, F]``, the groups one after another, and the largest
@@ -252,14 +258,14 @@ def query_features(
   if log_magnitude is None:
     return factor, None
   fixed = jax.lax.stop_gradient(log_magnitude)
-  features, own = split(fixed)
+  features, own = split(log_magnitude)
   if exponent.ndim == 3:
     exponent = exponent[:, :, None, None]
   if top is None:
     whole = fixed + exponent * math.log(2.0)
     top = once(whole_exponent(jnp.max(whole, axis=-1, keepdims=True)))
   features = features * power_of_two(own + exponent - top + QUERY_EXPONENT)
-  features = exponential_of(log_magnitude, features)
+  features = exponential(log_magnitude, features)
   return features if factor is None else features * factor, top
 
 
@@ -286,6 +292,11 @@ def rescale(state: State, exponent: Array) -> State:
     magnitude=None if state.magnitude is None else state.magnitude * factor,
     exponent=exponent,
   )
+
+
+def fixed(state: State) -> State:
+  """The same state; its exponents take no gradient, as the sums go by them."""
+  return state._replace(exponent=jax.lax.stop_gradient(state.exponent))
 
 
 def joined(state: State) -> State:
