@@ -6,9 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from spectraformer_jax import checks
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.nn.classifier import class_logits
-from spectraformer_jax.nn.inputs import check_length, check_tokens
+from spectraformer_jax.nn.inputs import check_length, check_tokens, token_ids
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
 from spectraformer_jax.typing import Array
@@ -97,6 +98,13 @@ class DualClassifier(nn.Module):
       )
     length = check_length(length, tokens)
     length_2 = check_length(length_2, tokens_2, "length_2")
+    pair = (tokens, length, "tokens"), (tokens_2, length_2, "tokens_2")
+    tokens, tokens_2 = (
+      token_ids(
+        rows, self.vocab_size, checks.positions_before(n, rows.shape[1]), name
+      )
+      for rows, n, name in pair
+    )
     # As one batch: one program for both, and rows enough to fill a device.
     longest = max(tokens.shape[1], tokens_2.shape[1])
     both = jnp.concatenate(

@@ -58,8 +58,9 @@ def generate(
       2020); of those of `top_k`, if both are given.
 
   Returns:
-    The new tokens ``[B, num_tokens]``, int32; -1 where logits are NaN, as after
-    a token out of the vocabulary that was not known before the program ran.
+    The new tokens ``[B, num_tokens]``, int32; -1 where logits (over the
+    temperature) are NaN or infinite, as after a token out of the vocabulary
+    that was not known before the program ran.
 
   Raises:
     ValueError: longer than `max_len` in all, an empty prompt, a token out of
@@ -102,6 +103,10 @@ def generate(
     )
   real = real_positions(prompt, prompt_length, "prompt_length")
   prompt = token_ids(prompt, model.vocab_size, real, "prompt")
+  if source is not None:
+    source = check_tokens(source, "source")
+    real = real_positions(source, source_length, "source_length")
+    source = token_ids(source, model.vocab_size, real, "source")
   # Generation starts from its prompt, whatever was decoded before.
   variables = {k: v for k, v in variables.items() if k != "cache"}
   rng = jax.random.key(0) if rng is None else rng
@@ -200,23 +205,23 @@ class _Options:
     )
 
   def choose(self, rng: Array, logits: Array) -> Array:
-    """Tokens ``[B]`` of logits ``[B, vocab_size]``; -1 for NaN."""
-    if self.temperature == 0.0:
+    """Tokens ``[B]`` of logits ``[B, vocab_size]``; -1 for NaN or overflow."""
+    if self.temperature:
+      logits = logits / self.temperature
+    if not self.temperature:
       token = jnp.argmax(logits, axis=-1)
     elif self.top_k is None and self.top_p is None:
-      token = jax.random.categorical(rng, logits / self.temperature)
+      token = jax.random.categorical(rng, logits)
     else:
-      best, order = jax.lax.top_k(
-        logits / self.temperature, self.top_k or logits.shape[-1]
-      )
+      best, order = jax.lax.top_k(logits, self.top_k or logits.shape[-1])
       if self.top_p is not None:
         share = jax.nn.softmax(best, axis=-1)
         before = jnp.cumsum(share, axis=-1) - share
         best = jnp.where(before < self.top_p, best, -jnp.inf)
       index = jax.random.categorical(rng, best)
       token = jnp.take_along_axis(order, index[:, None], axis=-1)[:, 0]
-    is_nan = jnp.any(jnp.isnan(logits), axis=-1)
-    return jnp.where(is_nan, -1, token).astype(jnp.int32)
+    can_be_compared = jnp.all(logits < jnp.inf, axis=-1)
+    return jnp.where(can_be_compared, token, -1).astype(jnp.int32)
 
 
 def _number(name: str, value) -> float:

@@ -138,6 +138,19 @@ def test_draws_are_of_the_likeliest(options, kept):
   np.testing.assert_allclose(found, expected, atol=0.03)  # 4 deviations
 
 
+def test_what_overflows_is_loud():
+  for wrong in (jnp.nan, jnp.inf):
+    found = _Options(1, None, 0.0, None, None).choose(
+      jax.random.key(0), jnp.array([[0.0, 1.0], [0.0, wrong]])
+    )
+    assert found.tolist() == [1, -1]
+  for temperature in (1e-38, 1e-45):
+    found = _Options(1, None, temperature, 2, None).choose(
+      jax.random.key(0), jnp.array([[0.0, 50.0]])
+    )
+    assert found.tolist() == [-1]
+
+
 @pytest.mark.slow
 def test_draws_through_generate():
   model, variables = build()
@@ -213,6 +226,14 @@ def test_generate_refuses_what_it_cannot_do():
   model, variables = build(kind="seq2seq", positions="rotary")
   with pytest.raises(ValueError, match="source=None with a Seq2Seq"):
     sf.nn.generate(model, variables, PROMPT, num_tokens=2)
+  with pytest.raises(ValueError, match="source must be in .*got 11"):
+    sf.nn.generate(
+      model,
+      variables,
+      PROMPT,
+      num_tokens=2,
+      source=PROMPT.at[0, 0].set(VOCAB),
+    )
 
   def traced(temperature):
     return sf.nn.generate(

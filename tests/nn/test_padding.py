@@ -165,6 +165,17 @@ def test_tokens_of_64_bits_do_not_wrap():
     model.apply(variables, tokens, length)
 
 
+def test_tokens_of_pairs_are_checked_one_by_one():
+  model, variables, (tokens, length, *pair) = initialised("dual")
+  wide = np.asarray(tokens, np.int64)
+  wide[0, 0] += 1 << 32
+  with pytest.raises(ValueError, match=f"tokens must be .*got {wide[0, 0]}"):
+    model.apply(variables, wide, length, *pair)
+  with pytest.raises(ValueError, match="tokens_2 must be in .*got 11"):
+    wrong = pair[0].at[0, 0].set(VOCAB)
+    model.apply(variables, tokens, length, wrong, pair[1])
+
+
 def test_lists_are_taken():
   model, variables, (tokens, length) = initialised("mean")
   np.testing.assert_array_equal(
