@@ -71,6 +71,18 @@ class Shifted(Discrete):
     cross = moments["cross"] + scatter["cross"]
     return super().add_scatter(moments, scatter) | {"cross": cross}
 
+  def query_features(self, x, rows, state):
+    """See `Component.query_features`: of queries inside the keys' range.
+
+    Statistics of the batch need not have seen a query (attention takes those of
+    the visible keys). A coordinate below their least one is put there, so that
+    no weight is negative.
+    """
+    if self.statistics == "batch":
+      shift = self.parameters(state, x.shape[-1])["shift"]
+      x = jnp.maximum(x, shift[None, :] + MARGIN)
+    return super().query_features(x, rows, state)
+
   def shifted(self, x, parameters):
     """See `Discrete.shifted`."""
     shift = jnp.reshape(parameters["shift"], (1,) * (x.ndim - 1) + (-1,))
@@ -105,11 +117,15 @@ class PoisRFPlus(Shifted, PoisRF):
 
   Unbiased for every c. Positivity holds where c is below all that is mapped:
   with ``stats=fm.calibrate(variables, query, key)`` of those queries and keys.
-  Attention's own statistics are of the keys alone; a running average of minima,
-  a learned or a constant c (three standard deviations) is below most
-  coordinates but not all. The others enter with their sign, so that the
-  estimate stays unbiased, and attention guards its normalizer as for any signed
-  map.
+  A running average of minima, a learned or a constant c (three standard
+  deviations) is below most coordinates but not all. The others enter with their
+  sign, so that the estimate stays unbiased, and attention guards its normalizer
+  as for any signed map.
+
+  Attention's own statistics are of the visible keys alone. There, with "batch",
+  a query's coordinate below the least of them is moved up to it: no weight is
+  negative, and those of that query are biased; ``stats=fm.calibrate(variables,
+  query, key)`` counts queries as well, and moves none.
 
   Args:
     kernel: "softmax" or "gaussian".

@@ -398,3 +398,19 @@ def test_large_norms_stay_accurate(name, limit, head_dim):
     )
     error = np.abs(out[i, :, 0] - expected).max() / np.abs(expected).max()
     assert error < limit, i
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+@pytest.mark.parametrize("name", PLUS)
+@pytest.mark.quick_every(3)
+def test_no_query_has_negative_weights(name, kernel):
+  # Queries below every visible key, at positions with and without a key.
+  fm = build(name, kernel=kernel)
+  variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
+  query, key = jax.random.normal(jax.random.key(1), (2, 1, 9, 1, HEAD_DIM))
+  mask = jnp.arange(9)[None, :] < 4
+  weights = sf.implied_attention_weights(
+    3.0 * query - 1.0, key, feature_map=fm, variables=variables, key_mask=mask
+  )
+  assert float(weights.min()) >= 0.0
+  np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-4)
