@@ -84,7 +84,8 @@ def weight_matrices_page() -> str:
     "W in phi(x) = f(W x, x): which frequencies a map uses. Marginals are "
     "*exact* (each row alone has the law that f asks for: unbiased), "
     "*weighted* (unbiased with its row weights) or *approximate* (first two "
-    "moments only: a bias that M does not remove). M is num_features, H is "
+    "moments only: biased; the bias of mm, mm_anti and ssr_pos falls like "
+    "1/M, that of the others does not fall with M). M is num_features, H is "
     "head_dim. The picture of all pairs: ![pairs](pairs.png)",
     _sections([matrix.info for matrix in entries], "group", columns),
   )

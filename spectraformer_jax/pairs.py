@@ -74,8 +74,8 @@ def compose(
       fit (the message has the reason).
 
   Warns:
-    UserWarning: once per pair, where the component weighs rows by their norms
-      (OPRF and its kin) and the norms of the matrix are not Gaussian.
+    UserWarning: once per pair, where the matrix holds rows and their negatives
+      and the component makes the same of both: half of the rows are wasted.
 
   Example:
     >>> from spectraformer_jax import components, weight_matrices
@@ -99,26 +99,15 @@ def compose(
 @functools.cache
 def _compose(component, weight_matrix, num_features) -> FeatureMap:
   """Same arguments, same object; what there is to warn of is said once."""
-  warning = _norm_bias(component, weight_matrix)
-  if warning:
-    warnings.warn(warning, stacklevel=3)
-  return FeatureMap(component, weight_matrix, num_features)
-
-
-def _norm_bias(component: Component, weight_matrix: WeightMatrix) -> str | None:
-  """What is wrong with this pair's row norms, in one line; None if nothing."""
   f, w = component.info, weight_matrix.info
-  if not f.weighs_norms or w.learnable or w.marginals != "approximate":
-    return None
-  if getattr(weight_matrix, "norms", None) == "chi":
-    return None  # directions alone are approximate
-  return (
-    f"{f.name}-{w.name} is biased: the component weighs rows by "
-    f"exp(A|w|^2), and the row norms of weight matrix {w.name!r} are not those "
-    "of Gaussian rows. The bias grows exponentially in head_dim A^2 and does "
-    "not fall with num_features; matrices with exact marginals ('iid', 'orf', "
-    "'mm_chi') have none, and 'posrf' has far less."
-  )
+  if f.even and w.antithetic:
+    warnings.warn(
+      f"{f.name}-{w.name} has the variance of half as many rows: component "
+      f"{f.name!r} makes the same of a row and of its negative, and weight "
+      f"matrix {w.name!r} holds both; 'orf' has none twice.",
+      stacklevel=3,
+    )
+  return FeatureMap(component, weight_matrix, num_features)
 
 
 def mismatch(component: Component, weight_matrix: WeightMatrix) -> str | None:

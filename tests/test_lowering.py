@@ -13,7 +13,9 @@ from spectraformer_jax import testing
 from spectraformer_jax.components import COMPONENTS
 from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is biased:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:.* has the variance:UserWarning"
+)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 HEADS, HEAD_DIM = 2, 8

@@ -42,8 +42,8 @@ class ComponentInfo:
     row_law: name of the law of the rows it needs; "none" if it has no rows.
     causal_safe: features of a token depend on that token alone.
     positional: they also depend on where it stands in its sequence.
-    weighs_norms: features weigh rows by their norm, so that rows whose norms
-      are not those of the row law bias the estimate.
+    even: rows w and -w give the same estimate, so that a matrix of rows and
+      their negatives repeats each of them.
   """
 
   name: str
@@ -60,7 +60,7 @@ class ComponentInfo:
   row_law: str = "gaussian"
   causal_safe: bool = True
   positional: bool = False
-  weighs_norms: bool = False
+  even: bool = False
 
 
 class ComponentState(NamedTuple):
@@ -320,7 +320,12 @@ def log_cosh(t: Array) -> Array:
 
 def angle(x: Array, y: Array) -> Array:
   """The angle between x and y ``[..., H]``, accurate at 0 and pi, too."""
-  norm = lambda z: jnp.sqrt(jnp.sum(jnp.square(z), axis=-1, keepdims=True))
+
+  def norm(z):
+    square = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
+    is_zero = square == 0.0  # where the root has no gradient
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+
   u, v = x * norm(y), y * norm(x)
   return 2.0 * jnp.arctan2(norm(u - v), norm(u + v))[..., 0]
 

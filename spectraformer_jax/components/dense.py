@@ -160,7 +160,6 @@ class SADERF(DenseExponential):
     good_for="queries and keys of different scale, at the price of oprf",
     avoid="causal attention with statistics='batch'",
     source="2302.00787, section 4",
-    weighs_norms=True,
   )
 
   @property

@@ -220,8 +220,9 @@ class ASDERF(DenseRotated):
   ADERF's map first, then SDERF after it: its :math:`x'` is
   :math:`Q^\top G x` for queries and :math:`Q^\top G^{-\top} x` for keys. Never
   more variance (mean log second moment) than ADERF, and the least of all
-  exponential components on all data tried. Second moment as of
-  :class:`SADERF`.
+  components with one exponential a row on all data tried. On small isotropic
+  data :class:`OPRFHyperbolic` has less at equal feature dimension, on data of
+  unequal axes far more. Second moment as of :class:`SADERF`.
 
   Costs :math:`O((T + M) H^2)` to map x and the rows and, per head, two H x H
   eigendecompositions: of every example with statistics="batch", one per step
@@ -258,7 +259,8 @@ class ASDERF(DenseRotated):
       "A = Q a Q', x' = Gx"
     ),
     cost="F exponentials, H^2 products; two eigendecompositions per head",
-    good_for="the least variance of all positive components",
+    good_for="the least variance where axes are unequal or queries and keys "
+    "differ; on small isotropic data oprf_hyp has less",
     source="extends 2302.00787, section 4",
   )
 

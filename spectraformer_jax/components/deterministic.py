@@ -53,7 +53,7 @@ class ELU1(Component):
     variance="0",
     cost="H exponentials",
     good_for="a cheap trained baseline",
-    avoid="approximating softmax attention; small head_dim: it is all of F",
+    avoid="estimates of the softmax kernel; small head_dim: it is all of F",
     source="2006.16236, equation 7",
     row_law="none",
   )

@@ -146,7 +146,7 @@ class GERF(KernelComponent):
       good_for="an A that is fixed or learnt by gradient; causal as it is",
       avoid="complex A or s = -1 in attention: normalizers can vanish",
       source="2205.15317, Theorems 3.1 and 3.2",
-      weighs_norms=self.learn is not None or self._start(1) != 0,
+      even=self.sign == -1,
     )
 
   @property

@@ -128,6 +128,7 @@ class HRF(KernelComponent):
       good_for="kernel estimates where most angles are near 0 or pi",
       avoid="attention: random vectors are nearly orthogonal, F is 36 M",
       source="2110.04367, angular and Gaussian hybrids",
+      even=True,
     )
 
   def feature_dim(self, num_features, head_dim):

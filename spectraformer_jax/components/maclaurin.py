@@ -72,7 +72,7 @@ class Maclaurin(Component):
   The series stops at `max_degree`, and `kernel_value` is the sum up to there,
   of which the features are an unbiased estimate. Against the full kernel the
   bias is minus the rest, :math:`\sum_{n > n_{max}} a_n (x \cdot y)^n`: for
-  "exp" and 8 below 1.4e-3 up to x.y = 2, 15 % of the kernel at x.y = 6.
+  "exp" and 8 1.75e-3 at x.y = 2, 15 % of the kernel at x.y = 6.
 
   The last two series need |x.y| < 1: inputs are first drawn into the ball of
   radius R by :math:`x \mapsto x / \sqrt{1 + |x|^2/R^2}`, which leaves short

@@ -157,10 +157,11 @@ class OPRF(OptimalPositive):
       "(1-4A)^H (1-8A)^(-H/2) exp(2(1-4A)/(1-8A)|x+y|^2 - |x|^2 - |y|^2)"
       " / K^2 - 1"
     ),
-    good_for="the default: bounded features, least variance per feature",
+    good_for="the default: bounded features, positive; least variance with one "
+    "A and one exponential a row. Isotropic data: oprf_hyp has half of it; "
+    "unequal axes: asderf",
     avoid="causal attention with statistics='batch'",
     source="2205.15317, Theorem 3.3",
-    weighs_norms=True,
   )
 
   def init(self, rng, head_dim):
@@ -247,8 +248,11 @@ class OPRFHyperbolic(OPRF):
       "(1-4A)^H (1-8A)^(-H/2) exp(-|x|^2 - |y|^2) "
       "(exp(2(1-4A)/(1-8A)|x+y|^2) + 1) / 2K^2 - 1"
     ),
-    good_for="half the variance of oprf where the projection is what costs",
+    good_for="half the variance of oprf from the same rows; the least at equal "
+    "F on small isotropic data",
+    avoid="causal attention with statistics='batch'; antithetic matrices",
     source="2205.15317, Theorem 3.3, with 2009.14794, Lemma 1",
+    even=True,
   )
 
   def feature_dim(self, num_features, head_dim):

@@ -118,8 +118,9 @@ class PosRFHyperbolic(KernelComponent):
     features="2M",
     variance="cosh|x+y|^2 - 1",
     good_for="posrf with less variance for one more exponential per row",
-    avoid="large norms: oprf_hyp has far less variance",
+    avoid="large norms: oprf_hyp has far less variance; antithetic matrices",
     source="2009.14794, Lemma 1",
+    even=True,
   )
 
   def feature_dim(self, num_features, head_dim):

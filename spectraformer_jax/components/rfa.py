@@ -75,6 +75,7 @@ class RFA(Component):
     good_for="attention by cosine similarity, causal or not",
     avoid="queries or keys whose norms matter",
     source="2103.02143, section 3.1",
+    even=True,
   )
 
   def __post_init__(self):

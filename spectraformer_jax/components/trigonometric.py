@@ -59,6 +59,7 @@ class TrigRF(KernelComponent):
     good_for="kernel estimates at small distances; the Gaussian kernel",
     avoid="attention with spread-out scores: normalizers can vanish",
     source="Rahimi and Recht 2007; 2009.14794, equation 8",
+    even=True,
   )
 
   def feature_dim(self, num_features, head_dim):

@@ -37,6 +37,7 @@ class WeightMatrixInfo:
     signed: weights can be negative; the estimate of a positive kernel can then
       be negative, too.
     trig_only: heavy tails: a positive map has infinite variance.
+    antithetic: the second half of the rows is the negative of the first.
   """
 
   name: str
@@ -54,6 +55,7 @@ class WeightMatrixInfo:
   weighted: bool = False
   signed: bool = False
   trig_only: bool = False
+  antithetic: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

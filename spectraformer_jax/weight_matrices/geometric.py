@@ -167,7 +167,9 @@ class ORFAntithetic(WeightMatrix):
       else "third-degree spherical-radial rule, randomly rotated",
       summary="orthogonal rows and their opposites"
       + ("" if exact else ", all of norm sqrt(head_dim)"),
-      good_for="positive maps; wastes half of the rows of trigonometric ones",
+      good_for="positive maps with one sign of a row; trigonometric and "
+      "hyperbolic ones lose half of the rows",
+      antithetic=True,
       constraint="any num_features (even preferred), any head_dim",
       cost="ceil(M/2H) QR factorisations of H x H",
       variance="trig 0.76, pos 0.50 at scale 0.2, H=32, M=128"

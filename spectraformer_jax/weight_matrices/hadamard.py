@@ -209,7 +209,8 @@ class ROMHybrid(WeightMatrix):
       square; "chi": fresh norms of Gaussian rows.
     circle_factor: where :math:`D_U` stands: "outermost", the first formula, or
       "innermost", the second. Innermost, an input along an axis meets one phase
-      alone: a bias of the trigonometric estimate of up to 0.09, not 0.01.
+      alone: a bias of the trigonometric estimate of up to 0.09 at
+      |x - y|^2 = 2, not 0.01.
 
   Raises:
     ValueError: unknown `norms` or `circle_factor`.

@@ -80,7 +80,9 @@ class Antithetic(WeightMatrix):
     marginals="exact",
     source="antithetic variates on Rahimi and Recht 2007",
     summary="independent rows and their opposites",
-    good_for="positive maps at small |x + y|; never trigonometric ones",
+    good_for="positive maps at small |x + y|; never maps with both signs of a "
+    "row (trigonometric, hyperbolic), which lose half of the rows",
+    antithetic=True,
     constraint="any num_features (even preferred), any head_dim",
     cost="M H / 2 draws",
     variance="trig 2, pos 1 - exp(-|x+y|^2)",

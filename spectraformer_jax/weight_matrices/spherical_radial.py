@@ -113,10 +113,11 @@ class SSRPos(WeightMatrix):
 
   Keeps positive maps positive. The bias comes from normalising the weights
   over n = M / (H + 1) blocks: of a trigonometric estimate it is, to first
-  order, :math:`-\tfrac{H}{(H - 2) n} [{}_1F_1(\tfrac H2 - 1; \tfrac H2;
+  order in 1/n, :math:`-\tfrac{H}{(H - 2) n} [{}_1F_1(\tfrac H2 - 1; \tfrac H2;
   -\tfrac s2) - e^{-s/2}]`, :math:`s = |x - y|^2` (0.006 at s = 2, H = 32,
   M = 128); of a positive one the same with :math:`+|x + y|^2` in place of
-  :math:`-s`.
+  :math:`-s`. One block alone has equal weights, and the bias
+  :math:`-\tfrac sH e^{-s/2}`; with two the first order is no more than a guide.
 
   Args:
     symmetric: as for `SSR`.
@@ -178,8 +179,8 @@ class SROMC(WeightMatrix):
       is not a multiple of it.
 
   References:
-    Belhadji et al., Random Features with Spherical-Radial Quadrature, 2024
-    (2408.13231).
+    Belhadji et al., On the design of scalable, high-precision spherical-radial
+    Fourier features, 2024 (2408.13231).
 
   Example:
     >>> import jax, spectraformer_jax as sf

@@ -1,5 +1,7 @@
 """Powers of the positive part: arc-cosine kernels, and ReLU without W."""
 
+from decimal import Decimal, localcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +156,50 @@ def test_relu_has_low_variance():
 def test_errors(name, matrix, num_features, kwargs, words):
   with pytest.raises(ValueError, match=words):
     build(name, matrix, num_features, **kwargs)
+
+
+def decimal_sine(x, cosine=False):
+  """Of a Decimal, by its own series."""
+  total, term, n = Decimal(0), Decimal(1) if cosine else x, 0
+  while abs(term) > Decimal(10) ** -75:
+    total += term
+    n += 2
+    term *= -x * x / ((n - (1 if cosine else 0)) * (n + (0 if cosine else 1)))
+  return total
+
+
+def golden(degrees, order):
+  """Mean of relu(w.x)^n relu(w.y)^n for unit vectors, to 60 digits."""
+  with localcontext() as context:
+    context.prec = 80
+    pi = Decimal(
+      "3.14159265358979323846264338327950288419716939937510582097494459230781640"
+      "6286208998628"
+    )
+    t = Decimal(degrees) * pi / 180
+    sin, cos, rest = decimal_sine(t), decimal_sine(t, cosine=True), pi - t
+    polynomial = (
+      rest,
+      sin + rest * cos,
+      3 * sin * cos + rest * (1 + 2 * cos**2),
+      None,
+      sin * cos * (55 + 50 * cos**2) + rest * (9 + 72 * cos**2 + 24 * cos**4),
+    )[order]
+    return float(polynomial / (2 * pi))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 4])
+def test_moments_keep_their_digits_near_opposite_vectors(order):
+  for degrees in ("0", "60", "120", "175", "179", "179.9"):
+    # The vector is rounded: its angle is taken from what it is.
+    t = np.pi * float(degrees) / 180.0
+    x, y = jnp.array([1.0, 0.0]), jnp.array([np.cos(t), np.sin(t)], np.float32)
+    wide = np.asarray(y, np.float64)
+    exact = Decimal(float(np.arctan2(wide[1], wide[0]))) * 180
+    exact /= Decimal(float(np.pi))
+    expected = golden(exact, order) * float(np.hypot(*wide)) ** order
+    found = float(jnp.exp(log_arc_cosine(x, y, order)))
+    np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=degrees)
+  assert float(log_arc_cosine(x, -x, order)) == -np.inf
+  grad = jax.grad(lambda x: jnp.exp(log_arc_cosine(x, -x, order)))(x)
+  assert bool(jnp.isfinite(grad).all())

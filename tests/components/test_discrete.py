@@ -11,6 +11,7 @@ import spectraformer_jax as sf
 from spectraformer_jax import stored_uniforms
 from spectraformer_jax.components import COMPONENTS
 from spectraformer_jax.components.discrete_laws import (
+  P_RANGE,
   POISSON_TABLE,
   RATE_RANGE,
   geometric_counts,
@@ -414,3 +415,43 @@ def test_no_query_has_negative_weights(name, kernel):
   )
   assert float(weights.min()) >= 0.0
   np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-4)
+
+
+def relative_bias(law, parameter, product):
+  """Of one coordinate's kernel, over all the uniforms that are stored."""
+  bits = jnp.arange(2**stored_uniforms.NUM_BITS, dtype=jnp.int32)
+  counts_of = poisson_counts if law == "poisson" else geometric_counts
+  counts = jax.lax.map(
+    lambda bits: counts_of(stored_uniforms.to_uniform(bits), parameter),
+    bits.reshape(64, -1),
+  )
+  n, times = np.unique(np.asarray(counts), return_counts=True)
+  log_factorial = scipy.special.gammaln(n + 1.0)
+  if law == "poisson":
+    value = np.exp(parameter - n * np.log(parameter))
+  else:
+    value = np.exp(-np.log(parameter) - n * np.log1p(-parameter))
+    value *= np.exp(-log_factorial)
+  mean = np.sum(times * value * product**n) / times.sum()
+  return mean / np.exp(product) - 1.0
+
+
+@pytest.mark.parametrize(
+  ("law", "parameter", "product", "bound"),
+  [
+    ("poisson", RATE_RANGE[0], 1.0, 0.04),
+    ("geometric", P_RANGE[1], 1.0, 0.025),
+    ("geometric", P_RANGE[0], 1.0, 1e-3),
+    ("poisson", 0.1, 1.0, 1e-3),
+    ("poisson", RATE_RANGE[1], 1.0, 1e-3),
+    ("poisson", RATE_RANGE[1], -1.0, 3e-3),
+    ("geometric", 0.2, 1.0, 1e-3),
+    ("geometric", 0.9, 1.0, 1e-3),
+    ("geometric", 0.9, 4.0, 0.06),
+  ],
+)
+@pytest.mark.quick_every(3)
+def test_stored_uniforms_resolve_the_range_of_parameters(
+  law, parameter, product, bound
+):
+  assert abs(relative_bias(law, parameter, product)) < bound

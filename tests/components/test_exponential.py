@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 import spectraformer_jax as sf
 from spectraformer_jax.components import ComponentState, build_component
+from spectraformer_jax.typing import WeightSample
 from tests.components.exponentials import (
   CASES,
   build,
@@ -233,42 +235,87 @@ def test_gerf_facts_follow_its_options():
   positive, signed = component_of("gerf_negative"), component_of("gerf_complex")
   assert (positive.info.positive, positive.info.features) == (True, "M")
   assert (signed.info.positive, signed.info.features) == (False, "2M")
-  assert not build_component("gerf", {"a": 0}).info.weighs_norms
-  assert not build_component("gerf", {"sign": -1}).info.weighs_norms
-  assert positive.info.weighs_norms
+  assert build_component("gerf", {"sign": -1}).info.even
+  assert not positive.info.even and not signed.info.even
   assert build("gerf_complex") is build("gerf_complex")
 
 
-def test_biased_norms_are_warned_of_once(recwarn):
-  # R10: a fixed norm biases exp(A|w|^2); said once per pair.
-  options = {"num_features": 17, "weight_matrix_kwargs": {"norms": "sqrt_d"}}
-  with pytest.warns(UserWarning, match="^asderf-orf.* is biased"):
-    sf.feature_map("asderf", "orf", **options)
-  sf.feature_map("asderf", "orf", **options)
-  for component, kwargs in (("posrf", {}), ("trigrf", {}), ("gerf", {"a": 0})):
-    sf.feature_map(component, "orf", component_kwargs=kwargs, **options)
-  sf.feature_map("asderf", "orf", num_features=17)
+ANTITHETIC = ("antithetic", "orf_antithetic", "orf_sqrtd_anti", "mm_anti")
+
+
+@pytest.mark.parametrize("matrix", ANTITHETIC)
+@pytest.mark.parametrize("name", ["posrf_hyp", "oprf_hyp", "trigrf", "hrf"])
+def test_rows_that_are_there_twice_are_warned_of_once(name, matrix, recwarn):
+  with pytest.warns(UserWarning, match=f"^{name}-{matrix} has the variance"):
+    sf.feature_map(name, matrix, num_features=19)
+  sf.feature_map(name, matrix, num_features=19)
+  for other in ("posrf", "oprf", "relu"):
+    sf.feature_map(other, matrix, num_features=19)
   assert not recwarn.list
-  with pytest.warns(UserWarning, match="^c_oprf-mm is biased"):
-    sf.feature_map(
-      "oprf", "mm", num_features=17, component_kwargs={"centred": True}
-    )
 
 
-@pytest.mark.slow
-def test_what_the_warning_says_is_so():
-  # At x = y = 0 posrf is exact and oprf should be 1 on average.
-  with pytest.warns(UserWarning):
-    fm = sf.feature_map(
-      "oprf",
-      "orf",
-      num_features=18,
-      component_kwargs={"statistics": "constant"},
-      weight_matrix_kwargs={"norms": "sqrt_d"},
+@pytest.mark.parametrize(
+  "name", [n for n in sf.list_components() if build_component(n).info.even]
+)
+def test_even_components_make_the_same_of_a_row_and_its_negative(name):
+  component = build_component(name)
+  w, x, y = jax.random.normal(jax.random.key(0), (3, 5, 4))
+  params = component.init(jax.random.key(1), 4)
+  random = component.draw(jax.random.key(2), 5, 4)
+  state = ComponentState(params, random, ())
+  if component.needs_stats:
+    stats = component.solve(component.moments(x, y, None, None))
+    state = state._replace(stats=stats)
+
+  def estimate(rows):
+    both = []
+    for side, z in (("query", x), ("key", y)):
+      out = component.log_features(z, WeightSample(rows), side, state)
+      factor = 1.0 if out.factor is None else out.factor
+      both.append(factor * jnp.exp(out.log_magnitude))
+    return both[0] @ both[1].T
+
+  np.testing.assert_allclose(estimate(w), estimate(-w), rtol=1e-4, atol=1e-5)
+
+
+def fixed_norm_bias(a, x, y):
+  """Relative bias of rows of norm sqrt(H), from the series of 0F1."""
+  head_dim = x.shape[-1]
+  t = np.sum((x + y) ** 2, axis=-1)
+  argument = head_dim * (1.0 - 4.0 * a) * t / 4.0
+  mean = scipy.special.hyp0f1(head_dim / 2, argument)
+  scale = (1.0 - 4.0 * a) ** (head_dim / 2) * np.exp(2.0 * a * head_dim)
+  squares = np.sum(x**2 + y**2, axis=-1) / 2.0
+  return scale * mean * np.exp(-squares - np.sum(x * y, axis=-1)) - 1.0
+
+
+@pytest.mark.parametrize("name", ["posrf", "oprf"])
+def test_bias_of_fixed_norms_is_the_closed_form(name):
+  # At typical inputs oprf is less biased than posrf, not more: no warning.
+  options = {} if name == "posrf" else {"statistics": "constant"}
+  x, y = np.random.default_rng(0).normal(size=(2, 40, 16)) * 16**-0.25
+  fm = sf.feature_map(
+    name, "orf_sqrtd", num_features=64, component_kwargs=options
+  )
+  a = 0.0
+  if options:
+    a = component_of("gerf_default").coefficients(None, 16).a[0]
+  expected = fixed_norm_bias(a, x, y)
+  means = {"posrf": -0.37, "oprf": -0.05}
+  assert abs(np.mean(expected) - means[name]) < 0.15
+  lift = lambda z: jnp.asarray(z, jnp.float32)[:, None, :]
+
+  @jax.jit
+  def estimate(rng):
+    variables = fm.init(rng, head_dim=16)
+    phi, psi = (
+      fm.apply(variables, lift(z), side=side)
+      for side, z in (("query", x), ("key", y))
     )
-  zero = jnp.zeros((1, 1, 32))
-  phi = fm.apply(fm.init(jax.random.key(0), head_dim=32), zero, side="key")
-  a = component_of("gerf_default").coefficients(None, 32).a[0]
-  expected = (1.0 - 4.0 * a) ** 16 * np.exp(2.0 * a * 32)
-  np.testing.assert_allclose(jnp.sum(phi**2), expected, rtol=1e-4)
-  assert expected < 0.5
+    return jnp.sum(phi * psi, axis=-1)[:, 0]
+
+  draws = jax.lax.map(estimate, jax.random.split(jax.random.key(0), 400))
+  relative = np.asarray(draws, np.float64) / np.exp(np.sum(x * y, -1)) - 1.0
+  error = relative.std(axis=0) / np.sqrt(len(relative))
+  scores = (relative.mean(axis=0) - expected) / error
+  assert np.all(np.abs(scores) < 4.5), scores

@@ -8,7 +8,9 @@ from spectraformer_jax.study.sweep import runs as cell_runs
 from spectraformer_jax.study.sweep.cells import expand, load_sweep
 from tests.code_blocks import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is biased:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:.* has the variance:UserWarning"
+)
 
 
 @pytest.fixture(autouse=True)
