@@ -113,7 +113,7 @@ class PoisRFPlus(Shifted, PoisRF):
   is then positive, and so are all features. (The Gaussian kernel does not
   change when both sides are shifted.) The second moment of one row is that of
   :class:`PoisRF` at x - c and y - c, usually far larger: the price of the sign
-  (:class:`GeomRFPlus` pays it as well, more where variance is one).
+  (:class:`GeomRFPlus` pays it as well).
 
   Unbiased for every c. Positivity holds where c is below all that is mapped:
   with ``stats=fm.calibrate(variables, query, key)`` of those queries and keys.

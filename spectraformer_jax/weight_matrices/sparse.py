@@ -34,8 +34,9 @@ class Sparse(WeightMatrix):
   for axis-aligned inputs at q = 4, H = 32). Positive maps have a variance many
   hundred times that of independent rows at scale 0.2. With `hadamard` rows are
   mixed by random signs and a Hadamard matrix and given fresh chi norms: on
-  generic inputs as good as independent rows, a bias of up to 0.07 (at |x - y|^2 = 2) on
-  axis-aligned and constant ones. There is no gain in speed on an accelerator.
+  generic inputs as good as independent rows, a bias of up to 0.07 (at
+  |x - y|^2 = 2) on axis-aligned and constant ones. There is no gain in speed on
+  an accelerator.
 
   Args:
     nonzeros: q, entries of a row that are not zero.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spectraformer_jax.components import COMPONENTS, ComponentState
 from tests.components.exponentials import (
   build,
   calibrated,
@@ -211,3 +212,35 @@ def test_rounding_does_not_choose_the_features(case, num_tokens):
   ]
   for other in features[1:]:
     np.testing.assert_allclose(other, features[0], rtol=2e-3)
+
+
+def relative_variance(name, scale):
+  """Typical relative variance per feature of one row, own statistics."""
+  x, y = np.random.default_rng(0).normal(size=(2, 60, 32)) * scale
+  x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+  component = COMPONENTS.build(name)
+  stats = ()
+  if component.needs_stats:
+    stats = component.solve(component.moments(x, y, None, None))
+  state = ComponentState({}, {}, stats)
+  moment = component.log_second_moment(x[:, None], y[None, :], state)
+  log_kernel = jnp.einsum("th,sh->ts", x, y)
+  per_row = float(np.exp(np.mean(np.asarray(moment - 2.0 * log_kernel)))) - 1.0
+  return per_row * component.feature_dim(64, 32) / 64
+
+
+def test_what_tables_say_of_the_least_variance():
+  unequal = 0.3 * np.exp(0.8 * np.random.default_rng(1).normal(size=32))
+  typical = {
+    label: {
+      name: relative_variance(name, scale)
+      for name in ("posrf", "oprf", "oprf_hyp", "asderf", "geomrf")
+    }
+    for label, scale in (("small", 0.1), ("unit", 32**-0.25), ("axes", unequal))
+  }
+  assert min(typical["small"], key=typical["small"].get) == "oprf_hyp"
+  assert min(typical["axes"], key=typical["axes"].get) == "asderf"
+  assert typical["unit"]["geomrf"] < 0.7 * typical["unit"]["posrf"]
+  # At small norms it gains nothing.
+  ratio = typical["small"]["geomrf"] / typical["small"]["posrf"]
+  assert 0.95 < ratio < 1.1
