@@ -15,6 +15,9 @@ from spectraformer_jax.train import strict_json
 from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.config import flatten
 
+# How a row begins.
+_START = b'{"step": '
+
 
 def read_rows(workdir: Path | str) -> list[dict[str, Any]]:
   """All rows of a workdir's metrics.jsonl that can be read, in order.
@@ -52,8 +55,9 @@ def _scan(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
       bad.append((number, one_line(error)))
   try:  # a whole row without its end
     rows += [_row(rest)] if rest else []
-  except ValueError:
-    pass
+  except ValueError as error:
+    if rest[: len(_START)] != _START[: len(rest)]:  # not the start of one
+      bad.append((len(lines) + 1, one_line(error)))
   return rows, bad
 
 

@@ -115,6 +115,21 @@ def test_a_byte_order_mark_and_windows_ends_are_no_damage(tmp_path, log):
   assert not log["warning"]
 
 
+@pytest.mark.parametrize(
+  ("end", "is_damage"),
+  [(b'{"st', 0), (b'{"step": 7, "train/lo', 0), (b"garbage", 1), (b"[7]", 1)],
+)
+def test_a_last_line_that_a_kill_cut_is_no_damage(
+  end, is_damage, tmp_path, log
+):
+  (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + end)
+  assert [row["step"] for row in read_rows(tmp_path)] == [1]
+  with MetricWriter(tmp_path, start_step=1, tensorboard=False):
+    pass
+  assert len(log["warning"]) == 2 * is_damage
+  assert len(list(tmp_path.glob("metrics.jsonl.*"))) == is_damage
+
+
 @pytest.mark.parametrize("content", [None, b""])
 def test_lost_rows_are_told(content, tmp_path, log):
   if content is not None:
