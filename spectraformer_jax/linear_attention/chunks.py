@@ -13,6 +13,8 @@ from spectraformer_jax.linear_attention.layouts import in_columns
 from spectraformer_jax.linear_attention.products import Products
 from spectraformer_jax.linear_attention.state import (
   LOWEST,
+  SMALLEST_NORMALIZER,
+  TOO_LARGE,
   FeatureFn,
   State,
   key_features,
@@ -89,7 +91,7 @@ def read(
 
   With `known`, the result, gradients alone are worked out.
   """
-  phi, top = query_features(
+  phi, top, is_exponential = query_features(
     query_map,
     constants,
     query[:, :, None],
@@ -103,7 +105,11 @@ def read(
   magnitude = _times_magnitude(phi, state)
   if known is not None:
     known = known._replace(out=known.out.reshape(*sums.shape[:-1], -1))
-  out, normalizer = _mean(sums, magnitude, known, products)
+  sees_keys = _has_keys(state)
+  is_zero = None
+  if not is_exponential:
+    is_zero = _is_zero(phi, None if top is None else top[:, :, 0])
+  out, normalizer = _mean(sums, magnitude, known, products, sees_keys, is_zero)
   return Found(out.reshape(*query.shape[:-1], -1), normalizer, top)
 
 
@@ -162,7 +168,7 @@ def causal_chunks(
     first, last = exponent[:, :, 0], exponent[:, :, -1]
     of_queries = jnp.tile(exponent, (1, 1, groups, 1))[:, :, None]
   before = rescale(state, first)
-  phi, top = query_features(
+  phi, top, is_exponential = query_features(
     query_map,
     constants,
     _chunks_first(query, count),
@@ -200,7 +206,10 @@ def causal_chunks(
   if known is not None:
     found = _chunks_first(known.out, count)
     known = known._replace(out=found.reshape(*sums.shape[:-1], -1))
-  out, normalizer = _mean(sums, magnitude, known, products)
+  sees_keys = _has_keys(state)[:, :, None]
+  sees_keys |= _sees_new_keys(keep, segment, count, groups)
+  is_zero = None if is_exponential else _is_zero(phi, top)
+  out, normalizer = _mean(sums, magnitude, known, products, sees_keys, is_zero)
   out = out.reshape(*out.shape[:3], groups, chunk, -1)
   out = jnp.swapaxes(out, 2, 3).reshape(*query.shape[:-1], -1)
   return after, Found(out, normalizer, top)
@@ -293,22 +302,68 @@ def _with_ones(value: Array) -> Array:
   return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
 
+def _has_keys(state: State) -> Array:
+  """Whether keys were seen, bool ``[B, N, 1]``; False without exponents."""
+  return jnp.any(state.exponent > LOWEST, axis=-1, keepdims=True)
+
+
+def _sees_new_keys(
+  keep: Array | None, segment: Array | None, count: int, groups: int
+) -> Array:
+  """Whether queries of chunks see keys of these, bool ``[B, 1, S, G C]``."""
+  if keep is None:
+    return jnp.ones((1, 1, 1, 1), bool)
+  visible = keep[..., 0]
+  if segment is None:
+    place = jnp.arange(visible.shape[-1])[None, None]
+    first = jnp.argmax(visible, axis=-1, keepdims=True)
+    visible = jnp.any(visible, axis=-1, keepdims=True) & (place >= first)
+  visible = visible.reshape(*visible.shape[:2], count, -1)
+  return jnp.tile(visible, (1, 1, 1, groups))
+
+
+def _is_zero(phi: Array, top: Array | None) -> Array:
+  """Whether all features of a query are 0, and not for their exponents."""
+  is_zero = jnp.all(phi == 0.0, axis=-1)
+  return is_zero if top is None else is_zero & (top[..., 0] < TOO_LARGE)
+
+
 def _mean(
   sums: Array,
   magnitude: Array | None,
   known: Found | None,
   products: Products,
+  sees_keys: Array,
+  is_zero: Array | None,
 ):
   """Outputs ``[..., C, V]`` and, of positive maps, the normalizers.
 
-  `known` has outputs of that shape.
+  Both are NaN where keys are seen of whose weights nothing reliable is left.
+
+  Args:
+    sums: of weights times values, and of weights.
+    magnitude: sums of the weights' magnitudes, for signed maps.
+    known: the result, with outputs of that shape.
+    products: see `Products`.
+    sees_keys: bool, broadcastable to ``[..., C]``.
+    is_zero: whether all features of a query are truly 0, ``[..., C]``; None for
+      exponentials.
   """
   if magnitude is not None:
-    return normalise(sums[..., :-1], sums[..., -1], magnitude), None
-  if known is None:
-    return products.mean_of_values(sums, None)
-  out = known.out.astype(jnp.float32)
-  return products.mean_of_values(sums, (out, known.normalizer))
+    out = normalise(sums[..., :-1], sums[..., -1], magnitude)
+    is_lost = sees_keys & (magnitude < SMALLEST_NORMALIZER)
+    if is_zero is not None:
+      is_lost &= ~is_zero
+    return jnp.where(is_lost[..., None], jnp.nan, out), None
+  if known is not None:
+    out = known.out.astype(jnp.float32)
+    return products.mean_of_values(sums, (out, known.normalizer))
+  out, normalizer = products.mean_of_values(sums, None)
+  if is_zero is not None:
+    return out, normalizer
+  is_lost = sees_keys & (normalizer < SMALLEST_NORMALIZER)
+  out = jnp.where(is_lost[..., None], jnp.nan, out)
+  return out, jnp.where(is_lost, jnp.nan, normalizer)
 
 
 def _add(state: State, psi: Array, value: Array, products: Products) -> State:

@@ -61,6 +61,10 @@ def attend(
     magnitude = jnp.sum(weights(jnp.abs(phi), jnp.abs(psi)), axis=-1)
     magnitude += of_state(jnp.abs(phi), state.magnitude)
   out = normalise(numerator, normalizer, magnitude)
+  # A query whose visible keys have all underflowed does not see none.
+  size = normalizer if magnitude is None else magnitude
+  if query.factor is None:
+    is_bad |= (jnp.any(visible, axis=-1) & (size == 0.0))[..., None]
   return jnp.where(is_bad, jnp.nan, out)
 
 

@@ -24,7 +24,18 @@ FeatureFn = Callable[[PyTree, Array, Array], LogFeatures]
 
 
 # The exponent before any key: below every real one, and exact in float32.
-LOWEST = -(2.0**20)
+LOWEST = -(2.0**30)
+
+# The least of a key that is seen. What is below is out of range, which must not
+# look as if no key were seen.
+LOWEST_SEEN = -(2.0**29)
+
+# Exponents as large, of queries and keys together, are not exact in float32.
+TOO_LARGE = 2.0**28
+
+# Below this a normalizer may lack terms of its own size that underflowed: lost
+# are features of keys below 2^-126, and those of queries are 2^41 at most.
+SMALLEST_NORMALIZER = 2.0**-65
 
 # Sizes of the largest key and query feature, as exponents: as far from
 # underflow as sums over 2^20 keys and 2^8 features leave room for.
@@ -114,9 +125,9 @@ def split(
   return exp(rest), exponent
 
 
-def power_of_two(exponent: Array) -> Array:
-  """2 to a whole, non-positive-biased power, exactly; 0 below 2^-126."""
-  biased = jnp.clip(exponent, -127.0, 127.0).astype(jnp.int32) + 127
+def power_of_two(exponent: Array, largest: float = 127.0) -> Array:
+  """2 to a whole power, at most `largest`, exactly; 0 below 2^-126."""
+  biased = jnp.clip(exponent, -127.0, largest).astype(jnp.int32) + 127
   return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
@@ -179,11 +190,15 @@ def key_features(
     fixed = jax.lax.stop_gradient(log_magnitude)
     features, own = split(log_magnitude)
     if not is_final:
-      visible = fixed if keep is None else jnp.where(keep, fixed, LOWEST)
+      hidden = jnp.finfo(fixed.dtype).min
+      visible = fixed if keep is None else jnp.where(keep, fixed, hidden)
       if segment is None:
         largest = jnp.max(visible, axis=(2, 3))
       else:
         largest = max_in_segments(visible[:, :, 0], segment)
+      largest = jnp.where(
+        largest <= hidden, LOWEST, jnp.maximum(largest, LOWEST_SEEN)
+      )
       exponent = once(jnp.maximum(exponent, whole_exponent(largest)))
     of_keys = exponent[:, :, None]
     if segment is None:
@@ -228,7 +243,7 @@ def query_features(
   top: Array | None = None,
   *,
   exponential: Callable[[Array, Array], Array],
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Array | None, bool]:
   """Features of queries ``[B, N, S, G, C, H]`` for sums of that exponent.
 
   They take back the keys' exponents, and then each query's largest one, which
@@ -245,8 +260,9 @@ def query_features(
     exponential: see `Products`.
 
   Returns:
-    ``[B, N, S, G C, F]``, the groups one after another, and the largest
-    exponents ``[B, N, S, G C, 1]``; None for features without.
+    ``[B, N, S, G C, F]``, the groups one after another; the largest exponents
+    ``[B, N, S, G C, 1]``, None for features without; and whether features are
+    exponentials alone, so that none is zero.
   """
   batch, heads, count, groups, _, head_dim = query.shape
   queries = query.reshape(batch, heads, count * groups, -1, head_dim)
@@ -256,7 +272,7 @@ def query_features(
     _of_chunks(query_map, constants, queries, position),
   )
   if log_magnitude is None:
-    return factor, None
+    return factor, None, False
   fixed = jax.lax.stop_gradient(log_magnitude)
   features, own = split(log_magnitude)
   if exponent.ndim == 3:
@@ -264,9 +280,13 @@ def query_features(
   if top is None:
     whole = fixed + exponent * math.log(2.0)
     top = once(whole_exponent(jnp.max(whole, axis=-1, keepdims=True)))
-  features = features * power_of_two(own + exponent - top + QUERY_EXPONENT)
+  # Exponents before any key are too low to be subtracted exactly.
+  scale = own + exponent - top + QUERY_EXPONENT
+  features = features * power_of_two(scale, QUERY_EXPONENT + 8.0)
   features = exponential(log_magnitude, features)
-  return features if factor is None else features * factor, top
+  if factor is None:
+    return features, top, True
+  return features * factor, top, False
 
 
 def _of_chunks(feature_map, constants, x, position) -> LogFeatures:
