@@ -60,7 +60,7 @@ def local_attention(
     query, key, value, scale=scale, key_mask=key_mask, is_causal=is_causal
   )
   length = query.shape[1]
-  num_blocks = -(-length // block_size)
+  num_blocks = max(1, -(-length // block_size))
   # More neighbours than blocks would only add padding.
   before = min(neighbours, num_blocks - 1)
   after = 0 if is_causal else before

@@ -106,7 +106,11 @@ def iterative_inverse(matrix: Array, iterations: int) -> Array:
   """
   checks.check_positive_int("iterations", iterations)
   size = jnp.abs(matrix)
-  norms = jnp.max(jnp.sum(size, -1), -1) * jnp.max(jnp.sum(size, -2), -1)
+  # Sums of sizes are at least 0, also where there are none.
+  rows, columns = (
+    jnp.max(jnp.sum(size, axis), -1, initial=0.0) for axis in (-1, -2)
+  )
+  norms = rows * columns
   norms = jnp.where(norms > 0.0, norms, 1.0)[..., None, None]
   eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
   eye = eye.reshape((1,) * (matrix.ndim - 2) + eye.shape)

@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax import checks
 from spectraformer_jax.attention import (
   init_state,
   spectral_attention,
@@ -168,7 +167,7 @@ class SpectralSelfAttention(nn.Module):
     )
     if stats is None and not self.is_causal and segment_ids is None:
       # Every position sees all, so queries count as well.
-      root = checks.split_scale(None, self.head_dim)
+      root = float(self.head_dim) ** -0.25
       stats = statistics_of(
         self.feature_map, variables, None, query, key, mask, mask, root
       )

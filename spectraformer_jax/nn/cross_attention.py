@@ -5,7 +5,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax import checks
 from spectraformer_jax.attention import (
   spectral_attention,
   statistics_of_keys,
@@ -127,7 +126,7 @@ class SpectralCrossAttention(nn.Module):
       stats,
       key,
       memory_mask,
-      checks.split_scale(None, self.head_dim),
+      float(self.head_dim) ** -0.25,
     )
     out, state = spectral_attention(
       query,

@@ -300,3 +300,12 @@ def test_options_are_checked_by_name():
   with pytest.raises(ValueError, match="cannot be causal"):
     baselines.check_options("linformer", {}, is_causal=True)
   baselines.check_options("local", {}, is_causal=True)
+
+
+@pytest.mark.parametrize("name", baselines.BASELINES)
+def test_a_sequence_of_nothing_stays_nothing(name):
+  *empty, mask = inputs(length=0)
+  attend = (
+    linformer if name == "linformer" else baselines.BASELINES[name].attend
+  )
+  assert attend(*empty, key_mask=mask).shape == (3, 0, HEADS, HEAD_DIM)
