@@ -46,7 +46,9 @@ def test_public_names_have_docstrings():
   ] == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/attention.md"])
+@pytest.mark.parametrize(
+  "name", ["README.md", "docs/attention.md", "docs/clients.md"]
+)
 def test_code_of_the_documentation_runs(name, tmp_path):
   blocks = python_blocks(name)
   assert blocks
