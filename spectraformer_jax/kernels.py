@@ -43,10 +43,12 @@ def masked_softmax(scores: Array, visible: Array) -> Array:
     scores: ``[..., S]`` float.
     visible: bool, broadcastable to `scores`.
   """
-  scores = jnp.where(visible, scores, -jnp.inf)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-  weights = jnp.exp(scores - top)
+  # Not -inf, which jax_debug_infs would take for a fault.
+  lowest = jnp.finfo(scores.dtype).min
+  scores = jnp.where(visible, scores, lowest)
+  top = jnp.max(scores, axis=-1, keepdims=True, initial=lowest)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(top))
+  weights = jnp.where(visible, weights, 0.0)
   total = jnp.sum(weights, axis=-1, keepdims=True)
   return weights / jnp.where(total > 0.0, total, 1.0)
 
