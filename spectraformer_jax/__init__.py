@@ -19,6 +19,7 @@ from spectraformer_jax.adapters import (
   as_dot_product_attention,
 )
 from spectraformer_jax.attention import (
+  attend_state,
   decode_step,
   implied_attention_weights,
   init_state,
@@ -46,6 +47,7 @@ __all__ = [
   "__version__",
   "as_attention_fn",
   "as_dot_product_attention",
+  "attend_state",
   "components",
   "compose",
   "decode_step",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from spectraformer_jax import checks, meshes
 from spectraformer_jax.feature_maps import FeatureMap, Prepared
+from spectraformer_jax.feature_parts import as_variables, check_stats
 from spectraformer_jax.heads import queries_by_key_head
 from spectraformer_jax.linear_attention.api import (
   AttendOptions,
@@ -16,6 +17,7 @@ from spectraformer_jax.linear_attention.api import (
   names_of,
   start,
 )
+from spectraformer_jax.linear_attention.empty import attend_empty
 from spectraformer_jax.linear_attention.state import Maps, State
 from spectraformer_jax.typing import (
   Array,
@@ -34,7 +36,7 @@ def spectral_attention(
   feature_map: FeatureMap,
   variables: FeatureVariables,
   stats: PyTree = None,
-  scale: float | None = None,
+  scale: float | Array | None = None,
   is_causal: bool = False,
   key_mask: Array | None = None,
   query_mask: Array | None = None,
@@ -64,8 +66,10 @@ def spectral_attention(
       of another in a decoder; where all are seen together, as in an encoder,
       ``stats=feature_map.calibrate(variables, query * root, key * root)`` with
       ``root = sqrt(scale)`` counts them.
-    scale: of ``query . key``; None means ``1 / sqrt(H)``.
-    is_causal: query i sees keys 0..i; needs T == S.
+    scale: of ``query . key``, a number or a scalar array (which takes a
+      gradient); None means ``1 / sqrt(H)``.
+    is_causal: query i sees keys 0..i: keys from T on are seen by nobody, and
+      queries from S on see all.
     key_mask: ``[B, S]`` bool, True where a key may be seen; acts on features.
       What hidden keys and values hold has no influence, NaN included.
     query_mask: ``[B, T]`` bool: queries that give outputs; others give zeros.
@@ -73,7 +77,8 @@ def spectral_attention(
     segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
       ``([B, T], [B, S])``; a query sees keys of its own segment only.
     initial_state: of an earlier call with `return_state`: its keys come first.
-    return_state: also return the state after all keys, for `decode_step`.
+    return_state: also return the state after all S keys, for `decode_step` and
+      `attend_state`.
     chunk_size: positions in one chunk; None is a default for the backend.
     implementation: "xla", "reference", "pallas_tpu", "pallas_gpu", a sequence
       tried in order, or None for the best available.
@@ -83,10 +88,11 @@ def spectral_attention(
     zero gradients. With `return_state`, a pair with the `State`.
 
   Raises:
-    ValueError: shapes that do not agree, a mask over query and key positions,
-      statistics that would look at the future, at other packed rows or differ
-      from call to call of a state, a state together with segments, or an
-      implementation that cannot run.
+    ValueError: shapes that do not agree, arrays that are not float, a mask over
+      query and key positions, statistics of other sizes or that would look at
+      the future, at other packed rows or differ from call to call of a state,
+      a state of another map or together with segments, or an implementation
+      that cannot run.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -96,6 +102,11 @@ def spectral_attention(
     >>> spectral_attention(x, x, x, feature_map=fm, variables=v).shape
     (1, 5, 2, 8)
   """
+  query, key, value = checks.as_floats(query=query, key=key, value=value)
+  key_mask, query_mask = map(checks.as_array, (key_mask, query_mask))
+  segment_ids = checks.as_segment_ids(segment_ids)
+  variables = as_variables(variables)
+  checks.check_bool("return_state", return_state)
   check_spectral_inputs(
     query,
     key,
@@ -113,6 +124,29 @@ def spectral_attention(
   if component.longest is not None and initial_state is not None:
     before = checks.known(initial_state.length)
     component.check_length(before + query.shape[1])
+  root, computed = checks.scale_parts(scale, query.shape[-1])
+  query, key = (checks.times_root(x, computed) for x in (query, key))
+  if checks.is_empty(query, key, value):
+    return attend_empty(
+      functools.partial(
+        spectral_attention,
+        feature_map=feature_map,
+        variables=variables,
+        scale=root**2,
+        is_causal=is_causal,
+        chunk_size=chunk_size,
+        implementation=implementation,
+      ),
+      query,
+      key,
+      value,
+      key_mask=key_mask,
+      initial_state=initial_state,
+      return_state=return_state,
+      stats=stats,
+      query_mask=query_mask,
+      segment_ids=segment_ids,
+    )
   out, state = _spectral_attention(
     query,
     key,
@@ -121,7 +155,7 @@ def spectral_attention(
     stats,
     query_mask,
     feature_map=feature_map,
-    root=checks.split_scale(scale, query.shape[-1]),
+    root=root,
     key_mask=key_mask,
     options=AttendOptions(
       is_causal=is_causal,
@@ -154,6 +188,7 @@ def _spectral_attention(
   initial_state,
 ):
   """`spectral_attention` on checked arguments."""
+  _check_stats(feature_map, variables, stats, key)
 
   def on_one_device(query, key, value, variables, rows, masks):
     stats, initial_state = rows
@@ -235,12 +270,15 @@ def init_state(
     ("head_dim", head_dim),
   ):
     checks.check_positive_int(name, size)
+  if value_dim is None:
+    value_dim = head_dim
+  variables = as_variables(variables)
   key = jax.ShapeDtypeStruct((batch_size, 1, num_heads, head_dim), jnp.float32)
   return start(
     maps_of(feature_map, 1.0),
     feature_map.prepare(variables, stats),
     key,
-    value_dim or head_dim,
+    value_dim,
     is_signed=not feature_map.info.positive,
   )
 
@@ -254,7 +292,7 @@ def decode_step(
   feature_map: FeatureMap,
   variables: FeatureVariables,
   stats: PyTree = None,
-  scale: float | None = None,
+  scale: float | Array | None = None,
 ) -> tuple[Array, State]:
   """One more token: O(M V), whatever came before.
 
@@ -279,7 +317,9 @@ def decode_step(
 
   Example: see `init_state`.
   """
-  if query.shape[1] != 1:
+  query, key, value = checks.as_floats(query=query, key=key, value=value)
+  checks.check_attention_inputs(query, key, value)
+  if query.shape[1] != 1 or key.shape[1] != 1:
     raise ValueError(
       "decode_step takes one token, got query.shape="
       f"{query.shape}; use spectral_attention(is_causal=True, "
@@ -297,6 +337,60 @@ def decode_step(
     initial_state=state,
     return_state=True,
     chunk_size=1,
+  )
+
+
+def attend_state(
+  state: State,
+  query: Array,
+  *,
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree = None,
+  scale: float | Array | None = None,
+) -> Array:
+  """Queries that see all keys of a finished state: O(T M V).
+
+  What a decoder's cross-attention needs: the sums over the memory are made
+  once, by ``spectral_attention(..., return_state=True)``, and read each step.
+
+  Args:
+    state: sums over keys and values; it stays as it is.
+    query: ``[B, T, N, H]``; N may be a multiple of the state's heads.
+    feature_map: see `spectral_attention`.
+    variables: the same as for the keys.
+    stats: the same as for the keys; needed where the map needs some.
+    scale: the same as for the keys.
+
+  Returns:
+    ``[B, T, N, V]`` in query's dtype: what `spectral_attention` without
+    is_causal gives for these queries and the keys of the state.
+
+  Raises:
+    ValueError: shapes that do not agree, or statistics that are missing.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> fm = sf.feature_map("posrf", "orf", num_features=32)
+    >>> maps = {"feature_map": fm, "variables": fm.init(
+    ...   jax.random.key(0), head_dim=8)}
+    >>> x = jax.random.normal(jax.random.key(1), (1, 5, 2, 8))
+    >>> out, state = sf.spectral_attention(x, x, x, return_state=True, **maps)
+    >>> bool(jnp.allclose(attend_state(state, x, **maps), out, atol=1e-5))
+    True
+  """
+  (query,) = checks.as_floats(query=query)
+  batch, heads, _, value_dim = state.kv.shape
+  shape = (batch, 0, heads, query.shape[-1] if query.ndim else 0)
+  return spectral_attention(
+    query,
+    jnp.zeros(shape, query.dtype),
+    jnp.zeros((*shape[:3], value_dim), query.dtype),
+    feature_map=feature_map,
+    variables=variables,
+    stats=stats,
+    scale=scale,
+    initial_state=state,
   )
 
 
@@ -323,6 +417,8 @@ def implied_attention_weights(
     >>> bool(jnp.allclose(w.sum(-1), 1.0, atol=1e-5))
     True
   """
+  query, key = checks.as_floats(query=query, key=key)
+  checks.check_attention_inputs(query, key, key)
   batch, length, heads = key.shape[:3]
   eye = jnp.eye(length, dtype=jnp.float32)[None, :, None, :]
   value = jnp.broadcast_to(eye, (batch, length, heads, length))
@@ -410,12 +506,37 @@ def check_spectral_inputs(
   has_state=False,
 ) -> None:
   """ValueError unless `spectral_attention` can be given these arguments."""
-  checks.check_attention_inputs(query, key, value, is_causal=is_causal)
+  checks.check_bool("is_causal", is_causal)
+  checks.check_attention_inputs(query, key, value)
   checks.check_key_mask(key_mask, key)
   checks.check_key_mask(query_mask, query, "query_mask")
   check_statistics(feature_map, stats, is_causal, segment_ids, has_state)
   feature_map.check_inputs(variables, key)
   feature_map.component.check_length(query.shape[1])
+
+
+def _check_stats(feature_map, variables, stats, key) -> None:
+  """ValueError unless `stats` have the form that this map gives them."""
+  if not jax.tree.leaves(stats):
+    return
+  check_stats(stats, key)
+  of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  x = jax.ShapeDtypeStruct((1, 2, *key.shape[2:]), jnp.float32)
+  expected = jax.eval_shape(
+    lambda variables, x: feature_map.calibrate(variables, x, x),
+    jax.tree.map(of, variables),
+    x,
+  )
+  shapes = [
+    jax.tree.map(lambda leaf: leaf.shape[2:], tree)
+    for tree in (stats, expected)
+  ]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f"stats are not those of {feature_map.info.name!r}: after batch and "
+      f"heads their shapes are {shapes[0]}, not {shapes[1]}; pass what its "
+      "calibrate returns."
+    )
 
 
 def check_statistics(

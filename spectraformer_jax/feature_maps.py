@@ -493,7 +493,17 @@ class FeatureMap:
   def check_inputs(self, variables: FeatureVariables, x: Array) -> None:
     """ValueError unless x fits the variables, and its length the component."""
     check_x(self.component, variables, x)
-    if jax.tree.leaves(variables) and self.num_rows:
-      one_head = jax.tree.map(lambda leaf: leaf[0], variables)
-      head_dim = jax.eval_shape(self._rows, *one_head).w.shape[-1]
-      check_head_dim(head_dim, x)
+    if not self.num_rows:
+      return
+    # Shapes alone: nothing is read from a device.
+    one_head = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), variables
+    )
+    try:
+      rows = jax.eval_shape(self._rows, *one_head)
+    except (KeyError, AttributeError):
+      raise ValueError(
+        f"variables are not those of {self.info.name!r}: make them by "
+        "feature_map.init."
+      ) from None
+    check_head_dim(rows.w.shape[-1], x)

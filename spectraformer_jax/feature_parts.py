@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -47,6 +48,30 @@ class Prepared(NamedTuple):
 
   rows: WeightSample
   state: ComponentState
+
+
+def as_variables(variables) -> FeatureVariables:
+  """The variables as `FeatureMap.init` makes them.
+
+  Args:
+    variables: `FeatureVariables`, a pair, or a mapping with "params" and
+      "projection", as checkpoints restore it; an empty part may be missing.
+
+  Raises:
+    ValueError: anything else.
+  """
+  if isinstance(variables, FeatureVariables):
+    return variables
+  names = set(FeatureVariables._fields)
+  if isinstance(variables, Mapping) and variables.keys() <= names:
+    parts = [variables.get(name) for name in FeatureVariables._fields]
+    return FeatureVariables(*(part or {} for part in parts))
+  if isinstance(variables, tuple | list) and len(variables) == 2:
+    return FeatureVariables(*(part or {} for part in variables))
+  raise ValueError(
+    "variables must be FeatureVariables(params, projection), as "
+    f"feature_map.init makes them, got {type(variables).__name__}."
+  )
 
 
 def weigh_rows(

@@ -35,8 +35,7 @@ def _over_one_axis(function):
   """Maps over axis 0 of the leaves; those of size 1 are shared."""
 
   def mapped(*trees):
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(trees)}
-    shared = max(sizes, default=1) == 1
+    shared = all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(trees))
     squeezed = jax.tree.map(
       lambda leaf: leaf[0] if leaf.shape[0] == 1 else leaf, trees
     )

@@ -75,12 +75,13 @@ def exact_attention(
   Gaussian one equals softmax attention with the key bias :math:`-|y|^2/2`.
 
   Args:
-    query: ``[B, T, N, H]``, any float dtype.
+    query: ``[B, T, N, H]``, any float dtype; N may be a multiple of the keys'
+      heads (grouped-query attention: query head n uses key head n // G).
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     kernel: "softmax" or "gaussian".
-    scale: s above; None means ``1 / sqrt(H)``.
-    is_causal: query i sees keys 0..i; needs T == S.
+    scale: s above, a number or a scalar array; None means ``1 / sqrt(H)``.
+    is_causal: query i sees keys 0..i, whatever T and S are.
     key_mask: ``[B, S]`` bool, True where a key may be seen.
     segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
       ``([B, T], [B, S])``; a query sees keys of its own segment only.
@@ -90,7 +91,8 @@ def exact_attention(
     that sees no key gives zeros.
 
   Raises:
-    ValueError: shapes that do not agree, or an unknown kernel.
+    ValueError: shapes that do not agree, arrays that are not float, or an
+      unknown kernel.
 
   Example:
     >>> q = jnp.ones((1, 3, 2, 4))
@@ -98,12 +100,19 @@ def exact_attention(
     (1, 3, 2, 4)
   """
   check_kernel(kernel)
-  checks.check_attention_inputs(query, key, value, is_causal=is_causal)
+  query, key, value = checks.as_floats(query=query, key=key, value=value)
+  key_mask = checks.as_array(key_mask)
+  segment_ids = checks.as_segment_ids(segment_ids)
+  checks.check_bool("is_causal", is_causal)
+  checks.check_attention_inputs(query, key, value)
   checks.check_key_mask(key_mask, key)
   visible = checks.visible_keys(query, key, is_causal, key_mask, segment_ids)
-  compute = jnp.promote_types(query.dtype, jnp.float32)
-  root = checks.split_scale(scale, query.shape[-1])
-  x, y = query.astype(compute) * root, key.astype(compute) * root
+  compute = checks.compute_dtype(query)
+  root, computed = checks.scale_parts(scale, query.shape[-1])
+  x, y = (
+    checks.times_root(array.astype(compute), computed) * root
+    for array in (query, key)
+  )
   v = value.astype(compute)
   if key_mask is not None:
     # A product with a zero weight would let NaN through.
@@ -113,6 +122,9 @@ def exact_attention(
   # of self-attention is among them.
   holds_nan = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
   x = jnp.where(holds_nan, 0.0, x)
+  if key.shape[2] != query.shape[2]:
+    groups = query.shape[2] // key.shape[2]
+    y, v = (jnp.repeat(array, groups, axis=2) for array in (y, v))
   scores = jnp.einsum("btnh,bsnh->bnts", x, y, precision="highest")
   if kernel == "gaussian":
     # The query's own factor is the same for all its keys and cancels.

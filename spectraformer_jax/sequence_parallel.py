@@ -14,6 +14,7 @@ from spectraformer_jax.attention import (
   statistics_of_keys,
 )
 from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_parts import as_variables
 from spectraformer_jax.linear_attention import bidirectional, causal
 from spectraformer_jax.linear_attention.api import start
 from spectraformer_jax.linear_attention.state import (
@@ -82,6 +83,9 @@ def sequence_parallel_attention(
     ...   is_causal=True).shape == x.shape
     True
   """
+  query, key, value = checks.as_floats(query=query, key=key, value=value)
+  key_mask, query_mask = map(checks.as_array, (key_mask, query_mask))
+  variables = as_variables(variables)
   check_spectral_inputs(
     query,
     key,
@@ -103,6 +107,15 @@ def sequence_parallel_attention(
         f"{name} length {length} must be a multiple of the {mesh.shape[axis]} "
         f"devices of axis {axis!r}: pad it, and hide the padding by key_mask."
       )
+  if is_causal and query.shape[1] != key.shape[1]:
+    raise ValueError(
+      "is_causal needs query and key of one length where it is divided over "
+      f"devices, got query.shape={query.shape}, key.shape={key.shape}."
+    )
+  if checks.is_empty(query, key, value):
+    return jnp.zeros((*query.shape[:3], value.shape[3]), value.dtype)
+  root, computed = checks.scale_parts(scale, query.shape[-1])
+  query, key = (checks.times_root(x, computed) for x in (query, key))
   return _sequence_parallel(
     query,
     key,
@@ -112,7 +125,7 @@ def sequence_parallel_attention(
     key_mask,
     query_mask,
     feature_map=feature_map,
-    root=checks.split_scale(scale, query.shape[-1]),
+    root=root,
     is_causal=is_causal,
     chunk=chunk_size,
     mesh=mesh,

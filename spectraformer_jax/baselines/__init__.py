@@ -1,7 +1,9 @@
 """Efficient attentions of others, to compare with: pure functions.
 
 All of them keep padding out (what a masked position holds, NaN included, and
-how many of them there are, changes nothing) and a row of a batch is not
+how many of them there are, changes nothing; but the blocks of `local_attention`
+and the projections of `linformer_attention` count positions from the start of
+the row, so that padding in front moves them) and a row of a batch is not
 influenced by the others. `BASELINES` is what ``attention=...`` of
 `SpectralSelfAttention` selects from.
 """

@@ -24,7 +24,8 @@ def masked_inputs(
   """Checked, scaled float32 inputs that hold zeros where padding was.
 
   Args:
-    query: ``[B, T, N, H]``.
+    query: ``[B, T, N, H]``; N may be a multiple of the keys' heads, which are
+      then repeated (query head n uses key head n // G).
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     scale: of the scores; its root is on each side. None: ``1 / sqrt(H)``.
@@ -38,13 +39,11 @@ def masked_inputs(
   Raises:
     ValueError: shapes that do not agree.
   """
-  checks.check_attention_inputs(query, key, value, is_causal=is_causal)
+  query, key, value = checks.as_floats(query=query, key=key, value=value)
+  key_mask = checks.as_array(key_mask)
+  checks.check_bool("is_causal", is_causal)
+  checks.check_attention_inputs(query, key, value)
   checks.check_key_mask(key_mask, key)
-  if query.shape[2] != key.shape[2]:
-    raise ValueError(
-      "query and key must share heads here, got "
-      f"query.shape={query.shape}, key.shape={key.shape}."
-    )
   if self_attention and query.shape[1] != key.shape[1]:
     raise ValueError(
       "this is self-attention: query and key must share length, got "
@@ -52,9 +51,13 @@ def masked_inputs(
     )
   if key_mask is None:
     key_mask = jnp.ones(key.shape[:2], bool)
-  compute = jnp.promote_types(query.dtype, jnp.float32)
-  root = checks.split_scale(scale, query.shape[-1])
+  compute = checks.compute_dtype(query)
+  root, computed = checks.scale_parts(scale, query.shape[-1])
   x, y, v = (array.astype(compute) for array in (query, key, value))
+  x, y = (checks.times_root(array, computed) for array in (x, y))
+  if key.shape[2] != query.shape[2]:
+    groups = query.shape[2] // key.shape[2]
+    y, v = (jnp.repeat(array, groups, axis=2) for array in (y, v))
   # A product with a zero weight would let NaN through.
   keep = key_mask[:, :, None, None]
   y, v = jnp.where(keep, y * root, 0.0), jnp.where(keep, v, 0.0)

@@ -17,6 +17,7 @@ from spectraformer_jax.linear_attention import (
   reference,
   segments,
 )
+from spectraformer_jax.linear_attention.empty import attend_empty
 from spectraformer_jax.linear_attention.products import PLAIN
 from spectraformer_jax.linear_attention.state import (
   Maps,
@@ -55,13 +56,14 @@ def linear_attention(
       of the keys' heads (grouped-query attention).
     key_features: psi, ``[B, S, N, F]``.
     value: ``[B, S, N, V]``.
-    is_causal: query i sees keys 0..i; needs T == S.
+    is_causal: query i sees keys 0..i: keys from T on are seen by nobody, and
+      queries from S on see all.
     key_mask: ``[B, S]`` bool, True where a key may be seen. Hidden keys and
       values may hold anything, NaN included.
     segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
       ``([B, T], [B, S])``; a query sees keys of its own segment only.
     initial_state: of an earlier call with `return_state`: its keys come first.
-    return_state: also return the state after all keys.
+    return_state: also return the state after all S keys.
     chunk_size: positions in one chunk; None is a default for the backend.
       Changes speed and memory, not the result.
     implementation: "xla", "reference", "pallas_tpu", "pallas_gpu", a sequence
@@ -74,9 +76,9 @@ def linear_attention(
     `State`.
 
   Raises:
-    ValueError: shapes that do not agree, a mask over query and key positions,
-      a state together with segments, or an implementation that is unknown or
-      cannot run; the message says why.
+    ValueError: shapes that do not agree, arrays that are not float, a mask over
+      query and key positions, a state of other sizes or together with segments,
+      or an implementation that is unknown or cannot run; the message says why.
 
   References:
     Katharopoulos et al., Transformers are RNNs, 2020, equations 5 and 9
@@ -87,13 +89,32 @@ def linear_attention(
     >>> linear_attention(phi, phi, jnp.ones((1, 5, 2, 4)), is_causal=True).shape
     (1, 5, 2, 4)
   """
-  checks.check_attention_inputs(
-    query_features,
-    key_features,
-    value,
-    is_causal=is_causal,
-    depth="feature dim",
+  query_features, key_features, value = checks.as_floats(
+    query_features=query_features, key_features=key_features, value=value
   )
+  key_mask = checks.as_array(key_mask)
+  segment_ids = checks.as_segment_ids(segment_ids)
+  checks.check_bool("is_causal", is_causal)
+  checks.check_bool("return_state", return_state)
+  checks.check_attention_inputs(
+    query_features, key_features, value, depth="feature dim"
+  )
+  if checks.is_empty(query_features, key_features, value):
+    return attend_empty(
+      functools.partial(
+        linear_attention,
+        is_causal=is_causal,
+        chunk_size=chunk_size,
+        implementation=implementation,
+      ),
+      query_features,
+      key_features,
+      value,
+      key_mask=key_mask,
+      initial_state=initial_state,
+      return_state=return_state,
+      segment_ids=segment_ids,
+    )
   out, state = _linear_attention(
     query_features,
     key_features,
@@ -217,7 +238,9 @@ def attend(
     key, value = jnp.where(visible, key, 0), jnp.where(visible, value, 0)
   if initial_state is None:
     initial_state = start(maps, constants, key, value_dim, options.is_signed)
-  _check_state(initial_state, key, value_dim)
+  else:
+    of_maps = start(maps, constants, key, value_dim, options.is_signed)
+    _check_state(initial_state, of_maps)
   run = _first_that_runs(
     options.implementation,
     maps,
@@ -233,7 +256,7 @@ def attend(
   )
   out, state = run()
   out = out.reshape(batch, length, all_heads, value_dim).astype(value.dtype)
-  return out, state
+  return out, state if options.return_state else None
 
 
 def start(
@@ -259,15 +282,27 @@ def start(
   )
 
 
-def _check_state(state: State, key: Array, value_dim: int) -> None:
-  """ValueError unless the state belongs to arrays of these sizes."""
-  batch, heads = key.shape[0], key.shape[2]
-  got = state.kv.shape
-  if (got[0], got[1], got[3]) != (batch, heads, value_dim):
+def _check_state(state: State, expected: State) -> None:
+  """ValueError unless the state is one of this map and these sizes."""
+  if not isinstance(state, State):
     raise ValueError(
-      "initial_state must have [batch, heads, features, value_dim] = "
-      f"[{batch}, {heads}, F, {value_dim}], got kv.shape={got}."
+      "initial_state must be a State, as init_state and return_state make it, "
+      f"got {type(state).__name__}."
     )
+  if (state.magnitude is None) != (expected.magnitude is None):
+    kinds = "signed", "positive"
+    had, needs = kinds if expected.magnitude is None else kinds[::-1]
+    raise ValueError(
+      f"initial_state is of a {had} feature map, this one is {needs}: a state "
+      "belongs to the map that made it."
+    )
+  for name in ("kv", "total", "exponent"):
+    got, want = getattr(state, name).shape, getattr(expected, name).shape
+    if got != want:
+      raise ValueError(
+        "initial_state must have [batch, heads, features, value_dim] = "
+        f"{list(expected.kv.shape)}, got {name}.shape={got}, not {want}."
+      )
 
 
 def _first_that_runs(names, *args, **kwargs) -> Callable:
@@ -315,12 +350,36 @@ def _xla(
     )
     return out, None
   if is_causal:
-    return causal.causal(
-      maps, chunk, constants, state, query, key, value, keep, None
-    )
+    return _causal(maps, chunk, constants, state, query, key, value, keep)
   return bidirectional.bidirectional(
     maps, constants, state, query, key, value, keep, chunk=chunk
   )
+
+
+def _causal(maps, chunk, constants, state, query, key, value, keep):
+  """The triangle from the top left, whatever T and S are."""
+  length, num_keys = query.shape[1], key.shape[1]
+  if length == num_keys:
+    inputs = query, key, value, keep, None
+    return causal.causal(maps, chunk, constants, state, *inputs)
+  seen = min(length, num_keys)
+  rest = [None if x is None else x[:, seen:] for x in (key, value, keep)]
+  inputs = [None if x is None else x[:, :seen] for x in (key, value, keep)]
+  if seen < length:
+    # Queries from S on see all keys: those that follow are hidden.
+    if keep is None:
+      inputs[2] = jnp.ones(key.shape[:2], bool)
+    inputs = [
+      jnp.pad(x, [(0, 0), (0, length - seen)] + [(0, 0)] * (x.ndim - 2))
+      for x in inputs
+    ]
+  out, after = causal.causal(
+    maps, chunk, constants, state, query, *inputs, None
+  )
+  after = after._replace(length=state.length + seen)
+  if seen < num_keys:
+    after = bidirectional.accumulate(maps.key, chunk, constants, after, *rest)
+  return out, after
 
 
 def _reference(

@@ -57,21 +57,28 @@ class Place(NamedTuple):
   position: Array | int
 
 
+def is_known(*sizes) -> bool:
+  """Whether sizes are numbers; those of an exported program may be symbols."""
+  return all(isinstance(size, int) for size in sizes)
+
+
 def step_size(chunk: int | None, key: Array) -> tuple[int, int]:
   """Positions in a causal chunk, and chunks in a step: one if it is asked."""
   if chunk:
     return chunk, 1
   best = sizes()
+  if not is_known(*key.shape):
+    return best.chunk, 1
   rows = key.shape[0] * key.shape[2]
   return best.chunk, max(1, best.step // (rows * best.chunk))
 
 
-def pad(x: Array | None, multiple: int, mode: str = "constant"):
-  """Pads axis 1 to a multiple; None stays None."""
+def pad(x: Array | None, length: int, mode: str = "constant"):
+  """Pads axis 1 to a length; None stays None."""
   if x is None:
     return None
-  padding = -x.shape[1] % multiple
-  if not padding:
+  padding = length - x.shape[1]
+  if is_known(padding) and not padding:
     return x
   widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
   return jnp.pad(x, widths, mode=mode)
@@ -228,11 +235,15 @@ def best_cut(chunk: int | None, shape: tuple[int, ...]) -> Cut:
   best = sizes()
   # Over several devices rows are divided: none may be looked up by its number.
   is_alone = jax.device_count() == 1
-  by_row = not chunk and best.by_row and is_alone and length >= best.block
+  known = is_known(*shape)
+  by_row = not chunk and best.by_row and is_alone and known
+  by_row = by_row and length >= best.block
   if by_row:
     # At least that many positions, evenly, so that little is padded.
     positions = -(-length // (length // best.block))
-  else:
+  elif known:
     positions = chunk or max(best.chunk, best.block // (batch * heads))
     positions = min(positions, length)
+  else:
+    positions = chunk or best.chunk
   return Cut(batch, heads, positions, -(-length // positions), by_row)

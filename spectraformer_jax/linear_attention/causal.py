@@ -82,12 +82,17 @@ class _Plan:
     chunk, together = blocks.step_size(chunk, key)
     if segment is not None:
       together = 1  # where segments meet, a state is that of the last one
-    self.chunk_size = min(chunk, self.length)
-    count = -(-self.length // self.chunk_size)
-    steps = -(-count // together)
-    size = -(-count // steps) * self.chunk_size
-    self.outer = -(-steps // max(1, blocks.sizes().stride // size))
-    self.inner = -(-steps // self.outer)
+    if blocks.is_known(self.length):
+      self.chunk_size = min(chunk, self.length)
+      count = -(-self.length // self.chunk_size)
+      steps = -(-count // together)
+      size = -(-count // steps) * self.chunk_size
+      self.outer = -(-steps // max(1, blocks.sizes().stride // size))
+      self.inner = -(-steps // self.outer)
+    else:
+      self.chunk_size = size = chunk
+      self.inner = max(1, blocks.sizes().stride // size)
+      self.outer = -(-self.length // (self.inner * size))
     batch, _, heads = key.shape[:3]
     self.cut = blocks.Cut(batch, heads, size, self.inner * self.outer)
     if self.cut.length != self.length and keep is None:

@@ -71,6 +71,8 @@ class Kernels:
       return f"this version of JAX does not have what it needs ({error})"
     if segment_ids is not None:
       return "it takes no segment_ids"
+    if is_causal and query.shape[1] != key.shape[1]:
+      return "it takes causal queries and keys of one length"
     if query.shape[3] > 1:
       return "it takes as many query heads as key heads"
     for name, x in (("query", query), ("key", key), ("value", value)):

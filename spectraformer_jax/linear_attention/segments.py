@@ -36,20 +36,25 @@ def packed(
     value: ``[B, S, N, V]``.
     keep: bool ``[B, S]`` or None.
     segments: ids of queries ``[B, T]`` and of keys ``[B, S]``.
-    is_causal: and only earlier ones; needs T == S.
+    is_causal: and only those up to its own position.
     chunk: positions in a chunk; None for what is best.
 
   Returns:
     ``[B, T, N, G, V]`` of value's dtype.
   """
   query_ids, key_ids = segments
-  if is_causal:
+  if is_causal and query_ids is key_ids:
     ids = query_ids
     order = jnp.argsort(ids, axis=1, stable=True)
     place = jnp.argsort(order, axis=1)
   else:
     ids = jnp.concatenate([key_ids, query_ids], axis=1)
     order = jnp.argsort(ids, axis=1, stable=True)
+    if is_causal:
+      # A key at the position of a query comes before it.
+      position = [jnp.arange(x.shape[1]) for x in (key_ids, query_ids)]
+      position = jnp.broadcast_to(jnp.concatenate(position), ids.shape)
+      order = jnp.lexsort((position, ids), axis=1)
     place = jnp.argsort(order, axis=1)[:, key.shape[1] :]
     if keep is None:
       keep = jnp.ones(key_ids.shape, bool)

@@ -35,10 +35,12 @@ def by_token(
     ``[B, T, E]``.
   """
   tokens = x.reshape(-1, x.shape[-1])
-  count = -(-len(tokens) // BLOCK)
+  number = tokens.shape[0]
+  # In an exported program the number may be a symbol.
+  count = -(-number // BLOCK) if isinstance(number, int) else 1
   if count <= 1:
     return function(module, x)
-  padded = jnp.pad(tokens, ((0, count * BLOCK - len(tokens)), (0, 0)))
+  padded = jnp.pad(tokens, ((0, count * BLOCK - number), (0, 0)))
 
   def step(module, _, block):
     return None, function(module, block)
@@ -55,6 +57,4 @@ def by_token(
     split_rngs={"params": False, "dropout": True},
   )
   _, out = loop(module, None, padded.reshape(count, BLOCK, -1))
-  return out.reshape(count * BLOCK, -1)[: len(tokens)].reshape(
-    *x.shape[:-1], -1
-  )
+  return out.reshape(count * BLOCK, -1)[:number].reshape(*x.shape[:-1], -1)

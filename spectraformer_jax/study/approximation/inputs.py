@@ -89,7 +89,7 @@ def make_inputs(name, query, key, value, key_mask=None, query_mask=None):
   """
   try:
     query, key, value = (np.asarray(x, np.float32) for x in (query, key, value))
-    checks.check_attention_inputs(query, key, value, is_causal=False)
+    checks.check_attention_inputs(query, key, value)
     if query.shape[2] != key.shape[2]:
       raise ValueError(
         f"{query.shape[2]} query heads for {key.shape[2]} key heads; repeat "

@@ -1,0 +1,68 @@
+"""No examples, queries, keys or values: arrays with an axis of size 0."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.linear_attention.state import State
+from spectraformer_jax.typing import Array, PyTree
+
+
+def attend_empty(
+  attention: Callable,
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  key_mask: Array | None,
+  initial_state: State | None,
+  return_state: bool,
+  **others: PyTree,
+):
+  """Attends with one of what there is none of, and takes it away again.
+
+  A query that sees no key gives zeros, and no key leaves the state as it was.
+
+  Args:
+    attention: takes all that follows.
+    query: ``[B, T, N, H]``.
+    key: ``[B, S, N, H]``.
+    value: ``[B, S, N, V]``.
+    key_mask: ``[B, S]`` bool or None.
+    initial_state: or None.
+    return_state: also return the state.
+    **others: their axes of size 0 get one, too.
+
+  Returns:
+    What `attention` returns.
+  """
+  length = key.shape[1]
+  if key_mask is None and not length:
+    key_mask = jnp.zeros(key.shape[:2], bool)
+  out = attention(
+    *map(_filled, (query, key, value)),
+    key_mask=None if key_mask is None else _filled(key_mask),
+    initial_state=jax.tree.map(_filled, initial_state),
+    return_state=return_state,
+    **jax.tree.map(_filled, others),
+  )
+  out, state = out if return_state else (out, None)
+  batch, heads, value_dim = *key.shape[::2], value.shape[3]
+  out = out[:batch, : query.shape[1], : query.shape[2], :value_dim]
+  if not return_state:
+    return out
+  before = 0 if initial_state is None else initial_state.length
+  state = jax.tree.map(
+    lambda leaf: leaf[:batch, :heads] if leaf.ndim else leaf, state
+  )
+  return out, state._replace(
+    kv=state.kv[..., :value_dim], length=jnp.int32(before + length)
+  )
+
+
+def _filled(x: Array) -> Array:
+  """One zero (False) on each axis of size 0."""
+  if 0 not in x.shape:
+    return x
+  return jnp.pad(x, [(0, int(size == 0)) for size in x.shape])
