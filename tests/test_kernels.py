@@ -104,7 +104,6 @@ def test_no_visible_key_has_zero_gradient(rng):
     ({"value": (2, 4, 2, 3)}, "share length"),
     ({"query": (3, 5, 2, 4)}, "share batch"),
     ({"query": (5, 2, 4)}, "4 axes"),
-    ({"query": (2, 3, 2, 4), "is_causal": True}, "is_causal needs"),
     ({"key_mask": jnp.ones((2, 5, 5), bool)}, "use is_causal=True"),
     ({"key_mask": jnp.ones((2, 5), int)}, "must be boolean"),
     ({"kernel": "softmacks"}, "Did you mean 'softmax'"),
