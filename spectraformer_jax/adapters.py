@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectraformer_jax import adapter_masks, checks
+from spectraformer_jax import adapter_masks, checks, meshes
 from spectraformer_jax.attention import check_statistics, spectral_attention
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
@@ -500,6 +500,35 @@ class _Work:
       self.query, key, value, queries, keys, is_causal=is_causal
     )
 
+  def in_order(self, form):
+    """See `_in_order`."""
+    return self._on_shards(_Work._in_order, form)
+
+  def placed(self, form):
+    """See `_placed`."""
+    return self._on_shards(_Work._placed, form)
+
+  def _on_shards(self, method, form):
+    """Attends the examples and heads of each device of an Explicit mesh."""
+
+    def on_one_device(query, key, value, variables, stats, masks):
+      own, give, keep = masks
+      adapter = dataclasses.replace(
+        self.adapter, variables=variables, stats=stats
+      )
+      work = _Work(adapter, query, key, value, give, keep, self.kwargs)
+      return method(work, own), ()
+
+    return meshes.on_shards(
+      on_one_device,
+      self.query,
+      self.key,
+      self.value,
+      by_head=self.adapter.variables,
+      by_row=self.adapter.stats,
+      by_example=(form, self.give, self.keep),
+    )[0]
+
   def packed(self, form):
     """Causal attention of packed rows."""
     queries, keys = self.masks(form.queries, form.keys)
@@ -514,7 +543,7 @@ class _Work:
       segment_ids=ids,
     )
 
-  def in_order(self, form):
+  def _in_order(self, form):
     """All positions in one row: by group, then rank, keys before queries."""
     length, num_keys = self.query.shape[1], self.key.shape[1]
     queries, keys = self.masks(form.queries, form.keys)
@@ -524,7 +553,7 @@ class _Work:
     )
     ids = both(form.of_key, form.of_query)
     rank = both(form.rank_of_key, form.rank_of_query)
-    kind = jnp.broadcast_to(jnp.arange(num_keys + length)[None], ids.shape)
+    kind = jnp.zeros_like(ids) + jnp.arange(num_keys + length)[None]
     order = jnp.lexsort((kind, rank, ids), axis=1)
     place = jnp.argsort(order, axis=1)[:, num_keys:]
     query, key, value, queries, keys, ids = (
@@ -543,7 +572,7 @@ class _Work:
     )
     return _take(out, place)
 
-  def placed(self, form):
+  def _placed(self, form):
     """Queries among the keys, where they stand."""
     queries, keys = self.masks(form.queries, form.keys)
     place = jnp.broadcast_to(form.rank_of_query, self.query.shape[:2])
