@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,49 @@ from spectraformer_jax.typing import (
   PyTree,
   Side,
 )
+
+
+# What comes out is known from `return_state`.
+@overload
+def spectral_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree = None,
+  scale: float | Array | None = None,
+  is_causal: bool = False,
+  key_mask: Array | None = None,
+  query_mask: Array | None = None,
+  segment_ids: Array | tuple[Array, Array] | None = None,
+  initial_state: State | None = None,
+  return_state: Literal[False] = False,
+  chunk_size: int | None = None,
+  implementation: str | Sequence[str] | None = None,
+) -> Array: ...
+
+
+@overload
+def spectral_attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree = None,
+  scale: float | Array | None = None,
+  is_causal: bool = False,
+  key_mask: Array | None = None,
+  query_mask: Array | None = None,
+  segment_ids: Array | tuple[Array, Array] | None = None,
+  initial_state: State | None = None,
+  return_state: Literal[True],
+  chunk_size: int | None = None,
+  implementation: str | Sequence[str] | None = None,
+) -> tuple[Array, State]: ...
 
 
 def spectral_attention(

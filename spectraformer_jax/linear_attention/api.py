@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,39 @@ from spectraformer_jax.linear_attention.state import (
 )
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array, LogFeatures, PyTree
+
+
+# What comes out is known from `return_state`.
+@overload
+def linear_attention(
+  query_features: Array,
+  key_features: Array,
+  value: Array,
+  *,
+  is_causal: bool = False,
+  key_mask: Array | None = None,
+  segment_ids: Array | tuple[Array, Array] | None = None,
+  initial_state: State | None = None,
+  return_state: Literal[False] = False,
+  chunk_size: int | None = None,
+  implementation: str | Sequence[str] | None = None,
+) -> Array: ...
+
+
+@overload
+def linear_attention(
+  query_features: Array,
+  key_features: Array,
+  value: Array,
+  *,
+  is_causal: bool = False,
+  key_mask: Array | None = None,
+  segment_ids: Array | tuple[Array, Array] | None = None,
+  initial_state: State | None = None,
+  return_state: Literal[True],
+  chunk_size: int | None = None,
+  implementation: str | Sequence[str] | None = None,
+) -> tuple[Array, State]: ...
 
 
 def linear_attention(
