@@ -92,6 +92,9 @@ def train_and_evaluate(
     logging.info("%s holds a finished run.", workdir)
     return finished
 
+  if source := config.model.init_from:
+    hosts.from_main(lambda: pretrained.check_source(workdir, source))
+
   # 2. Data and model.
   datasets = load_data(config)
   objectives.check_lengths(config.train.objective, datasets)

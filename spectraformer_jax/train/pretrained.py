@@ -166,6 +166,20 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
   }
 
 
+def check_source(workdir: Path, init_from: str) -> None:
+  """Refuses what a new run cannot start from; one that resumes needs it not.
+
+  Args:
+    workdir: of the run.
+    init_from: the config's.
+
+  Raises:
+    ValueError: no finished run is there.
+  """
+  if not any((workdir / files.CHECKPOINTS).glob("[0-9]*")):
+    _check_finished(Path(init_from))
+
+
 def _check_finished(workdir: Path) -> None:
   """Refuses a folder that holds no finished run."""
   stored = files.read_config(workdir)
