@@ -228,3 +228,10 @@ def test_mask_and_vectors_are_checked():
     layer.apply(variables, x, REAL[:, :3])
   with pytest.raises(ValueError, match="mask must be boolean"):
     layer.apply(variables, x, REAL.astype(jnp.float32))
+
+
+def test_empty_inputs():
+  model, variables, (tokens, length) = initialised("mean")
+  apply = jax.jit(model.apply)
+  assert apply(variables, tokens[:0], length[:0]).shape == (0, 3)
+  assert np.isfinite(apply(variables, tokens[:, :0], 0 * length)).all()
