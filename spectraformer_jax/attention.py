@@ -19,7 +19,7 @@ from spectraformer_jax.linear_attention.api import (
   start,
 )
 from spectraformer_jax.linear_attention.empty import attend_empty
-from spectraformer_jax.linear_attention.state import Maps, State
+from spectraformer_jax.linear_attention.state import Maps, State, with_rest
 from spectraformer_jax.typing import (
   Array,
   FeatureVariables,
@@ -318,13 +318,14 @@ def init_state(
     value_dim = head_dim
   variables = as_variables(variables)
   key = jax.ShapeDtypeStruct((batch_size, 1, num_heads, head_dim), jnp.float32)
-  return start(
+  state = start(
     maps_of(feature_map, 1.0),
     feature_map.prepare(variables, stats),
     key,
     value_dim,
     is_signed=not feature_map.info.positive,
   )
+  return with_rest(state)
 
 
 def decode_step(

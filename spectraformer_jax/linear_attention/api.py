@@ -25,6 +25,7 @@ from spectraformer_jax.linear_attention.state import (
   empty_state,
   joined,
   parted,
+  with_rest,
 )
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array, LogFeatures, PyTree
@@ -271,6 +272,8 @@ def attend(
     key, value = jnp.where(visible, key, 0), jnp.where(visible, value, 0)
   if initial_state is None:
     initial_state = start(maps, constants, key, value_dim, options.is_signed)
+    if options.return_state:
+      initial_state = with_rest(initial_state)
   else:
     of_maps = start(maps, constants, key, value_dim, options.is_signed)
     _check_state(initial_state, of_maps)

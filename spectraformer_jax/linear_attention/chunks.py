@@ -17,6 +17,7 @@ from spectraformer_jax.linear_attention.state import (
   TOO_LARGE,
   FeatureFn,
   State,
+  add_exactly,
   key_features,
   normalise,
   query_features,
@@ -259,7 +260,11 @@ def _states(
   state: State, psi: Array, value: Array, products: Products
 ) -> tuple[State, State]:
   """States before each chunk, ``[B, N, S, ...]``, and after the last."""
-  kv, last_kv = _running(state.kv, products.keys_times_values(psi, value))
+  own = products.keys_times_values(psi, value)
+  kv, last_kv = _running(state.kv, own)
+  rest = state.rest
+  if rest is not None:
+    last_kv, rest = add_exactly(state.kv, jnp.sum(own, axis=2), rest)
   magnitude = last_magnitude = None
   if state.magnitude is not None:
     magnitude, last_magnitude = _running(
@@ -267,7 +272,7 @@ def _states(
     )
   return (
     state._replace(kv=kv, magnitude=magnitude),
-    state._replace(kv=last_kv, magnitude=last_magnitude),
+    state._replace(kv=last_kv, magnitude=last_magnitude, rest=rest),
   )
 
 
@@ -371,9 +376,12 @@ def _add(state: State, psi: Array, value: Array, products: Products) -> State:
   magnitude = state.magnitude
   if magnitude is not None:
     magnitude = magnitude + jnp.sum(jnp.abs(psi), axis=2)
-  return state._replace(
-    kv=state.kv + products.keys_times_values(psi, value), magnitude=magnitude
-  )
+  kv, rest = products.keys_times_values(psi, value), state.rest
+  if rest is None:
+    kv = state.kv + kv
+  else:
+    kv, rest = add_exactly(state.kv, kv, rest)
+  return state._replace(kv=kv, magnitude=magnitude, rest=rest)
 
 
 def _times_magnitude(phi: Array, state: State) -> Array | None:

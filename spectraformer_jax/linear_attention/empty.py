@@ -43,7 +43,7 @@ def attend_empty(
   out = attention(
     *map(_filled, (query, key, value)),
     key_mask=None if key_mask is None else _filled(key_mask),
-    initial_state=jax.tree.map(_filled, initial_state),
+    initial_state=_filled_state(initial_state),
     return_state=return_state,
     **jax.tree.map(_filled, others),
   )
@@ -56,9 +56,21 @@ def attend_empty(
   state = jax.tree.map(
     lambda leaf: leaf[:batch, :heads] if leaf.ndim else leaf, state
   )
+  rest = state.rest
   return out, state._replace(
-    kv=state.kv[..., :value_dim], length=jnp.int32(before + length)
+    kv=state.kv[..., :value_dim],
+    length=jnp.int32(before + length),
+    rest=None if rest is None else rest[..., -(value_dim + 1) :],
   )
+
+
+def _filled_state(state: State | None) -> State | None:
+  """`_filled`, where the last column of `rest` belongs to no value."""
+  filled = jax.tree.map(_filled, state)
+  if state is None or state.rest is None or state.kv.shape[-1]:
+    return filled
+  rest = jnp.pad(filled.rest, [(0, 0), (0, 0), (0, 0), (1, 0)])
+  return filled._replace(rest=rest)
 
 
 def _filled(x: Array) -> Array:

@@ -16,7 +16,7 @@ from spectraformer_jax.linear_attention import (
   pallas_scan,
 )
 from spectraformer_jax.linear_attention.pallas_chunks import Sums
-from spectraformer_jax.linear_attention.state import Maps, State
+from spectraformer_jax.linear_attention.state import Maps, State, with_rest
 from spectraformer_jax.typing import Array, PyTree
 
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -259,7 +259,8 @@ def _to_sums(state: State, tiles: int) -> Sums:
 
 def _from_sums(sums: Sums, before: State, num_keys: int, tiles: int) -> State:
   """The state after that many more keys."""
-  return before._replace(
+  after = before if before.rest is None else with_rest(before)
+  return after._replace(
     kv=jnp.swapaxes(_from_heads(sums.kv, 2, tiles), 2, 3),
     total=sums.total[:, ::tiles, 0],
     exponent=sums.exponent[:, ::tiles, 0],

@@ -75,6 +75,9 @@ class State(NamedTuple):
     exponent: the power of two divided out, ``[B, N, F]`` or ``[B, N, 1]``.
     length: positions seen so far, int32 scalar.
     segment: id of the packed row that the sums belong to, ``[B]``, or None.
+    rest: what rounding left out of `kv` and, in the last column, of `total`,
+      ``[B, N, F, V + 1]``: decoding adds it to the next token, since a million
+      roundings may all go one way. None: it is dropped.
   """
 
   kv: Array
@@ -83,6 +86,7 @@ class State(NamedTuple):
   exponent: Array
   length: Array
   segment: Array | None = None
+  rest: Array | None = None
 
 
 def whole_exponent(log_magnitude: Array) -> Array:
@@ -311,12 +315,30 @@ def rescale(state: State, exponent: Array) -> State:
     total=None if state.total is None else state.total * factor,
     magnitude=None if state.magnitude is None else state.magnitude * factor,
     exponent=exponent,
+    rest=None if state.rest is None else state.rest * factor[..., None],
   )
 
 
+def with_rest(state: State) -> State:
+  """The state, with sums from which rounding has left out nothing yet."""
+  kv = state.kv
+  return state._replace(
+    rest=jnp.zeros_like(kv, shape=(*kv.shape[:-1], kv.shape[-1] + 1))
+  )
+
+
+def add_exactly(total: Array, part: Array, rest: Array) -> tuple[Array, Array]:
+  """``total + part + rest`` rounded, and what rounding leaves out of it."""
+  part = part + rest
+  # Made once, as the difference is to be that of what was rounded.
+  new = jax.lax.optimization_barrier(total + part)
+  return new, jax.lax.stop_gradient(part - (new - total))
+
+
 def fixed(state: State) -> State:
-  """The same state; its exponents take no gradient, as the sums go by them."""
-  return state._replace(exponent=jax.lax.stop_gradient(state.exponent))
+  """The same state with gradients for its sums alone, which go by the rest."""
+  exponent, rest = jax.lax.stop_gradient((state.exponent, state.rest))
+  return state._replace(exponent=exponent, rest=rest)
 
 
 def joined(state: State) -> State:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import spectraformer_jax as sf
@@ -101,3 +102,57 @@ def test_gradients_reach_what_made_the_state():
   whole = jax.grad(loss, (1, 2, 3))(0, *arrays)
   split = jax.grad(loss, (1, 2, 3))(11, *arrays)
   assert_close(split, whole)
+
+
+def decode_one_key(num_tokens, weight):
+  """Worst error of decoding one key, its value 0 before and then 1.
+
+  Args:
+    num_tokens: that are decoded with value 1.
+    weight: how often the key was seen before.
+  """
+  fm, variables = build(num_heads=1)
+  key = make(1, batch=1, key_heads=1)[1]
+  one = jnp.ones((1, 1, 1, 1))
+  kwargs = {"feature_map": fm, "variables": variables}
+  state = sf.init_state(
+    **dict(kwargs, batch_size=1, num_heads=1, head_dim=4, value_dim=1)
+  )
+  _, state = sf.decode_step(state, key, key, 0 * one, **kwargs)
+  state = state._replace(kv=state.kv * weight, total=state.total * weight)
+
+  def step(state, _):
+    out, state = sf.decode_step(state, key, key, one, **kwargs)
+    return state, out[0, 0, 0, 0]
+
+  _, out = jax.jit(lambda state: jax.lax.scan(step, state, length=num_tokens))(
+    state
+  )
+  seen = np.arange(1, num_tokens + 1)
+  return np.max(np.abs(out / (seen / (weight + seen)) - 1.0))
+
+
+def test_rounding_of_many_equal_tokens_does_not_add_up():
+  # Each token is rounded the same way: the sums' last bits are a 16th of it.
+  assert decode_one_key(2000, 2.0**20) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_million_equal_tokens():
+  assert decode_one_key(2**20, 2.0**19) < 1e-4
+
+
+def test_states_without_a_rest_are_taken():
+  fm, variables = build()
+  arrays = make(6)
+  kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
+  _, state = sf.spectral_attention(*arrays, return_state=True, **kwargs)
+  out = []
+  for rest in (state.rest, None):
+    token = [x[:, :1] for x in arrays]
+    got, after = sf.decode_step(
+      state._replace(rest=rest), *token, feature_map=fm, variables=variables
+    )
+    assert (after.rest is None) == (rest is None)
+    out.append(got)
+  np.testing.assert_allclose(*out, rtol=1e-6)
