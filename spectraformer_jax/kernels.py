@@ -129,7 +129,8 @@ def exact_attention(
   if kernel == "gaussian":
     # The query's own factor is the same for all its keys and cancels.
     scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
-  top = jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True)
+  seen = jnp.where(visible, scores, -jnp.inf)
+  top = jnp.max(seen, axis=-1, keepdims=True, initial=-jnp.inf)
   overflows = jnp.any(visible, axis=-1, keepdims=True) & ~jnp.isfinite(top)
   weights = masked_softmax(jnp.where(overflows, 0.0, scores), visible)
   out = jnp.einsum("bnts,bsnv->btnv", weights, v, precision="highest")

@@ -230,8 +230,9 @@ def test_mask_and_vectors_are_checked():
     layer.apply(variables, x, REAL.astype(jnp.float32))
 
 
-def test_empty_inputs():
-  model, variables, (tokens, length) = initialised("mean")
+@pytest.mark.parametrize("name", ["mean", "softmax"])
+def test_empty_inputs(name):
+  model, variables, (tokens, length) = initialised(name)
   apply = jax.jit(model.apply)
   assert apply(variables, tokens[:0], length[:0]).shape == (0, 3)
   assert np.isfinite(apply(variables, tokens[:, :0], 0 * length)).all()
