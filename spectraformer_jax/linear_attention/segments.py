@@ -67,6 +67,10 @@ def packed(
   query, key, value, ids = (_take(x, order) for x in (query, key, value, ids))
   if keep is not None:
     keep = _take(keep, order)
+  # Numbered from 0, as floats: the tangent of an int has no type that varies
+  # over the axes of `jax.shard_map`.
+  steps = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+  ids = jnp.cumsum(steps, axis=1).astype(jnp.float32)
   state = state._replace(segment=ids[:, 0])
   out, _ = causal(maps, chunk, constants, state, query, key, value, keep, ids)
   return _take(out, place)

@@ -1,0 +1,253 @@
+"""Every public operation and every component under each of JAX's switches.
+
+Components come from the registry, so new ones are taken by themselves.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import spectraformer_jax as sf
+from spectraformer_jax import testing
+from spectraformer_jax.baselines import BASELINES
+from spectraformer_jax.components import COMPONENTS
+from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+BATCH, LENGTH, HEADS, HEAD_DIM = 2, 9, 2, 8
+
+
+def draw():
+  """Queries, keys or values; and which positions are real."""
+  shape = (BATCH, LENGTH, HEADS, HEAD_DIM)
+  x = 0.5 * jax.random.normal(jax.random.key(0), shape, jnp.float32)
+  real = jnp.arange(LENGTH)[None] < jnp.array([[5], [LENGTH]])
+  return x, real
+
+
+@functools.cache
+def built(component):
+  """A map of the component on the first matrix that fits, and variables."""
+  matrix = dict(reversed(sf.list_feature_maps()))[component]
+  component = COMPONENTS.build(component)
+  matrix = WEIGHT_MATRICES.build(matrix)
+  rows = testing.smallest_num_features(component, matrix, head_dim=HEAD_DIM)
+  fm = sf.compose(component, matrix, num_features=rows)
+  return fm, fm.init(jax.random.key(1), head_dim=HEAD_DIM, num_heads=HEADS)
+
+
+def component_attention(component, x, real):
+  """Attention, decoding where it is possible, and all of a map's methods."""
+  fm, variables = built(component)
+  maps = {"feature_map": fm, "variables": variables}
+  if isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec):
+    # Attention alone takes arrays that are divided over Explicit axes.
+    return sf.spectral_attention(x, x, x, key_mask=real, **maps)
+  stats = fm.calibrate(variables, x, x)
+  found = [
+    sf.spectral_attention(x, x, x, key_mask=real, query_mask=real, **maps),
+    fm.apply(variables, x, side="query", stats=stats),
+    fm.kernel(variables, x, x, stats=stats)
+    if not fm.weight_matrix.info.learnable and not stats
+    else x,
+  ]
+  if fm.component.info.causal_safe:
+    maps["stats"] = stats or None
+    out, state = sf.spectral_attention(
+      x, x, x, is_causal=True, return_state=True, **maps
+    )
+    one = x[:, :1]
+    found += [out]
+    if fm.component.longest is None:
+      found += [sf.decode_step(state, one, one, one, **maps)[0]]
+  return found
+
+
+def _posrf():
+  fm, variables = built("posrf")
+  return {"feature_map": fm, "variables": variables}
+
+
+def _model(kind, **kwargs):
+  model = kind(
+    vocab_size=7,
+    max_len=LENGTH + 3,
+    num_layers=1,
+    head_dim=HEAD_DIM,
+    feature_map=built("posrf")[0],
+    **kwargs,
+  )
+  tokens = jnp.arange(BATCH * LENGTH, dtype=jnp.int32).reshape(BATCH, -1) % 7
+  variables = model.init(jax.random.key(0), tokens)
+  return model, variables, tokens
+
+
+def _generate(x, real):
+  del real
+  model, variables, tokens = _model(sf.nn.LanguageModel)
+  out = sf.nn.generate(model, variables, tokens, num_tokens=2)
+  return out.astype(jnp.float32) + 0.0 * jnp.sum(x)
+
+
+def _classify(x, real):
+  model, variables, tokens = _model(sf.nn.Classifier, num_classes=3)
+  length = jnp.sum(real, axis=1, dtype=jnp.int32)
+  return model.apply(variables, tokens, length) + 0.0 * jnp.sum(x)
+
+
+def _packed(x, real):
+  del real
+  ids = jnp.broadcast_to(jnp.arange(LENGTH) // 4, (BATCH, LENGTH))
+  attend = functools.partial(sf.spectral_attention, **_posrf())
+  return [
+    attend(x, x, x, segment_ids=ids, is_causal=is_causal)
+    for is_causal in (False, True)
+  ]
+
+
+def _redraw(x, real):
+  del real
+  fm, variables = _posrf().values()
+  variables = fm.redraw(jax.random.key(3), variables)
+  return sf.spectral_attention(x, x, x, feature_map=fm, variables=variables)
+
+
+OPERATIONS = {
+  "packed": _packed,
+  "linear": lambda x, real: sf.linear_attention(
+    jnp.exp(x), jnp.exp(x), x, key_mask=real, is_causal=True
+  ),
+  "softmax": lambda x, real: sf.exact_attention(x, x, x, key_mask=real),
+  "gaussian": lambda x, real: sf.exact_attention(
+    x, x, x, kernel="gaussian", is_causal=True
+  ),
+  "local": lambda x, real: BASELINES["local"].attend(x, x, x, key_mask=real),
+  "nystromformer": lambda x, real: BASELINES["nystromformer"].attend(
+    x, x, x, key_mask=real, num_landmarks=4
+  ),
+  "attention_fn": lambda x, real: sf.as_attention_fn(*_posrf().values())(
+    x, x, x
+  ),
+  "dot_product": lambda x, real: sf.as_dot_product_attention(
+    *_posrf().values()
+  )(x, x, x, is_causal=True),
+  "weights": lambda x, real: sf.implied_attention_weights(x, x, **_posrf()),
+  "redraw": _redraw,
+  "classifier": _classify,
+  "generate": _generate,
+} | {
+  f"component {name}": functools.partial(component_attention, name)
+  for name in sf.list_components()
+}
+
+
+def finite(tree):
+  return all(
+    np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree)
+  )
+
+
+def total(operation, real):
+  """A scalar of x."""
+  return lambda x: sum(
+    jnp.sum(leaf.astype(jnp.float32))
+    for leaf in jax.tree.leaves(operation(x, real))
+  )
+
+
+def under(switch, operation):
+  """Runs under a switch of JAX's configuration."""
+  with switch:
+    x, real = draw()
+    assert finite(jax.jit(operation)(x, real))
+
+
+def transfer_guard(operation):
+  x, real = draw()
+  run = jax.jit(operation)
+  run(x, real)
+  with jax.transfer_guard("disallow"):
+    out = run(x, real)
+  assert finite(out)
+
+
+def numpy_inputs(operation):
+  x, real = draw()
+  got = operation(np.asarray(x), np.asarray(real))
+  expected = operation(x, real)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    got,
+    expected,
+  )
+
+
+def hessian_vector(operation):
+  x, real = draw()
+  gradient = jax.grad(total(operation, real))
+  assert finite(jax.jit(lambda x: jax.jvp(gradient, (x,), (x,)))(x))
+
+
+def shard_map(operation):
+  x, real = draw()
+  mesh = jax.make_mesh((1,), ("b",), axis_types=(AxisType.Auto,))
+  inside = jax.shard_map(
+    lambda x, real: jax.tree.map(
+      lambda leaf: jax.lax.psum(leaf, "b"), operation(x, real)
+    ),
+    mesh=mesh,
+    in_specs=P("b"),
+    out_specs=P(),
+  )
+  assert finite(jax.jit(inside)(x, real))
+
+
+def mesh(kind, operation):
+  x, real = draw()
+  mesh = jax.make_mesh((1, 1), ("b", "h"), axis_types=2 * (kind,))
+  x = jax.device_put(x, NamedSharding(mesh, P("b", None, "h")))
+  assert finite(jax.jit(operation)(x, real))
+
+
+def export(operation):
+  x, real = draw()
+  saved = jax.export.export(jax.jit(operation), platforms=["cpu", "tpu"])(
+    x, real
+  )
+  assert finite(saved.call(x, real))
+
+
+SWITCHES = {
+  "x64": lambda f: under(jax.enable_x64(True), f),
+  "strict": lambda f: under(jax.numpy_dtype_promotion("strict"), f),
+  "debug_nans": lambda f: under(jax.debug_nans(True), f),
+  "debug_infs": lambda f: under(jax.debug_infs(True), f),
+  "transfer_guard": transfer_guard,
+  "numpy": numpy_inputs,
+  "hessian_vector": hessian_vector,
+  "shard_map": shard_map,
+  "auto": functools.partial(mesh, AxisType.Auto),
+  "explicit": functools.partial(mesh, AxisType.Explicit),
+  "export": export,
+}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    name if name == "linear" else pytest.param(name, marks=pytest.mark.slow)
+    for name in OPERATIONS
+  ],
+)
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_everywhere(switch, name):
+  for component in sf.list_components():
+    if name.endswith(component) or component == "posrf":
+      built(component)  # outside of the switch, as users' variables are
+  SWITCHES[switch](OPERATIONS[name])
