@@ -23,6 +23,10 @@ CASES = {
   "posrf": {},
   "posrf causal": {"is_causal": True},
   "posrf packed": {"segment_ids": np.arange(LENGTH)[None] // 20},
+  "posrf packed causal": {
+    "segment_ids": np.arange(LENGTH)[None] // 20,
+    "is_causal": True,
+  },
   "oprf masked": {"key_mask": np.arange(LENGTH)[None] < 50},
 }
 

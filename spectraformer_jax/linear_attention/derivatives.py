@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from spectraformer_jax.linear_attention import leaves
-from spectraformer_jax.linear_attention.varying import varying_like
 from spectraformer_jax.typing import Array, PyTree
 
 # (what it depends on, linear arguments) -> results.
@@ -47,7 +47,7 @@ def with_backward(
   def rule(inputs, tangents):
     out, kept = run(*inputs)
     tangents = jax.tree.leaves(tangents)
-    is_zero = lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero)
+    is_zero = lambda t: isinstance(t, SymbolicZero)
     moves = [not is_zero(t) for t in tangents]
     depends, tree = jax.tree.flatten((inputs, out, kept))
 
@@ -104,11 +104,9 @@ def with_backward(
   return lambda *inputs: run(*inputs)[0]
 
 
-def _no_tangent(x: Array):
+def _no_tangent(x: Array) -> SymbolicZero:
   """The tangent of what does not move, or is taken not to."""
-  if not leaves.is_float(x):
-    return leaves.no_gradient(x)
-  return varying_like(jnp.zeros_like(x), x)
+  return SymbolicZero(jax.typeof(x).to_tangent_aval())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

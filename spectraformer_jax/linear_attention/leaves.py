@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spectraformer_jax.linear_attention.state import State
 from spectraformer_jax.typing import Array, PyTree
@@ -44,11 +43,6 @@ def gradient_of_constants(constants: PyTree, d_floats: list[Array]) -> PyTree:
   """Gradients of the float leaves; integers have none."""
   new = iter(d_floats)
   return jax.tree.map(lambda x: next(new) if is_float(x) else None, constants)
-
-
-def no_gradient(x: Array):
-  """The gradient of integers."""
-  return np.zeros(x.shape, jax.dtypes.float0)
 
 
 def tree_add(a: PyTree, b: PyTree) -> PyTree:
