@@ -136,8 +136,8 @@ def fitted(model):
   return eqx.combine(params, fixed), losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["orf", "learned_orf"])
-@pytest.mark.quick_every(2)
 def test_trains_as_with_softmax(matrix):
   before = make(matrix=matrix)
   after, losses = fitted(before)

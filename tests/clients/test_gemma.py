@@ -234,8 +234,8 @@ def original():
   return fitted(make(None))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["orf", "learned_orf"])
-@pytest.mark.quick_every(2)
 def test_trains_as_with_softmax(original, matrix):
   before = make(matrix=matrix)
   after, losses = fitted(before)
