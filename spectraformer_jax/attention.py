@@ -308,12 +308,9 @@ def init_state(
     >>> out.shape, int(state.length)
     ((1, 1, 2, 8), 1)
   """
-  for name, size in (
-    ("batch_size", batch_size),
-    ("num_heads", num_heads),
-    ("head_dim", head_dim),
-  ):
-    checks.check_positive_int(name, size)
+  checks.check_size("batch_size", batch_size)
+  checks.check_positive_int("num_heads", num_heads)
+  checks.check_positive_int("head_dim", head_dim)
   if value_dim is None:
     value_dim = head_dim
   variables = as_variables(variables)

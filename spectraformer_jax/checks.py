@@ -21,6 +21,12 @@ def check_positive_int(name: str, number) -> None:
     raise ValueError(f"{name} must be a positive integer, got {number!r}.")
 
 
+def check_size(name: str, number) -> None:
+  """ValueError unless `number` may be the size of an axis: 0, or symbolic."""
+  if not (jax.export.is_symbolic_dim(number) or number == 0):
+    check_positive_int(name, number)
+
+
 def check_bool(name: str, value) -> None:
   """ValueError unless `value` is known where the program is built."""
   if not isinstance(value, bool | int | np.bool_):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from spectraformer_jax import meshes
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -28,22 +29,24 @@ def over_examples_and_heads(function: Callable[..., PyTree]) -> Callable:
     >>> add(jnp.ones((3, 1, 5)), jnp.ones((1, 2, 5))).shape
     (3, 2, 5)
   """
-  return _over_one_axis(_over_one_axis(function))
+  return meshes.on_rows(_over_one_axis(_over_one_axis(function)))
 
 
 def _over_one_axis(function):
   """Maps over axis 0 of the leaves; those of size 1 are shared."""
 
   def mapped(*trees):
-    shared = all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(trees))
-    squeezed = jax.tree.map(
-      lambda leaf: leaf[0] if leaf.shape[0] == 1 else leaf, trees
-    )
-    if shared:
-      out = function(*squeezed)
-      return jax.tree.map(lambda leaf: leaf[None], out)
-    axes = jax.tree.map(lambda leaf: None if leaf.shape[0] == 1 else 0, trees)
-    return jax.vmap(function, in_axes=axes)(*squeezed)
+    leaves, structure = jax.tree.flatten(trees)
+    shared = [leaf.shape[0] == 1 for leaf in leaves]
+    squeezed = [
+      leaf[0] if alone else leaf
+      for leaf, alone in zip(leaves, shared, strict=True)
+    ]
+    of_leaves = lambda leaves: function(*structure.unflatten(leaves))
+    if all(shared):
+      return jax.tree.map(lambda leaf: leaf[None], of_leaves(squeezed))
+    axes = [None if alone else 0 for alone in shared]
+    return jax.vmap(of_leaves, in_axes=(axes,))(squeezed)
 
   return mapped
 

@@ -142,6 +142,42 @@ def with_auto_axes(
   return run(*arrays, by_position, shared)
 
 
+def on_rows(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """The function, called on the examples and heads of each device.
+
+  Args:
+    function: of trees whose leaves lead with ``[B or 1, N or 1]``; the leaves
+      of its result lead with ``[B, N]``, or with ones where all others do.
+  """
+
+  def on_devices(*trees):
+    mesh = _explicit_mesh(trees)
+    if mesh is None:
+      return function(*trees)
+    divided = [_spec(x)[:2] for x in jax.tree.leaves(trees)]
+    batch, heads = (
+      next(filter(None, axes), None) for axes in zip(*divided, strict=True)
+    )
+    specs = jax.tree.map(lambda x: _fit(x, batch, heads), trees)
+    run = jax.shard_map(
+      function,
+      mesh=mesh,
+      axis_names=_explicit_axes(mesh),
+      in_specs=specs,
+      out_specs=P(batch, heads),
+      check_vma=False,  # nothing is summed over devices
+    )
+    return run(
+      *jax.tree.map(
+        lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)),
+        trees,
+        specs,
+      )
+    )
+
+  return on_devices
+
+
 def _explicit_axes(mesh) -> frozenset[str]:
   """The names of a mesh's Explicit axes."""
   types = zip(mesh.axis_names, mesh.axis_types, strict=True)

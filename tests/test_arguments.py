@@ -84,6 +84,17 @@ def test_no_keys_leave_the_state(operations, x):
   np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_no_examples_to_decode(variables):
+  maps = {"feature_map": FM, "variables": variables}
+  sizes = {"num_heads": HEADS, "head_dim": HEAD_DIM}
+  state = sf.init_state(FM, variables, batch_size=0, **sizes)
+  one = jnp.ones((0, 1, HEADS, HEAD_DIM))
+  out, state = sf.decode_step(state, one, one, one, **maps)
+  assert out.shape == one.shape and int(state.length) == 1
+  with pytest.raises(ValueError, match="batch_size must be .* got -1"):
+    sf.init_state(FM, variables, batch_size=-1, **sizes)
+
+
 def test_no_values(operations, x):
   out, state = operations["spectral"](x, x, x[..., :0], return_state=True)
   assert out.shape == (2, 7, HEADS, 0)

@@ -46,9 +46,6 @@ def component_attention(component, x, real):
   """Attention, decoding where it is possible, and all of a map's methods."""
   fm, variables = built(component)
   maps = {"feature_map": fm, "variables": variables}
-  if isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec):
-    # Attention alone takes arrays that are divided over Explicit axes.
-    return sf.spectral_attention(x, x, x, key_mask=real, **maps)
   stats = fm.calibrate(variables, x, x)
   found = [
     sf.spectral_attention(x, x, x, key_mask=real, query_mask=real, **maps),

@@ -234,14 +234,27 @@ def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
   shape = lambda leaf: (leaf.shape, np.dtype(leaf.dtype))
   for name in sorted(wanted.keys() | found.keys()):
     pair = [shape(x[name]) if name in x else None for x in (wanted, found)]
-    if pair[0] != pair[1]:
+    if pair[0] != pair[1] and not (
+      all(pair)
+      and pair[0][0] == pair[1][0]
+      and was_integer(pair[0][1], pair[1][1])
+    ):
       raise ValueError(f"{name} is {pair[1]}, the model needs {pair[0]}.")
   leaves = [np.asarray(found[name]) for name in wanted]
   variables = jax.tree.unflatten(jax.tree.structure(like), leaves)
   written = _read_record(path, step).get(VARIABLES_CHECKSUM)
   if written not in (None, checksum(variables)):  # older versions wrote none
     raise ValueError("its content differs from what was written.")
-  return variables
+  return jax.tree.map(lambda x, as_in: x.astype(as_in.dtype), variables, like)
+
+
+def was_integer(wanted: np.dtype, stored: np.dtype) -> bool:
+  """Whether an earlier version stored as integers what is float32 now.
+
+  Bits, indices and permutations of projections are; all are below 2**24, where
+  float32 is exact.
+  """
+  return wanted == np.float32 and np.issubdtype(stored, np.integer)
 
 
 def _by_name(tree: PyTree) -> dict[str, Any]:

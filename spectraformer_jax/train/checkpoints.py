@@ -23,6 +23,7 @@ from spectraformer_jax.nn.pretrained import (
   VARIABLES_CHECKSUM,
   checksum,
   one_line,
+  was_integer,
 )
 from spectraformer_jax.train.state import TrainState
 
@@ -178,6 +179,7 @@ class Checkpointer:
     """
     target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     try:
+      target = self._as_written(step, target)
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -199,7 +201,24 @@ class Checkpointer:
         f"read: {one_line(error)}"
       ) from error
     self._best[step] = record.pop("best_step", None)
-    return state, record
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), state, like), record
+
+  def _as_written(self, step: int, target: TrainState) -> TrainState:
+    """The target with integers where an earlier version stored integers."""
+    folder = self._directory / str(step) / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+      stored = checkpointer.metadata(folder).item_metadata.tree
+    dtypes = {
+      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
+      for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
+    }
+
+    def one(path, leaf):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      dtype = dtypes.get(name, leaf.dtype)
+      return leaf.astype(dtype) if was_integer(leaf.dtype, dtype) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, target)
 
   def _set_aside(self, step: int) -> Path:
     """Moves a checkpoint out of the folder; returns where it is now."""

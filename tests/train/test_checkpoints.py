@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from absl import logging
 
+from spectraformer_jax.nn import pretrained
 from spectraformer_jax.train.checkpoints import Checkpointer, SaveError
 from spectraformer_jax.train.state import TrainState
 
@@ -36,6 +37,20 @@ def test_round_trip(tmp_path):
   bits = state.collections["random_features"]["bits"]
   np.testing.assert_array_equal(bits, np.arange(4))
   assert bits.dtype == np.uint8
+
+
+def test_projections_of_integers_are_read_as_floats(tmp_path):
+  # Earlier versions kept bits and indices as integers.
+  with Checkpointer(tmp_path / "checkpoints", keep=1) as checkpointer:
+    save(checkpointer, 1)
+    bits = {"random_features": {"bits": np.zeros(4, np.float32)}}
+    like = make_state(0)._replace(collections=bits)
+    state, _ = checkpointer.restore(1, like)
+  variables = pretrained._read(tmp_path, 1, {"params": like.params, **bits})
+  for found in (state.collections, variables):
+    bits = found["random_features"]["bits"]
+    np.testing.assert_array_equal(bits, np.arange(4))
+    assert bits.dtype == np.float32
 
 
 def test_device_arrays_serve_as_the_target(tmp_path):
