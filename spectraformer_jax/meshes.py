@@ -192,6 +192,11 @@ def _all_auto(mesh):
   return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
 
 
+def is_on_explicit_axes(*arrays: Array) -> bool:
+  """Whether any array lies on a mesh with Explicit axes."""
+  return _explicit_mesh(arrays) is not None
+
+
 def _explicit_mesh(tree: PyTree):
   """The first mesh with Explicit axes that an array lies on, or None."""
   for x in jax.tree.leaves(tree):

@@ -71,31 +71,60 @@ def _posrf():
   return {"feature_map": fm, "variables": variables}
 
 
-def _model(kind, **kwargs):
-  model = kind(
-    vocab_size=7,
-    max_len=LENGTH + 3,
-    num_layers=1,
-    head_dim=HEAD_DIM,
-    feature_map=built("posrf")[0],
-    **kwargs,
-  )
-  tokens = jnp.arange(BATCH * LENGTH, dtype=jnp.int32).reshape(BATCH, -1) % 7
-  variables = model.init(jax.random.key(0), tokens)
-  return model, variables, tokens
+SIZES = {
+  "vocab_size": 7,
+  "max_len": LENGTH + 3,
+  "num_layers": 1,
+  "head_dim": HEAD_DIM,
+}
+
+
+def _tokens():
+  tokens = jnp.arange(BATCH * LENGTH, dtype=jnp.int32)
+  return tokens.reshape(BATCH, LENGTH) % 7
 
 
 def _generate(x, real):
   del real
-  model, variables, tokens = _model(sf.nn.LanguageModel)
+  model = sf.nn.LanguageModel(feature_map=built("posrf")[0], **SIZES)
+  tokens = _tokens()
+  variables = model.init(jax.random.key(0), tokens)
   out = sf.nn.generate(model, variables, tokens, num_tokens=2)
   return out.astype(jnp.float32) + 0.0 * jnp.sum(x)
 
 
 def _classify(x, real):
-  model, variables, tokens = _model(sf.nn.Classifier, num_classes=3)
+  model = sf.nn.Classifier(
+    num_classes=3, feature_map=built("posrf")[0], **SIZES
+  )
+  args = _tokens(), jnp.sum(real, axis=1, dtype=jnp.int32)
+  variables = model.init(jax.random.key(0), *args)
+  return model.apply(variables, *args) + 0.0 * jnp.sum(x)
+
+
+def _translate(x, real):
+  model = sf.nn.Seq2Seq(feature_map=built("posrf")[0], **SIZES)
   length = jnp.sum(real, axis=1, dtype=jnp.int32)
-  return model.apply(variables, tokens, length) + 0.0 * jnp.sum(x)
+  args = _tokens(), length, _tokens()[:, :3]
+  variables = model.init(jax.random.key(0), *args)
+  return model.apply(variables, *args) + 0.0 * jnp.sum(x)
+
+
+def _encode(x, real):
+  encoder = sf.nn.Encoder(
+    feature_map=built("oprf")[0], num_layers=1, head_dim=HEAD_DIM
+  )
+  vectors = x.reshape(*x.shape[:2], -1)
+  variables = encoder.init(jax.random.key(0), vectors, real)
+  return encoder.apply(variables, vectors, real)
+
+
+def _linformer(x, real):
+  projections = {
+    name: jnp.ones((HEADS, 4, LENGTH)) / LENGTH
+    for name in ("key_projection", "value_projection")
+  }
+  return BASELINES["linformer"].attend(x, x, x, key_mask=real, **projections)
 
 
 def _packed(x, real):
@@ -136,8 +165,14 @@ OPERATIONS = {
   )(x, x, x, is_causal=True),
   "weights": lambda x, real: sf.implied_attention_weights(x, x, **_posrf()),
   "redraw": _redraw,
+  "skyformer": lambda x, real: BASELINES["skyformer"].attend(
+    x, x, x, key_mask=real, num_landmarks=4
+  ),
+  "linformer": _linformer,
+  "encoder": _encode,
   "classifier": _classify,
   "generate": _generate,
+  "seq2seq": _translate,
 } | {
   f"component {name}": functools.partial(component_attention, name)
   for name in sf.list_components()

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
+from spectraformer_jax.meshes import is_on_explicit_axes
 from spectraformer_jax.typing import Array
 
 # Tokens in a block. Hidden values of that many fit a CPU's cache.
@@ -34,6 +35,8 @@ def by_token(
   Returns:
     ``[B, T, E]``.
   """
+  if is_on_explicit_axes(x):
+    return function(module, x)  # divided axes cannot be joined
   tokens = x.reshape(-1, x.shape[-1])
   number = tokens.shape[0]
   # In an exported program the number may be a symbol.

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from spectraformer_jax.meshes import is_on_explicit_axes
 from spectraformer_jax.typing import Array
 
 
@@ -39,6 +40,8 @@ def _product(
   general = functools.partial(
     jax.lax.dot_general, dimension_numbers=dimension_numbers, **kwargs
   )
+  if is_on_explicit_axes(x, kernel):
+    return general(x, kernel)  # divided axes cannot be joined and parted again
   flat = functools.partial(
     _of_matrices, num_contracted=len(contracted), **kwargs
   )
