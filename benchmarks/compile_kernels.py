@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spectraformer_jax as sf
-from spectraformer_jax.linear_attention import api, pallas
+from spectraformer_jax.linear_attention import implementations, pallas
 
 # What XLA would find out about the device; from the OpenXLA repository.
 H100 = pathlib.Path(__file__).parent / "h100.txtpb"
@@ -95,7 +95,9 @@ def compile_attention(
   platform = PLATFORMS[target]
   kernels = pallas.Kernels(platform, is_elsewhere=True)
   name = f"compiled_{platform}"
-  api.IMPLEMENTATIONS[name] = api.Implementation(kernels.run, kernels.refuses)
+  implementations.IMPLEMENTATIONS[name] = implementations.Implementation(
+    kernels.run, kernels.refuses
+  )
   feature_map = sf.feature_map(component, "orf", num_features=num_features)
 
   def attend(variables, query, key, value, key_mask):

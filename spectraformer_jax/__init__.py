@@ -19,13 +19,11 @@ from spectraformer_jax.adapters import (
   as_dot_product_attention,
 )
 from spectraformer_jax.attention import (
-  attend_state,
-  decode_step,
   implied_attention_weights,
-  init_state,
   spectral_attention,
 )
 from spectraformer_jax.components import list_components
+from spectraformer_jax.decoding import attend_state, decode_step, init_state
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import exact_attention
 from spectraformer_jax.linear_attention import linear_attention

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks, meshes
-from spectraformer_jax.feature_maps import FeatureMap, Prepared
-from spectraformer_jax.feature_parts import as_variables, check_stats
-from spectraformer_jax.heads import queries_by_key_head
-from spectraformer_jax.linear_attention.api import (
-  AttendOptions,
-  attend,
-  names_of,
-  start,
+from spectraformer_jax.attention_checks import (
+  check_spectral_inputs,
+  check_stats_of_map,
 )
+from spectraformer_jax.feature_maps import FeatureMap, Prepared
+from spectraformer_jax.feature_parts import as_variables
+from spectraformer_jax.heads import queries_by_key_head
+from spectraformer_jax.linear_attention.api import AttendOptions, attend
 from spectraformer_jax.linear_attention.empty import attend_empty
-from spectraformer_jax.linear_attention.state import Maps, State, with_rest
+from spectraformer_jax.linear_attention.implementations import names_of
+from spectraformer_jax.linear_attention.state import Maps, State
 from spectraformer_jax.typing import (
   Array,
   FeatureVariables,
@@ -232,7 +232,7 @@ def _spectral_attention(
   initial_state,
 ):
   """`spectral_attention` on checked arguments."""
-  _check_stats(feature_map, variables, stats, key)
+  check_stats_of_map(feature_map, variables, stats, key)
 
   def on_one_device(query, key, value, variables, rows, masks):
     stats, initial_state = rows
@@ -270,169 +270,6 @@ def _spectral_attention(
     by_head=variables,
     by_row=(stats, initial_state),
     by_example=(query_mask, key_mask, segment_ids),
-  )
-
-
-def init_state(
-  feature_map: FeatureMap,
-  variables: FeatureVariables,
-  *,
-  batch_size: int,
-  num_heads: int,
-  head_dim: int,
-  value_dim: int | None = None,
-  stats: PyTree = None,
-) -> State:
-  """The state before the first token, for `decode_step`.
-
-  Args:
-    feature_map: from `sf.feature_map` or `sf.compose`.
-    variables: its variables.
-    batch_size: B.
-    num_heads: N of keys and values.
-    head_dim: H.
-    value_dim: V; None is H.
-    stats: data-dependent parameters, if the component needs them.
-
-  Returns:
-    A `State` of float32 zeros; its size does not grow as tokens come.
-
-  Example:
-    >>> import spectraformer_jax as sf
-    >>> fm = sf.feature_map("posrf", "orf", num_features=32)
-    >>> v = fm.init(jax.random.key(0), head_dim=8)
-    >>> state = init_state(fm, v, batch_size=1, num_heads=2, head_dim=8)
-    >>> x = jnp.ones((1, 1, 2, 8))
-    >>> out, state = decode_step(
-    ...   state, x, x, x, feature_map=fm, variables=v)
-    >>> out.shape, int(state.length)
-    ((1, 1, 2, 8), 1)
-  """
-  checks.check_size("batch_size", batch_size)
-  checks.check_positive_int("num_heads", num_heads)
-  checks.check_positive_int("head_dim", head_dim)
-  if value_dim is None:
-    value_dim = head_dim
-  variables = as_variables(variables)
-  key = jax.ShapeDtypeStruct((batch_size, 1, num_heads, head_dim), jnp.float32)
-  state = start(
-    maps_of(feature_map, 1.0),
-    feature_map.prepare(variables, stats),
-    key,
-    value_dim,
-    is_signed=not feature_map.info.positive,
-  )
-  return with_rest(state)
-
-
-def decode_step(
-  state: State,
-  query: Array,
-  key: Array,
-  value: Array,
-  *,
-  feature_map: FeatureMap,
-  variables: FeatureVariables,
-  stats: PyTree = None,
-  scale: float | Array | None = None,
-) -> tuple[Array, State]:
-  """One more token: O(M V), whatever came before.
-
-  Args:
-    state: from `init_state`, `decode_step`, or ``spectral_attention(...,
-      is_causal=True, return_state=True)`` on the prompt.
-    query: ``[B, 1, N, H]``.
-    key: ``[B, 1, N, H]``.
-    value: ``[B, 1, N, V]``.
-    feature_map: see `spectral_attention`.
-    variables: the same as for the tokens before.
-    stats: the same as for the tokens before.
-    scale: see `spectral_attention`.
-
-  Returns:
-    ``[B, 1, N, V]`` in value's dtype, and the state with the token in it.
-
-  Raises:
-    ValueError: more than one token, shapes that do not agree, or a token
-      beyond the longest sequence of its component (known only at run time, its
-      output is NaN).
-
-  Example: see `init_state`.
-  """
-  query, key, value = checks.as_floats(query=query, key=key, value=value)
-  checks.check_attention_inputs(query, key, value)
-  if query.shape[1] != 1 or key.shape[1] != 1:
-    raise ValueError(
-      "decode_step takes one token, got query.shape="
-      f"{query.shape}; use spectral_attention(is_causal=True, "
-      "initial_state=state, return_state=True) for more."
-    )
-  return spectral_attention(
-    query,
-    key,
-    value,
-    feature_map=feature_map,
-    variables=variables,
-    stats=stats,
-    scale=scale,
-    is_causal=True,
-    initial_state=state,
-    return_state=True,
-    chunk_size=1,
-  )
-
-
-def attend_state(
-  state: State,
-  query: Array,
-  *,
-  feature_map: FeatureMap,
-  variables: FeatureVariables,
-  stats: PyTree = None,
-  scale: float | Array | None = None,
-) -> Array:
-  """Queries that see all keys of a finished state: O(T M V).
-
-  What a decoder's cross-attention needs: the sums over the memory are made
-  once, by ``spectral_attention(..., return_state=True)``, and read each step.
-
-  Args:
-    state: sums over keys and values; it stays as it is.
-    query: ``[B, T, N, H]``; N may be a multiple of the state's heads.
-    feature_map: see `spectral_attention`.
-    variables: the same as for the keys.
-    stats: the same as for the keys; needed where the map needs some.
-    scale: the same as for the keys.
-
-  Returns:
-    ``[B, T, N, V]`` in query's dtype: what `spectral_attention` without
-    is_causal gives for these queries and the keys of the state.
-
-  Raises:
-    ValueError: shapes that do not agree, or statistics that are missing.
-
-  Example:
-    >>> import spectraformer_jax as sf
-    >>> fm = sf.feature_map("posrf", "orf", num_features=32)
-    >>> maps = {"feature_map": fm, "variables": fm.init(
-    ...   jax.random.key(0), head_dim=8)}
-    >>> x = jax.random.normal(jax.random.key(1), (1, 5, 2, 8))
-    >>> out, state = sf.spectral_attention(x, x, x, return_state=True, **maps)
-    >>> bool(jnp.allclose(attend_state(state, x, **maps), out, atol=1e-5))
-    True
-  """
-  (query,) = checks.as_floats(query=query)
-  batch, heads, _, value_dim = state.kv.shape
-  shape = (batch, 0, heads, query.shape[-1] if query.ndim else 0)
-  return spectral_attention(
-    query,
-    jnp.zeros(shape, query.dtype),
-    jnp.zeros((*shape[:3], value_dim), query.dtype),
-    feature_map=feature_map,
-    variables=variables,
-    stats=stats,
-    scale=scale,
-    initial_state=state,
   )
 
 
@@ -531,90 +368,3 @@ def statistics_of(
     key_mask=key_mask,
     query_mask=query_mask,
   )
-
-
-def check_spectral_inputs(
-  query,
-  key,
-  value,
-  *,
-  feature_map,
-  variables,
-  stats,
-  is_causal,
-  key_mask,
-  query_mask,
-  segment_ids=None,
-  has_state=False,
-) -> None:
-  """ValueError unless `spectral_attention` can be given these arguments."""
-  checks.check_bool("is_causal", is_causal)
-  checks.check_attention_inputs(query, key, value)
-  checks.check_key_mask(key_mask, key)
-  checks.check_key_mask(query_mask, query, "query_mask")
-  check_statistics(feature_map, stats, is_causal, segment_ids, has_state)
-  feature_map.check_inputs(variables, key)
-  feature_map.component.check_length(query.shape[1])
-
-
-def _check_stats(feature_map, variables, stats, key) -> None:
-  """ValueError unless `stats` have the form that this map gives them."""
-  if not jax.tree.leaves(stats):
-    return
-  check_stats(stats, key)
-  of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-  x = jax.ShapeDtypeStruct((1, 2, *key.shape[2:]), jnp.float32)
-  expected = jax.eval_shape(
-    lambda variables, x: feature_map.calibrate(variables, x, x),
-    jax.tree.map(of, variables),
-    x,
-  )
-  shapes = [
-    jax.tree.map(lambda leaf: leaf.shape[2:], tree)
-    for tree in (stats, expected)
-  ]
-  if shapes[0] != shapes[1]:
-    raise ValueError(
-      f"stats are not those of {feature_map.info.name!r}: after batch and "
-      f"heads their shapes are {shapes[0]}, not {shapes[1]}; pass what its "
-      "calibrate returns."
-    )
-
-
-def check_statistics(
-  feature_map, stats, is_causal, segment_ids, has_state
-) -> None:
-  """ValueError where features would depend on what a query must not see."""
-  component = feature_map.component
-  name = component.info.name
-  if is_causal and not component.info.causal_safe:
-    raise ValueError(
-      f"component {name!r} cannot be causal: its features depend on other "
-      "positions."
-    )
-  if segment_ids is not None and component.info.positional:
-    raise ValueError(
-      f"component {name!r} counts positions of the whole row, so it cannot be "
-      "combined with segment_ids."
-    )
-  if stats is not None or not feature_map.info.needs_stats:
-    return
-  leak = None
-  if is_causal:
-    leak = "is_causal=True", "leak the future"
-  elif segment_ids is not None:
-    leak = "segment_ids", "mix packed rows"
-  elif has_state:
-    leak = "a state", "differ from those of its other calls"
-  if leak and component.needs_stats:
-    raise ValueError(
-      f"{leak[0]} with component {name!r} would compute statistics from the "
-      f"whole sequence and {leak[1]}: build it with statistics='ema', "
-      "'learned' or 'constant', or pass stats."
-    )
-  if leak:
-    raise ValueError(
-      f"{leak[0]} with weight matrix {feature_map.weight_matrix.info.name!r} "
-      f"would take its context from the whole sequence and {leak[1]}: build it "
-      "with context='learned', or pass stats."
-    )

@@ -4,6 +4,7 @@
 baseline of the study, not the way to train on long sequences.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -129,9 +130,10 @@ def exact_attention(
   if kernel == "gaussian":
     # The query's own factor is the same for all its keys and cancels.
     scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
-  seen = jnp.where(visible, scores, -jnp.inf)
-  top = jnp.max(seen, axis=-1, keepdims=True, initial=-jnp.inf)
-  overflows = jnp.any(visible, axis=-1, keepdims=True) & ~jnp.isfinite(top)
+  # Not so a score of -inf, whose weight is 0 beside one that is finite.
+  any_of = functools.partial(jnp.any, axis=-1, keepdims=True)
+  overflows = any_of(visible & ~jnp.isfinite(scores) & ~(scores < 0.0))
+  overflows |= any_of(visible) & ~any_of(visible & jnp.isfinite(scores))
   weights = masked_softmax(jnp.where(overflows, 0.0, scores), visible)
   out = jnp.einsum("bnts,bsnv->btnv", weights, v, precision="highest")
   out = jnp.where(holds_nan | jnp.swapaxes(overflows, 1, 2), jnp.nan, out)

@@ -8,11 +8,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from spectraformer_jax import checks, meshes
-from spectraformer_jax.attention import (
-  check_spectral_inputs,
-  maps_of,
-  statistics_of_keys,
-)
+from spectraformer_jax.attention import maps_of, statistics_of_keys
+from spectraformer_jax.attention_checks import check_spectral_inputs
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.feature_parts import as_variables
 from spectraformer_jax.linear_attention import bidirectional, causal

@@ -60,7 +60,7 @@ class Kernels:
     is_causal: bool,
     chunk: int | None,
   ) -> str | None:
-    """See `api.Implementation`."""
+    """See `implementations.Implementation`."""
     del keep
     backend = jax.default_backend()
     if not self.is_elsewhere and backend != self.platform:
@@ -126,7 +126,7 @@ class Kernels:
     is_causal: bool,
     chunk: int | None,
   ) -> tuple[Array, State]:
-    """See `api.Implementation`; one kernel if causal, else two."""
+    """See `implementations.Implementation`; one kernel if causal, else two."""
     del segment_ids
     plan = self._plan(
       maps, constants, state, query, key, value, is_causal, chunk

@@ -33,9 +33,10 @@ LOWEST_SEEN = -(2.0**29)
 # Exponents as large, of queries and keys together, are not exact in float32.
 TOO_LARGE = 2.0**28
 
-# Below this a normalizer may lack terms of its own size that underflowed: lost
-# are features of keys below 2^-126, and those of queries are 2^41 at most.
-SMALLEST_NORMALIZER = 2.0**-65
+# A query feature below 2^-126 is lost, and with it what it would take from a
+# key feature, which is 2^31 at most: a normalizer below this may be nothing but
+# what such losses have left.
+SMALLEST_NORMALIZER = 2.0**-95
 
 # Sizes of the largest key and query feature, as exponents: as far from
 # underflow as sums over 2^20 keys and 2^8 features leave room for.

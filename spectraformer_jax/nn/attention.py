@@ -6,12 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax.attention import (
-  init_state,
-  spectral_attention,
-  statistics_of,
-)
+from spectraformer_jax.attention import spectral_attention, statistics_of
 from spectraformer_jax.baselines import BASELINES, check_options
+from spectraformer_jax.decoding import init_state
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.nn.feature_variables import (
@@ -49,7 +46,7 @@ class SpectralSelfAttention(nn.Module):
     param_dtype: of the dense layers' parameters; a feature map's are float32.
 
   Example:
-    >>> import spectraformer_jax as sf
+    >>> import jax, spectraformer_jax as sf
     >>> layer = sf.nn.SpectralSelfAttention(
     ...   num_heads=2, head_dim=8, feature_map=sf.feature_map(
     ...     "oprf", "orf", num_features=16))

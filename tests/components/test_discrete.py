@@ -1,5 +1,7 @@
 """Poisson and geometric features, signed and positive."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,7 +152,8 @@ def test_p_is_the_minimum_of_a_fine_grid(scale):
     return np.sum(bessel, axis=-1) - HEAD_DIM * np.log(p)
 
   p = float(optimal_p(jnp.asarray(product, jnp.float32)))
-  grid = 1.0 / (1.0 + np.exp(-np.linspace(-6.9, 6.9, 200_001)))
+  low, high = (math.log(p / (1.0 - p)) for p in P_RANGE)
+  grid = 1.0 / (1.0 + np.exp(-np.linspace(low, high, 200_001)))
   values = objective(grid)
   best = grid[values.argmin()]
   # The parabola's error: a hundredth of the step of the coarse grid, 0.2.

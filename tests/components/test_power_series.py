@@ -162,7 +162,7 @@ def test_tensorsketch_is_the_sketch_of_the_tensor():
   # Against the hash of every coordinate of x (x) x (x) x, in float64.
   fm = build("tensorsketch", num_features=8, degree=3)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
-  bits = np.asarray(variables.projection["rows"]["w"][0])
+  bits = np.asarray(variables.projection["rows"]["w"][0]).astype(np.int64)
   sign, bucket = 1 - 2 * (bits & 1), (bits >> 1) * 8 >> 22
   x = PAIRS[2, 0].astype(np.float64)
   expected = np.zeros(8)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import spectraformer_jax as sf
 from spectraformer_jax.linear_attention import (
-  api,
+  implementations,
   pallas,
   pallas_gpu,
   pallas_scan,
@@ -39,8 +39,8 @@ def interpreted(monkeypatch):
 
 def add(monkeypatch, name, kernels):
   """Makes an implementation known for one test."""
-  implementation = api.Implementation(kernels.run, kernels.refuses)
-  monkeypatch.setitem(api.IMPLEMENTATIONS, name, implementation)
+  implementation = implementations.Implementation(kernels.run, kernels.refuses)
+  monkeypatch.setitem(implementations.IMPLEMENTATIONS, name, implementation)
 
 
 @functools.cache
@@ -372,8 +372,8 @@ def test_kernels_of_a_backend_that_jax_removed_are_refused(monkeypatch):
 
 
 def test_kernels_are_off_by_default():
-  assert api.names_of(None)[0] == "xla"
-  assert {"pallas_tpu", "pallas_gpu"} <= set(api.IMPLEMENTATIONS)
+  assert implementations.names_of(None)[0] == "xla"
+  assert {"pallas_tpu", "pallas_gpu"} <= set(implementations.IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("component", ["posrf_hyp", "asderf"])

@@ -78,9 +78,10 @@ def test_the_state_equals_that_of_single_chunks(together):
   kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
 
   def after(chunk_size):
-    return sf.spectral_attention(
+    _, state = sf.spectral_attention(
       *make(100), return_state=True, chunk_size=chunk_size, **kwargs
-    )[1]
+    )
+    return state._replace(rest=None)  # what rounding left out is not the same
 
   actual, expected = after(None), after(100)
   assert actual.kv.shape == expected.kv.shape

@@ -1,0 +1,175 @@
+"""Attention token by token, from a state of constant size."""
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax import checks
+from spectraformer_jax.attention import maps_of, spectral_attention
+from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_parts import as_variables
+from spectraformer_jax.linear_attention.api import start
+from spectraformer_jax.linear_attention.state import State, with_rest
+from spectraformer_jax.typing import Array, FeatureVariables, PyTree
+
+
+def init_state(
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  *,
+  batch_size: int,
+  num_heads: int,
+  head_dim: int,
+  value_dim: int | None = None,
+  stats: PyTree = None,
+) -> State:
+  """The state before the first token, for `decode_step`.
+
+  Args:
+    feature_map: from `sf.feature_map` or `sf.compose`.
+    variables: its variables.
+    batch_size: B.
+    num_heads: N of keys and values.
+    head_dim: H.
+    value_dim: V; None is H.
+    stats: data-dependent parameters, if the component needs them.
+
+  Returns:
+    A `State` of float32 zeros; its size does not grow as tokens come.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> fm = sf.feature_map("posrf", "orf", num_features=32)
+    >>> v = fm.init(jax.random.key(0), head_dim=8)
+    >>> state = init_state(fm, v, batch_size=1, num_heads=2, head_dim=8)
+    >>> x = jnp.ones((1, 1, 2, 8))
+    >>> out, state = decode_step(
+    ...   state, x, x, x, feature_map=fm, variables=v)
+    >>> out.shape, int(state.length)
+    ((1, 1, 2, 8), 1)
+  """
+  checks.check_size("batch_size", batch_size)
+  checks.check_positive_int("num_heads", num_heads)
+  checks.check_positive_int("head_dim", head_dim)
+  if value_dim is None:
+    value_dim = head_dim
+  variables = as_variables(variables)
+  key = jax.ShapeDtypeStruct((batch_size, 1, num_heads, head_dim), jnp.float32)
+  state = start(
+    maps_of(feature_map, 1.0),
+    feature_map.prepare(variables, stats),
+    key,
+    value_dim,
+    is_signed=not feature_map.info.positive,
+  )
+  return with_rest(state)
+
+
+def decode_step(
+  state: State,
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree = None,
+  scale: float | Array | None = None,
+) -> tuple[Array, State]:
+  """One more token: O(M V), whatever came before.
+
+  Args:
+    state: from `init_state`, `decode_step`, or ``spectral_attention(...,
+      is_causal=True, return_state=True)`` on the prompt.
+    query: ``[B, 1, N, H]``.
+    key: ``[B, 1, N, H]``.
+    value: ``[B, 1, N, V]``.
+    feature_map: see `spectral_attention`.
+    variables: the same as for the tokens before.
+    stats: the same as for the tokens before.
+    scale: see `spectral_attention`.
+
+  Returns:
+    ``[B, 1, N, V]`` in value's dtype, and the state with the token in it.
+
+  Raises:
+    ValueError: more than one token, shapes that do not agree, or a token
+      beyond the longest sequence of its component (known only at run time, its
+      output is NaN).
+
+  Example: see `init_state`.
+  """
+  query, key, value = checks.as_floats(query=query, key=key, value=value)
+  checks.check_attention_inputs(query, key, value)
+  if query.shape[1] != 1 or key.shape[1] != 1:
+    raise ValueError(
+      "decode_step takes one token, got query.shape="
+      f"{query.shape}; use spectral_attention(is_causal=True, "
+      "initial_state=state, return_state=True) for more."
+    )
+  return spectral_attention(
+    query,
+    key,
+    value,
+    feature_map=feature_map,
+    variables=variables,
+    stats=stats,
+    scale=scale,
+    is_causal=True,
+    initial_state=state,
+    return_state=True,
+    chunk_size=1,
+  )
+
+
+def attend_state(
+  state: State,
+  query: Array,
+  *,
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree = None,
+  scale: float | Array | None = None,
+) -> Array:
+  """Queries that see all keys of a finished state: O(T M V).
+
+  What a decoder's cross-attention needs: the sums over the memory are made
+  once, by ``spectral_attention(..., return_state=True)``, and read each step.
+
+  Args:
+    state: sums over keys and values; it stays as it is.
+    query: ``[B, T, N, H]``; N may be a multiple of the state's heads.
+    feature_map: see `spectral_attention`.
+    variables: the same as for the keys.
+    stats: the same as for the keys; needed where the map needs some.
+    scale: the same as for the keys.
+
+  Returns:
+    ``[B, T, N, V]`` in query's dtype: what `spectral_attention` without
+    is_causal gives for these queries and the keys of the state.
+
+  Raises:
+    ValueError: shapes that do not agree, or statistics that are missing.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> fm = sf.feature_map("posrf", "orf", num_features=32)
+    >>> maps = {"feature_map": fm, "variables": fm.init(
+    ...   jax.random.key(0), head_dim=8)}
+    >>> x = jax.random.normal(jax.random.key(1), (1, 5, 2, 8))
+    >>> out, state = sf.spectral_attention(x, x, x, return_state=True, **maps)
+    >>> bool(jnp.allclose(attend_state(state, x, **maps), out, atol=1e-5))
+    True
+  """
+  (query,) = checks.as_floats(query=query)
+  batch, heads, _, value_dim = state.kv.shape
+  shape = (batch, 0, heads, query.shape[-1] if query.ndim else 0)
+  return spectral_attention(
+    query,
+    jnp.zeros(shape, query.dtype),
+    jnp.zeros((*shape[:3], value_dim), query.dtype),
+    feature_map=feature_map,
+    variables=variables,
+    stats=stats,
+    scale=scale,
+    initial_state=state,
+  )
