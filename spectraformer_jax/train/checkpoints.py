@@ -179,22 +179,13 @@ class Checkpointer:
     """
     target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     try:
-      target = self._as_written(step, target)
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(_stored(target)),
-          record=ocp.args.JsonRestore(),
-        ),
-      )
-      state, record = TrainState(**restored.state), dict(restored.record)
-      jax.tree_util.tree_map_with_path(_check_leaf, target, state)
-      if int(state.step) != step:
-        raise ValueError(f"it is that of step {int(state.step)}.")
+      state, record = self._read(step, target)
       written = record.pop("checksum", None)  # older versions wrote none
       record.pop(VARIABLES_CHECKSUM, None)
       if written not in (None, _checksum(state, record)):
-        raise ValueError("its content differs from what was written.")
+        state, _ = self._read(step, self._as_written(step, target))
+        if written != _checksum(state, record):
+          raise ValueError("its content differs from what was written.")
     except Exception as error:  # orbax and tensorstore raise many kinds
       raise ValueError(
         f"The checkpoint of step {step} in {str(self._directory)!r} cannot be "
@@ -202,6 +193,23 @@ class Checkpointer:
       ) from error
     self._best[step] = record.pop("best_step", None)
     return jax.tree.map(lambda x, y: x.astype(y.dtype), state, like), record
+
+  def _read(
+    self, step: int, target: TrainState
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """The state, of the target's shapes and dtypes, and the record."""
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(_stored(target)),
+        record=ocp.args.JsonRestore(),
+      ),
+    )
+    state = TrainState(**restored.state)
+    jax.tree_util.tree_map_with_path(_check_leaf, target, state)
+    if int(state.step) != step:
+      raise ValueError(f"it is that of step {int(state.step)}.")
+    return state, dict(restored.record)
 
   def _as_written(self, step: int, target: TrainState) -> TrainState:
     """The target with integers where an earlier version stored integers."""
