@@ -9,6 +9,7 @@ from spectraformer_jax.attention import (
   spectral_attention,
   statistics_of_keys,
 )
+from spectraformer_jax.decoding import attend_state
 from spectraformer_jax.feature_maps import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.nn.attention import check_attention
@@ -150,18 +151,12 @@ class SpectralCrossAttention(nn.Module):
         "memory=None and no memory in the cache: the first call of a sequence "
         "needs the memory, with decode=True and mutable=['cache']."
       )
-    heads = self.num_key_value_heads or self.num_heads
-    # A key that nobody sees: all there is to see is in the state.
-    none = jnp.zeros((query.shape[0], 1, heads, self.head_dim), query.dtype)
-    return spectral_attention(
+    return attend_state(
+      kept["state"],
       query,
-      none,
-      none,
       feature_map=self.feature_map,
       variables=self._variables(),
       stats=kept["stats"],
-      key_mask=jnp.zeros(none.shape[:2], bool),
-      initial_state=kept["state"],
     )
 
   def _variables(self):
