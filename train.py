@@ -22,9 +22,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from spectraformer_jax.train import config as train_config
-from spectraformer_jax.train import host_memory, hosts, loop, report
-from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.nonfinite import NonFiniteError
+from spectraformer_jax.train import loop
+from spectraformer_jax.train.devices import host_memory, hosts
+from spectraformer_jax.train.run import report, run_folder
+from spectraformer_jax.train.run.nonfinite import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent
 # Exit statuses. The last two are those of sysexits.h: the same command goes on
@@ -173,7 +174,7 @@ def main(argv: list[str]) -> None:
   except NonFiniteError as error:
     fail(error, DIVERGED)
   except OSError as error:
-    fail(error, USER_ERROR if error.errno in files.MISTAKES else IO_ERROR)
+    fail(error, USER_ERROR if error.errno in run_folder.MISTAKES else IO_ERROR)
   except Exception as error:
     if hosts.lost(error):
       logging.debug("traceback:", exc_info=error)

@@ -215,7 +215,8 @@ def _compile_step(case: Case):
   import spectraformer_jax as sf
   from configs import common
   from spectraformer_jax.nn.from_config import make_feature_map
-  from spectraformer_jax.train import optim, parallel, state, steps
+  from spectraformer_jax.train.devices import parallel
+  from spectraformer_jax.train.step import optim, state, steps
 
   devices = devices_of(case.target)
   if ":" not in case.target:

@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 import spectraformer_jax as sf
-from spectraformer_jax.linear_attention import implementations, pallas
+from spectraformer_jax.linear_attention import implementations
+from spectraformer_jax.linear_attention.pallas import implementation as pallas
 
 # What XLA would find out about the device; from the OpenXLA repository.
 H100 = pathlib.Path(__file__).parent / "h100.txtpb"

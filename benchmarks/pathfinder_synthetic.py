@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from spectraformer_jax.data.pathfinder_generator import (
+from spectraformer_jax.data.generators.pathfinder import (
   SEEDINGS,
   Pictures,
   sample,
 )
-from spectraformer_jax.data.pathfinder_shapes import SETTINGS
+from spectraformer_jax.data.generators.pathfinder_shapes import SETTINGS
 from tests.data import flood
 
 HEADER = (

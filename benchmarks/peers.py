@@ -256,7 +256,7 @@ def measure(case: dict, repeats: int, paths: dict) -> dict:
   """The figures of one case, in this process."""
   processes.use_cores(case["threads"])
   if case["keep_freed"]:
-    from spectraformer_jax.train.host_memory import keep_freed_memory
+    from spectraformer_jax.train.devices.host_memory import keep_freed_memory
 
     keep_freed_memory()
   call, version = call_of(case, paths)

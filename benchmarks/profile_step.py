@@ -67,7 +67,7 @@ def trace(task: str, pair: str, steps: int) -> tuple[dict, dict]:
   import jax
 
   from spectraformer_jax import data
-  from spectraformer_jax.train.host_memory import keep_freed_memory
+  from spectraformer_jax.train.devices.host_memory import keep_freed_memory
 
   keep_freed_memory()
   step, train_state, rng, dataset, batch_size = prepare(task, pair)

@@ -144,7 +144,7 @@ def main() -> None:
   from rich.table import Table
 
   from benchmarks.processes import use_cores
-  from spectraformer_jax.train.host_memory import keep_freed_memory
+  from spectraformer_jax.train.devices.host_memory import keep_freed_memory
 
   use_cores(1)
   keep_freed_memory()

@@ -55,8 +55,9 @@ def first_step(model, feature_map) -> tuple:
 
   import jax
 
-  from spectraformer_jax.train import optim, parallel, state, steps
   from spectraformer_jax.train.config import default_config
+  from spectraformer_jax.train.devices import parallel
+  from spectraformer_jax.train.step import optim, state, steps
 
   config = default_config()
   tx = optim.make_optimizer(config.optim, config.train.num_steps)
@@ -95,7 +96,7 @@ def measure(case: argparse.Namespace) -> dict:
   import jax
 
   from spectraformer_jax import data
-  from spectraformer_jax.train.host_memory import keep_freed_memory
+  from spectraformer_jax.train.devices.host_memory import keep_freed_memory
 
   keep_freed_memory()
   step, train_state, rng, dataset, batch_size = prepare(*case.one, case.remat)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import spectraformer_jax as sf
 from spectraformer_jax.components import COMPONENTS
-from spectraformer_jax.pairs import mismatch
-from spectraformer_jax.testing import FAMILIES, GROUPS
+from spectraformer_jax.feature_maps.compose import mismatch
+from spectraformer_jax.testing.checks import FAMILIES, GROUPS
 from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
 
 FOLDER = pathlib.Path(__file__).parent

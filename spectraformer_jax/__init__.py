@@ -14,7 +14,7 @@ import importlib
 
 from spectraformer_jax import components, kernels, weight_matrices
 from spectraformer_jax._version import __version__
-from spectraformer_jax.adapters import (
+from spectraformer_jax.adapters.attention_fns import (
   as_attention_fn,
   as_dot_product_attention,
 )
@@ -24,16 +24,16 @@ from spectraformer_jax.attention import (
 )
 from spectraformer_jax.components import list_components
 from spectraformer_jax.decoding import attend_state, decode_step, init_state
-from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.kernels import exact_attention
-from spectraformer_jax.linear_attention import linear_attention
-from spectraformer_jax.pairs import (
+from spectraformer_jax.feature_maps.compose import (
   compose,
   feature_map,
   list_feature_maps,
 )
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.feature_maps.trainable import trainable
+from spectraformer_jax.kernels import exact_attention
+from spectraformer_jax.linear_attention import linear_attention
 from spectraformer_jax.sequence_parallel import sequence_parallel_attention
-from spectraformer_jax.trainable import trainable
 from spectraformer_jax.typing import FeatureVariables, LogFeatures, WeightSample
 from spectraformer_jax.weight_matrices import list_weight_matrices
 

@@ -13,9 +13,9 @@ from spectraformer_jax.attention_checks import (
   check_spectral_inputs,
   check_stats_of_map,
 )
-from spectraformer_jax.feature_maps import FeatureMap, Prepared
-from spectraformer_jax.feature_parts import as_variables
-from spectraformer_jax.heads import queries_by_key_head
+from spectraformer_jax.feature_maps.feature_map import FeatureMap, Prepared
+from spectraformer_jax.feature_maps.prepared import as_variables
+from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
 from spectraformer_jax.linear_attention.api import AttendOptions, attend
 from spectraformer_jax.linear_attention.empty import attend_empty
 from spectraformer_jax.linear_attention.implementations import names_of

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
-from spectraformer_jax.feature_parts import check_stats
+from spectraformer_jax.feature_maps.prepared import check_stats
 
 
 def check_spectral_inputs(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.attention import maps_of, spectral_attention
-from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.feature_parts import as_variables
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.feature_maps.prepared import as_variables
 from spectraformer_jax.linear_attention.api import start
 from spectraformer_jax.linear_attention.state import State, with_rest
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree

@@ -10,15 +10,11 @@ from jax.sharding import PartitionSpec as P
 from spectraformer_jax import checks, meshes
 from spectraformer_jax.attention import maps_of, statistics_of_keys
 from spectraformer_jax.attention_checks import check_spectral_inputs
-from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.feature_parts import as_variables
-from spectraformer_jax.linear_attention import bidirectional, causal
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.feature_maps.prepared import as_variables
 from spectraformer_jax.linear_attention.api import start
-from spectraformer_jax.linear_attention.state import (
-  LOWEST,
-  State,
-  power_of_two,
-)
+from spectraformer_jax.linear_attention.state import LOWEST, State, power_of_two
+from spectraformer_jax.linear_attention.xla import bidirectional, causal
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
 

@@ -15,8 +15,8 @@ import pytest
 import spectraformer_jax as sf
 from spectraformer_jax import testing
 from spectraformer_jax.components import COMPONENTS
+from spectraformer_jax.feature_maps.compose import mismatch
 from spectraformer_jax.kernels import KERNELS
-from spectraformer_jax.pairs import mismatch
 from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
 
 # Pairs that waste half of their rows warn when they are built.

@@ -8,7 +8,7 @@ import pytest
 
 from spectraformer_jax import seeds
 from spectraformer_jax.data.batches import epoch_order
-from spectraformer_jax.train.state import run_keys
+from spectraformer_jax.train.step.state import run_keys
 
 WORD = 2**32
 SEEDS = (0, 1, 5, WORD - 1, WORD, WORD + 5, 5 * WORD, 2**63, 2**63 + 5)

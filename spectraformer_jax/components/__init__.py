@@ -16,11 +16,7 @@ from spectraformer_jax.components.centred import Centred, build_component
 from spectraformer_jax.components.data_dependent import DataDependent
 from spectraformer_jax.components.dense import SADERF
 from spectraformer_jax.components.dense_rotated import ADERF, ASDERF, SDERF
-from spectraformer_jax.components.deterministic import (
-  ELU1,
-  CosFormer,
-  Taylor2,
-)
+from spectraformer_jax.components.deterministic import ELU1, CosFormer, Taylor2
 from spectraformer_jax.components.discrete import GeomRF, PoisRF
 from spectraformer_jax.components.discrete_plus import GeomRFPlus, PoisRFPlus
 from spectraformer_jax.components.gerf import GERF

@@ -6,16 +6,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  masked_mean,
-  project,
-)
-from spectraformer_jax.components.dense import (
-  SADERF,
-  DenseExponential,
-  balance,
-)
+from spectraformer_jax.components.base import COMPONENTS, masked_mean, project
+from spectraformer_jax.components.dense import SADERF, DenseExponential, balance
 from spectraformer_jax.typing import Array
 
 # Share of the mean eigenvalue added to second moments, which are singular for

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import i0e
 
-from spectraformer_jax import stored_uniforms
 from spectraformer_jax.components.base import (
   COMPONENTS,
   ComponentInfo,
@@ -24,6 +23,7 @@ from spectraformer_jax.components.discrete_laws import (
   stirling_rest,
 )
 from spectraformer_jax.typing import Array, LogFeatures, PyTree
+from spectraformer_jax.weight_matrices import stored_uniforms
 
 # Below this a coordinate counts as zero: its logarithm is cut off there, and
 # its gradient is zero, so that neither is infinite.

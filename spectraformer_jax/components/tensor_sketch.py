@@ -13,8 +13,8 @@ from spectraformer_jax.components.base import (
   project,
   sized,
 )
-from spectraformer_jax.stored_uniforms import NUM_BITS
 from spectraformer_jax.typing import LogFeatures
+from spectraformer_jax.weight_matrices.stored_uniforms import NUM_BITS
 
 LARGEST_DEGREE = 8
 

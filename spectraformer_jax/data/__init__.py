@@ -13,36 +13,38 @@ it from there afterwards. ``docs/data.md`` tells how to add one. Tasks of Long
 Range Arena take files of the user from ``data_dir``; see ``docs/lra.md``.
 """
 
-from spectraformer_jax.data import (
+from spectraformer_jax.data.batches import Batches
+from spectraformer_jax.data.cache import default_cache_dir
+from spectraformer_jax.data.dataset import Dataset, Facts
+from spectraformer_jax.data.formats import listops_text
+from spectraformer_jax.data.hash_split import split_by_content
+from spectraformer_jax.data.prefetch import Prefetch
+from spectraformer_jax.data.readers import (
   aan,
   aclimdb,
   cifar,
+  listops_tsv,
+  lra_pickles,
+  pathfinder_files,
+  tfds_folder,
+)
+from spectraformer_jax.data.registry import TASKS, list_tasks, load
+from spectraformer_jax.data.source import SPLITS, Source
+from spectraformer_jax.data.tasks import (
   digits,
   fashion,
   image,
   imdb_half,
   listops,
-  listops_text,
-  listops_tsv,
-  lra_pickles,
   mail_replies,
   pathfinder,
-  pathfinder_files,
   pathfinder_synthetic,
   pathx,
   retrieval,
   same_speech,
   spam_bodies,
   text,
-  tfds_folder,
 )
-from spectraformer_jax.data.batches import Batches
-from spectraformer_jax.data.cache import default_cache_dir
-from spectraformer_jax.data.dataset import Dataset, Facts
-from spectraformer_jax.data.hash_split import split_by_content
-from spectraformer_jax.data.prefetch import Prefetch
-from spectraformer_jax.data.source import SPLITS, Source
-from spectraformer_jax.data.tasks import TASKS, list_tasks, load
 from spectraformer_jax.data.writer import Writer
 
 __all__ = [

@@ -20,7 +20,7 @@ COMMANDS = ("check", "fetch")
 
 def main(argv: Sequence[str]) -> int:
   """Runs a command."""
-  return commands.run("spectraformer_jax.data", COMMANDS, USAGE, argv)
+  return commands.run("spectraformer_jax.data.commands", COMMANDS, USAGE, argv)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from spectraformer_jax.data import baselines
 from spectraformer_jax.data._checks import check_choice
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import as_path, first_line, read_plain
-from spectraformer_jax.data.npy import open_array
+from spectraformer_jax.data.formats.npy import open_array
+from spectraformer_jax.data.label_rules import counts
 from spectraformer_jax.data.source import Progress, Source
 from spectraformer_jax.data.writer import Writer
 
@@ -91,7 +91,7 @@ def load_split(
   with _damage_explained(folder):
     meta = _read_meta(folder)
     figures = {
-      name: baselines.accuracy(fitted[name], table)
+      name: counts.accuracy(fitted[name], table)
       for name, table in meta["tables"].items()
     }
     dataset = _read_arrays(folder, source, split, figures)
@@ -160,7 +160,7 @@ def _describe(
     "num_tokens": len(dataset.tokens),
     "longest": int(np.diff(dataset.offsets).max()),
     "fingerprint": dataset.fingerprint,
-    "tables": baselines.count_labels(dataset, source.rules),
+    "tables": counts.count_labels(dataset, source.rules),
   }
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from spectraformer_jax.data.registry import build_source, load
 from spectraformer_jax.data.source import SPLITS
-from spectraformer_jax.data.tasks import build_source, load
 
 
 @dataclasses.dataclass(kw_only=True)

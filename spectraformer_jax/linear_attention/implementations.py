@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
-from spectraformer_jax.linear_attention import (
+from spectraformer_jax.linear_attention import reference
+from spectraformer_jax.linear_attention.pallas import implementation as pallas
+from spectraformer_jax.linear_attention.state import joined, parted
+from spectraformer_jax.linear_attention.xla import (
   bidirectional,
   causal,
   chunks,
-  pallas,
-  reference,
   segments,
 )
-from spectraformer_jax.linear_attention.products import PLAIN
-from spectraformer_jax.linear_attention.state import joined, parted
+from spectraformer_jax.linear_attention.xla.products import PLAIN
 from spectraformer_jax.registry import nearest
 
 

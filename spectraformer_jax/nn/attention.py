@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from spectraformer_jax.attention import spectral_attention, statistics_of
 from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.decoding import init_state
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.nn.feature_variables import (
   feature_variables,

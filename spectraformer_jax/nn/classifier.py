@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
 from spectraformer_jax.typing import Array

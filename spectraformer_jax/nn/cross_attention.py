@@ -5,12 +5,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax.attention import (
-  spectral_attention,
-  statistics_of_keys,
-)
+from spectraformer_jax.attention import spectral_attention, statistics_of_keys
 from spectraformer_jax.decoding import attend_state
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.nn.attention import check_attention
 from spectraformer_jax.nn.feature_variables import (

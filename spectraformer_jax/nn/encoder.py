@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.by_token import by_token
 from spectraformer_jax.nn.cross_attention import SpectralCrossAttention

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.heads import queries_by_key_head
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
 # Running statistics keep this share of their value at each training step.

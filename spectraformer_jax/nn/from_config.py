@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from spectraformer_jax import pairs
+from spectraformer_jax import feature_maps
 from spectraformer_jax.baselines import check_options
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn.classifier import Classifier
 from spectraformer_jax.nn.dual_classifier import DualClassifier
 from spectraformer_jax.nn.language_model import (
@@ -49,7 +49,7 @@ def make_feature_map(config: ConfigDict) -> FeatureMap | None:
     for name in ("component_kwargs", "weight_matrix_kwargs")
   }
   try:
-    feature_map = pairs.feature_map(
+    feature_map = feature_maps.feature_map(
       section.component,
       section.weight_matrix,
       num_features=None

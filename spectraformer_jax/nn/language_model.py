@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn.inputs import check_length, check_tokens
 from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.token_encoder import TokenEncoder

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
 _PROJECTION = "projection"

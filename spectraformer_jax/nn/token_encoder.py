@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
 from spectraformer_jax.nn.inputs import (
@@ -16,11 +16,7 @@ from spectraformer_jax.nn.inputs import (
   token_ids,
 )
 from spectraformer_jax.nn.parts import part_of
-from spectraformer_jax.nn.positions import (
-  POSITIONS,
-  next_positions,
-  sinusoids,
-)
+from spectraformer_jax.nn.positions import POSITIONS, next_positions, sinusoids
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 

@@ -20,9 +20,9 @@ from spectraformer_jax.nn.encoder import MLPS, NORMS
 from spectraformer_jax.nn.positions import POSITIONS
 from spectraformer_jax.nn.sequence_encoder import POOLED_NORMS, POOLINGS
 from spectraformer_jax.seeds import check_seed
-from spectraformer_jax.train.objectives import OBJECTIVES
-from spectraformer_jax.train.parallel import ENGINES
+from spectraformer_jax.train.devices.parallel import ENGINES
 from spectraformer_jax.train.recipes import recipe
+from spectraformer_jax.train.step.objectives import OBJECTIVES
 
 # Sections whose keys belong to somebody else (a component, a matrix, a task),
 # who checks them; any key may be set there.

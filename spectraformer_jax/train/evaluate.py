@@ -12,16 +12,11 @@ import jax.numpy as jnp
 from spectraformer_jax import data
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.nn.pretrained import find_step
-from spectraformer_jax.train import (
-  describe,
-  objectives,
-  parallel,
-  steps,
-  strict_json,
-)
-from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.loop import evaluate_split, load_data
-from spectraformer_jax.train.state import TrainState
+from spectraformer_jax.train.run import describe, run_folder, strict_json
+from spectraformer_jax.train.step import objectives, steps
+from spectraformer_jax.train.step.state import TrainState
 
 
 def evaluate(
@@ -50,7 +45,7 @@ def evaluate(
       data than the run had, or a batch that the devices cannot share.
   """
   workdir = Path(workdir)
-  config = files.stored_config(workdir)
+  config = run_folder.stored_config(workdir)
   if split not in data.SPLITS:
     raise ValueError(
       f"split must be one of {', '.join(data.SPLITS)}, got {split!r}."
@@ -63,7 +58,7 @@ def evaluate(
   if cache_dir is not None:
     config.task.cache_dir = cache_dir
   (dataset,) = load_data(config, [split]).values()
-  files.check_data(workdir, {split: describe.split(dataset)})
+  run_folder.check_data(workdir, {split: describe.split(dataset)})
   model, variables = load_pretrained(workdir, step=step)
   params = variables.pop("params")
   eval_step = parallel.DataParallelStep(

@@ -13,37 +13,33 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from spectraformer_jax import data, nn
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn import from_config
-from spectraformer_jax.train import (
+from spectraformer_jax.train import pretrained
+from spectraformer_jax.train.config import to_dict, validate
+from spectraformer_jax.train.devices import hosts, parallel
+from spectraformer_jax.train.run import (
   describe,
-  hosts,
   nonfinite,
-  objectives,
-  optim,
-  parallel,
-  pretrained,
   report,
-  state,
-  steps,
+  run_folder,
   wandb_run,
 )
-from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.config import to_dict, validate
-from spectraformer_jax.train.lock import workdir_lock
-from spectraformer_jax.train.meters import Clock, Record, Window
-from spectraformer_jax.train.nonfinite import SkippedSteps
-from spectraformer_jax.train.profiler import Profiler
-from spectraformer_jax.train.progress import Progress
-from spectraformer_jax.train.selection import is_better, out_of_patience
-from spectraformer_jax.train.signals import StopSignals
-from spectraformer_jax.train.storage import Storage
-from spectraformer_jax.train.writers import (
+from spectraformer_jax.train.run.lock import workdir_lock
+from spectraformer_jax.train.run.meters import Clock, Record, Window
+from spectraformer_jax.train.run.nonfinite import SkippedSteps
+from spectraformer_jax.train.run.profiler import Profiler
+from spectraformer_jax.train.run.progress import Progress
+from spectraformer_jax.train.run.selection import is_better, out_of_patience
+from spectraformer_jax.train.run.signals import StopSignals
+from spectraformer_jax.train.run.storage import Storage
+from spectraformer_jax.train.run.writers import (
   MetricWriter,
   finished_result,
   read_rows,
   result_row,
 )
+from spectraformer_jax.train.step import objectives, optim, state, steps
 from spectraformer_jax.typing import Array
 
 
@@ -79,7 +75,7 @@ def train_and_evaluate(
 
   # 1. Whatever can be wrong is found before anything is compiled.
   validate(config)
-  hosts.from_main(lambda: files.check_folder(workdir))
+  hosts.from_main(lambda: run_folder.check_folder(workdir))
   wandb_run.load(config.logging.wandb)
   feature_map = from_config.make_feature_map(config)
   optim.check_feature_map_lr(config.optim, feature_map)
@@ -120,8 +116,8 @@ def train_and_evaluate(
       # Again: another run may have been at work here since.
       if found := find_result(workdir, config):
         return found
-      files.check_data(workdir, facts)
-      files.write_config(workdir, to_dict(config), facts, command)
+      run_folder.check_data(workdir, facts)
+      run_folder.write_config(workdir, to_dict(config), facts, command)
       return None
 
     finished = hosts.from_main(claim_workdir)
@@ -155,7 +151,9 @@ def train(
   ema_decay = config.optim.ema_decay
   train_state = state.create(model, feature_map, tx, keys, ema=ema_decay > 0)
   sizes = state.sizes(train_state)
-  storage = Storage(workdir / files.CHECKPOINTS, keep=config.checkpoint.keep)
+  storage = Storage(
+    workdir / run_folder.CHECKPOINTS, keep=config.checkpoint.keep
+  )
   record = Record(
     data=make_batches(
       datasets["train"], config.train.batch_size, train=True
@@ -230,7 +228,7 @@ def train(
       enabled=hosts.is_main(),
     ) as writer,
     Profiler(
-      workdir / files.PROFILE, config.profile if hosts.is_main() else 0
+      workdir / run_folder.PROFILE, config.profile if hosts.is_main() else 0
     ) as profiler,
     Progress(
       num_steps,
@@ -351,7 +349,7 @@ def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
   Raises:
     ValueError: the workdir holds another config, or a damaged result.
   """
-  files.check_config(workdir, to_dict(config))
+  run_folder.check_config(workdir, to_dict(config))
   result = finished_result(workdir, config.train.num_steps)
   if result:
     try:

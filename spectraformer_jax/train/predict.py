@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from spectraformer_jax.data.listops_text import CLOSE, encode
+from spectraformer_jax.data.formats.listops_text import CLOSE, encode
 from spectraformer_jax.data.words import hash_words
 from spectraformer_jax.nn import Classifier, DualClassifier, load_pretrained
 from spectraformer_jax.nn.pretrained import damaged, one_line
-from spectraformer_jax.train import strict_json
-from spectraformer_jax.train import workdir as files
+from spectraformer_jax.train.run import run_folder, strict_json
 
 # Ids of each input: of one sequence, or of two for a task of pairs.
 Inputs = list[tuple[np.ndarray, ...]]
@@ -285,7 +284,7 @@ def _facts(workdir: Path) -> dict[str, Any]:
   Raises:
     ValueError: no run, or a damaged file.
   """
-  facts = files.stored_run(workdir)["data"].get("train", {})
+  facts = run_folder.stored_run(workdir)["data"].get("train", {})
   names = ("tokenizer", "id_shift", "length", "pair", "vocab_size")
   missing = [name for name in names if name not in facts]
   if missing:

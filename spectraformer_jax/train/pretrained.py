@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from spectraformer_jax.nn import load_pretrained
-from spectraformer_jax.train import hosts, state
-from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.config import flatten, to_dict
-from spectraformer_jax.train.optim import FEATURE_MAP
-from spectraformer_jax.train.writers import read_rows, result_row
+from spectraformer_jax.train.devices import hosts
+from spectraformer_jax.train.run import run_folder
+from spectraformer_jax.train.run.writers import read_rows, result_row
+from spectraformer_jax.train.step import state
+from spectraformer_jax.train.step.optim import FEATURE_MAP
 from spectraformer_jax.typing import PyTree
 
 # What is taken over. The rest of a model belongs to what it is asked.
@@ -64,7 +65,7 @@ def start_from(
     nonlocal variables
     workdir = Path(config.model.init_from)
     _check_finished(workdir)
-    source = files.stored_config(workdir)
+    source = run_folder.stored_config(workdir)
     _check_same(workdir, to_dict(source), to_dict(config))
     trained = dict(load_pretrained(workdir).variables)
     ours = {"params": train_state.params, **train_state.collections}
@@ -176,13 +177,13 @@ def check_source(workdir: Path, init_from: str) -> None:
   Raises:
     ValueError: no finished run is there.
   """
-  if not any((workdir / files.CHECKPOINTS).glob("[0-9]*")):
+  if not any((workdir / run_folder.CHECKPOINTS).glob("[0-9]*")):
     _check_finished(Path(init_from))
 
 
 def _check_finished(workdir: Path) -> None:
   """Refuses a folder that holds no finished run."""
-  stored = files.read_config(workdir)
+  stored = run_folder.read_config(workdir)
   if stored is None or result_row(read_rows(workdir)) is None:
     raise ValueError(
       f"config.model.init_from must be the workdir of a finished run, got "

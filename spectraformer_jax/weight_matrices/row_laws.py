@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
-from spectraformer_jax import stored_uniforms
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
+from spectraformer_jax.weight_matrices import stored_uniforms
 
 
 @dataclasses.dataclass(frozen=True)

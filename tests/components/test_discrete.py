@@ -10,7 +10,6 @@ import scipy.special
 import scipy.stats
 
 import spectraformer_jax as sf
-from spectraformer_jax import stored_uniforms
 from spectraformer_jax.components import COMPONENTS
 from spectraformer_jax.components.discrete_laws import (
   P_RANGE,
@@ -20,6 +19,7 @@ from spectraformer_jax.components.discrete_laws import (
   optimal_p,
   poisson_counts,
 )
+from spectraformer_jax.weight_matrices import stored_uniforms
 from tests.components.sampling import (
   HEAD_DIM,
   PAIRS,

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.components.exponentials import (
-  CASES,
-  build,
-  component_of,
-  matrix_of,
-)
+from tests.components.exponentials import CASES, build, component_of, matrix_of
 
 HEAD_DIM = 8
 

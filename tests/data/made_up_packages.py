@@ -9,7 +9,8 @@ import zipfile
 
 import numpy as np
 
-from spectraformer_jax.data import imdb_half, packages
+from spectraformer_jax.data import packages
+from spectraformer_jax.data.tasks import imdb_half
 
 METADATA = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n"
 WHEEL = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

@@ -9,7 +9,7 @@ import pytest
 from spectraformer_jax import nn
 from spectraformer_jax.data import Batches, Dataset
 from spectraformer_jax.data.batches import epoch_order
-from spectraformer_jax.pairs import feature_map
+from spectraformer_jax.feature_maps.compose import feature_map
 from tests.data.test_batches import assert_equal, identities, take
 
 BUCKETS = (2, 4, 6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spectraformer_jax.data import Source, cache
-from spectraformer_jax.data.baselines import accuracy
+from spectraformer_jax.data.label_rules.counts import accuracy
 
 FACTS = dict(name="toy", vocab_size=257, num_classes=2, length=6, id_shift=1)
 

@@ -8,8 +8,9 @@ import optax
 import pytest
 from absl import logging as absl_logging
 
-from spectraformer_jax.train import parallel, state, steps
+from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.loop import train_and_evaluate
+from spectraformer_jax.train.step import state, steps
 from tests.train import workers
 
 COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from configs import common
 from spectraformer_jax import nn
 from spectraformer_jax.nn import from_config
-from spectraformer_jax.train import optim, parallel, state, steps
+from spectraformer_jax.train.step import optim, state, steps
+from spectraformer_jax.train.devices import parallel
 from tests.train.workers import ALL_REDUCE, OTHER_COLLECTIVES
 
 topology, engine = sys.argv[1:]

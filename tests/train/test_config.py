@@ -20,7 +20,7 @@ from spectraformer_jax.train.config import (
   to_dict,
   validate,
 )
-from spectraformer_jax.train.workdir import check_config
+from spectraformer_jax.train.run.run_folder import check_config
 
 EXPERIMENTS = {
   "default": default_config,

@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 from absl import logging
 
-from spectraformer_jax.train import describe, parallel, report
-from spectraformer_jax.train.lock import workdir_lock
+from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.loop import train_and_evaluate
-from spectraformer_jax.train.meters import RUN_AHEAD, Record
-from spectraformer_jax.train.nonfinite import NonFiniteError, SkippedSteps
-from spectraformer_jax.train.selection import is_better
-from spectraformer_jax.train.signals import StopSignals
-from spectraformer_jax.train.steps import Sums
-from spectraformer_jax.train.writers import read_rows
+from spectraformer_jax.train.run import describe, report
+from spectraformer_jax.train.run.lock import workdir_lock
+from spectraformer_jax.train.run.meters import RUN_AHEAD, Record
+from spectraformer_jax.train.run.nonfinite import NonFiniteError, SkippedSteps
+from spectraformer_jax.train.run.selection import is_better
+from spectraformer_jax.train.run.signals import StopSignals
+from spectraformer_jax.train.run.writers import read_rows
+from spectraformer_jax.train.step.steps import Sums
 from tests.train import workers
 from tests.train.conftest import ROOT, TINY, as_flags, run_python, start_python
-from tests.train.test_checkpoints import broken_reads
+from tests.train.run.test_checkpoints import broken_reads
 from tests.train.test_loop import same_arrays, saved_arrays, without_times
 
 TRAIN = str(ROOT / "train.py")

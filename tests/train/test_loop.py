@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from spectraformer_jax.nn import load_pretrained
-from spectraformer_jax.train import parallel
-from spectraformer_jax.train.checkpoints import Checkpointer
 from spectraformer_jax.train.config import to_dict
+from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.loop import train_and_evaluate
-from spectraformer_jax.train.workdir import check_config
-from spectraformer_jax.train.writers import read_rows
+from spectraformer_jax.train.run.checkpoints import Checkpointer
+from spectraformer_jax.train.run.run_folder import check_config
+from spectraformer_jax.train.run.writers import read_rows
 from tests.train import workers
 from tests.train.conftest import run_python
 

@@ -13,12 +13,14 @@ import pytest
 
 from spectraformer_jax import data, nn
 from spectraformer_jax.nn import from_config
-from spectraformer_jax.train import parallel, predict, state
+from spectraformer_jax.train import predict
 from spectraformer_jax.train.__main__ import main
-from spectraformer_jax.train.checkpoints import Checkpointer
 from spectraformer_jax.train.config import to_dict
+from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.evaluate import evaluate
 from spectraformer_jax.train.loop import load_data, train_and_evaluate
+from spectraformer_jax.train.run.checkpoints import Checkpointer
+from spectraformer_jax.train.step import state
 from tests.train import workers
 from tests.train.conftest import run_python
 from tests.train.test_loop import same_arrays

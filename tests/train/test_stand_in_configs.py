@@ -7,7 +7,8 @@ import pytest
 
 from configs import image, retrieval, text
 from spectraformer_jax import data
-from spectraformer_jax.data import fetch, packages
+from spectraformer_jax.data import packages
+from spectraformer_jax.data.commands import fetch
 from spectraformer_jax.train.config import flatten, validate
 from spectraformer_jax.train.loop import train_and_evaluate
 from tests.data import made_up_packages

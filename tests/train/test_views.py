@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from spectraformer_jax.train import wandb_run
 from spectraformer_jax.train.loop import train_and_evaluate
-from spectraformer_jax.train.writers import read_rows
+from spectraformer_jax.train.run import wandb_run
+from spectraformer_jax.train.run.writers import read_rows
 
 
 class FakeRun:

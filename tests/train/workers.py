@@ -15,9 +15,11 @@ import numpy as np
 import optax
 
 from spectraformer_jax import nn
-from spectraformer_jax.pairs import feature_map
+from spectraformer_jax.feature_maps.compose import feature_map
 from spectraformer_jax.train import config as train_config
-from spectraformer_jax.train import loop, optim, parallel, state, steps
+from spectraformer_jax.train import loop
+from spectraformer_jax.train.devices import parallel
+from spectraformer_jax.train.step import optim, state, steps
 
 BATCH, LENGTH = 16, 12
 ALL_REDUCE = r" all-reduce(-start)?\("

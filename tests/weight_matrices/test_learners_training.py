@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import spectraformer_jax as sf
-from spectraformer_jax.train.optim import decay_mask
+from spectraformer_jax.train.step.optim import decay_mask
 from tests.weight_matrices.learner_samples import LEARNERS, quick_jit
 
 TOKENS = jax.random.randint(jax.random.key(0), (4, 6), 0, 8)

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from spectraformer_jax import data
 from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained, rotate
 from spectraformer_jax.study.approximation.inputs import Inputs, make_inputs
-from spectraformer_jax.train import describe
-from spectraformer_jax.train import workdir as files
 from spectraformer_jax.train.loop import load_data
-from spectraformer_jax.train.steps import model_inputs
+from spectraformer_jax.train.run import describe, run_folder
+from spectraformer_jax.train.step.steps import model_inputs
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -93,9 +92,9 @@ def capture_workdir(
     ValueError: the workdir holds no run, no such checkpoint, or was trained on
       other data than the task has now.
   """
-  config = files.stored_config(workdir)
+  config = run_folder.stored_config(workdir)
   (dataset,) = load_data(config, [split]).values()
-  files.check_data(workdir, {split: describe.split(dataset)})
+  run_folder.check_data(workdir, {split: describe.split(dataset)})
   if examples > len(dataset):
     raise ValueError(
       f"--examples must be at most the {len(dataset)} of split {split!r}, got "

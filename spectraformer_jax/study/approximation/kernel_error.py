@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.components import ComponentState
-from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.heads import lead_with_batch, over_examples_and_heads
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.feature_maps.vmap_heads import (
+  lead_with_batch,
+  over_examples_and_heads,
+)
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
 

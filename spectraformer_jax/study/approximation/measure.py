@@ -13,7 +13,7 @@ from scipy import stats as distributions
 import spectraformer_jax as sf
 from spectraformer_jax.attention import statistics_of
 from spectraformer_jax.checks import split_scale
-from spectraformer_jax.feature_maps import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.seeds import make_key
 from spectraformer_jax.study.approximation.inputs import Inputs
 from spectraformer_jax.study.approximation.kernel_error import (

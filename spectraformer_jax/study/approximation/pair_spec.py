@@ -8,8 +8,8 @@ from typing import Any
 
 import spectraformer_jax as sf
 from spectraformer_jax.components import build_component
-from spectraformer_jax.feature_maps import FeatureMap
-from spectraformer_jax.pairs import mismatch
+from spectraformer_jax.feature_maps.compose import mismatch
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
 
 _PART = r"(\w+)(?:\(([^()]*)\))?"

@@ -95,7 +95,7 @@ def write(
     skipped: what was left out, and why.
   """
   # Here, because it brings in all of training for the versions it lists.
-  from spectraformer_jax.train.workdir import environment, write_text
+  from spectraformer_jax.train.run.run_folder import environment, write_text
 
   env = environment(command)
   devices = env["devices"]

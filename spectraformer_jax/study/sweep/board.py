@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spectraformer_jax.study.sweep.cells import Cell
-from spectraformer_jax.train.writers import read_rows
+from spectraformer_jax.train.run.writers import read_rows
 
 # How many finished and failed cells the live table keeps in view.
 RECENT = 6

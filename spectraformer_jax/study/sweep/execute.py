@@ -17,10 +17,10 @@ from spectraformer_jax.study.sweep import cells as spec
 from spectraformer_jax.study.sweep.board import Board
 from spectraformer_jax.study.sweep.cells import Cell
 from spectraformer_jax.train import config as train_config
-from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.host_memory import HUGE_PAGES
-from spectraformer_jax.train.lock import in_use
-from spectraformer_jax.train.writers import (
+from spectraformer_jax.train.devices.host_memory import HUGE_PAGES
+from spectraformer_jax.train.run import run_folder
+from spectraformer_jax.train.run.lock import in_use
+from spectraformer_jax.train.run.writers import (
   finished_result,
   read_rows,
   result_row,
@@ -236,7 +236,7 @@ def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
   """Whether the cell is to run; describes it in its folder if so."""
   workdir = folder / cell.name
   try:
-    files.check_config(workdir, train_config.to_dict(cell.config()))
+    run_folder.check_config(workdir, train_config.to_dict(cell.config()))
     result = result_of(cell, workdir)
   except ValueError as error:
     board.fail(cell, str(error))
@@ -247,7 +247,7 @@ def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
   if result:
     board.skip(cell, result)
     return False
-  files.write_text(workdir / spec.CELL, cell.to_json() + "\n")
+  run_folder.write_text(workdir / spec.CELL, cell.to_json() + "\n")
   return True
 
 

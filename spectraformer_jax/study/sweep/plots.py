@@ -12,7 +12,7 @@ from typing import Any
 from spectraformer_jax import list_components, list_weight_matrices
 from spectraformer_jax.study.sweep import runs as cell_runs
 from spectraformer_jax.study.sweep.runs import Run, Spread
-from spectraformer_jax.train.writers import read_rows
+from spectraformer_jax.train.run.writers import read_rows
 
 # Okabe and Ito's palette without its yellow, which is faint on white; with the
 # line styles there are 28 looks that any colour vision tells apart.

@@ -38,7 +38,7 @@ def main(workdir: str, cpus: str) -> int:
   # Before JAX counts the cores and starts as many threads.
   if cpus and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
-  from spectraformer_jax.train.host_memory import keep_freed_memory
+  from spectraformer_jax.train.devices.host_memory import keep_freed_memory
   from spectraformer_jax.train.loop import train_and_evaluate
 
   keep_freed_memory()

@@ -17,8 +17,8 @@ from typing import Any
 from scipy import stats
 
 from spectraformer_jax.study.sweep.cells import CELL
-from spectraformer_jax.train import workdir as files
-from spectraformer_jax.train.writers import read_rows, result_row
+from spectraformer_jax.train.run import run_folder
+from spectraformer_jax.train.run.writers import read_rows, result_row
 
 LEVEL = 0.05
 BETTER, WORSE, EQUAL, UNKNOWN = "better", "worse", "not significant", "-"
@@ -111,7 +111,7 @@ def read_runs(folders: Iterable[Path | str]) -> tuple[list[Run], list[str]]:
   for folder in map(Path, folders):
     for path in sorted(folder.glob("*/*/seed*")):
       name = str(path.relative_to(folder))
-      result, stored = result_row(read_rows(path)), files.read_config(path)
+      result, stored = result_row(read_rows(path)), run_folder.read_config(path)
       if result is None or stored is None:
         unfinished |= {name} if (path / CELL).exists() else set()
         continue

@@ -24,7 +24,7 @@ from spectraformer_jax.study.sweep.table_text import (
   paper_text,
   to_csv,
 )
-from spectraformer_jax.train.workdir import write_text
+from spectraformer_jax.train.run.run_folder import write_text
 
 # In CSV: the task of the rows of means, and what they are of.
 MEAN = "mean over tasks"

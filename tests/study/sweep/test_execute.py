@@ -21,8 +21,8 @@ from spectraformer_jax.study.sweep.execute import (
   run_cells,
   threads,
 )
-from spectraformer_jax.train.lock import workdir_lock
-from spectraformer_jax.train.writers import read_rows, result_row
+from spectraformer_jax.train.run.lock import workdir_lock
+from spectraformer_jax.train.run.writers import read_rows, result_row
 from tests.train.conftest import ROOT, TINY, run_python, start_python
 
 DIGITS = {"digits": "configs/digits.py"}

@@ -1,0 +1,1 @@
+"""The commands of ``python -m spectraformer_jax.data``."""

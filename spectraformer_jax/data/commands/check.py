@@ -1,0 +1,168 @@
+"""``check``: what is in a task, and whether it is as in Long Range Arena."""
+
+import argparse
+import contextlib
+import hashlib
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spectraformer_jax.data._checks import check_int
+from spectraformer_jax.data.cache import load_split
+from spectraformer_jax.data.commands import examples, lra_figures
+from spectraformer_jax.data.commands.options import make_parser, parse_options
+from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.find import LOGGER
+from spectraformer_jax.data.label_rules import linear
+from spectraformer_jax.data.registry import TASKS, build_source
+from spectraformer_jax.data.source import SPLITS
+from spectraformer_jax.seeds import check_seed
+
+DIFFERS = 1
+
+
+def main(args: Sequence[str]) -> int:
+  """Runs the command.
+
+  Args:
+    args: what follows ``check`` on the command line.
+
+  Returns:
+    0, or 1 if a figure of Long Range Arena is not met.
+
+  Raises:
+    ValueError: if a task, an option or a file is not as it should be.
+  """
+  known, options = _parse(args)
+  shown = check_int("examples", known.examples, 0)
+  options["seed"] = check_seed("seed", known.seed)
+  with _messages_shown():
+    source = build_source(known.task, options, known.cache_dir)
+    show_progress = Progress()
+    splits = {
+      split: load_split(source, split, known.cache_dir, show_progress)
+      for split in SPLITS
+    }
+  for line in report(splits):
+    print(line)
+  pictures = known.pictures or pathlib.Path(f"{source.name}.png")
+  for line in examples.show(splits["train"], shown, pictures):
+    print(line)
+  if known.linear:
+    for line in linear.describe(splits):
+      print(line)
+  figures = lra_figures.compare(known.task, splits)
+  for line in lra_figures.describe(figures):
+    print(line)
+  return 0 if all(figure.agrees for figure in figures) else DIFFERS
+
+
+def report(splits: Mapping[str, Dataset]) -> Iterator[str]:
+  """Lines about counts, lengths, labels, checksums and duplicates."""
+  first = splits["train"]
+  yield (
+    f"{first.name}: {first.provenance}, tokenizer {first.tokenizer}, "
+    f"{first.vocab_size} ids, {first.num_classes} classes, length "
+    f"{first.length}"
+  )
+  yield "       examples  shortest     mean  longest  at full length"
+  for split, dataset in splits.items():
+    for suffix in ("", "_2") if dataset.pair else ("",):
+      lengths = np.diff(getattr(dataset, "offsets" + suffix))
+      yield (
+        f"{split:6}{len(dataset):9,}{lengths.min():10,}{lengths.mean():9.1f}"
+        f"{lengths.max():9,}{np.mean(lengths == dataset.length):16.1%}"
+        f"{'  (second)' if suffix else ''}"
+      )
+  yield "labels"
+  for split, dataset in splits.items():
+    counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
+    yield f"{split:6}{' '.join(f'{count:,}' for count in counts)}"
+  for name in first.baselines:
+    shares = (f"{s} {d.baselines[name]:.3f}" for s, d in splits.items())
+    yield f"accuracy of {name}: {', '.join(shares)}"
+  yield from count_duplicates(splits)
+  for split, dataset in splits.items():
+    yield f"checksum {split} {dataset.fingerprint}"
+
+
+def count_duplicates(splits: Mapping[str, Dataset]) -> Iterator[str]:
+  """Lines about examples that occur more than once, whatever their label."""
+  contents = {split: _contents(dataset) for split, dataset in splits.items()}
+  repeats = (f"{split} {len(c) - len(set(c))}" for split, c in contents.items())
+  yield f"repeated within {', '.join(repeats)}"
+  shared = (
+    f"{one} and {two} {len(set(contents[one]) & set(contents[two]))}"
+    for one, two in (("train", "dev"), ("train", "test"), ("dev", "test"))
+  )
+  yield f"shared by {', '.join(shared)}"
+
+
+def _contents(dataset: Dataset) -> list[bytes]:
+  """A digest of the tokens of each example."""
+  columns = [(dataset.tokens, dataset.offsets.tolist())]
+  if dataset.pair:
+    columns.append((dataset.tokens_2, dataset.offsets_2.tolist()))
+  digests = []
+  for i in range(len(dataset)):
+    digest = hashlib.blake2b(digest_size=12)
+    for tokens, offsets in columns:
+      digest.update(b"%d:" % (offsets[i + 1] - offsets[i]))
+      digest.update(np.ascontiguousarray(tokens[offsets[i] : offsets[i + 1]]))
+    digests.append(digest.digest())
+  return digests
+
+
+@contextlib.contextmanager
+def _messages_shown() -> Iterator[None]:
+  """Prints what readers say about the files that they find."""
+  handler = logging.StreamHandler(sys.stdout)
+  level = LOGGER.level
+  LOGGER.addHandler(handler)
+  LOGGER.setLevel(logging.INFO)
+  try:
+    yield
+  finally:
+    LOGGER.removeHandler(handler)
+    LOGGER.setLevel(level)
+
+
+class Progress:
+  """Says every few seconds how far the building of a split is."""
+
+  def __init__(self):
+    self._last = time.monotonic()
+
+  def __call__(self, done: int, total: int) -> None:
+    """Takes how many examples are done."""
+    if time.monotonic() - self._last > 5:
+      self._last = time.monotonic()
+      print(f"building: {done:,} of {total:,} examples", file=sys.stderr)
+
+
+def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+  """Options of the command, and those of the task."""
+  parser = make_parser(
+    "check", "Builds a task into the cache and says what is in it."
+  )
+  parser.add_argument("task", help=f"one of {', '.join(TASKS.names())}")
+  parser.add_argument(
+    "--examples", type=int, default=3, help="how many texts to show"
+  )
+  parser.add_argument(
+    "--linear",
+    action="store_true",
+    help="also fit the simplest model of words or pixels (needs a minute)",
+  )
+  parser.add_argument(
+    "--pictures",
+    type=pathlib.Path,
+    help="where to draw images; default NAME.png in the current folder",
+  )
+  known, rest = parser.parse_known_args(args)
+  return known, parse_options(rest)

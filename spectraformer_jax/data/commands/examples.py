@@ -1,0 +1,71 @@
+"""Examples of a dataset made visible: texts as text, images as one picture."""
+
+import math
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.formats.listops_text import CLOSE, decode
+
+COLUMNS = 8
+SHOWN = 200
+
+_SMALLEST = 64  # side of an image in a picture, in pixels
+_GAP = 4
+
+
+def show(dataset: Dataset, count: int, pictures: pathlib.Path) -> Iterator[str]:
+  """Lines that show examples, spread evenly over a dataset.
+
+  Args:
+    dataset: any; square images are drawn instead.
+    count: how many to write out.
+    pictures: the PNG file to draw images into.
+  """
+  side = math.isqrt(dataset.length)
+  if dataset.tokenizer == "pixels" and side * side == dataset.length:
+    labels = draw(dataset, pictures)
+    yield f"images in {pictures}, rows with labels {labels}"
+    return
+  count = min(count, len(dataset))
+  for index in np.linspace(0, len(dataset) - 1, count, dtype=int).tolist():
+    example = dataset[index]
+    yield f"example {index}, label {example['label']}"
+    for name in ("tokens", "tokens_2") if dataset.pair else ("tokens",):
+      yield f"  {to_text(dataset, example[name])}"
+
+
+def to_text(dataset: Dataset, ids: np.ndarray) -> str:
+  """The start of a sequence of ids, without padding, as text."""
+  ids = ids[:SHOWN]
+  if dataset.tokenizer == "bytes":
+    raw = (ids - dataset.id_shift).astype(np.uint8).tobytes()
+    text = raw.decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+  if dataset.tokenizer in ("full", "no_close") and ids.max() <= CLOSE:
+    return decode(ids[: SHOWN // 3])
+  return " ".join(map(str, ids[: SHOWN // 3].tolist()))
+
+
+def draw(dataset: Dataset, path: pathlib.Path) -> list[int]:
+  """Draws a picture with a row of images per label; the labels from the top."""
+  # Imported here: pictures alone need it.
+  from PIL import Image
+
+  side = math.isqrt(dataset.length)
+  scale = max(1, _SMALLEST // side)
+  step = side * scale + _GAP
+  labels = np.unique(dataset.labels).tolist()
+  sheet = np.full((step * len(labels), step * COLUMNS), 128, np.uint8)
+  for row, label in enumerate(labels):
+    indices = np.flatnonzero(dataset.labels == label)[:COLUMNS]
+    for column, index in enumerate(indices.tolist()):
+      pixels = dataset[index]["tokens"].reshape(side, side)
+      gray = pixels.astype(np.float32) * (255 / (dataset.vocab_size - 1))
+      image = np.kron(gray.astype(np.uint8), np.ones((scale, scale), np.uint8))
+      top, left = row * step, column * step
+      sheet[top : top + step - _GAP, left : left + step - _GAP] = image
+  Image.fromarray(sheet).save(path, format="PNG")
+  return labels

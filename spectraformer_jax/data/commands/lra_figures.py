@@ -1,0 +1,169 @@
+"""Figures of Long Range Arena that a task can be held against.
+
+Sizes are those of its files and of the data sets it takes; those of Retrieval
+are stated by the Skyformer and Spectraformer configurations. What the released
+ListOps looks like is not published: lengths and label shares are those of
+100,000 sequences of the same grammar.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.formats.listops_text import evaluate
+
+# Splits taken together, and how many examples they have in all.
+SIZES = {
+  "listops": {"train": 96_000, "dev": 2_000, "test": 2_000},
+  "text": {"train+dev": 25_000, "test": 25_000},
+  "retrieval": {"train": 147_086, "dev": 18_090, "test": 17_437},
+  "image": {"train+dev": 50_000, "test": 10_000},
+  "pathfinder": {"train+dev+test": 200_000},
+  "pathx": {"train+dev+test": 200_000},
+}
+EMPTY_PICTURES = 10  # so many may be missing from Pathfinder
+
+LISTOPS_DRAWS = 100_000
+LISTOPS_MEAN_LENGTH = 1035.5
+LISTOPS_LENGTH_DEVIATION = 394.0
+LISTOPS_SHARES = (
+  *(0.1685, 0.0909, 0.0775, 0.0825, 0.0907),
+  *(0.0854, 0.0757, 0.0717, 0.0873, 0.1698),
+)
+EVALUATED = 2_000  # expressions per split whose value is worked out again
+
+_ERRORS = 4  # standard errors that count as agreement
+
+
+class Figure(NamedTuple):
+  """One comparison: what was compared, both values as text, the verdict."""
+
+  what: str
+  found: str
+  expected: str
+  agrees: bool
+
+
+def compare(task: str, splits: Mapping[str, Dataset]) -> list[Figure]:
+  """Holds the splits of a task against Long Range Arena.
+
+  Args:
+    task: name of the task; without figures for it the list is empty.
+    splits: the datasets by split.
+  """
+  if task not in SIZES:
+    return []
+  figures = list(_sizes(task, splits))
+  if task in ("text", "image"):
+    figures += _balance(splits)
+  if task in ("pathfinder", "pathx"):
+    figures.append(_halves(splits))
+  if task == "listops":
+    figures += _listops(splits)
+  return figures
+
+
+def describe(figures: list[Figure]) -> Iterator[str]:
+  """Lines about the comparison."""
+  if not figures:
+    yield "Long Range Arena: no figures for this task"
+    return
+  wrong = sum(not figure.agrees for figure in figures)
+  verdict = f"{wrong} figures differ" if wrong else "all figures agree"
+  yield f"Long Range Arena: {verdict}"
+  for what, found, expected, agrees in figures:
+    mark = "agrees " if agrees else "DIFFERS"
+    yield f"  {mark} {what}: {found}, expected {expected}"
+
+
+def _sizes(task: str, splits: Mapping[str, Dataset]) -> Iterator[Figure]:
+  """How many examples there are."""
+  expected = dict(SIZES[task])
+  if "dev_is_test" in splits["train"].name:
+    expected = {"train": 25_000, "dev": 25_000, "test": 25_000}
+  slack = EMPTY_PICTURES if task in ("pathfinder", "pathx") else 0
+  for group, count in expected.items():
+    found = sum(len(splits[split]) for split in group.split("+"))
+    agrees = count - slack <= found <= count
+    yield Figure(f"examples in {group}", f"{found:,}", f"{count:,}", agrees)
+
+
+def _balance(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
+  """Whether all classes are equally frequent, as in IMDB and CIFAR-10."""
+  together = {"test": splits["test"].labels}
+  if "dev_is_test" in splits["train"].name:
+    together["train"] = splits["train"].labels
+  else:
+    labels = [splits[split].labels for split in ("train", "dev")]
+    together["train+dev"] = np.concatenate(labels)
+  for group, labels in together.items():
+    counts = np.bincount(labels, minlength=splits["test"].num_classes)
+    found = f"{counts.min():,} to {counts.max():,}"
+    agrees = counts.min() == counts.max()
+    yield Figure(f"examples per class in {group}", found, "equal", agrees)
+
+
+def _halves(splits: Mapping[str, Dataset]) -> Figure:
+  """Whether about half of the images have a path."""
+  labels = np.concatenate([dataset.labels for dataset in splits.values()])
+  error = 0.5 / math.sqrt(len(labels))
+  share = float(labels.mean())
+  agrees = abs(share - 0.5) <= _ERRORS * error
+  return Figure("images with a path", f"{share:.1%}", "about half", agrees)
+
+
+def _listops(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
+  """Lengths, label shares, and values worked out again."""
+  full = splits["train"].tokenizer == "full"
+  if full:
+    lengths = np.concatenate([np.diff(d.offsets) for d in splits.values()])
+    found = f"{lengths.min()} to {lengths.max()}"
+    agrees = 500 < lengths.min() and lengths.max() < 2000
+    yield Figure("lengths", found, "501 to 1999", agrees)
+    error = LISTOPS_LENGTH_DEVIATION / math.sqrt(len(lengths))
+    agrees = abs(lengths.mean() - LISTOPS_MEAN_LENGTH) <= _ERRORS * error
+    found, expected = f"{lengths.mean():.1f}", f"{LISTOPS_MEAN_LENGTH}"
+    yield Figure("mean length", found, f"{expected} +- {error:.1f}", agrees)
+  labels = np.concatenate([dataset.labels for dataset in splits.values()])
+  shares = np.bincount(labels, minlength=10) / len(labels)
+  reference = np.array(LISTOPS_SHARES)
+  samples = 1 / len(labels) + 1 / LISTOPS_DRAWS
+  errors = np.sqrt(reference * (1 - reference) * samples)
+  far = np.abs(shares - reference) > _ERRORS * errors
+  found = " ".join(f"{share:.3f}" for share in shares)
+  expected = " ".join(f"{share:.3f}" for share in LISTOPS_SHARES)
+  yield Figure("label shares", found, expected, not far.any())
+  if full:
+    yield _values(splits)
+
+
+def _values(splits: Mapping[str, Dataset]) -> Figure:
+  """Whether labels are the values of their expressions, in an even sample."""
+  count, wrong, sampled = 0, [], []
+  for split, dataset in splits.items():
+    size = min(EVALUATED, len(dataset))
+    if size < len(dataset):
+      sampled.append(f"{size:,} of {len(dataset):,} in {split}")
+    for i in np.linspace(0, len(dataset) - 1, size, dtype=int).tolist():
+      example = dataset[i]
+      value, label = _value(example["tokens"]), example["label"]
+      count += 1
+      if value != label:
+        truth = "no expression" if value is None else f"value {value}"
+        wrong.append(f"{split} example {i} has label {label} and {truth}")
+  what = "values that are right"
+  if sampled:
+    what += f" (looked at {', '.join(sampled)})"
+  expected = f"{count}; {wrong[0]}" if wrong else f"{count}"
+  return Figure(what, f"{count - len(wrong)}", expected, not wrong)
+
+
+def _value(tokens: np.ndarray) -> int | None:
+  """The value of an expression; None if it is none."""
+  try:
+    return evaluate(tokens.tolist())
+  except ValueError:
+    return None

@@ -1,0 +1,1 @@
+"""File and text formats, read without trust in their content."""

@@ -1,0 +1,99 @@
+"""The idx files of MNIST and its relatives: images and labels, often gzipped.
+
+A header of big-endian numbers (a magic number, then the sizes), then one byte
+per pixel or label, https://yann.lecun.com/exdb/mnist.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+from spectraformer_jax.data.readers.reader import Row, check_label
+
+IMAGES, LABELS = 0x0803, 0x0801
+
+_READ_AT_ONCE = 1000
+
+
+def read_rows(
+  images: BinaryIO, labels: BinaryIO, side: int, where: str
+) -> Iterator[Row]:
+  """Square images, centred on black of `side` x `side`, and their labels.
+
+  Args:
+    images: the opened idx file of the images, gzipped or not.
+    labels: that of the labels.
+    side: to pad the images to, at least their own.
+    where: what the files are called, for messages.
+
+  Raises:
+    ValueError: if one of the files is not what it should be.
+  """
+  images, labels = _plain(images), _plain(labels)
+  try:
+    count, height, width = _sizes(images, IMAGES, f"{where} images")
+    (number,) = _sizes(labels, LABELS, f"{where} labels")
+    if number != count or not height == width <= side:
+      raise ValueError(
+        f"{where}: there must be one label per square image of at most {side} "
+        f"x {side}, got {count} images of {height} x {width} and {number} "
+        "labels."
+      )
+    edge = (side - height) // 2
+    margins = ((0, 0), *[(edge, side - height - edge)] * 2)
+    for start in range(0, count, _READ_AT_ONCE):
+      size = min(_READ_AT_ONCE, count - start)
+      shape = (size, height, width)
+      pixels = np.pad(_read(images, shape, f"{where} images"), margins)
+      of_chunk = _read(labels, (size,), f"{where} labels").tolist()
+      for i, image in enumerate(pixels.reshape(size, -1)):
+        name = f"{where} image {start + i}"
+        yield Row(image, check_label(of_chunk[i], 10, name))
+    # A gzip file is compared with its checksum at its end.
+    for file, name in ((images, "images"), (labels, "labels")):
+      if file.read(1):
+        raise ValueError(
+          f"{where} {name}: the file goes on after the {count} that its header "
+          "announces; it is damaged."
+        )
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise ValueError(f"{where}: a gzip file is damaged ({error}).") from error
+
+
+def _plain(file: BinaryIO) -> BinaryIO:
+  """The file itself, or what it unpacks to."""
+  start = file.read(2)
+  file.seek(0)
+  return gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
+
+
+def _sizes(file: BinaryIO, magic: int, where: str) -> tuple[int, ...]:
+  """The sizes in the header; ValueError if it is another kind of file."""
+  found, *sizes = struct.unpack(
+    f">{1 + magic % 256}I", _exactly(file, 4 + 4 * (magic % 256), where)
+  )
+  if found != magic:
+    raise ValueError(
+      f"{where}: an idx file of these starts with {magic:#010x}, got "
+      f"{found:#010x}."
+    )
+  return tuple(sizes)
+
+
+def _read(file: BinaryIO, shape: tuple[int, ...], where: str) -> np.ndarray:
+  """The next bytes as an array."""
+  content = _exactly(file, math.prod(shape), where)
+  return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _exactly(file: BinaryIO, size: int, where: str) -> bytes:
+  """So many bytes; ValueError if the file ends before."""
+  content = file.read(size)
+  if len(content) < size:
+    raise ValueError(f"{where}: the file is cut off, {size} bytes are missing.")
+  return content

@@ -1,0 +1,1 @@
+"""Generators of examples, for tasks that are drawn rather than read."""

@@ -1,0 +1,378 @@
+"""Draws Pathfinder pictures by the rules of the public generator, fast.
+
+Two long snakes start at a fixed distance from each other and grow in turn, bar
+by bar; a bar turns away from the one before with weight cos^2 of the angle and
+must keep its margin from everything but that one. A picture whose snake finds
+no room, three times in a row, is dropped. Short snakes are put where there is
+room. Two discs then mark both ends of one long snake (label 1), or the start of
+one and the end of the other (label 0).
+
+Two rules are stricter than there, so that no snake runs into another one and
+the label is a matter of connectivity: the last bar of the other snake counts as
+well, and so do the gaps between bars (see `pathfinder_shapes`).
+
+A whole batch grows in step and what is dropped leaves it, so that numpy does
+the work; dropping is rejection sampling, the same law as starting again.
+
+With ``seeding="upstream"`` the first long snake and all short ones start
+towards the top left, within 15 degrees, as they do in the public generator with
+a current OpenCV: there the room for a first bar is looked for with a kernel
+that misses its centre for all other directions, which then count as full. With
+``"any"`` all directions are as likely.
+
+Sources: Linsley et al., "Learning long-range spatial dependencies with
+horizontal gated recurrent units", 2018; Kim et al., "Disentangling neural
+mechanisms for perceptual grouping", 2020 (generator: drewlinsley/pathfinder);
+Tay et al., "Long Range Arena", 2021, section 2.2.5.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from spectraformer_jax.data.generators.pathfinder_shapes import (
+  DEGREES,
+  FULL,
+  Patches,
+  Settings,
+  Shapes,
+  make_shapes,
+)
+
+VERSION = 1
+"""Goes into the cache; to be raised when equal seeds give other pictures."""
+
+SEEDINGS = ("upstream", "any")
+
+_ALLOWED = {"upstream": (210, 240), "any": (0, DEGREES)}
+_TRIES = 3  # ends drawn for a bar before its snake is given up
+_SNAKE_TRIES = 5  # for a short snake, before the picture goes without it
+_PLACES = 64  # looked at for room before a place is given up
+_OVERLAP = 1.8 * FULL  # both pixels occupied, not only touched
+_STATE_BYTES = 2**24  # of one batch
+
+
+class Pictures(NamedTuple):
+  """A batch of pictures and how they were made.
+
+  Attributes:
+    pixels: [count, side * side] uint8.
+    labels: 1 where one snake has both discs, [count] uint8.
+    discs: centres, (row, column), [count, 2, 2] int32.
+    snakes: start and end of each bar, (row, column) twice, [count, 2 + short,
+      bars, 4]: the two long snakes, then the short ones, NaN where a snake is
+      missing or has no more bars.
+  """
+
+  pixels: np.ndarray
+  labels: np.ndarray
+  discs: np.ndarray
+  snakes: np.ndarray
+
+
+def sample(
+  rng: np.random.Generator, settings: Settings, *, bars: int, seeding: str
+) -> Iterator[Pictures]:
+  """Yields batches of pictures for ever.
+
+  Args:
+    rng: numpy's generator; the stream depends on nothing else.
+    settings: sizes.
+    bars: of each long snake, at least 6; short ones have a third of it.
+    seeding: ``"upstream"`` or ``"any"``.
+
+  Yields:
+    :class:`Pictures`, of varying count.
+
+  Example:
+    >>> from spectraformer_jax.data.generators.pathfinder_shapes import SETTINGS
+    >>> rng = np.random.default_rng(0)
+    >>> stream = sample(rng, SETTINGS[32], bars=6, seeding="any")
+    >>> next(stream).pixels.shape[1]
+    1024
+  """
+  streams = [
+    _of_margin(rng, settings, margin, bars, _ALLOWED[seeding])
+    for margin in settings.margins
+  ]
+  if len(streams) == 1:
+    yield from streams[0]  # for ever
+  # Margins are equally frequent, though not equally often successful.
+  stocks = [next(stream) for stream in streams]
+  while True:
+    chosen = rng.integers(len(streams))
+    yield _take(stocks[chosen], 0, 1)
+    stocks[chosen] = _take(stocks[chosen], 1, None)
+    if not len(stocks[chosen].labels):
+      stocks[chosen] = next(streams[chosen])
+
+
+def _take(pictures: Pictures, start: int, stop: int | None) -> Pictures:
+  """A part of a batch."""
+  return Pictures(*(array[start:stop] for array in pictures))
+
+
+class _Snakes:
+  """Pictures that grow together, each on its own page of a flat array.
+
+  Attributes:
+    occupied: the room that bars take up, and the border, [pages, pixels].
+    near: where no bar may end, [pages, pixels].
+  """
+
+  def __init__(self, rng: np.random.Generator, shapes: Shapes, pages: int):
+    self.rng, self.shapes = rng, shapes
+    self.occupied = np.repeat(shapes.border[:1], pages, axis=0)
+    self.near = np.repeat(shapes.border[1:], pages, axis=0)
+
+  def at(self, pages, rows, columns) -> np.ndarray:
+    """Flat positions of pixels of the picture."""
+    width, frame = self.shapes.width, self.shapes.frame
+    return (pages * width + rows + frame) * width + columns + frame
+
+  def occupy(self, pivots: np.ndarray, directions: np.ndarray) -> None:
+    """Takes up the room of bars, on different pages."""
+    _raise(self.occupied, pivots, directions, self.shapes.room)
+    _raise(self.near, pivots, directions, self.shapes.near)
+
+  def collide(self, pivots: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Whether bars have no room."""
+    offsets, values = self.shapes.room
+    pixels = pivots[:, None] + offsets[directions]
+    there = self.occupied.reshape(-1)[pixels]
+    return (there + values[directions] >= _OVERLAP).any(axis=1)
+
+  def extend(
+    self, pivots: np.ndarray, directions: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The next bar of each snake: which found one, its pivot, its direction."""
+    shapes = self.shapes
+    following = pivots + shapes.steps[directions]
+    near = self.near.reshape(-1)[following[:, None] + shapes.ends]
+    weights = shapes.turns[directions] * (FULL - near)
+    sums = np.cumsum(weights, axis=1)
+    found = np.zeros(len(pivots), bool)
+    chosen = np.zeros(len(pivots), np.int64)
+    pending = np.flatnonzero(sums[:, -1] > 1e-4 * FULL)
+    for _ in range(_TRIES):
+      drawn = self.rng.random(len(pending), np.float32) * sums[pending, -1]
+      end = (sums[pending] <= drawn[:, None]).sum(axis=1)
+      # Rounding may bring the draw up to the total.
+      end = np.minimum(end, len(shapes.ends) - 1)
+      free = ~self.collide(following[pending], end)
+      found[pending[free]], chosen[pending[free]] = True, end[free]
+      pending = pending[~free]
+    return found, following, chosen
+
+
+def _raise(
+  pages: np.ndarray,
+  centres: np.ndarray,
+  shapes: np.ndarray,
+  patches: Patches,
+  factor: float = 1,
+) -> None:
+  """Maximum of pages and of one patch on each, in place."""
+  flat = pages.reshape(-1)
+  pixels = centres[:, None] + patches.offsets[shapes]
+  values = patches.values[shapes]
+  if factor != 1:
+    values = values * np.float32(factor)
+  flat[pixels] = np.maximum(flat[pixels], values)
+
+
+def _of_margin(
+  rng: np.random.Generator,
+  settings: Settings,
+  margin: int,
+  bars: int,
+  allowed: tuple[int, int],
+) -> Iterator[Pictures]:
+  """As :func:`sample`, for one margin."""
+  shapes = make_shapes(settings, margin)
+  pairs = max(1, _STATE_BYTES // (4 * shapes.width**2))
+  snakes = _Snakes(rng, shapes, 2 * pairs)
+  while True:
+    snakes.occupied[:], snakes.near[:] = shapes.border[:, None]
+    kept, long = _grow_long(snakes, settings, bars, allowed)
+    if len(kept):
+      short = _grow_short(snakes, kept, settings, bars, allowed)
+      yield _finish(snakes, settings, kept, long, short)
+
+
+def _grow_long(
+  snakes: _Snakes, settings: Settings, bars: int, allowed: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """The pictures with two long snakes, and pivots and directions of their bars.
+
+  A picture has two pages, each as one snake sees it: all bars but its own last.
+
+  Returns:
+    The first page of each picture, [count], where all bars are in the end; and
+    [count, 2 snakes, bars, 2], all pivots on that page.
+  """
+  rng, shapes = snakes.rng, snakes.shapes
+  pages = np.arange(0, len(snakes.occupied), 2)
+  area = shapes.width**2
+  low, distance = 2 * settings.seed_distance, settings.seed_distance
+  tail = rng.integers(low, settings.side - low, (2, len(pages)))
+  angle = np.deg2rad(rng.integers(0, DEGREES, len(pages)))
+  away = np.rint(distance * np.stack([np.sin(angle), np.cos(angle)]))
+  tails = [tail, tail + away.astype(int)]
+  bars_of = np.zeros((len(pages), 2, bars, 2), np.int64)
+  index = np.arange(len(pages))
+  for snake, degrees in enumerate((allowed, (0, DEGREES))):
+    direction = len(shapes.ends) + rng.integers(*degrees, len(pages))
+    start = snakes.at(pages, *tails[snake])
+    bars_of[:, snake, 0, 0] = start - shapes.tails[direction]
+    bars_of[:, snake, 0, 1] = direction
+  snakes.occupy(bars_of[:, 0, 0, 0] + area, bars_of[:, 0, 0, 1])
+  snakes.occupy(bars_of[:, 1, 0, 0], bars_of[:, 1, 0, 1])
+  for bar in range(1, bars):
+    for snake in range(2):
+      own, other = snake * area, (1 - snake) * area
+      pivots, directions = bars_of[index, snake, bar - 1].T
+      found, following, chosen = snakes.extend(pivots + own, directions)
+      index, following, chosen = index[found], following[found], chosen[found]
+      # Only now: a bar may stand within the margin of the one before.
+      snakes.occupy(pivots[found] + own, directions[found])
+      snakes.occupy(following - own + other, chosen)
+      bars_of[index, snake, bar, 0] = following - own
+      bars_of[index, snake, bar, 1] = chosen
+  snakes.occupy(*bars_of[index, 0, -1].T)
+  return pages[index], bars_of[index]
+
+
+def _grow_short(
+  snakes: _Snakes,
+  kept: np.ndarray,
+  settings: Settings,
+  bars: int,
+  allowed: tuple[int, int],
+) -> np.ndarray:
+  """Pivots and directions of the short snakes on these pages.
+
+  Returns:
+    [count, short snakes, bars // 3, 2], -1 where there is none.
+  """
+  length = bars // 3
+  count = settings.distractor_bars // length
+  history = np.full((len(kept), count, length, 2), -1)
+  for snake in range(count):
+    pending = np.arange(len(kept))
+    for _ in range(_SNAKE_TRIES):
+      degrees = snakes.rng.integers(0, DEGREES, len(pending))
+      able = (allowed[0] <= degrees) & (degrees < allowed[1])
+      tried, directions = pending[able], degrees[able]
+      directions += len(snakes.shapes.ends)
+      grown, places = _grow_one(snakes, kept[tried], directions, length)
+      history[tried[grown], snake] = places
+      pending = np.setdiff1d(pending, tried[grown])
+  return history
+
+
+def _grow_one(
+  snakes: _Snakes, pages: np.ndarray, directions: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """One short snake on each page; a page where it fails is as before.
+
+  Returns:
+    Which succeeded, and pivots and directions, [count, bars, 2], of those.
+  """
+  pivots, free = _find_room(snakes, pages, directions)
+  index = np.flatnonzero(free)
+  saved = snakes.occupied[pages], snakes.near[pages]
+  history = np.zeros((len(pages), length, 2), np.int64)
+  history[:, 0, 0], history[:, 0, 1] = pivots, directions
+  for bar in range(1, length):
+    before = history[index, bar - 1]
+    found, pivot, direction = snakes.extend(*before.T)
+    index, before = index[found], before[found]
+    snakes.occupy(*before.T)
+    history[index, bar, 0] = pivot[found]
+    history[index, bar, 1] = direction[found]
+  snakes.occupy(*history[index, -1].T)
+  failed = np.setdiff1d(np.arange(len(pages)), index)
+  snakes.occupied[pages[failed]] = saved[0][failed]
+  snakes.near[pages[failed]] = saved[1][failed]
+  return index, history[index]
+
+
+def _find_room(
+  snakes: _Snakes, pages: np.ndarray, directions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """A pivot on each page from where a bar has room, and whether there is one.
+
+  Places are drawn until one has room, so all that have are equally likely.
+  """
+  shapes = snakes.shapes
+  size = (2, len(pages), _PLACES)
+  # Nearer to the edge there is no room, and patches would leave the frame.
+  low, high = shapes.margin, shapes.side - shapes.margin
+  tails = snakes.rng.integers(low, high, size)
+  pivots = snakes.at(pages[:, None], *tails)
+  pivots -= shapes.tails[directions][:, None]
+  collide = snakes.collide(pivots.ravel(), np.repeat(directions, _PLACES))
+  free = ~collide.reshape(-1, _PLACES)
+  first = free.argmax(axis=1)
+  return pivots[np.arange(len(pages)), first], free.any(axis=1)
+
+
+def _finish(
+  snakes: _Snakes,
+  settings: Settings,
+  kept: np.ndarray,
+  long: np.ndarray,
+  short: np.ndarray,
+) -> Pictures:
+  """Draws the labels, marks the ends, and draws the pictures."""
+  rng, shapes = snakes.rng, snakes.shapes
+  count, area = len(kept), shapes.width**2
+  pages = np.arange(count)
+  # Flat positions on pages of pictures that were kept.
+  shift = (pages - kept) * area
+  long[..., 0] += shift[:, None, None]
+  short[..., 0] += np.where(short[..., 0] < 0, 0, shift[:, None, None])
+  labels = rng.integers(0, 2, count, np.uint8)
+  start = rng.integers(0, 2, count)
+  end = np.where(labels == 1, start, 1 - start)
+  first, last = long[pages, start, 0].T, long[pages, end, -1].T
+  discs = np.stack(
+    [first[0] + shapes.tails[first[1]], last[0] + shapes.ends[last[1]]], axis=1
+  )
+  canvas = np.zeros((count, area), np.float32)
+  for group, light in ((long, settings.target), (short, settings.distractor)):
+    for pivots, directions in group.reshape(count, -1, 2).transpose(1, 2, 0):
+      there = pivots >= 0
+      _raise(canvas, pivots[there], directions[there], shapes.bar, light)
+  for disc in discs.T:
+    _raise(canvas, disc, np.zeros(count, int), shapes.disc)
+  inside = slice(shapes.frame, -shapes.frame)
+  canvas = canvas.reshape(count, shapes.width, shapes.width)[:, inside, inside]
+  canvas = canvas / canvas.max(axis=(1, 2), keepdims=True)
+  # Short snakes have fewer bars: the rest is missing.
+  snakes_bars = np.full(
+    (count, 2 + short.shape[1], long.shape[2], 4), np.nan, np.float32
+  )
+  snakes_bars[:, :2] = _segments(shapes, long)
+  snakes_bars[:, 2:, : short.shape[2]] = _segments(shapes, short)
+  return Pictures(
+    pixels=np.rint(canvas * 255).astype(np.uint8).reshape(count, -1),
+    labels=labels,
+    discs=_coordinates(shapes, discs),
+    snakes=snakes_bars,
+  )
+
+
+def _segments(shapes: Shapes, bars: np.ndarray) -> np.ndarray:
+  """Start and end of bars given as pivots and directions, [..., 4]."""
+  pivots = _coordinates(shapes, bars[..., 0])
+  segments = shapes.segments[bars[..., 1]] + np.tile(pivots, 2)
+  return np.where(bars[..., :1] < 0, np.nan, segments)
+
+
+def _coordinates(shapes: Shapes, flat: np.ndarray) -> np.ndarray:
+  """Rows and columns of flat positions, [..., 2] int32."""
+  rows, columns = np.divmod(flat % shapes.width**2, shapes.width)
+  return (np.stack([rows, columns], axis=-1) - shapes.frame).astype(np.int32)

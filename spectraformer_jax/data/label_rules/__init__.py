@@ -1,0 +1,1 @@
+"""Simple rules and models that predict labels: what a result must beat."""

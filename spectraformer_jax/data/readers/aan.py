@@ -1,0 +1,124 @@
+"""Pairs of papers of the ACL Anthology Network, as Long Range Arena has them.
+
+``tsv_data/new_aan_pairs.{train,eval,test}.tsv``: label, two ids, two texts,
+with tabs between them, no header and no quoting. The files called ``only_ids``
+lack the texts.
+
+Source: Radev et al., "The ACL Anthology Network Corpus", 2013.
+"""
+
+import ast
+import functools
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from spectraformer_jax.data.find import checksum, innermost, read_lines
+from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+
+NAMES = {"train": "train", "dev": "eval", "test": "test"}
+ROWS = {"train": 147_086, "dev": 18_090, "test": 17_437}
+LITERALS = ("keep", "decode")
+
+_PATTERN = "new_aan_pairs.{}.tsv"
+
+# What Python prints for bytes, and nothing else that it would evaluate.
+_ESCAPE = rb"\\(?:[\\'\"nrt]|x[0-9a-f]{2})"
+_PRINTED = re.compile(
+  rb"b(?:'(?:[ -&(-\[\]-~]|%(e)b)*+'|\"(?:[ !#-\[\]-~]|%(e)b)*+\")"
+  % {b"e": _ESCAPE}
+)
+
+
+@reads("retrieval", files="tsv_data/new_aan_pairs.{train,eval,test}.tsv")
+def find_aan(root: pathlib.Path) -> Found | None:
+  """The folder that holds the pairs; texts stay as they are written."""
+  folder = innermost(root, lambda f: any(p.is_file() for p in _paths(f)))
+  if folder is None:
+    _explain_only_ids(root)
+    return None
+  for path in _paths(folder):
+    if not path.is_file():
+      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
+  return Found(
+    folder=folder,
+    what="AAN pairs",
+    parts=ROWS,
+    rows=functools.partial(rows, folder),
+    checksum=checksum(_paths(folder), folder),
+  )
+
+
+def rows(
+  folder: pathlib.Path, split: str, literal: str = "keep"
+) -> Iterator[Row]:
+  r"""The pairs of one split.
+
+  Args:
+    folder: holds the files.
+    split: ``"train"``, ``"dev"`` or ``"test"``.
+    literal: the texts are printed Python bytes (``b'...'`` with ``\n`` as two
+      characters). ``"keep"`` takes them as they stand; ``"decode"`` takes the
+      bytes that are meant.
+
+  Raises:
+    ValueError: at the first line that is not as it should be, with its number.
+  """
+  path = folder / _PATTERN.format(NAMES[split])
+  number = 0
+  for number, line in read_lines(path):
+    where = f"{path} line {number}"
+    columns = line.split(b"\t")
+    if len(columns) == 3:
+      raise ValueError(f"{where}: {_only_ids('it has 3 columns')}")
+    if len(columns) != 5:
+      raise ValueError(
+        f"{where}: expected 5 columns (label, id1, id2, text1, text2) with "
+        f"tabs between them, got {len(columns)}."
+      )
+    if number == 1 and columns[0] == b"label":
+      raise ValueError(f"{where}: expected no header, got one.")
+    label = check_label(columns[0], 2, where)
+    texts = columns[3:]
+    if literal == "decode":
+      texts = [_decode(text, where) for text in texts]
+    if not all(texts):
+      raise ValueError(f"{where}: expected two texts, got an empty one.")
+    first, second = (np.frombuffer(text, np.uint8) for text in texts)
+    yield Row(first, label, second)
+  if not number:
+    raise ValueError(f"{path} must hold pairs, it is empty.")
+
+
+def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Where the three files would lie."""
+  return [folder / _PATTERN.format(name) for name in NAMES.values()]
+
+
+def _decode(text: bytes, where: str) -> bytes:
+  """The bytes that a printed literal stands for."""
+  if not _PRINTED.fullmatch(text):
+    shown = text[:20].decode("utf-8", "replace")
+    raise ValueError(
+      f"{where}: literal='decode' needs texts printed as b'...', got "
+      f"{shown!r}; use literal='keep'."
+    )
+  return ast.literal_eval(text.decode("ascii"))
+
+
+def _explain_only_ids(root: pathlib.Path) -> None:
+  """ValueError if only the files without texts are there."""
+  folder = innermost(root, lambda f: any(f.glob("*aan_pairs*only_ids*.tsv")))
+  if folder is not None:
+    names = sorted(path.name for path in folder.glob("*only_ids*.tsv"))
+    raise ValueError(_only_ids(f"{folder} holds {', '.join(names)}"))
+
+
+def _only_ids(what: str) -> str:
+  """The message about pairs without texts."""
+  return (
+    f"{what}: these are the pairs by id alone, without their texts; take "
+    "tsv_data/new_aan_pairs.{train,eval,test}.tsv of lra_release.gz."
+  )

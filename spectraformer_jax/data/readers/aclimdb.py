@@ -1,0 +1,88 @@
+"""The folder ``aclImdb``: movie reviews as text files, sorted by label.
+
+``{train,test}/{neg,pos}/<id>_<stars>.txt``; ``unsup`` has no labels and is left
+out. Outer white space is stripped, as TensorFlow Datasets does, from which Long
+Range Arena takes the reviews; nothing else is changed: bytes that are no UTF-8
+and a byte order mark stay as they are.
+
+Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011.
+"""
+
+import hashlib
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from spectraformer_jax.data.find import checksum, innermost, read_plain
+from spectraformer_jax.data.readers.reader import Found, Row, reads
+
+LABELS = ("neg", "pos")
+PARTS = ("train", "test")
+
+_NAME = re.compile(r"(\d+)_\d+\.txt")
+
+
+@reads("text", files="aclImdb/{train,test}/{neg,pos}/<id>_<stars>.txt")
+def find_aclimdb(root: pathlib.Path) -> Found | None:
+  """The folder that holds ``train/pos`` and its like, at most 3 levels down."""
+  folder = innermost(
+    root, lambda f: any((f / "train" / label).is_dir() for label in LABELS)
+  )
+  if folder is None:
+    return None
+  paths = {part: _list(folder, part) for part in PARTS}
+  return Found(
+    folder=folder,
+    what="aclImdb folder",
+    parts={part: len(reviews) for part, reviews in paths.items()},
+    rows=lambda part: _rows(paths[part]),
+    checksum=_checksum(folder, paths),
+  )
+
+
+def _list(folder: pathlib.Path, part: str) -> list[tuple[pathlib.Path, int]]:
+  """Path and label of each review, sorted by label and id."""
+  reviews = []
+  for label, name in enumerate(LABELS):
+    source = folder / part / name
+    if not source.is_dir():
+      raise ValueError(
+        f"{folder} must hold {{train,test}}/{{neg,pos}}, found no "
+        f"{part}/{name}; unpack the archive again."
+      )
+    numbered = []
+    for path in source.iterdir():
+      if path.name.startswith("."):
+        continue
+      match = _NAME.fullmatch(path.name)
+      if not match:
+        raise ValueError(f"{path} must be called <id>_<stars>.txt.")
+      numbered.append((int(match[1]), path.name))
+    if not numbered:
+      raise ValueError(
+        f"{source} must hold reviews <id>_<stars>.txt, it holds none; unpack "
+        "the archive again."
+      )
+    reviews += [(source / name, label) for _, name in sorted(numbered)]
+  return reviews
+
+
+def _rows(reviews: list[tuple[pathlib.Path, int]]) -> Iterator[Row]:
+  """The bytes and the label of each review."""
+  for path, label in reviews:
+    text = read_plain(path).strip()
+    if not text:
+      raise ValueError(f"{path} must hold a review, it is empty.")
+    yield Row(np.frombuffer(text, np.uint8), label)
+
+
+def _checksum(folder: pathlib.Path, paths) -> str:
+  """Of all names, and of the first and last review of each part."""
+  digest = hashlib.sha256()
+  for part, reviews in paths.items():
+    names = "\n".join(f"{path.parent.name}/{path.name}" for path, _ in reviews)
+    ends = [path for path, _ in reviews[:1] + reviews[-1:]]
+    digest.update(f"{part}\n{names}\n{checksum(ends, folder)}".encode())
+  return digest.hexdigest()[:16]

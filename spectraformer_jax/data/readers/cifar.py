@@ -1,0 +1,119 @@
+"""CIFAR-10 batches, binary or pickled by Python, as gray images.
+
+The binary form (``data_batch_{1..5}.bin``, ``test_batch.bin``; records of one
+label byte and 3072 colour bytes) is preferred where both are there. Long Range
+Arena takes the last 10 % of the training images in the order of TensorFlow
+Datasets, a hash of keys that the batches lack, as its validation set; here the
+split is by content.
+
+Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images",
+2009.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from spectraformer_jax.data.find import checksum, innermost, open_plain
+from spectraformer_jax.data.formats import pickles
+from spectraformer_jax.data.formats.grayscale import rgb_to_gray
+from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+
+BATCHES = {
+  "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
+  "test": ("test_batch",),
+}
+ROWS = {"train": 50_000, "test": 10_000}
+PLANE = 32 * 32
+RECORD = 1 + 3 * PLANE
+
+_READ_AT_ONCE = 1000
+
+
+@reads("image", files="cifar-10-batches-bin/*.bin or cifar-10-batches-py/*")
+def find_cifar(root: pathlib.Path) -> Found | None:
+  """The folder of the batches."""
+  forms = (
+    (".bin", "CIFAR-10 binary batches", _binary_rows),
+    ("", "CIFAR-10 Python batches", _python_rows),
+  )
+  return next(filter(None, (_find(root, *form) for form in forms)), None)
+
+
+def _find(
+  root: pathlib.Path,
+  suffix: str,
+  what: str,
+  read: Callable[[pathlib.Path], Iterator[Row]],
+) -> Found | None:
+  """The folder of the batches in one of the forms."""
+  names = {p: [n + suffix for n in ns] for p, ns in BATCHES.items()}
+  folder = innermost(root, lambda f: (f / names["test"][0]).is_file())
+  if folder is None:
+    return None
+  paths = {p: [folder / name for name in ns] for p, ns in names.items()}
+  everything = [path for part in paths.values() for path in part]
+  for path in everything:
+    if not path.is_file():
+      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
+  return Found(
+    folder=folder,
+    what=what,
+    parts=ROWS,
+    rows=lambda part: (row for path in paths[part] for row in read(path)),
+    checksum=checksum(everything, folder),
+    mark="-hash_split",
+  )
+
+
+def _binary_rows(path: pathlib.Path) -> Iterator[Row]:
+  """The images of a binary batch."""
+  size = path.stat().st_size
+  if not size or size % RECORD:
+    raise ValueError(
+      f"{path} must be a CIFAR-10 batch of {RECORD} bytes per image, got "
+      f"{size} bytes; take cifar-10-binary.tar.gz, whole."
+    )
+  first = 0
+  with open_plain(path) as file:
+    while block := file.read(RECORD * _READ_AT_ONCE):
+      records = np.frombuffer(block, np.uint8).reshape(-1, RECORD)
+      yield from _rows(records[:, 1:], records[:, 0], path, first)
+      first += len(records)
+
+
+def _python_rows(path: pathlib.Path) -> Iterator[Row]:
+  """The images of a batch that Python pickled."""
+  batch = pickles.load(path)
+  columns = {}
+  if isinstance(batch, dict):
+    for key, value in batch.items():
+      name = key.decode("latin-1") if isinstance(key, bytes) else str(key)
+      columns[name] = value
+  images, labels = columns.get("data"), columns.get("labels")
+  if (
+    not isinstance(images, np.ndarray)
+    or images.dtype != np.uint8
+    or images.shape[1:] != (3 * PLANE,)
+    or not isinstance(labels, list)
+    or len(labels) != len(images)
+  ):
+    found = [name[:20] for name in sorted(columns)[:6]]
+    raise ValueError(
+      f"{path} must hold 'data', uint8 of shape (images, {3 * PLANE}), and as "
+      f"many 'labels'; found keys {found}."
+    )
+  for first in range(0, len(images), _READ_AT_ONCE):
+    block = slice(first, first + _READ_AT_ONCE)
+    yield from _rows(images[block], labels[block], path, first)
+
+
+def _rows(
+  images: np.ndarray, labels, path: pathlib.Path, first: int
+) -> Iterator[Row]:
+  """Gray rows of images ``[count, 3072]``; the first has number `first`."""
+  gray = rgb_to_gray(*np.moveaxis(images.reshape(-1, 3, PLANE), 1, 0))
+  for i, pixels in enumerate(gray):
+    label = check_label(labels[i], 10, f"{path} image {first + i}")
+    yield Row(pixels, label)

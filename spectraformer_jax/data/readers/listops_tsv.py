@@ -1,0 +1,128 @@
+"""ListOps of Long Range Arena as its files have it.
+
+``listops-1000/basic_{train,val,test}.tsv``: a header ``Source<TAB>Target``,
+then one expression and its value per line, in any form that
+:func:`listops_text.encode` takes; :func:`export` writes the form of the
+release. Read and written line by line: the training file has about 0.6 GB.
+"""
+
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator
+
+from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.find import checksum, innermost, read_lines
+from spectraformer_jax.data.formats.listops_text import (
+  check_complete,
+  decode,
+  encode,
+)
+from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+
+NAMES = {"train": "train", "dev": "val", "test": "test"}
+ROWS = {"train": 96_000, "dev": 2_000, "test": 2_000}
+
+_HEADER = [b"Source", b"Target"]
+
+
+@reads("listops", files="listops-1000/basic_{train,val,test}.tsv")
+def find_listops(root: pathlib.Path) -> Found | None:
+  """The folder of the three files."""
+  folder = innermost(root, lambda f: (f / "basic_train.tsv").is_file())
+  if folder is None:
+    return None
+  paths = {s: folder / f"basic_{name}.tsv" for s, name in NAMES.items()}
+  for path in paths.values():
+    if not path.is_file():
+      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
+  return Found(
+    folder=folder,
+    what="ListOps TSV",
+    parts=ROWS,
+    rows=lambda split: rows(paths[split]),
+    checksum=checksum(paths.values(), folder),
+  )
+
+
+def rows(path: pathlib.Path) -> Iterator[Row]:
+  """The ids and the value of each expression.
+
+  That an expression is complete is checked; its value is taken as it stands,
+  and ``check`` works it out again.
+
+  Raises:
+    ValueError: at the first line that is not as it should be, with its number.
+  """
+  number = 0
+  for number, line in read_lines(path):
+    where = f"{path} line {number}"
+    columns = line.split(b"\t")
+    if number == 1:
+      if columns != _HEADER:
+        shown = line[:40].decode("utf-8", "replace")
+        raise ValueError(
+          f"{where}: expected the header 'Source<TAB>Target', got {shown!r}."
+        )
+      continue
+    if len(columns) != 2:
+      raise ValueError(
+        f"{where}: expected an expression, a tab and its value, got "
+        f"{len(columns)} columns."
+      )
+    label = check_label(columns[1], 10, where)
+    try:
+      tokens = encode(columns[0].decode("utf-8", "replace"))
+      check_complete(tokens)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from None
+    yield Row(tokens, label)
+  if number < 2:
+    raise ValueError(
+      f"{path} must hold the header 'Source<TAB>Target' and expressions, it "
+      f"has {number} lines: a split of no examples."
+    )
+
+
+def export(dataset: Dataset, folder: str | os.PathLike) -> pathlib.Path:
+  r"""Writes a split of ListOps as the file that the release has for it.
+
+  Args:
+    dataset: with tokeniser ``"full"``: the form needs closing brackets.
+    folder: made if it is not there; a file that is there is replaced once the
+      new one is complete.
+
+  Returns:
+    The path of the file.
+
+  Raises:
+    ValueError: if the dataset has another tokeniser.
+
+  Example:
+    >>> import tempfile
+    >>> toy = Dataset.from_sequences(
+    ...   [[12, 3, 4, 15]], [3], split="dev", name="toy", vocab_size=32,
+    ...   num_classes=10, length=4, tokenizer="full")
+    >>> path = export(toy, tempfile.mkdtemp())
+    >>> path.name, path.read_text().splitlines()[1]
+    ('basic_val.tsv', '( ( ( [MAX 2 ) 3 ) ] )\t3')
+  """
+  if dataset.tokenizer != "full":
+    raise ValueError(
+      "dataset must have tokenizer='full', whose ids can be written as "
+      f"expressions, got {dataset.tokenizer!r} of {dataset.name!r}."
+    )
+  path = pathlib.Path(folder) / f"basic_{NAMES[dataset.split]}.tsv"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+  try:
+    with open(unfinished, "w", encoding="ascii", newline="\n") as file:
+      file.write("Source\tTarget\n")
+      for index in range(len(dataset)):
+        example = dataset[index]
+        text = decode(example["tokens"].tolist(), "lra")
+        file.write(f"{text}\t{example['label']}\n")
+    unfinished.replace(path)
+  finally:
+    unfinished.unlink(missing_ok=True)
+  return path

@@ -1,0 +1,137 @@
+"""Pickles that Spectraformer, Skyformer and Nystromformer make of the tasks.
+
+``lra-<task>.{train,dev,test}.pickle``, without ``lra-`` in Nystromformer: a
+list of dicts of ``input_ids_0``, perhaps ``input_ids_1``, and ``label``, whose
+ids are padded with 0. They are read without unpickling, see :mod:`pickles`.
+
+Ids of bytes and pixels mean what they do here. Those of ListOps come from the
+order of a Python set, so they differ from file to file and cannot be decoded,
+and the code that makes them drops the brackets. The splits are the files' own:
+dev of Text is the test set, and that of Pathfinder is a new random draw in
+every run.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spectraformer_jax.data.find import checksum, innermost
+from spectraformer_jax.data.formats import pickles
+from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+
+SPLITS = ("train", "dev", "test")
+MAX_IDS = 2**20
+CONTOUR = "curv_contour_length_14"
+
+
+class _Form(NamedTuple):
+  """How a task is pickled."""
+
+  names: tuple[str, ...]
+  counts: tuple[int, int, int]
+  num_classes: int
+  lowest: int  # id of token 0 here
+  highest: int
+  pixels: int = 0
+
+
+_TEXT = (2, 1, 256)
+_PATHS = (160_000, 20_000, 20_000)
+
+_FORMS = {
+  "listops": _Form(("listops",), (96_000, 2_000, 2_000), 10, 0, 31),
+  "text": _Form(("text",), (25_000, 25_000, 25_000), *_TEXT),
+  "retrieval": _Form(("retrieval",), (147_086, 18_090, 17_437), *_TEXT),
+  "image": _Form(("image",), (45_000, 5_000, 10_000), 10, 0, 255, 32**2),
+  "pathfinder": _Form(
+    (f"pathfinder32-{CONTOUR}", "pathfinder"), _PATHS, 2, 0, 255, 32**2
+  ),
+  "pathx": _Form((f"pathfinder128-{CONTOUR}",), _PATHS, 2, 0, 255, 128**2),
+}
+
+
+def _find(root: pathlib.Path, task: str) -> Found | None:
+  """The pickles of a task."""
+  form = _FORMS[task]
+  stems = [prefix + name for name in form.names for prefix in ("lra-", "")]
+  for stem in stems:
+    files = [f"{stem}.{split}.pickle" for split in SPLITS]
+    folder = innermost(
+      root, lambda f, files=files: any((f / name).is_file() for name in files)
+    )
+    if folder is not None:
+      break
+  else:
+    return None
+  for name in files:
+    if not (folder / name).is_file():
+      hint = (
+        "; the script that writes it repeats the images without end, take the "
+        "CIFAR-10 batches instead"
+        if task == "image"
+        else ""
+      )
+      raise ValueError(f"{folder} must hold {name}, which is missing{hint}.")
+  return Found(
+    folder=folder,
+    what=f"pickles {stem}",
+    parts=dict(zip(SPLITS, form.counts, strict=True)),
+    rows=lambda split: rows(folder / f"{stem}.{split}.pickle", task),
+    checksum=checksum([folder / name for name in files], folder),
+    mark="-pickled",
+    tokenizer="pickled_ids" if task == "listops" else None,
+  )
+
+
+for _task, _form in _FORMS.items():
+  reads(_task, files=f"[lra-]{_form.names[0]}.{{train,dev,test}}.pickle")(
+    functools.partial(_find, task=_task)
+  )
+
+
+def rows(path: pathlib.Path, task: str) -> Iterator[Row]:
+  """The examples in one of the files.
+
+  Raises:
+    ValueError: if the file is incomplete, asks for more than plain values, or
+      holds an example that is not as it should be.
+  """
+  form = _FORMS[task]
+  for number, example in enumerate(pickles.iterate(path)):
+    where = f"{path} example {number}"
+    if not isinstance(example, dict) or "label" not in example:
+      raise ValueError(
+        f"{where}: expected a dict with input_ids_0 and label, got "
+        f"{type(example).__name__}."
+      )
+    sequences = [
+      _tokens(example.get(name), f"{where}: {name}", form)
+      for name in ("input_ids_0", "input_ids_1")
+      if name == "input_ids_0" or task == "retrieval"
+    ]
+    label = check_label(example["label"], form.num_classes, where)
+    yield Row(sequences[0], label, *sequences[1:])
+
+
+def _tokens(ids: Any, where: str, form: _Form) -> np.ndarray:
+  """Stored tokens of one sequence: without padding, and counted from 0."""
+  if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+    raise ValueError(f"{where} must be an array of integers.")
+  if ids.size > MAX_IDS:
+    raise ValueError(
+      f"{where} must hold at most {MAX_IDS} ids, got {ids.size}."
+    )
+  ids = ids.ravel()
+  if not form.pixels:
+    ids = np.trim_zeros(ids, "b")  # in images 0 is black, not padding
+  elif len(ids) != form.pixels:
+    raise ValueError(f"{where} must hold {form.pixels} pixels, got {len(ids)}.")
+  if not len(ids) or ids.min() < form.lowest or ids.max() > form.highest:
+    raise ValueError(
+      f"{where} must hold ids from {form.lowest} to {form.highest}, got "
+      f"{f'{ids.min()} to {ids.max()}' if len(ids) else 'none'}."
+    )
+  return (ids - form.lowest).astype(np.uint8)

@@ -1,0 +1,232 @@
+"""Pathfinder images of Long Range Arena: PNG files and lists of labels.
+
+``pathfinder<side>/curv_contour_length_14/imgs/<batch>/sample_<i>.png`` and
+``metadata/<batch>.npy``. The lists of the release are plain text in spite of
+their name: one line per image, with spaces between folder, file, number, label
+and parameters of the generator. A fresh run of the generator writes arrays of
+strings; both are read. The archive holds ``pathfinder128`` twice; the one in
+the inner ``lra_release`` is taken.
+
+Source: Linsley et al., "Learning long-range spatial dependencies with
+horizontal gated recurrent units", 2018; Kim et al., "Disentangling neural
+mechanisms for perceptual grouping", 2020.
+"""
+
+import io
+import pathlib
+import struct
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from spectraformer_jax.data.find import (
+  LOGGER,
+  checksum,
+  first_line,
+  folders,
+  innermost,
+  open_plain,
+  read_lines,
+  read_plain,
+)
+from spectraformer_jax.data.formats.npy import open_array
+from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+
+DIFFICULTY = "curv_contour_length_14"
+ROWS = {"all": 200_000}
+MAX_EMPTY = 10
+MAX_LISTED = 200_000
+"""Pictures in one list; the release has so many in all lists together."""
+
+_MAX_LINE = 4096  # bytes; those of the release have about 100
+_MAX_NAME = 255
+
+_FILES = f"pathfinder{{}}/{DIFFICULTY}/{{{{imgs,metadata}}}}"
+_PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
+@reads("pathfinder", files=_FILES.format(32))
+def find_pathfinder32(root: pathlib.Path) -> Found | None:
+  """The 32 x 32 images."""
+  return _find(root, 32)
+
+
+@reads("pathx", files=_FILES.format(128))
+def find_pathfinder128(root: pathlib.Path) -> Found | None:
+  """The 128 x 128 images."""
+  return _find(root, 128)
+
+
+def _find(root: pathlib.Path, side: int) -> Found | None:
+  """The innermost ``pathfinder<side>`` with images of LRA's difficulty."""
+  name = f"pathfinder{side}"
+  resolved = root.resolve()
+  if resolved.name == DIFFICULTY and resolved.parent.name == name:
+    root = resolved.parent
+  elif resolved.name == name:
+    root = resolved
+  top = innermost(
+    root, lambda f: f.name == name and (f / DIFFICULTY / "metadata").is_dir()
+  )
+  if top is None:
+    _explain_difficulty(root, name)
+    return None
+  folder = top / DIFFICULTY
+  lists = _sorted_lists(folder)
+  images = [next(_read_list(path))[0] for path in (lists[0], lists[-1])]
+  pictures = [folder / image for image in images if (folder / image).is_file()]
+  return Found(
+    folder=folder,
+    what=f"Pathfinder files {side} x {side}",
+    parts=ROWS,
+    rows=lambda part: _rows(folder, lists, side),
+    checksum=checksum([*lists, *pictures], folder),
+    mark="-hash_split",
+  )
+
+
+def _explain_difficulty(root: pathlib.Path, name: str) -> None:
+  """ValueError if the folder is there with other images only."""
+  for folder in folders(root):
+    prepared = any(folder.glob("*/dataset_info.json"))  # tfds_folder reads it
+    if folder.name == name and not prepared:
+      others = sorted(p.name for p in folder.iterdir() if p.is_dir())
+      raise ValueError(
+        f"{folder} must hold {DIFFICULTY}/metadata, the difficulty that Long "
+        f"Range Arena uses; it holds {', '.join(others) or 'no folder'}."
+      )
+
+
+def _sorted_lists(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of labels by number of the batch."""
+  paths = [p for p in (folder / "metadata").glob("*.npy") if p.name[0] != "."]
+  if not paths:
+    raise ValueError(f"{folder}/metadata must hold <batch>.npy, found none.")
+  return sorted(paths, key=lambda path: _number(path.stem))
+
+
+def _number(text: str) -> tuple[int, str]:
+  """A key that sorts by the digits in a name."""
+  digits = "".join(c for c in text if c.isdecimal())
+  return int(digits or 0), text
+
+
+def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
+  """Picture and label of each image, by number; one file is held at a time."""
+  with open_plain(path) as file:
+    is_array = file.read(6) == b"\x93NUMPY"
+  table = []
+  for number, columns in _array_rows(path) if is_array else _text_rows(path):
+    where = f"{path} line {number}"
+    if len(columns) < 4:
+      raise ValueError(
+        f"{where}: expected folder, file, number, label and more with spaces "
+        f"between them, got {len(columns)} columns."
+      )
+    name = f"{columns[0]}/{columns[1]}"
+    if len(name) > _MAX_NAME or not (name.isascii() and name.isprintable()):
+      raise ValueError(
+        f"{where}: expected the folder and the name of a picture, got "
+        f"{name[:40]!r}."
+      )
+    picture = pathlib.PurePosixPath(columns[0], columns[1])
+    if picture.is_absolute() or ".." in picture.parts:
+      raise ValueError(
+        f"{where}: pictures must lie below the folder, got {str(picture)!r}."
+      )
+    table.append((picture, check_label(columns[3], 2, where)))
+    if len(table) > MAX_LISTED:
+      raise ValueError(f"{path} must list at most {MAX_LISTED} images.")
+  if not table:
+    raise ValueError(f"{path} must list at least one image, it is empty.")
+  for picture, label in sorted(table, key=lambda row: _number(row[0].name)):
+    yield str(picture), label
+
+
+def _text_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+  """The lines of the release's lists, which are text."""
+  for number, line in read_lines(path):
+    if len(line) > _MAX_LINE:
+      raise ValueError(
+        f"{path} line {number}: lines must have at most {_MAX_LINE} bytes, got "
+        f"{len(line)}; it is no list of pictures."
+      )
+    if line.strip():
+      yield number, line.decode("utf-8", "replace").split()
+
+
+def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+  """The rows of a list that the generator wrote as an array of strings."""
+  table = open_array(path, "array of strings")
+  if (
+    table.ndim != 2
+    or table.dtype.kind not in "US"
+    or table[:1].nbytes > _MAX_LINE
+  ):
+    raise ValueError(
+      f"{path} must be an array of strings [images, columns], got "
+      f"{table.dtype} {table.shape}."
+    )
+  for number, row in enumerate(table, start=1):
+    try:
+      row = np.ascontiguousarray(row.astype(str))
+      # Python makes texts of numbers that are no characters, and fails later.
+      is_text = row.view(np.uint32).max() <= sys.maxunicode
+    except ValueError:
+      is_text = False
+    if not is_text:
+      raise ValueError(f"{path} row {number}: it is no text.")
+    yield number, row.tolist()
+
+
+def _rows(
+  folder: pathlib.Path, lists: list[pathlib.Path], side: int
+) -> Iterator[Row]:
+  """Pixels and label of each image; empty files are left out and counted."""
+  empty = []
+  for path in lists:
+    for name, label in _read_list(path):
+      picture = folder / name
+      if not picture.exists():
+        raise ValueError(
+          f"{picture} is missing, though {path.name} lists it; unpack the "
+          "archive again."
+        )
+      content = read_plain(picture)
+      if content:
+        yield Row(_pixels(content, picture, side), label)
+        continue
+      empty.append(name)
+      if len(empty) > MAX_EMPTY:
+        raise ValueError(
+          f"{folder} must not hold more than {MAX_EMPTY} empty pictures "
+          f"(the release has one), found {', '.join(empty[:3])} and more."
+        )
+  if empty:
+    LOGGER.warning(
+      "%s: left out %d empty picture(s): %s",
+      folder,
+      len(empty),
+      ", ".join(empty),
+    )
+
+
+def _pixels(content: bytes, picture: pathlib.Path, side: int) -> np.ndarray:
+  """The pixels of an 8-bit gray PNG, row by row."""
+  # Imported here: building the cache alone needs it.
+  from PIL import Image
+
+  # Looked at first, so that no picture unpacks to more than it should.
+  header = content[len(_PNG_START) : len(_PNG_START) + 10]
+  expected = struct.pack(">IIBB", side, side, 8, 0)
+  if not content.startswith(_PNG_START) or header != expected:
+    raise ValueError(f"{picture} must be a {side} x {side} PNG in 8-bit gray.")
+  try:
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+      if image.size != (side, side) or image.mode != "L":
+        raise ValueError(f"it is {image.mode} {image.size}")
+      return np.asarray(image, np.uint8).ravel()
+  # Pillow lets through what its parts raise.
+  except Exception as error:
+    raise ValueError(f"{picture} is damaged ({first_line(error)}).") from None

@@ -1,0 +1,311 @@
+"""Folders that TensorFlow Datasets has prepared, read without TensorFlow.
+
+``imdb_reviews`` for Text, ``cifar10`` for Image, Long Range Arena's own
+``pathfinder32`` and ``pathfinder128``, and our ``lra_listops``. They must be in
+the array_record format: without TensorFlow nothing reads TFRecord files, the
+default of TensorFlow Datasets.
+
+The images of CIFAR-10 lie in an order of their own there, of which Long Range
+Arena takes the last tenth for validation: this is the only form of the files
+that gives its split. Of Pathfinder it takes 80, 10 and 10 % of the hard images.
+"""
+
+import importlib.util
+import io
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spectraformer_jax.data.find import (
+  LOGGER,
+  checksum,
+  first_line,
+  innermost,
+  open_plain,
+  read_plain,
+)
+from spectraformer_jax.data.formats.grayscale import rgb_to_gray
+from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+
+FORMAT = "array_record"
+INFO = "dataset_info.json"
+FEATURES = "features.json"
+
+_MAX_DESCRIPTION = 2**20  # bytes of a file beside the records
+_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[A-Za-z_.]+")
+
+_REPEAT = (
+  'with TensorFlow installed, `python -c "import tensorflow_datasets as tfds; '
+  "tfds.builder('{name}', data_dir='{folder}/array_record', "
+  "file_format='array_record').download_and_prepare()\"` prepares it again"
+)
+_PICTURES = "point data_dir at the PNG files of lra_release instead"
+_DRAW = "LraListops of spectraformer_jax.data.tfds_builders writes array_record"
+
+
+class _Form(NamedTuple):
+  """How a task lies in a data set of TensorFlow Datasets."""
+
+  name: str
+  field: str
+  num_classes: int
+  slices: Mapping[str, str]
+  sizes: Mapping[str, int]
+  advice: str
+  mark: str = ""
+  side: int = 0
+
+
+_HARD = {"train": "hard[:80%]", "dev": "hard[80%:90%]", "test": "hard[90%:]"}
+_PATHS = {"train": 160_000, "dev": 20_000, "test": 20_000}
+
+_FORMS = {
+  "text": _Form(
+    "imdb_reviews",
+    "text",
+    2,
+    {"train": "train", "test": "test"},
+    {"train": 25_000, "test": 25_000},
+    _REPEAT,
+  ),
+  "image": _Form(
+    "cifar10",
+    "image",
+    10,
+    {"train": "train[:90%]", "dev": "train[90%:]", "test": "test"},
+    {"train": 45_000, "dev": 5_000, "test": 10_000},
+    _REPEAT,
+    side=32,
+  ),
+  "pathfinder": _Form(
+    "pathfinder32", "image", 2, _HARD, _PATHS, _PICTURES, side=32
+  ),
+  "pathx": _Form(
+    "pathfinder128", "image", 2, _HARD, _PATHS, _PICTURES, side=128
+  ),
+  "listops": _Form(
+    "lra_listops",
+    "tokens",
+    10,
+    {"train": "train", "dev": "dev", "test": "test"},
+    {"train": 96_000, "dev": 2_000, "test": 2_000},
+    _DRAW,
+    mark="-drawn",
+  ),
+}
+
+
+def _register(task: str, form: _Form) -> None:
+  """Lets `find_data` find the form of a task."""
+
+  @reads(task, files=f"a TFDS folder {form.name} (array_record)")
+  def find_folder(root: pathlib.Path) -> Found | None:
+    return _find(root, form)
+
+
+for _task, _form in _FORMS.items():
+  _register(_task, _form)
+
+
+def _find(root: pathlib.Path, form: _Form) -> Found | None:
+  """The folder of one version of the data set."""
+  infos: dict[pathlib.Path, dict[str, Any]] = {}
+
+  def is_prepared(folder: pathlib.Path) -> bool:
+    if folder not in infos:
+      infos[folder] = _read_info(folder)
+    return infos[folder].get("name") == form.name
+
+  ready = innermost(
+    root, lambda f: is_prepared(f) and infos[f].get("fileFormat") == FORMAT
+  )
+  if ready is None:
+    other = innermost(root, is_prepared)
+    if other is not None:
+      found = str(infos[other].get("fileFormat", "tfrecord"))[:20]
+      advice = form.advice.format(name=form.name, folder=root)
+      raise ValueError(
+        f"{other} must be in the format {FORMAT}, which is read without "
+        f"TensorFlow, found {found}; {advice}."
+      )
+    return None
+  version = str(infos[ready].get("version", ""))[:20]
+  files = sorted(ready.iterdir())
+  for path in files:
+    _check_file(path)
+  _check_features(ready)
+  return Found(
+    folder=ready,
+    what=f"TFDS {form.name} {version}".strip(),
+    parts=form.sizes,
+    rows=lambda part: _rows(ready, part, form),
+    checksum=checksum(files, ready),
+    provenance="tfds",
+    mark=form.mark,
+  )
+
+
+def _read_info(folder: pathlib.Path) -> dict[str, Any]:
+  """What a prepared folder says about itself; nothing for another folder."""
+  path = folder / INFO
+  if not path.exists():
+    return {}
+  try:
+    return _read_json(path)
+  except ValueError as error:
+    LOGGER.warning("%s; its folder is passed over", error)
+    return {}
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object that a file describes."""
+  content = read_plain(path, _MAX_DESCRIPTION)
+  try:
+    value = json.loads(content)
+  except (RecursionError, ValueError) as error:
+    raise ValueError(f"{path} is no JSON ({first_line(error)})") from None
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} is no JSON object")
+  return value
+
+
+def _check_file(path: pathlib.Path) -> None:
+  """ValueError if a file of a prepared folder is a pipe, or a huge text."""
+  with open_plain(path):
+    size = path.stat().st_size
+  if f".{FORMAT}" not in path.name and size > _MAX_DESCRIPTION:
+    raise ValueError(
+      f"{path} must not be larger than {_MAX_DESCRIPTION} bytes, got {size}; "
+      "it is damaged."
+    )
+
+
+def _check_features(folder: pathlib.Path) -> None:
+  """ValueError if the description of a folder would import other modules.
+
+  TensorFlow Datasets imports whatever class a description names.
+  """
+  path = folder / FEATURES
+  waiting: list[Any] = [_read_json(path)]
+  while waiting:
+    value = waiting.pop()
+    if isinstance(value, list):
+      waiting += value
+    elif isinstance(value, dict):
+      waiting += value.values()
+      for key in ("pythonClassName", "python_class_name", "type"):
+        name = value.get(key, "tensorflow_datasets.core.features.")
+        if not isinstance(name, str) or not _CLASS.match(name + "x"):
+          raise ValueError(
+            f"{path} must name features of TensorFlow Datasets alone, got "
+            f"{str(name)[:60]!r}."
+          )
+    elif isinstance(value, str) and "{" in value:
+      raise ValueError(
+        f"{path} must not hold JSON as text, got {value[:60]!r}."
+      )
+
+
+def _rows(folder: pathlib.Path, part: str, form: _Form) -> Iterator[Row]:
+  """The examples of a part, in the order of the folder."""
+  source = _open(folder, form.slices[part])
+  for i in range(len(source)):
+    where = f"{folder} {form.slices[part]} example {i}"
+    try:
+      example = source[i]
+    # Nearly anything, as the files are read by other packages.
+    except Exception as error:
+      raise ValueError(
+        f"{where} is damaged ({first_line(error)}); prepare the data again."
+      ) from None
+    if form.field not in example or "label" not in example:
+      raise ValueError(
+        f"{where} must have {form.field} and label, got {sorted(example)}."
+      )
+    label = check_label(example["label"], form.num_classes, where)
+    yield Row(_tokens(example[form.field], where, form), label)
+
+
+def _open(folder: pathlib.Path, split: str) -> Any:
+  """A random-access source of examples."""
+  if importlib.util.find_spec("array_record") is None:
+    raise ValueError(
+      f"{folder} needs the package array_record to be read: pip install "
+      "array_record; where there is none for your system, use the raw files."
+    )
+  # Imported here: it takes a second, and no other reader needs it.
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder_from_directory(folder)
+    # Their size is looked at before pictures are unpacked.
+    packed = {
+      name: tfds.decode.SkipDecoding()
+      for name, feature in builder.info.features.items()
+      if isinstance(feature, tfds.features.Image)
+    }
+    return builder.as_data_source(split=split, decoders=packed)
+  # As above.
+  except Exception as error:
+    raise ValueError(
+      f"{folder} is damaged ({first_line(error)}); prepare the data again."
+    ) from None
+
+
+def _tokens(content: Any, where: str, form: _Form) -> np.ndarray:
+  """The stored tokens of a text, of an image, or of an expression."""
+  if isinstance(content, bytes) and form.side:
+    content = _unpack(content, where, form.side)
+  elif isinstance(content, bytes):
+    content = np.frombuffer(content.strip(), np.uint8)
+  if not isinstance(content, np.ndarray):
+    raise ValueError(
+      f"{where}: {form.field} must be text or numbers, got a "
+      f"{type(content).__name__}."
+    )
+  if form.side:
+    planes = content.shape[2:]
+    if content.shape[:2] != (form.side, form.side) or planes not in (
+      (1,),
+      (3,),
+    ):
+      raise ValueError(
+        f"{where} must be {form.side} x {form.side} pixels, gray or in colour, "
+        f"got shape {content.shape}."
+      )
+    if planes == (3,):
+      content = rgb_to_gray(*np.moveaxis(content, 2, 0))
+  if not content.size:
+    raise ValueError(f"{where} must not be empty.")
+  kind = content.dtype.kind
+  if kind not in "iu" or content.min() < 0 or content.max() > 255:
+    raise ValueError(f"{where} must hold integers from 0 to 255.")
+  return content.astype(np.uint8, copy=False).ravel()
+
+
+def _unpack(content: bytes, where: str, side: int) -> np.ndarray:
+  """The pixels of a picture, [side, side, 1] or [side, side, 3]."""
+  # Imported here: building the cache alone needs it.
+  from PIL import Image
+
+  try:
+    with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+      size = image.size
+      if size == (side, side):
+        pixels = np.asarray(
+          image if image.mode == "L" else image.convert("RGB")
+        )
+        return pixels.reshape(side, side, -1)
+  # Pillow lets through what its parts raise.
+  except Exception as error:
+    raise ValueError(
+      f"{where} is no picture ({first_line(error)}); prepare the data again."
+    ) from None
+  raise ValueError(
+    f"{where} must be {side} x {side} pixels, gray or in colour, got shape "
+    f"{size[::-1]}."
+  )

@@ -1,0 +1,166 @@
+"""``fashion``: Fashion-MNIST, ten kinds of clothes, a stand-in for Image.
+
+28 x 28 gray images with two pixels of black around them: 1024 tokens, like the
+images of Long Range Arena. 62 % of the pixels are 0; masks come from lengths.
+Dev is 10 % of the training images, by content.
+
+Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
+Benchmarking Machine Learning Algorithms", 2017.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import tarfile
+from collections.abc import Iterator
+
+from spectraformer_jax.data.find import checksum, innermost, open_plain
+from spectraformer_jax.data.formats import idx
+from spectraformer_jax.data.packages import FASHION_MNIST, locate
+from spectraformer_jax.data.readers.reader import (
+  Found,
+  Row,
+  find_data,
+  make_source,
+  reads,
+)
+from spectraformer_jax.data.registry import TASKS
+from spectraformer_jax.data.source import Source
+from spectraformer_jax.data.tasks.stand_in import from_package
+
+SIDE = 32
+PLAN = [("train", {"train": 0.9, "dev": 0.1}), ("test", {"test": 1.0})]
+ROWS = {"train": 60_000, "test": 10_000}
+NAMES = {"train": "train", "test": "t10k"}
+KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+
+ORIGIN = (
+  "the files are at https://github.com/zalandoresearch/fashion-mnist, and "
+  "Debian's dataset-fashion-mnist puts them into "
+  "/usr/share/datasets/fashion-mnist"
+)
+
+_FACTS = {
+  "tokenizer": "pixels",
+  "vocab_size": 256,
+  "num_classes": 10,
+  "length": SIDE * SIDE,
+}
+
+
+@TASKS.register("fashion")
+def fashion(
+  *,
+  seed: int = 0,
+  data_dir: str | os.PathLike | None = None,
+  cache_dir: str | os.PathLike | None = None,
+) -> Source:
+  """The task, from the package of Debian or from files of the user.
+
+  Args:
+    seed: of the split of the training images by content.
+    data_dir: a folder with the four idx files or the package, or one up to
+      three levels above it; None for where ``fetch`` puts the package.
+    cache_dir: root of the token cache, which has that place.
+
+  Raises:
+    ValueError: if the files are not there.
+  """
+  if data_dir is not None:
+    found = find_data("fashion", data_dir, origin=ORIGIN)
+    return make_source(found, PLAN, name="fashion", seed=seed, **_FACTS)
+  return from_package(
+    "fashion",
+    FASHION_MNIST,
+    _package_rows,
+    PLAN,
+    ROWS,
+    data_dir=None,
+    cache_dir=cache_dir,
+    name="fashion",
+    seed=seed,
+    **_FACTS,
+  )
+
+
+@reads("fashion", files="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]")
+def find_idx(root: pathlib.Path) -> Found | None:
+  """The folder of the four idx files."""
+  for end in ("", ".gz"):
+    first = f"{NAMES['train']}-{KINDS[0]}{end}"
+    folder = innermost(root, lambda f, first=first: (f / first).is_file())
+    if folder is not None:
+      break
+  else:
+    return None
+  paths = {
+    part: [folder / f"{name}-{kind}{end}" for kind in KINDS]
+    for part, name in NAMES.items()
+  }
+  for path in (path for pair in paths.values() for path in pair):
+    if not path.is_file():
+      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
+  return Found(
+    folder=folder,
+    what="idx files",
+    parts=ROWS,
+    rows=lambda part: _file_rows(*paths[part], part),
+    checksum=checksum([p for pair in paths.values() for p in pair], folder),
+    provenance="stand-in",
+  )
+
+
+@reads("fashion", files=FASHION_MNIST.file)
+def find_package(root: pathlib.Path) -> Found | None:
+  """The folder of the Debian package."""
+  name = FASHION_MNIST.file
+  folder = innermost(root, lambda f: (f / name).is_file())
+  if folder is None:
+    return None
+  return Found(
+    folder=folder,
+    what=name,
+    parts=ROWS,
+    rows=lambda part: _package_rows(
+      locate("fashion", FASHION_MNIST, folder), part
+    ),
+    checksum=FASHION_MNIST.sha256[:16],
+    provenance="stand-in",
+  )
+
+
+def _file_rows(
+  images: pathlib.Path, labels: pathlib.Path, part: str
+) -> Iterator[Row]:
+  """The examples in two files."""
+  with open_plain(images) as first, open_plain(labels) as second:
+    yield from idx.read_rows(first, second, SIDE, f"{images.parent} {part}")
+
+
+def _package_rows(path: pathlib.Path, part: str) -> Iterator[Row]:
+  """The examples in the Debian package."""
+  wanted = [f"{NAMES[part]}-{kind}.gz" for kind in KINDS]
+  contents = {}
+  with _open_deb(path) as archive:
+    for member in archive:
+      name = member.name.rpartition("/")[2]
+      if name in wanted and member.isfile():
+        contents[name] = archive.extractfile(member).read()
+  files = [io.BytesIO(contents[name]) for name in wanted]
+  yield from idx.read_rows(*files, SIDE, f"{path} {part}")
+
+
+@contextlib.contextmanager
+def _open_deb(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
+  """The tar file of data in a Debian package, which is an ar archive."""
+  with open(path, "rb") as file:
+    file.read(len(b"!<arch>\n"))
+    while header := file.read(60):
+      size = int(header[48:58])
+      if header.startswith(b"data.tar"):
+        with tarfile.open(fileobj=io.BytesIO(file.read(size))) as archive:
+          yield archive
+        return
+      file.seek(size + size % 2, io.SEEK_CUR)
+  raise ValueError(f"{path} must be a Debian package with data.tar inside.")

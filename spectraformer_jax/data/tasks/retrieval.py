@@ -1,0 +1,70 @@
+"""Retrieval of Long Range Arena: whether one paper cites the other.
+
+Two documents, byte by byte: an id is a byte plus one; each document is cut
+after `max_len` bytes.
+
+Source: Tay et al., "Long Range Arena", 2021, section 2.2.3.
+"""
+
+import dataclasses
+import functools
+import os
+
+from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data.readers import aan
+from spectraformer_jax.data.readers.reader import (
+  find_data,
+  make_source,
+  own_splits,
+)
+from spectraformer_jax.data.registry import TASKS
+from spectraformer_jax.data.source import Source
+
+MAX_LEN = 4000
+
+
+@TASKS.register("retrieval")
+def retrieval(
+  *,
+  seed: int = 0,
+  data_dir: str | os.PathLike | None = None,
+  literal: str = "keep",
+  max_len: int = MAX_LEN,
+) -> Source:
+  """The task, from files that `data_dir` holds.
+
+  Args:
+    seed: without effect: the files come in three splits.
+    data_dir: the folder, or one up to three levels above it.
+    literal: ``"keep"`` takes the texts as the files print them, like published
+      results; ``"decode"`` takes the bytes that are meant, see :mod:`aan`.
+    max_len: bytes kept of each document.
+
+  Raises:
+    ValueError: if an option is unknown or out of range, or there are no files.
+  """
+  check_choice("literal", literal, aan.LITERALS)
+  length = check_int("max_len", max_len, 1)
+  found = find_data(
+    "retrieval", data_dir, instead=("mail_replies", "same_speech")
+  )
+  if literal == "decode":
+    if found.what != "AAN pairs":
+      raise ValueError(
+        f"literal='decode' needs AAN pairs as TSV, found {found.what}."
+      )
+    rows = functools.partial(aan.rows, found.folder, literal=literal)
+    found = dataclasses.replace(found, rows=rows, mark="-decoded")
+  return make_source(
+    found,
+    own_splits(),
+    name="retrieval" + ("" if length == MAX_LEN else f"-max_len{length}"),
+    seed=seed,
+    settings={"literal": literal},
+    tokenizer="bytes",
+    vocab_size=257,
+    num_classes=2,
+    length=length,
+    id_shift=1,
+    pair=True,
+  )

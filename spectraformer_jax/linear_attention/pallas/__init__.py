@@ -1,0 +1,1 @@
+"""Linear attention as Pallas kernels, for GPUs (`gpu`) and TPUs (`tpu`)."""

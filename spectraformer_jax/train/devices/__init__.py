@@ -1,0 +1,1 @@
+"""Devices, processes and their memory: no other room of `train` names them."""

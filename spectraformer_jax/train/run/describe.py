@@ -1,0 +1,181 @@
+"""What a run says about itself: in its log, config.json and last row."""
+
+import collections
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from spectraformer_jax.data import Dataset
+from spectraformer_jax.train.config import pair_name
+from spectraformer_jax.train.devices import parallel
+from spectraformer_jax.train.run.meters import Record
+from spectraformer_jax.train.step.state import TrainState
+from spectraformer_jax.typing import PyTree
+
+
+def split(dataset: Dataset) -> dict[str, Any]:
+  """Facts about a split for config.json."""
+  return {
+    **dataset.facts(),
+    "num_examples": dataset.num_examples,
+    "fingerprint": dataset.fingerprint,
+    "baselines": dict(dataset.baselines),
+  }
+
+
+def run(
+  config: ConfigDict,
+  workdir: Path,
+  facts: Mapping[str, Mapping[str, Any]],
+  sizes: Mapping[str, int],
+  start: int,
+) -> list[str]:
+  """Lines that say what is about to happen."""
+  train = facts["train"]
+  counts = ", ".join(f"{f['num_examples']:,} {s}" for s, f in facts.items())
+  kinds = parallel.device_kinds()
+  begins = f"resumes at step {start}" if start else "starts"
+  unused = (
+    ""
+    if config.model.attention == "spectral"
+    else (" (config.feature_map has no effect)")
+  )
+  return [
+    f"data: {train['name']} ({train['provenance']}), {counts}",
+    f"model: {pair_name(config)}{unused}, {sizes['parameters']:,} parameters, "
+    f"{sizes['projection_size']:,} projection numbers, "
+    f"on {len(kinds)} x {kinds[0]}",
+    f"workdir: {workdir}, {begins}, {config.train.num_steps} steps of "
+    f"{config.train.batch_size}",
+  ]
+
+
+def variables(state: TrainState) -> list[str]:
+  """A table of the model's parts: numbers learnt, and numbers drawn.
+
+  Example:
+    >>> import numpy as np
+    >>> params = {"head": {"kernel": np.ones((2, 3))}, "encoder": {
+    ...   "layer_0": {"query": {"kernel": np.ones((2, 2))}}}}
+    >>> drawn = {"encoder": {"layer_0": {"rows": np.ones((8, 2))}}}
+    >>> state = TrainState(0, params, {"random_features": drawn}, ())
+    >>> for line in variables(state):
+    ...   print(line)
+    part             parameters  projection
+    encoder/layer_0           4          16
+    head                      6           0
+  """
+  trees = state.params, state.collections.get("random_features", {})
+  counts = [_counts(tree) for tree in trees]
+  parts = sorted(counts[0] | counts[1])
+  width = max(map(len, parts))
+  return [
+    f"{'part':{width}}  parameters  projection",
+    *(
+      f"{part:{width}}  {counts[0][part]:10,}  {counts[1][part]:10,}"
+      for part in parts
+    ),
+  ]
+
+
+def _counts(tree: PyTree) -> collections.Counter:
+  """Numbers in each part: by the first two names of a path, not the leaf's."""
+  counts = collections.Counter()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    names = [str(getattr(part, "key", part)) for part in path]
+    counts["/".join(names[:-1][:2] or names)] += leaf.size
+  return counts
+
+
+def memory(plan: Mapping[str, int]) -> str:
+  """One line about the memory of a training step.
+
+  Example:
+    >>> memory({"arguments": 2**20, "temporary": 2**21, "total": 3 * 2**20})
+    'memory of a step on each device: 1.0 MiB arguments, 2.0 MiB temporary, \
+3.0 MiB total'
+  """
+  sizes = ", ".join(f"{x / 2**20:,.1f} MiB {name}" for name, x in plan.items())
+  return f"memory of a step on each device: {sizes}"
+
+
+def dev(record: Record) -> str:
+  """One line about the last evaluation."""
+  dev = record.dev
+  mark = "  (best so far)" if record.best is dev else ""
+  return (
+    f"step {dev['step']}: dev accuracy {dev['accuracy']:.4f}, "
+    f"loss {dev['loss']:.4f}{mark}"
+  )
+
+
+def out_of_patience(record: Record, patience: int) -> str:
+  """One line about why the run ends before its last step."""
+  return (
+    f"stops early at step {record.dev['step']}: {patience} evaluations without "
+    f"a better one than that of step {record.best['step']} "
+    f"(dev accuracy {record.best['accuracy']:.4f})"
+  )
+
+
+def divergence(record: Record, test_losses: Mapping[str, float]) -> str | None:
+  """Why a run that has ended is no good; None if it is.
+
+  Example:
+    >>> divergence(Record({}, dev={"step": 3, "loss": float("nan")}), {})
+    'diverged: the loss on the dev split is nan after step 3'
+  """
+  step, dev_loss = record.dev["step"], record.dev["loss"]
+  faults = [
+    f"the loss on the {name} is {loss:.4g} after step {step}"
+    for name, loss in {"dev split": dev_loss, **test_losses}.items()
+    if not math.isfinite(loss)
+  ]
+  if record.skipped_in_a_row:
+    faults.append(
+      f"the last {record.skipped_in_a_row} steps were skipped, since loss or "
+      "gradient were not finite"
+    )
+  return f"diverged: {', and '.join(faults)}" if faults else None
+
+
+def result(config: ConfigDict, test: Dataset, record: Record) -> dict[str, Any]:
+  """What the last row holds beside test metrics and sizes."""
+  batch_size = config.train.batch_size
+  speed = record.dev["step"] * batch_size / record.train_seconds
+  return {
+    "dev/accuracy_best": record.best["accuracy"],
+    "dev/accuracy_last": record.dev["accuracy"],
+    "best_step": record.best["step"],
+    "num_steps": config.train.num_steps,
+    "skipped_steps": record.skipped,
+    "task": test.name,
+    "pair": pair_name(config),
+    "provenance": test.provenance,
+    "baselines": baselines(config, test),
+    "examples_per_second": speed,
+    "step_seconds": batch_size / speed,
+    "train_seconds": record.train_seconds,
+    "compile_seconds": record.compile_seconds,
+    "peak_memory_bytes": peak_process_bytes(),
+    "peak_device_bytes": parallel.peak_device_bytes(),
+  }
+
+
+def baselines(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
+  """What simple rules reach, where the labels are what is learnt."""
+  if config.train.objective != "classify":
+    return {}
+  return dict(dataset.baselines)
+
+
+def peak_process_bytes() -> int:
+  """The most memory this process has had resident."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024

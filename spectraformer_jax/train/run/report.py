@@ -1,0 +1,286 @@
+"""What a finished run leaves for a reader: report.md, curves.png, a table.
+
+Both files are made from config.json and metrics.jsonl alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spectraformer_jax.nn.pretrained import damaged
+from spectraformer_jax.train.config import default_config, flatten, to_dict
+from spectraformer_jax.train.run import run_folder
+from spectraformer_jax.train.run.writers import read_rows, result_row
+
+# Okabe and Ito's palette: told apart with any colour vision, and in grey.
+TRAIN_COLOUR, DEV_COLOUR = "#0072B2", "#D55E00"
+BASELINE_COLOURS = ("#555555", "#009E73", "#CC79A7")
+
+_NUMBER, _SIZE = int | float, int | float | None
+# What the last row of a finished run holds.
+_RESULT = {
+  **dict.fromkeys(
+    (
+      *("test/accuracy_best", "test/accuracy_last", "examples_per_second"),
+      *("dev/accuracy_best", "dev/accuracy_last", "step_seconds"),
+      *("best_step", "train_seconds", "parameters", "projection_size"),
+    ),
+    _NUMBER,
+  ),
+  **dict.fromkeys(("pair", "provenance", "task"), str),
+  **dict.fromkeys(
+    ("compile_seconds", "peak_memory_bytes", "peak_device_bytes"), _SIZE
+  ),
+  "baselines": Mapping,
+}
+
+
+def summary(workdir: Path) -> list[tuple[str, str]]:
+  """Lines of the result as (what, figure), for the report and the terminal.
+
+  Raises:
+    ValueError: the run in `workdir` has not finished, or its result or its
+      config is damaged.
+  """
+  stored, result = (
+    run_folder.stored_run(workdir),
+    result_row(read_rows(workdir)),
+  )
+  if result is None:
+    raise ValueError(f"workdir {str(workdir)!r} holds no finished run.")
+  _check_result(workdir, result)
+  try:
+    return _lines(stored, result)
+  except (KeyError, TypeError, ValueError) as error:
+    raise damaged(workdir, f"it lacks or has another {error}") from error
+
+
+def _lines(
+  stored: Mapping[str, Any], result: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+  """`summary` of the content of config.json and of the last row."""
+  config = flatten(to_dict(default_config())) | flatten(stored["config"])
+  test = stored["data"]["test"]
+  lines = [("diverged", result["diverged"])] if result.get("diverged") else []
+  lines += [
+    ("task", test["name"]),
+    ("attention", result["pair"]),
+    *_objective(config["train.objective"]),
+    ("data", f"{result['provenance']}; {_split_sizes(stored['data'])}"),
+    (
+      "seeds",
+      f"training {config['train.seed']}, data {config['task.seed']}",
+    ),
+    ("steps", _steps(result["step"], config["train.num_steps"])),
+    *_skipped(result.get("skipped_steps", 0)),
+    (
+      "test accuracy, best-dev parameters",
+      f"{_percent(result['test/accuracy_best'])} (step {result['best_step']})",
+    ),
+    (
+      "test accuracy, last parameters",
+      f"{_percent(result['test/accuracy_last'])} (step {result['step']})",
+    ),
+    ("dev accuracy, best", _percent(result["dev/accuracy_best"])),
+    ("dev accuracy, last", _percent(result["dev/accuracy_last"])),
+  ]
+  lines += [
+    (f"baseline, {name}", _percent(value))
+    for name, value in result["baselines"].items()
+  ]
+  lines += [
+    (
+      "speed",
+      f"{result['examples_per_second']:.1f} examples/s, "
+      f"{1e3 * result['step_seconds']:.1f} ms a step of "
+      f"{config['train.batch_size']}",
+    ),
+    ("compile time", _or_unknown(result["compile_seconds"], "{:.1f} s")),
+    ("training time", f"{result['train_seconds']:.0f} s without compilation"),
+    ("peak memory, process", _mebibytes(result["peak_memory_bytes"])),
+    ("peak memory, device", _mebibytes(result["peak_device_bytes"])),
+    ("parameters", f"{result['parameters']:,}"),
+    ("random projections", f"{result['projection_size']:,} numbers"),
+  ]
+  return lines
+
+
+def write_report(workdir: Path) -> None:
+  """Writes report.md and curves.png of a finished run.
+
+  Raises:
+    ValueError: the run in `workdir` has not finished.
+  """
+  lines = summary(workdir)
+  stored = run_folder.read_config(workdir)
+  plot_curves(workdir)
+  env = stored["environments"][-1]
+  command = env.get("command") or (
+    "train_and_evaluate(config, workdir)  # with the config of config.json"
+  )
+  text = [
+    f"# {stored['data']['test']['name']}: {dict(lines)['attention']}",
+    "",
+    "| | |",
+    "|---|---|",
+    *(f"| {name} | {value} |" for name, value in lines),
+    "",
+    "The best-dev parameters are those of the evaluation with the highest dev "
+    "accuracy, the lower dev loss among equals. Test accuracy decides nothing. "
+    "A result near a baseline says that no more than that rule was learnt.",
+    "",
+    f"![Loss and accuracy]({run_folder.CURVES})",
+    "",
+    "## Reproduce",
+    "",
+    "```",
+    command,
+    "```",
+    "",
+    *_environment_lines(stored["environments"]),
+    "",
+    f"All settings: [{run_folder.CONFIG}]({run_folder.CONFIG}). "
+    f"All metrics: [{run_folder.METRICS}]({run_folder.METRICS}).",
+    "",
+  ]
+  run_folder.write_text(workdir / run_folder.REPORT, "\n".join(text))
+
+
+def plot_curves(workdir: Path) -> None:
+  """Draws loss and accuracy against the step into curves.png."""
+  # Here, because it takes a second; the backend needs no display.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  rows = read_rows(workdir)
+  result = result_row(rows) or {}
+  figure = Figure(figsize=(9, 3.8), layout="constrained", dpi=150)
+  FigureCanvasAgg(figure)
+  loss_axes, accuracy_axes = figure.subplots(1, 2)
+  for axes, metric in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
+    _plot(axes, rows, f"train/{metric}", TRAIN_COLOUR, "train", "-", "")
+    _plot(axes, rows, f"dev/{metric}", DEV_COLOUR, "dev", "--", "o")
+    axes.set(xlabel="step", ylabel=metric)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+  loss_axes.set_ylim(bottom=0)
+  baselines = result.get("baselines", {})
+  for i, (name, value) in enumerate(baselines.items()):
+    colour = BASELINE_COLOURS[i % len(BASELINE_COLOURS)]
+    label = f"{name} {value:.3f}"
+    accuracy_axes.axhline(value, color=colour, ls=":", lw=1.5, label=label)
+  if result:
+    accuracy_axes.plot(
+      result["best_step"],
+      result["test/accuracy_best"],
+      marker="*",
+      ms=12,
+      ls="",
+      color="black",
+      label=f"test, best-dev {result['test/accuracy_best']:.3f}",
+    )
+    figure.suptitle(f"{result['task']}: {result['pair']}")
+  highest = accuracy_axes.dataLim.y1
+  accuracy_axes.set_ylim(0, min(1.02, 1.2 * highest))
+  loss_axes.legend(frameon=False)
+  accuracy_axes.legend(frameon=False, fontsize=8)
+  partial = workdir / f".{run_folder.CURVES}.partial"
+  figure.savefig(partial, format="png")
+  partial.replace(workdir / run_folder.CURVES)
+
+
+def print_summary(workdir: Path) -> None:
+  """Prints the result as a table on stdout."""
+  lines = summary(workdir)
+  table = Table("", "", show_header=False, title=f"result ({workdir})")
+  for name, value in lines:
+    table.add_row(name, value, style="bold" if "best-dev" in name else "")
+  Console().print(table)
+
+
+def _plot(axes, rows, name, colour, label, style, marker) -> None:
+  """One curve."""
+  points = [(row["step"], row[name]) for row in rows if name in row]
+  if points:
+    axes.plot(
+      *zip(*points, strict=True),
+      color=colour,
+      label=label,
+      ls=style,
+      marker=marker,
+      ms=3,
+      lw=1.5,
+    )
+
+
+def _environment_lines(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Versions and machine of the last start, and how many others there were."""
+  env = dict(environments[-1])
+  env.pop("command", None)
+  devices = env.pop("devices", None) or ["unknown"]
+  env["devices"] = f"{len(devices)} x {devices[0]}"
+  lines = ["| | |", "|---|---|"]
+  lines += [f"| {name} | {value} |" for name, value in env.items()]
+  if len(environments) > 1:
+    lines += [
+      "",
+      f"Started in {len(environments)} different environments; "
+      "these are the last one's.",
+    ]
+  return lines
+
+
+def _check_result(workdir: Path, result: Mapping[str, Any]) -> None:
+  """ValueError about a last row that is not as a run writes it."""
+  wrong = [
+    name
+    for name, kind in _RESULT.items()
+    if not isinstance(result.get(name), kind)
+  ]
+  if not wrong:
+    return
+  raise ValueError(
+    f"The result, the last row of {str(workdir / run_folder.METRICS)!r}, is "
+    f"damaged: {', '.join(map(repr, wrong))} missing or wrong; delete the row, "
+    "and train.py makes it again from the last checkpoint."
+  )
+
+
+def _skipped(steps: int) -> list[tuple[str, str]]:
+  """A line about steps that were not made, if there are any."""
+  if not steps:
+    return []
+  return [("skipped steps", f"{steps:,}, loss or gradient not finite")]
+
+
+def _objective(objective: str) -> list[tuple[str, str]]:
+  """What accuracy is about, where it is not the labels."""
+  if objective == "classify":
+    return []
+  return [("objective", f"{objective}: accuracy is that of guessed tokens")]
+
+
+def _split_sizes(data: Mapping[str, Any]) -> str:
+  return ", ".join(f"{s['num_examples']:,} {name}" for name, s in data.items())
+
+
+def _steps(done: int, planned: int) -> str:
+  early = f" of {planned:,}, stopped early" if done < planned else ""
+  return f"{done:,}{early}"
+
+
+def _percent(value: float) -> str:
+  return f"{100 * value:.2f} %"
+
+
+def _or_unknown(value: float | None, form: str) -> str:
+  return "unknown" if value is None else form.format(value)
+
+
+def _mebibytes(value: float | None) -> str:
+  if value is None:
+    return "not reported by this device"
+  return f"{value / 2**20:,.0f} MiB"

@@ -1,0 +1,263 @@
+"""The folder of a run: what it holds, and which run may go on in it."""
+
+import errno
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import stat
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import spectraformer_jax
+from spectraformer_jax.nn import pretrained
+from spectraformer_jax.train.config import (
+  default_config,
+  flatten,
+  to_dict,
+  validate,
+)
+from spectraformer_jax.train.devices import parallel
+
+CONFIG, CHECKPOINTS = pretrained.CONFIG, pretrained.CHECKPOINTS
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+PROFILE = "profile"
+REPORT = "report.md"
+CURVES = "curves.png"
+PARTS = ("config", "data", "environments")  # of config.json
+
+NUM_STEPS = "train.num_steps"
+# Schedules whose learning rates do not depend on the number of steps.
+ENDLESS = ("rsqrt",)
+# What no second try mends: a wrong name.
+MISTAKES = (
+  *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR),
+  errno.EEXIST,
+)
+# What does not change the training, so it may change between two starts.
+FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel", "profile")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Refuses a workdir that holds another run.
+
+  Args:
+    workdir: may not exist.
+    config: plain values (`config.to_dict`).
+
+  Raises:
+    ValueError: names the first key that differs, with both values. Keys of
+      `FREE_SECTIONS` may differ, and the number of steps may grow with one of
+      the schedules `ENDLESS`. A key that the stored config does not know
+      yet had what is its default now.
+  """
+  stored = read_config(workdir, parts=("config",))
+  if stored is None:
+    if any((workdir / CHECKPOINTS).glob("[0-9]*")):
+      raise ValueError(
+        f"workdir {str(workdir)!r} has checkpoints and no {CONFIG}, which says "
+        "of which run; put the file back or use another --workdir."
+      )
+    return
+  # A key that was not there yet had its default's effect.
+  defaults = flatten(to_dict(default_config()))
+  old = defaults | flatten(stored["config"])
+  new = flatten(config)
+  for path in sorted(old.keys() | new.keys()):
+    if path.startswith(FREE_SECTIONS) or old.get(path) == new.get(path):
+      continue
+    if path == NUM_STEPS:
+      _check_growth(workdir, old, new)
+      continue
+    raise ValueError(
+      f"workdir {str(workdir)!r} holds another config: config.{path} is "
+      f"{old.get(path)!r} there and {new.get(path)!r} here; use the old value "
+      "or another --workdir."
+    )
+
+
+def _check_growth(
+  workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+  """A run may go on for more steps if no step before depends on how many."""
+  schedule = new["optim.schedule"]
+  if not isinstance(old[NUM_STEPS], int) or new[NUM_STEPS] < old[NUM_STEPS]:
+    why = "it can only grow"
+  elif schedule not in ENDLESS:
+    why = (
+      f"the learning rate of config.optim.schedule={schedule!r} depends on it "
+      f"from the first step (that of {' and '.join(map(repr, ENDLESS))} does "
+      "not)"
+    )
+  else:
+    return
+  raise ValueError(
+    f"workdir {str(workdir)!r} holds another config: config.{NUM_STEPS} is "
+    f"{old[NUM_STEPS]!r} there and {new[NUM_STEPS]!r} here, and {why}; use the "
+    "old value or another --workdir."
+  )
+
+
+def check_folder(workdir: Path) -> None:
+  """Refuses what can never be a folder, before any work.
+
+  Raises:
+    ValueError: it, or one of its parents, is a file, or its name is too long.
+  """
+  for path in (workdir, *workdir.parents):
+    try:
+      if stat.S_ISDIR(os.stat(path).st_mode):
+        return
+      why = f"{str(path)!r} is a file"
+    except FileNotFoundError:
+      continue
+    except OSError as error:
+      if error.errno not in MISTAKES:
+        raise
+      why = error.strerror.lower()
+    except ValueError as error:  # a null byte
+      why = str(error)
+    raise ValueError(
+      "--workdir must be a folder or the name of one to be made, got "
+      f"{str(workdir)[:200]!r}: {why}."
+    )
+
+
+def check_data(workdir: Path, data: Mapping[str, Any]) -> None:
+  """Refuses to go on with other examples than the run started with.
+
+  Raises:
+    ValueError: names the split whose fingerprint differs.
+  """
+  stored = read_config(workdir)
+  if stored is None:
+    return
+  for split, facts in data.items():
+    old = stored["data"].get(split, {}).get("fingerprint")
+    new = facts["fingerprint"]
+    if old != new:
+      raise ValueError(
+        f"workdir {str(workdir)!r} was trained on other data: the {split} "
+        f"split had fingerprint {old}, and has {new} now; use another "
+        "--workdir."
+      )
+
+
+def write_config(
+  workdir: Path,
+  config: Mapping[str, Any],
+  data: Mapping[str, Any],
+  command: str | None,
+) -> None:
+  """Writes config.json; a later start adds its environment if it differs."""
+  stored = read_config(workdir) or {"environments": []}
+  now = environment(command)
+  environments = stored["environments"]
+  if not environments or environments[-1] != now:
+    environments = [*environments, now]
+  write_json(
+    workdir / CONFIG,
+    {"config": config, "data": data, "environments": environments},
+  )
+
+
+def read_config(
+  workdir: Path, *, parts: Sequence[str] = PARTS
+) -> dict[str, Any] | None:
+  """config.json, which has at least these parts; None where there is none.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  return pretrained.read_config(workdir, parts)
+
+
+def stored_run(workdir: Path) -> dict[str, Any]:
+  """The content of config.json.
+
+  Raises:
+    ValueError: the folder holds no run, or the file is damaged.
+  """
+  stored = read_config(workdir)
+  if stored is None:
+    raise ValueError(f"{str(workdir)!r} is no workdir: no {CONFIG}.")
+  return stored
+
+
+def stored_config(workdir: Path) -> ConfigDict:
+  """The config of a run, where a key that is new has its default.
+
+  Raises:
+    ValueError: the folder holds no run, or the file is damaged.
+  """
+  config = default_config()
+  stored = stored_run(workdir)["config"]
+  try:
+    config.update(stored)
+    validate(config)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise pretrained.damaged(workdir, error) from error
+  return config
+
+
+def set_aside(path: Path) -> Path:
+  """Moves a damaged file; returns its new name, which none has had before."""
+  for number in itertools.count(1):
+    place = path.with_name(f"{path.name}.damaged-{number}")
+    if not place.exists():
+      return path.replace(place)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes the whole file or nothing."""
+  write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes the whole file or nothing."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.partial")
+  with partial.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+def environment(command: str | None) -> dict[str, Any]:
+  """Versions, revision, devices and the command, as JSON values."""
+  return {
+    "command": command,
+    "spectraformer_jax": spectraformer_jax.__version__,
+    "git_revision": _git_revision(),
+    "python": platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in PACKAGES},
+    "platform": platform.platform(),
+    "cpus": os.cpu_count(),
+    "devices": parallel.device_kinds(),
+  }
+
+
+def _git_revision() -> str | None:
+  """Of the checkout this code runs from; None outside of one."""
+  root = Path(spectraformer_jax.__file__).parents[1]
+  if not (root / ".git").exists():
+    return None
+  command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+  try:
+    done = subprocess.run(
+      [*command, "--abbrev=40", "--exclude=*"],
+      capture_output=True,
+      text=True,
+      timeout=10,
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""One training step: pure functions, no files and no devices."""

@@ -1,0 +1,174 @@
+"""The optimiser: AdamW, warm-up, decay and gradient clipping.
+
+The values that belong together are in `recipes`. The schedule "linear" of the
+official one is PyTorch's one-cycle schedule with linear annealing: from 1/25 of
+the learning rate up to it, then down to about 0. "rsqrt" is that of Long Range
+Arena's code for texts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from ml_collections import ConfigDict
+
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.typing import Array, PyTree
+
+# One-cycle's own numbers: it starts at lr / 25 and ends at that over 10,000.
+START_DIVISOR = 25.0
+END_DIVISOR = 25.0 * 1e4
+
+# The learnable parameters of a layer's feature map lie under this name.
+FEATURE_MAP = "feature_map"
+
+# Any of these in a parameter's path; biases of heads have two axes.
+NOT_DECAYED = {
+  "bias",
+  "scale",
+  "position_embedding",
+  "cls_token",
+  FEATURE_MAP,
+}
+
+
+def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:
+  """The learning rate at each step, from 0 on.
+
+  Args:
+    optim: the section of the config.
+    num_steps: of the run; "linear" and "cosine" decay end there.
+
+  Returns:
+    A function of the step. "linear" and "cosine": lr/25 at 0, lr at
+    `warmup_steps`, then decay to lr/250000 at `num_steps`; without warm-up lr
+    at 0. "rsqrt": lr * step / warmup_steps up to `warmup_steps`, then
+    lr * sqrt(warmup_steps / step); without warm-up it decays from step 1 on.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> schedule = learning_rate(default_config().optim, 50_000)
+    >>> [f"{float(schedule(step)):.1e}" for step in (0, 1000, 50_000)]
+    ['4.0e-06', '1.0e-04', '4.0e-10']
+  """
+  warmup = optim.warmup_steps
+  if optim.schedule == "rsqrt":
+    return functools.partial(_rsqrt, lr=optim.lr, warmup=warmup)
+  decay_steps, end = num_steps - warmup, optim.lr / END_DIVISOR
+  decay = {
+    "linear": lambda: optax.linear_schedule(optim.lr, end, decay_steps),
+    "cosine": lambda: optax.cosine_decay_schedule(
+      optim.lr, decay_steps, alpha=1 / END_DIVISOR
+    ),
+  }[optim.schedule]()
+  if warmup == 0:
+    return decay
+  rise = optax.linear_schedule(optim.lr / START_DIVISOR, optim.lr, warmup)
+  return optax.join_schedules([rise, decay], [warmup])
+
+
+def _rsqrt(step: ArrayLike, *, lr: float, warmup: int) -> Array:
+  """Rises linearly from 0, then falls with the root of the step."""
+  step, peak = jnp.asarray(step, jnp.float32), max(warmup, 1)
+  rise = step / warmup if warmup else 1.0
+  return lr * jnp.minimum(rise, jnp.sqrt(peak / jnp.maximum(step, peak)))
+
+
+def decay_mask(params: PyTree) -> PyTree:
+  """True where weight decay applies.
+
+  Not to biases, norms and other vectors, not to embeddings of positions and of
+  the CLS token, and not to the learnable parameters of feature maps: those are
+  frequencies, and shrinking them changes which kernel is estimated.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> decay_mask({"mlp": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}})
+    {'mlp': {'bias': False, 'kernel': True}}
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf.ndim > 1 and not _names(path) & NOT_DECAYED, params
+  )
+
+
+def check_feature_map_lr(
+  optim: ConfigDict, feature_map: FeatureMap | None
+) -> None:
+  """Refuses a learning rate for parameters that are not there.
+
+  Args:
+    optim: the section of the config.
+    feature_map: of the model, None if it has none.
+
+  Raises:
+    ValueError: `feature_map_lr` is set, and the map has nothing to learn.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> check_feature_map_lr(default_config().optim, None)
+  """
+  if optim.feature_map_lr is None:
+    return
+  init = feature_map and feature_map.init_params
+  if not init or not init(jax.random.key(0), head_dim=4, num_heads=1):
+    name = feature_map.info.name if feature_map else "this attention"
+    raise ValueError(
+      f"config.optim.feature_map_lr must be None for {name}, which has no "
+      f"feature map with parameters to learn, got {optim.feature_map_lr}."
+    )
+
+
+def feature_map_mask(params: PyTree) -> PyTree:
+  """True for the learnable parameters of feature maps.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> feature_map_mask({"feature_map": {"rows": jnp.ones(2)}, "w": 0.0})
+    {'feature_map': {'rows': True}, 'w': False}
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: FEATURE_MAP in _names(path), params
+  )
+
+
+def _names(path) -> set[str]:
+  """The keys of a leaf's path."""
+  return {str(getattr(part, "key", part)) for part in path}
+
+
+def make_optimizer(
+  optim: ConfigDict, num_steps: int
+) -> optax.GradientTransformation:
+  """Clipping, then AdamW, as the config says.
+
+  With `feature_map_lr` the learnable parameters of feature maps have a learning
+  rate of their own, which follows the same schedule.
+
+  Args:
+    optim: the section of the config.
+    num_steps: of the run.
+
+  Example:
+    >>> from spectraformer_jax.train.config import default_config
+    >>> tx = make_optimizer(default_config().optim, 50_000)
+  """
+  clip = {
+    "value": optax.clip,
+    "global_norm": optax.clip_by_global_norm,
+    "none": lambda _: optax.identity(),
+  }[optim.clip](optim.clip_threshold)
+  adamw = optax.adamw(
+    learning_rate(optim, num_steps),
+    b1=optim.b1,
+    b2=optim.b2,
+    eps=optim.eps,
+    weight_decay=optim.weight_decay,
+    mask=decay_mask,
+  )
+  if optim.feature_map_lr is None:
+    return optax.chain(clip, adamw)
+  # AdamW's update is in proportion to the rate, the decay it has included.
+  ratio = optax.scale(optim.feature_map_lr / optim.lr)
+  return optax.chain(clip, adamw, optax.masked(ratio, feature_map_mask))

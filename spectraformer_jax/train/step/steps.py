@@ -1,0 +1,351 @@
+"""One training step and one evaluation step: pure, for any number of devices.
+
+Both work on the examples of one replica. With `axis_name` they add up what the
+replicas of that axis have found, so the result is that of the global batch;
+without it there is one replica.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spectraformer_jax.train.step.state import MUTABLE_COLLECTION, TrainState
+from spectraformer_jax.typing import Array, PyTree
+
+
+class Sums(NamedTuple):
+  """Weighted sums over examples, float32 scalars; divide by `weight`.
+
+  `skipped` is 1 for a training step that was not made, whose sums are 0.
+  """
+
+  loss: Array
+  correct: Array
+  weight: Array
+  skipped: Array | float = 0.0
+
+
+def replica_rng(rng: Array, step: Array, axis_name: str | None) -> Array:
+  """The key of one step on one replica.
+
+  Example:
+    >>> replica_rng(jax.random.key(0), 3, None).shape
+    ()
+  """
+  replica = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+  return jax.random.fold_in(jax.random.fold_in(rng, step), replica)
+
+
+def model_inputs(batch: Mapping[str, Array]) -> tuple[Array, ...]:
+  """What a classifier is called with: tokens, length (and those of a pair).
+
+  Example:
+    >>> len(model_inputs({"tokens": 0, "length": 0, "label": 0, "weight": 0}))
+    2
+  """
+  names = ("tokens", "length", "tokens_2", "length_2")
+  return tuple(batch[name] for name in names if name in batch)
+
+
+def weighted_sums(
+  logits: Array, label: Array, weight: Array, label_smoothing: float = 0.0
+) -> Sums:
+  """Cross-entropy and hits of logits [B, classes] float32, summed by weight.
+
+  Label smoothing gives that share of the label to all classes alike (Szegedy et
+  al., 2016, section 7).
+
+  Example:
+    >>> logits = jnp.array([[9.0, 0.0], [9.0, 0.0]])
+    >>> sums = weighted_sums(logits, jnp.array([0, 1]), jnp.array([1.0, 0.0]))
+    >>> float(sums.correct), float(sums.weight)
+    (1.0, 1.0)
+  """
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  if label_smoothing:
+    uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+    loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+  hit = jnp.argmax(logits, axis=-1) == label
+  return Sums(
+    jnp.sum(loss * weight),
+    jnp.sum(hit.astype(jnp.float32) * weight),
+    jnp.sum(weight),
+  )
+
+
+def train_step(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  rng: Array,
+  *,
+  apply_fn: Callable,
+  tx: optax.GradientTransformation,
+  accumulate: int = 1,
+  label_smoothing: float = 0.0,
+  ema_decay: float = 0.0,
+  axis_name: str | None = None,
+) -> tuple[TrainState, Sums]:
+  """One update from one batch, or none if its numbers are not finite.
+
+  A loss or gradient that is infinite or NaN on any replica leaves everything
+  but the step's number as it was, on all of them.
+
+  Args:
+    state: the same on every replica.
+    batch: this replica's tokens [B, T] and length, label, weight [B].
+    rng: the run's dropout key; step and replica are folded in here.
+    apply_fn: `model.apply`.
+    tx: the optimiser.
+    accumulate: see `gradients`.
+    label_smoothing: of the loss, see `weighted_sums`.
+    ema_decay: of the state's average, if it has one; see `averaged`.
+    axis_name: the mapped axis of replicas, if any.
+
+  Returns:
+    The next state and the sums over the global batch; the same on every
+    replica.
+  """
+  grads, sums, updated = gradients(
+    state,
+    batch,
+    rng,
+    apply_fn=apply_fn,
+    accumulate=accumulate,
+    label_smoothing=label_smoothing,
+    axis_name=axis_name,
+  )
+  params, opt_state = apply_gradients(tx, grads, state)
+  collections = {**state.collections, **updated}
+  ema = state.ema
+  if ema is not None:
+    ema = averaged(ema, params, state.step, ema_decay)
+  new = TrainState(state.step, params, collections, opt_state, ema)
+  finite = all_finite((grads, sums.loss))
+  new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
+  counted = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0.0), sums)
+  counted = counted._replace(skipped=1.0 - finite.astype(jnp.float32))
+  return new._replace(step=state.step + 1), counted
+
+
+def averaged(ema: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
+  """The moving average of the parameters after a step.
+
+  The first steps count for more, so that the initial parameters are soon
+  forgotten: the decay is at most (1 + step) / (10 + step), as in TensorFlow's
+  `ExponentialMovingAverage`.
+
+  Args:
+    ema: before the step.
+    params: after it.
+    step: its number, from 0 on; a scalar.
+    decay: in [0, 1).
+
+  Example:
+    >>> averaged({"w": 0.0}, {"w": 1.0}, jnp.int32(0), 0.999)["w"].item()
+    0.8999999761581421
+  """
+  step = step.astype(jnp.float32)
+  rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
+
+
+def gradients(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  rng: Array,
+  *,
+  apply_fn: Callable,
+  accumulate: int = 1,
+  label_smoothing: float = 0.0,
+  axis_name: str | None = None,
+) -> tuple[PyTree, Sums, PyTree]:
+  """Gradient of the weighted mean loss over the global batch.
+
+  It is the sum over replicas of gradients of weighted losses, divided by the
+  sum of weights (equal to the mean of replicas' means only if their weights
+  are equal).
+
+  Args:
+    state: the same on every replica.
+    batch: this replica's, see `train_step`.
+    rng: the run's dropout key; step and replica are folded in here.
+    apply_fn: `model.apply`.
+    accumulate: the replica's batch goes through the model in so many parts, one
+      after the other, to need less memory; its size is a multiple of it.
+    label_smoothing: of the loss, see `weighted_sums`.
+    axis_name: the mapped axis of replicas, if any.
+
+  Returns:
+    Gradient, sums over the global batch, and updated collections; the same on
+    every replica.
+  """
+  dropout_rng = replica_rng(rng, state.step, axis_name)
+  find = functools.partial(
+    _summed_gradients,
+    state,
+    apply_fn=apply_fn,
+    label_smoothing=label_smoothing,
+  )
+  if accumulate == 1:
+    found = find(batch, dropout_rng)
+  else:
+    found = _accumulated(find, batch, dropout_rng, accumulate)
+  grads, sums, updated = found
+  if axis_name is not None:
+    replicas = jax.lax.axis_size(axis_name)
+    updated = jax.tree.map(lambda leaf: leaf / replicas, updated)
+    # One psum of everything, so that the compiler makes one all-reduce.
+    grads, sums, updated = jax.lax.psum((grads, sums, updated), axis_name)
+  # A batch without weight has zero gradients, not NaN.
+  scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+  grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+  return grads, sums, updated
+
+
+def _summed_gradients(state, batch, dropout_rng, *, apply_fn, label_smoothing):
+  """Gradient of the summed loss of some examples, sums, new collections."""
+  mutable = [name for name in state.collections if name == MUTABLE_COLLECTION]
+
+  def loss_fn(params):
+    logits, updated = apply_fn(
+      {"params": params, **state.collections},
+      *model_inputs(batch),
+      deterministic=False,
+      rngs={"dropout": dropout_rng},
+      mutable=mutable,
+    )
+    sums = weighted_sums(
+      logits, batch["label"], batch["weight"], label_smoothing
+    )
+    return sums.loss, (sums, updated)
+
+  grads, (sums, updated) = jax.grad(loss_fn, has_aux=True)(state.params)
+  return grads, sums, updated
+
+
+def _accumulated(find, batch, dropout_rng, parts):
+  """What `find` finds in the parts of a batch: summed, collections averaged."""
+  split = {
+    name: array.reshape(parts, -1, *array.shape[1:])
+    for name, array in batch.items()
+  }
+  part = lambda number: find(
+    {name: array[number] for name, array in split.items()},
+    jax.random.fold_in(dropout_rng, number),
+  )
+  add = functools.partial(jax.tree.map, jnp.add)
+  # The carry starts from shapes alone, so that the model is compiled once.
+  empty = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, 0)
+  )
+  (grads, sums, updated), _ = jax.lax.scan(
+    lambda total, number: (add(total, part(number)), None),
+    empty,
+    jnp.arange(parts),
+  )
+  return grads, sums, jax.tree.map(lambda leaf: leaf / parts, updated)
+
+
+def apply_gradients(
+  tx: optax.GradientTransformation, grads: PyTree, state: TrainState
+) -> tuple[PyTree, PyTree]:
+  """New params and optimiser state."""
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  return optax.apply_updates(state.params, updates), opt_state
+
+
+def all_finite(tree: PyTree) -> Array:
+  """Whether no number of a tree is infinite or NaN; a bool scalar.
+
+  Example:
+    >>> bool(all_finite({"w": jnp.array([1.0, jnp.nan])}))
+    False
+  """
+  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves))
+
+
+def gradient_norms(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  rng: Array,
+  *,
+  apply_fn: Callable,
+  label_smoothing: float = 0.0,
+  axis_name: str | None = None,
+) -> tuple[PyTree, Array]:
+  """What `train_step` saw, to explain why it skipped.
+
+  Args:
+    state: as the step found it.
+    batch: as the step found it.
+    rng: the run's dropout key.
+    apply_fn: `model.apply`.
+    label_smoothing: of the loss.
+    axis_name: the mapped axis of replicas, if any.
+
+  Returns:
+    A tree like the params of [3] arrays, which are the norm of the parameter,
+    that of its gradient, and how many numbers of the gradient are not finite;
+    and the mean loss.
+  """
+  grads, sums, _ = gradients(
+    state,
+    batch,
+    rng,
+    apply_fn=apply_fn,
+    label_smoothing=label_smoothing,
+    axis_name=axis_name,
+  )
+
+  def norms(param, grad):
+    bad = jnp.sum(~jnp.isfinite(grad), dtype=jnp.float32)
+    return jnp.stack([jnp.linalg.norm(param), jnp.linalg.norm(grad), bad])
+
+  return jax.tree.map(norms, state.params, grads), sums.loss / sums.weight
+
+
+def eval_step(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  *,
+  apply_fn: Callable,
+  axis_name: str | None = None,
+) -> Sums:
+  """Sums of loss, hits and weights of one batch; nothing random is drawn.
+
+  Args:
+    state: the same on every replica; its average is used if it has one.
+    batch: as for `train_step`; examples of weight 0 do not count.
+    apply_fn: `model.apply`.
+    axis_name: the mapped axis of replicas, if any.
+  """
+  logits = apply_fn(state.variables, *model_inputs(batch), deterministic=True)
+  sums = weighted_sums(logits, batch["label"], batch["weight"])
+  return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def redraw_step(
+  state: TrainState,
+  rng: Array,
+  *,
+  redraw_fn: Callable[[Array, PyTree], PyTree],
+  interval: int,
+) -> TrainState:
+  """Fresh projections; the draw depends on the step and the run's seed only.
+
+  Args:
+    state: any state; its params and optimiser stay.
+    rng: the run's redraw key, the same on every replica.
+    redraw_fn: `(rng, random_features) -> random_features`.
+    interval: steps between redraws.
+  """
+  rng = jax.random.fold_in(rng, state.step // interval)
+  drawn = redraw_fn(rng, state.collections["random_features"])
+  return state._replace(
+    collections={**state.collections, "random_features": drawn}
+  )

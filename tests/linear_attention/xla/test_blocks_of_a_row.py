@@ -1,0 +1,108 @@
+"""Blocks of one head of one example, as CPUs take long rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import spectraformer_jax as sf
+from spectraformer_jax.linear_attention.xla import blocks
+from tests.linear_attention.engine_cases import assert_close, build, make, run
+
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def by_row(monkeypatch):
+  """Rows of 16 positions and more are taken one at a time."""
+  jax.clear_caches()
+  sizes = blocks.SIZES["cpu"]._replace(block=BLOCK, by_row=True)
+  monkeypatch.setitem(blocks.SIZES, "cpu", sizes)
+  yield
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+  ("length", "positions"), [(16, 16), (31, 31), (32, 16), (100, 17)]
+)
+def test_a_block_is_no_shorter_than_asked_and_little_is_padded(
+  length, positions
+):
+  cut = blocks.best_cut(None, (2, length, 3, 4))
+  assert (cut.positions, cut.by_row) == (positions, True)
+  assert -length % positions < 4
+  assert not blocks.best_cut(None, (2, BLOCK - 1, 3, 4)).by_row
+  assert not blocks.best_cut(7, (2, length, 3, 4)).by_row
+
+
+@pytest.mark.parametrize("component", ["posrf", "trigrf", "oprf"])
+@pytest.mark.parametrize("length", [48, 100])
+@pytest.mark.quick_every(2)
+def test_values_and_gradients_equal_the_reference(component, length):
+  # The statistics of oprf are each example's and head's own; queries come in
+  # groups of two; and there are keys before the first.
+  fm, variables = build(component)
+  arrays = make(length, heads=4, batch=3, scale=0.5)
+  mask = jax.random.bernoulli(jax.random.key(1), 0.7, (3, length))
+  stats = None
+  if component == "oprf":
+    stats = fm.calibrate(variables, arrays[0][:, :, ::2], arrays[1])
+  _, state = sf.spectral_attention(
+    *make(7, batch=3, scale=0.5),
+    feature_map=fm,
+    variables=variables,
+    stats=stats,
+    return_state=True,
+  )
+  kwargs = {"key_mask": mask, "stats": stats, "state": state}
+  actual = run(arrays, fm, variables, **kwargs)
+  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  # As in test_engine.py: a signed normalizer amplifies rounding.
+  assert_close(actual, expected, 2e-2 if component == "trigrf" else 5e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 100), (100, 5), (40, 70)])
+@pytest.mark.quick_every(3)
+def test_each_side_is_cut_by_its_own_length(queries, keys):
+  fm, variables = build()
+  arrays = make(queries, keys)
+  actual = run(arrays, fm, variables)
+  assert_close(actual, run(arrays, fm, variables, implementation="reference"))
+
+
+@pytest.mark.parametrize("num_heads", [1, 2], ids=["shared", "own"])
+@pytest.mark.quick_every(2)
+def test_learnable_parameters_take_gradients_from_every_row(num_heads):
+  fm, variables = build("oprf", num_heads=num_heads, statistics="learned")
+  arrays = make(50, batch=3)
+
+  @functools.partial(jax.jit, static_argnames="implementation")
+  def grad(params, implementation):
+    loss = lambda params: jnp.sum(
+      sf.spectral_attention(
+        *arrays,
+        feature_map=fm,
+        variables=variables._replace(params=params),
+        implementation=implementation,
+      )
+      ** 2
+    )
+    return jax.grad(loss)(params)
+
+  actual = grad(variables.params, "xla")
+  assert all(float(jnp.abs(g).min()) > 0 for g in jax.tree.leaves(actual))
+  assert_close(actual, grad(variables.params, "reference"), 1e-4)
+
+
+def test_positions_are_those_of_the_row():
+  fm = sf.feature_map(
+    "cosformer",
+    "none",
+    num_features=None,
+    component_kwargs={"max_length": 100},
+  )
+  variables = fm.init(jax.random.key(0), head_dim=4)
+  arrays = make(100)
+  actual = run(arrays, fm, variables)
+  assert_close(actual, run(arrays, fm, variables, implementation="reference"))
