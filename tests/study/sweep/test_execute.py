@@ -162,48 +162,65 @@ def test_a_cell_of_another_process_is_waited_for(finished, tmp_path, capsys):
   assert err.count(f"{names[0]}: another process runs it") == 1
 
 
-# A cell of two seconds: it holds its workdir, and stops when its worker dies.
-SLOW_CELL = """
-import fcntl, json, os, sys, threading, time
-os.chdir(sys.argv[1])
+# A cell that records its worker's process id, and ends once a worker was
+# killed: with its result if that was another worker, without if it was its own.
+WAITING_CELL = """
+import fcntl, os, pathlib, sys, threading, time
+workdir, killed, result = sys.argv[1:]
+os.chdir(workdir)
 lock = open(".lock", "a")
 fcntl.flock(lock, fcntl.LOCK_EX)
 watch = lambda: (sys.stdin.read(), os._exit(1))
 threading.Thread(target=watch, daemon=True).start()
-with open("starts", "a") as file:
-  file.write("started ")
-time.sleep(2)
-with open("metrics.jsonl", "w") as file:
-  file.write(sys.argv[2] + "\\n")
+worker = str(os.getppid())
+with open("workers", "a") as file:
+  file.write(worker + " ")
+deadline = time.monotonic() + 120
+while time.monotonic() < deadline:
+  path = pathlib.Path(killed)
+  if path.exists() and path.read_text() not in ("", worker):
+    pathlib.Path("metrics.jsonl").write_text(result + "\\n")
+    os._exit(0)
+  time.sleep(0.05)
+os._exit(2)
 """
 
 
-def slow_command(workdir, cpus):
-  return [sys.executable, "-S", "-c", SLOW_CELL, workdir, json.dumps(RESULT)]
+def waiting_command(workdir, cpus):
+  killed = workdir.parents[2] / "killed"
+  code = [sys.executable, "-S", "-c", WAITING_CELL]
+  return [*code, workdir, killed, json.dumps(RESULT)]
 
 
 def test_a_killed_dask_worker_loses_nothing(tmp_path):
   distributed = pytest.importorskip("distributed")
   cells = expand(Sweep(DIGITS, ["softmax", "local"], seeds=(0, 1)))
+  victims = []
 
-  def kill_one():
-    while not list(tmp_path.glob("*/*/*/starts")):
+  def kill_the_worker_of_the_first_cell():
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not victims:
       time.sleep(0.05)
-    os.kill(cluster.workers[0].pid, signal.SIGKILL)
+      for path in tmp_path.glob("*/*/*/workers"):
+        if path.read_text().endswith(" "):  # written to the end
+          victims.append((name_of(path.parent), path.read_text().strip()))
+          break
+    os.kill(int(victims[0][1]), signal.SIGKILL)
+    (tmp_path / "killed").write_text(victims[0][1])
 
   with distributed.LocalCluster(
     n_workers=2, threads_per_worker=1, dashboard_address=None
   ) as cluster:
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_the_worker_of_the_first_cell)
     killer.start()
-    workers = dask_workers(cluster.scheduler_address, slow_command)
+    workers = dask_workers(cluster.scheduler_address, waiting_command)
     assert run_cells(cells, tmp_path, workers, jobs=2, live=False) == {}
     killer.join()
   starts = {
-    cell.name: (tmp_path / cell.name / "starts").read_text().split()
+    cell.name: len((tmp_path / cell.name / "workers").read_text().split())
     for cell in cells
   }
-  assert sorted(map(len, starts.values()))[-1] == 2, starts
+  assert starts == {cell.name: 1 for cell in cells} | {victims[0][0]: 2}
   for cell in cells:
     assert result_row(read_rows(tmp_path / cell.name)) == RESULT
 
