@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.train.conftest import run_python
+from tests.train.helpers import run_python
 
 WORKER = """
 import functools, json, re, sys

@@ -26,9 +26,17 @@ from spectraformer_jax.train.run.signals import StopSignals
 from spectraformer_jax.train.run.writers import read_rows
 from spectraformer_jax.train.step.steps import Sums
 from tests.train import workers
-from tests.train.conftest import ROOT, TINY, as_flags, run_python, start_python
-from tests.train.run.test_checkpoints import broken_reads
-from tests.train.test_loop import same_arrays, saved_arrays, without_times
+from tests.train.helpers import (
+  ROOT,
+  TINY,
+  as_flags,
+  broken_reads,
+  run_python,
+  same_arrays,
+  saved_arrays,
+  start_python,
+  without_times,
+)
 
 TRAIN = str(ROOT / "train.py")
 

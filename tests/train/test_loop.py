@@ -13,32 +13,12 @@ from spectraformer_jax.train.run.checkpoints import Checkpointer
 from spectraformer_jax.train.run.run_folder import check_config
 from spectraformer_jax.train.run.writers import read_rows
 from tests.train import workers
-from tests.train.conftest import run_python
-
-TIMES = ("time", "seconds", "per_second", "bytes")
-
-
-def saved_arrays(workdir, step):
-  """All arrays of a checkpoint by path, read without knowing their shapes."""
-  import orbax.checkpoint as ocp
-
-  path = workdir / "checkpoints" / str(step) / "state"
-  tree = ocp.StandardCheckpointer().restore(path.absolute())
-  return workers.named("", tree)
-
-
-def same_arrays(one, two, atol=0.0):
-  assert one.keys() == two.keys() and one
-  for name in one:
-    np.testing.assert_allclose(
-      one[name], two[name], rtol=0, atol=atol, err_msg=name
-    )
-
-
-def without_times(rows):
-  return [
-    {k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows
-  ]
+from tests.train.helpers import (
+  run_python,
+  same_arrays,
+  saved_arrays,
+  without_times,
+)
 
 
 def test_loss_falls_and_rows_are_complete(uninterrupted):

@@ -9,7 +9,7 @@ from spectraformer_jax import data
 from spectraformer_jax.train.config import default_config, flatten, validate
 from spectraformer_jax.train.loop import train_and_evaluate
 from tests.data import made_up
-from tests.train.conftest import TINY
+from tests.train.helpers import TINY
 
 # Steps, batch, learning rate, warm-up, evaluation: as the release has them; it
 # has none for pathx.

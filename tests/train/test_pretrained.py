@@ -22,8 +22,7 @@ from spectraformer_jax.train.loop import load_data, train_and_evaluate
 from spectraformer_jax.train.run.checkpoints import Checkpointer
 from spectraformer_jax.train.step import state
 from tests.train import workers
-from tests.train.conftest import run_python
-from tests.train.test_loop import same_arrays
+from tests.train.helpers import run_python, same_arrays
 
 
 @pytest.fixture(scope="module")

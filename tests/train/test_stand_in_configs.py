@@ -12,7 +12,7 @@ from spectraformer_jax.data.commands import fetch
 from spectraformer_jax.train.config import flatten, validate
 from spectraformer_jax.train.loop import train_and_evaluate
 from tests.data import made_up_packages
-from tests.train.conftest import TINY
+from tests.train.helpers import TINY
 
 LIKE = {
   "fashion": image,

@@ -9,8 +9,16 @@ import pytest
 from configs import digits, listops
 from spectraformer_jax.train.config import OPEN_SECTIONS, flatten
 from spectraformer_jax.train.run.writers import read_rows
-from tests.train.conftest import ROOT, TINY, as_flags, run_python, start_python
-from tests.train.test_loop import same_arrays, saved_arrays, without_times
+from tests.train.helpers import (
+  ROOT,
+  TINY,
+  as_flags,
+  run_python,
+  same_arrays,
+  saved_arrays,
+  start_python,
+  without_times,
+)
 
 TRAIN = str(ROOT / "train.py")
 

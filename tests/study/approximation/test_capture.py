@@ -14,7 +14,7 @@ from spectraformer_jax.study.approximation.capture import (
 from spectraformer_jax.train.config import default_config
 from spectraformer_jax.train.loop import load_data, train_and_evaluate
 from spectraformer_jax.typing import FeatureVariables
-from tests.train.conftest import TINY
+from tests.train.helpers import TINY
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])

@@ -8,7 +8,7 @@ from spectraformer_jax.study import __main__ as study
 from spectraformer_jax.study.sweep import cells as spec
 from spectraformer_jax.study.sweep import command as sweep
 from spectraformer_jax.study.sweep.cells import Sweep, expand
-from tests.train.conftest import ROOT
+from tests.train.helpers import ROOT
 
 DIGITS = {"digits": "configs/digits.py"}
 

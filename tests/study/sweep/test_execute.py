@@ -23,7 +23,7 @@ from spectraformer_jax.study.sweep.execute import (
 )
 from spectraformer_jax.train.run.lock import workdir_lock
 from spectraformer_jax.train.run.writers import read_rows, result_row
-from tests.train.conftest import ROOT, TINY, run_python, start_python
+from tests.train.helpers import ROOT, TINY, run_python, start_python
 
 DIGITS = {"digits": "configs/digits.py"}
 

@@ -18,8 +18,15 @@ import pytest
 
 from spectraformer_jax.train.devices import hosts
 from spectraformer_jax.train.run.writers import read_rows
-from tests.train.conftest import ROOT, TINY, as_flags, run_python, start_python
-from tests.train.test_loop import same_arrays, saved_arrays
+from tests.train.helpers import (
+  ROOT,
+  TINY,
+  as_flags,
+  run_python,
+  same_arrays,
+  saved_arrays,
+  start_python,
+)
 
 TRAIN = str(ROOT / "train.py")
 # The first two are not those of train.py's default config.

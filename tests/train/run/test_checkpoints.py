@@ -10,20 +10,7 @@ from absl import logging
 
 from spectraformer_jax.nn import pretrained
 from spectraformer_jax.train.run.checkpoints import Checkpointer, SaveError
-from spectraformer_jax.train.step.state import TrainState
-
-
-def make_state(step, value=0.0):
-  return TrainState(
-    np.asarray(step, np.int32),
-    {"w": np.full((2, 3), value, np.float32)},
-    {"random_features": {"bits": np.arange(4, dtype=np.uint8)}},
-    ({"count": np.asarray(step, np.int32)}, ()),
-  )
-
-
-def save(checkpointer, step, best_step=None):
-  checkpointer.save(make_state(step, step), {"note": step}, best_step=best_step)
+from tests.train.helpers import broken_reads, make_state, save
 
 
 def test_round_trip(tmp_path):
@@ -94,12 +81,6 @@ def test_other_shapes_are_refused(tmp_path):
     like = make_state(0)._replace(params={"w": np.zeros((5, 3), np.float32)})
     with pytest.raises(ValueError, match=r"'w'.*float32\(2, 3\).*\(5, 3\)"):
       checkpointer.restore(1, like)
-
-
-# Orbax's other reads are still under way when one of them fails.
-broken_reads = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 
 
 @pytest.fixture

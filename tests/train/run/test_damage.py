@@ -25,8 +25,7 @@ from spectraformer_jax.train.run.checkpoints import Checkpointer
 from spectraformer_jax.train.run.lock import LOCK, in_use, workdir_lock
 from spectraformer_jax.train.run.writers import MetricWriter, read_rows
 from spectraformer_jax.train.step import objectives
-from tests.train.conftest import start_python
-from tests.train.run.test_checkpoints import broken_reads, make_state, save
+from tests.train.helpers import broken_reads, make_state, save, start_python
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from spectraformer_jax.train.loop import train_and_evaluate
 from spectraformer_jax.train.run.writers import read_rows
 from spectraformer_jax.train.step import optim, state, steps
 from tests.train import workers
-from tests.train.test_loop import same_arrays, saved_arrays, without_times
+from tests.train.helpers import same_arrays, saved_arrays, without_times
 
 
 def test_label_smoothing_is_that_of_smoothed_labels(rng):

@@ -18,7 +18,7 @@ from spectraformer_jax.train.run.writers import read_rows
 from spectraformer_jax.train.step import objectives
 from spectraformer_jax.train.step.state import create, run_keys
 from tests.train import workers
-from tests.train.test_loop import same_arrays, saved_arrays, without_times
+from tests.train.helpers import same_arrays, saved_arrays, without_times
 
 SHORT = {"train.num_steps": 32, "eval.every": 16, "checkpoint.every": 12}
 MASKED = SHORT | {"train.objective": "masked"}

@@ -10,7 +10,7 @@ import pytest
 from spectraformer_jax.nn.sequence_encoder import BatchNorm
 from spectraformer_jax.train.step import state, steps
 from tests.train import workers
-from tests.train.conftest import run_python
+from tests.train.helpers import run_python
 
 # Devices and engine; the first is what the others are compared with.
 RUNS = ((1, "pmap"), (8, "pmap"), (8, "jit"))
