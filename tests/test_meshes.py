@@ -3,6 +3,7 @@
 Eight virtual devices are those of a process of its own, which runs this file.
 """
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import spectraformer_jax as sf
+from spectraformer_jax.baselines import BASELINES
 
 BATCH, LENGTH, HEADS, HEAD_DIM = 4, 70, 4, 8
 CASES = {
@@ -28,26 +30,40 @@ CASES = {
     "is_causal": True,
   },
   "oprf masked": {"key_mask": np.arange(LENGTH)[None] < 50},
+  "local masked": {"key_mask": np.arange(LENGTH)[None] < 50},
+  "nystromformer masked": {
+    "key_mask": np.arange(LENGTH)[None] < 50,
+    "num_landmarks": 4,
+  },
+  "skyformer masked": {
+    "key_mask": np.arange(LENGTH)[None] < 50,
+    "num_landmarks": 4,
+  },
+  "linformer": {
+    "key_projection": np.random.default_rng(0).normal(size=(HEADS, 5, LENGTH))
+  },
 }
+MASKS = {"key_mask", "segment_ids"}
 
 
 def attention_of(name):
-  """Attention of x, and of x and a learnable leaf."""
-  component, kwargs = name.split()[0], dict(CASES[name])
-  for mask in {"key_mask", "segment_ids"} & kwargs.keys():
-    kwargs[mask] = jnp.asarray(kwargs[mask])
-  fm = sf.feature_map(component, "orf", num_features=16)
-  variables = fm.init(jax.random.key(1), head_dim=HEAD_DIM, num_heads=HEADS)
+  """A function of x: attention of the case."""
+  operation, kwargs = name.split()[0], dict(CASES[name])
+  if operation in BASELINES:
+    attend = BASELINES[operation].attend
+  else:
+    fm = sf.feature_map(operation, "orf", num_features=16)
+    variables = fm.init(jax.random.key(1), head_dim=HEAD_DIM, num_heads=HEADS)
+    attend = functools.partial(
+      sf.spectral_attention, feature_map=fm, variables=variables
+    )
 
   def attention(x):
     masks = {
-      name: jnp.broadcast_to(value, x.shape[:2])
-      for name, value in kwargs.items()
-      if name != "is_causal"
+      name: jnp.broadcast_to(jnp.asarray(kwargs[name]), x.shape[:2])
+      for name in MASKS & kwargs.keys()
     }
-    return sf.spectral_attention(
-      *(x, x, x), feature_map=fm, variables=variables, **{**kwargs, **masks}
-    )
+    return attend(x, x, x, **{**kwargs, **masks})
 
   return attention
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
-from spectraformer_jax.baselines.masked import masked_inputs
+from spectraformer_jax.baselines.masked import masked_inputs, on_shards
 from spectraformer_jax.kernels import masked_softmax
 from spectraformer_jax.typing import Array
 
@@ -71,9 +71,22 @@ def linformer_attention(
         f"the sequence has {length} positions, {name}_projection.shape="
         f"{array.shape} is for {array.shape[2]} at most."
       )
+  projections = key_projection, value_projection
+  return on_shards(_attend, x, y, v, mask, *projections).astype(value.dtype)
+
+
+def _attend(
+  x: Array,
+  y: Array,
+  v: Array,
+  mask: Array,
+  key_projection: Array,
+  value_projection: Array,
+) -> Array:
+  """The same, of scaled inputs that hold zeros where padding was."""
   mix = lambda projection, array: jnp.einsum(
     "nps,bsnh->bpnh",
-    projection[:, :, :length].astype(array.dtype),
+    projection[:, :, : array.shape[1]].astype(array.dtype),
     array,
     precision="highest",
   )
@@ -81,8 +94,7 @@ def linformer_attention(
   scores = jnp.einsum("btnh,bpnh->bntp", x, y, precision="highest")
   seen = jnp.any(mask, axis=1)[:, None, None, None]
   weights = masked_softmax(scores, seen)
-  out = jnp.einsum("bntp,bpnv->btnv", weights, v, precision="highest")
-  return out.astype(value.dtype)
+  return jnp.einsum("bntp,bpnv->btnv", weights, v, precision="highest")
 
 
 def linformer_projections(

@@ -4,10 +4,12 @@ Everything is per row of the batch: no quantity is taken over several rows, or
 over padding.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax import checks
+from spectraformer_jax import checks, meshes
 from spectraformer_jax.typing import Array
 
 
@@ -63,6 +65,34 @@ def masked_inputs(
   y, v = jnp.where(keep, y * root, 0.0), jnp.where(keep, v, 0.0)
   x = jnp.where(keep, x * root, 0.0) if self_attention else x * root
   return x, y, v, key_mask
+
+
+def on_shards(
+  attend: Callable[..., Array],
+  x: Array,
+  y: Array,
+  v: Array,
+  mask: Array,
+  *by_head: Array,
+) -> Array:
+  """Calls ``attend(x, y, v, mask, *by_head)`` on the examples of each device.
+
+  Args:
+    attend: returns ``[B, T, N, V]``.
+    x: as `masked_inputs` returns it, like y, v and mask.
+    y: keys.
+    v: values.
+    mask: ``[B, S]``.
+    *by_head: arrays that lead with ``[N]``.
+  """
+  out, _ = meshes.on_shards(
+    lambda x, y, v, by_head, _, mask: (attend(x, y, v, mask, *by_head), ()),
+    *(x, y, v),
+    by_head=by_head,
+    by_row=(),
+    by_example=mask,
+  )
+  return out
 
 
 def ranks(mask: Array) -> tuple[Array, Array]:

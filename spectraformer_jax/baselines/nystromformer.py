@@ -1,5 +1,7 @@
 """Nystromformer: the softmax matrix through landmarks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,7 @@ from spectraformer_jax import checks
 from spectraformer_jax.baselines.masked import (
   iterative_inverse,
   masked_inputs,
+  on_shards,
   ranks,
 )
 from spectraformer_jax.kernels import masked_softmax
@@ -64,6 +67,22 @@ def nystromformer_attention(
   x, y, v, mask = masked_inputs(
     query, key, value, scale=scale, key_mask=key_mask
   )
+  attend = functools.partial(
+    _attend, num_landmarks=num_landmarks, iterations=iterations
+  )
+  return on_shards(attend, x, y, v, mask).astype(value.dtype)
+
+
+def _attend(
+  x: Array,
+  y: Array,
+  v: Array,
+  mask: Array,
+  *,
+  num_landmarks: int,
+  iterations: int,
+) -> Array:
+  """The same, of scaled inputs that hold zeros where padding was."""
   rank, count = ranks(mask)
   segment = jnp.where(mask, rank * num_landmarks // count, -1)
   member = jax.nn.one_hot(segment, num_landmarks, axis=1, dtype=x.dtype)
@@ -87,5 +106,4 @@ def nystromformer_attention(
   inverse = iterative_inverse(core, iterations)
   seen = jnp.einsum("bnlm,bnmv->bnlv", inverse, seen, precision="highest")
   left = attend(x, y_mean, landmark)
-  out = jnp.einsum("bntl,bnlv->btnv", left, seen, precision="highest")
-  return out.astype(value.dtype)
+  return jnp.einsum("bntl,bnlv->btnv", left, seen, precision="highest")

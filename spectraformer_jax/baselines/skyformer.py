@@ -1,11 +1,14 @@
 """Skyformer: the Gaussian kernel matrix through landmarks."""
 
+import functools
+
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.baselines.masked import (
   iterative_inverse,
   masked_inputs,
+  on_shards,
   ranks,
 )
 from spectraformer_jax.typing import Array
@@ -76,6 +79,26 @@ def skyformer_attention(
   x, y, v, mask = masked_inputs(
     query, key, value, scale=scale, key_mask=key_mask
   )
+  attend = functools.partial(
+    _attend,
+    num_landmarks=num_landmarks,
+    iterations=iterations,
+    regularisation=regularisation,
+  )
+  return on_shards(attend, x, y, v, mask).astype(value.dtype)
+
+
+def _attend(
+  x: Array,
+  y: Array,
+  v: Array,
+  mask: Array,
+  *,
+  num_landmarks: int,
+  iterations: int,
+  regularisation: float,
+) -> Array:
+  """The same, of scaled inputs that hold zeros where padding was."""
   half = num_landmarks // 2
   _, count = ranks(mask)
   slot = jnp.arange(half)[None]
@@ -113,5 +136,4 @@ def skyformer_attention(
     "bnlm,bnmv->bnlv", inverse, root[..., None] * seen, precision="highest"
   )
   left = kernel(x, landmarks, mask, used)
-  out = jnp.einsum("bntl,bnlv->btnv", left, seen, precision="highest")
-  return out.astype(value.dtype)
+  return jnp.einsum("bntl,bnlv->btnv", left, seen, precision="highest")
