@@ -16,8 +16,8 @@ import tarfile
 from collections.abc import Iterator
 
 from spectraformer_jax.data.find import checksum, innermost, open_plain
-from spectraformer_jax.data.formats import idx
 from spectraformer_jax.data.packages import FASHION_MNIST, locate
+from spectraformer_jax.data.readers import idx
 from spectraformer_jax.data.readers.reader import (
   Found,
   Row,
