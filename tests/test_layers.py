@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A room is a folder, or a module that lies beside folders. It may import the
 # rooms that follow its name; `base` stands for those of the first line.
 BASE = "checks commands meshes registry seeds typing"
+SHARED = {*BASE.split(), "_version", "attention_checks"}  # small helpers
 LAYERS = {
   # Shared by all.
   "typing": "",
@@ -141,3 +142,10 @@ def test_every_room_has_a_line_in_the_table():
 )
 def test_a_wrong_import_is_seen(room, line, refused):
   assert refused_rooms(room, line) == {refused}
+
+
+def test_the_map_in_the_readme_shows_every_room():
+  text = (ROOT / "README.md").read_text()
+  for room in LAYERS:
+    *_, name = room.split(".")
+    assert f"{name}/" in text or f"{name}.py" in text or room in SHARED
