@@ -1,4 +1,8 @@
-"""Argument checks of the data package, which must not import jax."""
+"""Argument checks without jax.
+
+`spectraformer_jax.checks` imports jax, which `spectraformer_jax.data` does not
+need.
+"""
 
 import operator
 from collections.abc import Iterable
