@@ -178,6 +178,21 @@ def on_rows(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
   return on_devices
 
 
+def look_up(table: Array, index: Array, **kwargs) -> Array:
+  """Rows ``[..., D]`` of a table ``[K, D]``, divided over devices like `index`.
+
+  Args:
+    table: numbers, the same on every device.
+    index: ints of any shape.
+    **kwargs: of `jax.numpy.ndarray.at.get`.
+  """
+  mesh = _explicit_mesh((table, index))
+  if mesh is not None:
+    spec = P(*_spec(index), None)
+    kwargs["out_sharding"] = NamedSharding(mesh, spec)
+  return table.at[index].get(**kwargs)
+
+
 def _explicit_axes(mesh) -> frozenset[str]:
   """The names of a mesh's Explicit axes."""
   types = zip(mesh.axis_names, mesh.axis_types, strict=True)

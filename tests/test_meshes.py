@@ -192,6 +192,41 @@ def sequence_parallel():
   return found
 
 
+def models_on_mesh():
+  """Differences of models, and of gradients of their parameters."""
+  mesh = jax.make_mesh((4, 2), ("b", "h"), axis_types=2 * (AxisType.Explicit,))
+  fm = sf.feature_map("posrf", "orf", num_features=16)
+  sizes = {"vocab_size": 16, "max_len": 24, "num_layers": 1, "head_dim": 8}
+  tokens = jax.random.randint(jax.random.key(0), (4, 12), 0, 16)
+  length = jnp.array([12, 3, 8, 5])
+  models = {
+    "classifier": (sf.nn.Classifier(num_classes=3, feature_map=fm, **sizes), 2),
+    "language model": (sf.nn.LanguageModel(feature_map=fm, **sizes), 2),
+    "pairs": (sf.nn.DualClassifier(num_classes=3, feature_map=fm, **sizes), 4),
+    "seq2seq": (sf.nn.Seq2Seq(feature_map=fm, **sizes), 3),
+  }
+  found = {}
+  for name, (model, count) in models.items():
+    args = (tokens, length, tokens, length)[:count]
+    variables = model.init(jax.random.key(1), *args)
+
+    def loss(params, *args, model=model, variables=variables):
+      return jnp.sum(model.apply({**variables, "params": params}, *args) ** 2)
+
+    for function, first in (
+      (model.apply, variables),
+      (jax.grad(loss), variables["params"]),
+    ):
+      got = jax.jit(function)(
+        jax.device_put(first, NamedSharding(mesh, P())),
+        *jax.device_put(args, NamedSharding(mesh, P("b"))),
+      )
+      expected = jax.jit(function)(first, *args)
+      worst = max(jax.tree.leaves(jax.tree.map(relative, got, expected)))
+      found.setdefault(name, []).append(worst)
+  return found
+
+
 def refusal():
   mesh = jax.make_mesh((8,), ("s",), axis_types=(AxisType.Explicit,))
   x = jnp.ones((1, 16, 2, HEAD_DIM))
@@ -251,6 +286,12 @@ def test_sequence_parallel_on_explicit_axes(found):
 
 
 @pytest.mark.slow
+def test_models_on_explicit_axes(found):
+  for name, differences in found["models_on_mesh"].items():
+    assert max(differences) < 1e-4, name
+
+
+@pytest.mark.slow
 def test_a_divided_length_is_refused(found):
   assert "sequence_parallel_attention" in found["refusal"]
 
@@ -272,6 +313,7 @@ if __name__ == "__main__":
       {
         "shard_map": {name: in_shard_map(name) for name in CASES},
         "models": models_in_shard_map(),
+        "models_on_mesh": models_on_mesh(),
         **{
           kind: {name: on_mesh(name, kind) for name in CASES}
           for kind in ("Explicit", "Auto")

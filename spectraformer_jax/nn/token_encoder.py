@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.meshes import is_on_explicit_axes, look_up
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
 from spectraformer_jax.nn.inputs import (
@@ -22,6 +23,19 @@ from spectraformer_jax.typing import Array
 
 _DEVIATION = 0.02
 _EMBED_INIT = nn.initializers.normal(_DEVIATION)
+
+
+class Embed(nn.Embed):
+  """Flax's, also of tokens that lie on a mesh with Explicit axes."""
+
+  def __call__(self, inputs: Array) -> Array:
+    """Rows of the table, ``[B, T] -> [B, T, D]``."""
+    if not is_on_explicit_axes(inputs):
+      return super().__call__(inputs)
+    (table,) = self.promote_dtype(
+      self.embedding, dtype=self.dtype, inexact=False
+    )
+    return look_up(table, inputs)
 
 
 class TokenEncoder(nn.Module):
@@ -111,7 +125,7 @@ class TokenEncoder(nn.Module):
         "segment_ids with prepend_cls: one token in front of a row cannot be "
         "of all its segments."
       )
-    x = nn.Embed(
+    x = Embed(
       self.vocab_size,
       self.embed_dim,
       embedding_init=_EMBED_INIT,
@@ -166,4 +180,4 @@ class TokenEncoder(nn.Module):
     if segment_ids is None and not decode:
       return table[None, : x.shape[1]]
     index = next_positions(self, x, mask, segment_ids, decode)
-    return table.at[index].get(mode="fill", fill_value=jnp.nan)
+    return look_up(table, index, mode="fill", fill_value=jnp.nan)
