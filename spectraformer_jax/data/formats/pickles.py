@@ -1,433 +1,329 @@
-"""Pickle files of other programs, read without running any of them.
+"""Pickle files of other programs, read without running anything in them.
 
-The standard unpickler imports and calls what the file names. Here the opcodes
-are followed one by one, and a file gets plain values (None, numbers, strings,
-bytes, tuples, lists, dicts) and numpy arrays and scalars of numbers. Whatever
-else it asks for is refused. The few names that stand for numpy's own functions
-only select code of this module; nothing is imported, called or built by name.
+`pickle.Unpickler` builds the values: None, numbers, strings, bytes, tuples,
+lists, dicts, and numpy arrays and scalars of numbers. The functions that a file
+may name are those that numpy writes for arrays, and each is replaced by one of
+this module, so a file can neither import nor call anything.
+
+The opcodes are scanned first, since they could also exhaust the memory or the
+time of the unpickler: a dict key that is a tuple of references to tuples takes
+time exponential in the size of the file to hash, and an object numbered 2**31
+takes a memo of 2**32 entries. After the scan, time and memory are proportional
+to the size of the file. A file is held as a whole.
 
 Covers what pickle protocols 0 to 5 of Python 2 and 3, and numpy 1 and 2, write
-for such values. Strings of Python 2 come out as bytes.
-
-Time and memory are in proportion to the file, whatever it holds: a value may
-refer to another a billion times over, so none is walked through, copied, hashed
-or printed that may be nested or long, and what is held at once is limited. The
-standard unpickler with a list of allowed names would hold a whole file, of up
-to 5 GB here, at once.
+for such values. Strings of Python 2 are read as bytes.
 """
 
-import enum
 import math
+import mmap
 import pathlib
+import pickle
 import pickletools
 import re
-import sys
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from spectraformer_jax.data.find import first_line, open_plain
 
-ERRORS = (ArithmeticError, LookupError, MemoryError, TypeError, ValueError)
+_MAX_INT_BITS = 2**15
+_MAX_NAME = 100  # bytes of the name of a type or a byte order
+# A value takes at most 64 bytes besides its content, so those of a small file
+# take 64 MiB, and those of a large file twice its size. Arrays of 1,000 numbers
+# need an opcode per 40 bytes.
+_MIN_STEPS = 2**20
+_BYTES_PER_STEP = 32
 
-_SHARED_TEXT = 64
-_MAX_NAME = 100  # bytes of a name of a function, a type or a byte order
-_MAX_PIECE = 2**26  # bytes of one string: a batch of CIFAR-10 has 30 MB
-_MAX_BITS = 2**15  # of an integer
-# What may be held at once; an iterator lets go of what it has handed on.
-_MAX_HELD = 2**28  # bytes of strings and arrays
-_MAX_STEPS = 2**20  # opcodes
-_MAX_SHARED = 2**20  # short strings that may come again
+_OPCODES = frozenset(
+  """
+  PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+  NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
+  BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8
+  BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_LIST LIST
+  APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM
+  SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD
+  """.split()
+)
+
+_ENCODE = "_codecs encode"
 
 
-class _Name(enum.Enum):
-  """What a file may refer to."""
+def load(path: pathlib.Path, max_bytes: int) -> Any:
+  """Returns the value in a pickle file.
 
-  RECONSTRUCT = enum.auto()
-  FROMBUFFER = enum.auto()
-  SCALAR = enum.auto()
-  NDARRAY = enum.auto()
-  DTYPE = enum.auto()
-  ENCODE = enum.auto()
+  Args:
+    path: of the file.
+    max_bytes: largest size of the file. Arrays take as much memory as they
+      take in the file, or twice that with protocols below 3.
+
+  Raises:
+    ValueError: if the file is too large, incomplete or damaged, or holds
+      anything but plain values and arrays of numbers.
+
+  Example:
+    >>> import tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "x.pickle"
+    >>> _ = path.write_bytes(pickle.dumps({"label": np.int32(3)}))
+    >>> load(path, max_bytes=1000)
+    {'label': 3}
+  """
+  with open_plain(path) as file:
+    size = path.stat().st_size
+    if size > max_bytes:
+      raise ValueError(
+        f"{path} must have at most {max_bytes} bytes, got {size}."
+      )
+    scan, position = _Scan(size), 0
+    try:
+      content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+      for opcode, argument, opcode_position in pickletools.genops(content):
+        position = opcode_position or 0
+        scan.step(opcode, argument)
+    except _RefusedError as error:
+      raise ValueError(
+        f"{path} is refused at byte {position}: {error}"
+      ) from None
+    except Exception as error:  # a damaged file raises nearly anything
+      raise ValueError(
+        f"{path} is no complete pickle file ({first_line(error)}, after byte "
+        f"{position}); it is cut off, damaged or another kind of file."
+      ) from None
+    content.seek(0)
+    try:
+      return _Unpickler(content, size).load()
+    except Exception as error:
+      raise ValueError(
+        f"{path} is refused at byte {content.tell()}: {first_line(error)}"
+      ) from None
 
 
-_NAMES = {
-  "numpy.core.multiarray _reconstruct": _Name.RECONSTRUCT,
-  "numpy._core.multiarray _reconstruct": _Name.RECONSTRUCT,
-  "numpy.core.multiarray scalar": _Name.SCALAR,
-  "numpy._core.multiarray scalar": _Name.SCALAR,
-  "numpy.core.numeric _frombuffer": _Name.FROMBUFFER,
-  "numpy._core.numeric _frombuffer": _Name.FROMBUFFER,
-  "numpy ndarray": _Name.NDARRAY,
-  "numpy dtype": _Name.DTYPE,
-  "_codecs encode": _Name.ENCODE,
+class _RefusedError(ValueError):
+  """A file has opcodes that plain values and arrays do not need."""
+
+
+class _Scan:
+  """Follows which kind of value each opcode takes and leaves on the stack.
+
+  A kind is what pickletools declares for the opcode, or the name of the
+  function for `_codecs.encode`.
+  """
+
+  def __init__(self, size: int):
+    self.max_steps = _MIN_STEPS + size // _BYTES_PER_STEP
+    self.steps = 0
+    self.stack: list[Any] = []
+    self.marks: list[int] = []  # sizes of the stack where it was marked
+    self.memo: dict[int, Any] = {}
+
+  def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+    """Takes one opcode; _RefusedError unless the unpickler may run it."""
+    name = opcode.name
+    self.steps += 1
+    if self.steps > self.max_steps:
+      raise _RefusedError(f"it has more than {self.max_steps} opcodes.")
+    if name not in _OPCODES:
+      raise _RefusedError(f"it uses {name}, which plain values do not need.")
+    if name.endswith("PUT") or name == "MEMOIZE":
+      self._remember(len(self.memo) if name == "MEMOIZE" else argument)
+    elif name.endswith("GET"):
+      if argument not in self.memo:
+        raise _RefusedError(
+          f"it refers to object {argument}, which is missing."
+        )
+      self.stack.append(self.memo[argument])
+    elif name == "MARK":
+      self.marks.append(len(self.stack))
+    else:
+      self._replace(opcode, argument)
+
+  def _remember(self, key: int) -> None:
+    # Picklers number objects in order.
+    if not 0 <= key <= self.steps or not self.stack:
+      raise _RefusedError(f"it gives number {key} to object {len(self.memo)}.")
+    self.memo[key] = self.stack[-1]
+
+  def _replace(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+    """Takes what the opcode takes from the stack, and puts what it makes."""
+    members = []
+    if pickletools.stackslice in opcode.stack_before:
+      if not self.marks:
+        raise _RefusedError(f"it uses {opcode.name} without a mark.")
+      start = self.marks.pop()
+      members = self.stack[start:]
+      del self.stack[start:]
+    wanted = [kind for kind in opcode.stack_before if kind not in _MARKED]
+    start = len(self.stack) - len(wanted)
+    if start < (self.marks[-1] if self.marks else 0):
+      raise _RefusedError(f"it uses {opcode.name} with too few values.")
+    taken = self.stack[start:]
+    del self.stack[start:]
+    for kind, found in zip(wanted, taken, strict=True):
+      if kind in _CONTAINERS and found is not kind:
+        raise _RefusedError(f"it uses {opcode.name} on something else.")
+    if opcode.name in ("DICT", "SETITEM", "SETITEMS"):
+      keys = taken[1:2] or members[::2]
+      if not _KEYS.issuperset(keys):
+        raise _RefusedError(
+          "a key of a dict is neither text nor a short integer."
+        )
+    if opcode.name == "STOP" and self.stack:
+      raise _RefusedError("values are left over at its end.")
+    if opcode.name == "GLOBAL" and argument == _ENCODE:
+      self.stack.append(_ENCODE)
+    elif opcode.name == "REDUCE" and taken[0] == _ENCODE:
+      self.stack.append(pickletools.pybytes)
+    elif type(argument) is int and argument.bit_length() > 32:
+      if argument.bit_length() > _MAX_INT_BITS:
+        raise _RefusedError(
+          f"it holds a number of {argument.bit_length()} bits."
+        )
+      self.stack.append(pickletools.anyobject)
+    else:
+      self.stack.extend(opcode.stack_after)
+
+
+_MARKED = (pickletools.markobject, pickletools.stackslice)
+_CONTAINERS = (pickletools.pylist, pickletools.pydict)
+# Tuples may take for ever to hash, and long integers may share one hash.
+_KEYS = {
+  pickletools.pybytes,
+  pickletools.pybytes_or_str,
+  pickletools.pyint,
+  pickletools.pyinteger_or_bool,
+  pickletools.pyunicode,
 }
 
 
-def load(path: pathlib.Path) -> Any:
-  """The value in a pickle file.
+class _Function:
+  """A function that a file may call, and not change."""
 
-  Raises:
-    ValueError: if the file is incomplete or damaged, or asks for anything but
-      plain values and arrays of numbers.
+  def __init__(self, call: Callable[..., Any]):
+    self._call = call
 
-  Example:
-    >>> import pickle, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "x.pickle"
-    >>> _ = path.write_bytes(pickle.dumps({"label": np.int32(3)}))
-    >>> load(path)
-    {'label': 3}
-  """
-  machine = _Machine(streaming=False)
-  for _ in _run(path, machine):
-    pass
-  return machine.result
+  def __call__(self, *arguments: Any) -> Any:
+    return self._call(*arguments)
 
-
-def iterate(path: pathlib.Path) -> Iterator[Any]:
-  """The items of the list in a pickle file, without holding all of them.
-
-  Raises:
-    ValueError: as :func:`load`, or if the value is no list, or if an item
-      shares an array with one that came long before it.
-  """
-  machine = _Machine(streaming=True)
-  yield from _run(path, machine)
-  if not isinstance(machine.result, list):
-    raise ValueError(
-      f"{path} must hold a list, got {type(machine.result).__name__}."
-    )
-
-
-def _run(path: pathlib.Path, machine: "_Machine") -> Iterator[Any]:
-  """Feeds a file to a machine; yields what it lets go."""
-  position = 0
-  with open_plain(path) as file:
-    opcodes = pickletools.genops(_Bounded(file))
-    while True:
-      try:
-        opcode, argument, position = next(opcodes)
-      except StopIteration:
-        return
-      except ERRORS as error:
-        raise ValueError(
-          f"{path} is no complete pickle file ({first_line(error)}, after byte "
-          f"{position}); it is cut off, damaged or another kind of file."
-        ) from None
-      try:
-        machine.step(opcode.name, argument)
-      except ERRORS as error:
-        raise ValueError(
-          f"{path} is refused at byte {position}: {first_line(error)}"
-        ) from None
-      if machine.items:
-        yield from machine.items
-        machine.forget()
-
-
-class _Bounded:
-  """A file that never reads a long string into memory."""
-
-  def __init__(self, file: BinaryIO):
-    self.file = file
-    self.tell = file.tell
-
-  def read(self, size: int) -> bytes:
-    if size > _MAX_PIECE:
-      raise ValueError(f"it announces {size} bytes, more than {_MAX_PIECE}")
-    return self.file.read(size)
-
-  def readline(self) -> bytes:
-    line = self.file.readline(_MAX_PIECE)
-    if len(line) == _MAX_PIECE:
-      raise ValueError(f"it has a line of more than {_MAX_PIECE} bytes")
-    return line
+  def __setstate__(self, state: Any) -> None:
+    raise ValueError("it changes an object that is no array.")
 
 
 class _Dtype:
-  """A number type while it is being read."""
+  """A type of numbers, made by ``numpy.dtype(code, align, copy)``."""
 
-  def __init__(self, code: str):
-    self.code = code
-    self.order = "="
+  def __init__(self, code: Any, align: Any, copy: Any):
+    self.code, self.order = _text(code), "="
+    if not re.fullmatch("[iu][1248]|f[248]|b1", self.code):
+      raise ValueError(f"it holds numbers of type {self.code[:20]!r}.")
 
-  def numpy(self) -> np.dtype:
-    return np.dtype(self.code).newbyteorder(self.order)
+  def __setstate__(self, state: Any) -> None:
+    _check_tuple(state, 9)
+    _, order, *parts = state
+    self.order = _text(order)
+    if parts[:3] != [None] * 3 or self.order not in ("<", ">", "|", "="):
+      raise ValueError("its arrays are not of plain numbers.")
 
 
-class _Box:
-  """An array that has been announced and not filled yet."""
+class _Array(np.ndarray):
+  """An array that is made empty and then filled, by its state."""
 
-  memo_key: int | None = None
+  count: Callable[[int], None]
+
+  def __setstate__(self, state: Any) -> None:
+    _check_tuple(state, 5)
+    _, shape, dtype, fortran, raw = state
+    filled = _array(raw, dtype, shape, "F" if fortran else "C")
+    self.count(len(raw))  # numpy copies numbers in another byte order
+    super().__setstate__((1, filled.shape, filled.dtype, bool(fortran), raw))
+    del self.count  # each array is filled once
 
 
-class _Machine:
-  """The stack machine that a pickle file programs."""
+class _Unpickler(pickle.Unpickler):
+  """Unpickles with the functions of this module in place of numpy's."""
 
-  def __init__(self, streaming: bool):
-    self.streaming = streaming
-    self.result: Any = None
-    self.items: list[Any] = []  # of the outermost list, when streaming
-    self.stack: list[Any] = []
-    self.outer: list[list[Any]] = []  # the stacks below open marks
-    self.memo: dict[int, Any] = {}
-    self.memoized = 0
-    self.passing: set[int] = set()  # memo entries that die with their item
-    self.held = 0
-    self.steps = 0
+  def __init__(self, content: mmap.mmap, size: int):
+    super().__init__(content, encoding="bytes")
+    self._free = 2 * size  # each byte may be encoded, and copied into an array
 
-  def hold(self, value: Any) -> None:
-    """Counts a value in; ValueError if there are too many or too large ones."""
-    self.held += sys.getsizeof(value)
-    self.steps += 1
-    if self.held > _MAX_HELD or self.steps > _MAX_STEPS:
+  @override
+  def find_class(self, module: str, name: str) -> _Function:
+    full_name = f"{module} {name}".replace("numpy._core.", "numpy.core.")
+    if full_name == "numpy.core.multiarray _reconstruct":
+      return _Function(self._reconstruct)
+    if full_name == _ENCODE:
+      return _Function(self._encode)
+    if full_name not in _FUNCTIONS:
       raise ValueError(
-        f"it holds more than {_MAX_HELD} bytes or {_MAX_STEPS} values at once."
+        f"it asks for {f'{module}.{name}'[:60]!r}, and only numpy arrays and "
+        "plain values are read."
       )
+    return _FUNCTIONS[full_name]
 
-  def step(self, name: str, argument: Any) -> None:
-    """One opcode."""
-    self.hold(argument)
-    if type(argument) is int and argument.bit_length() > _MAX_BITS:
-      raise ValueError(f"it holds a number of {argument.bit_length()} bits.")
-    if name in _CONSTANTS:
-      self.stack.append(argument)
-    elif name in _TEXTS:
-      self.stack.append(argument.encode("latin-1"))
-    elif name in _VALUES:
-      self.stack.append(_VALUES[name]())
-    elif name in _TUPLES:
-      size = _TUPLES[name]
-      members = [self.stack.pop() for _ in range(size)]
-      self.stack.append(tuple(reversed(members)))
-    elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-      self.remember(argument)
-    elif name in ("GET", "BINGET", "LONG_BINGET"):
-      self.stack.append(self.recall(argument))
-    elif name in _METHODS:
-      getattr(self, _METHODS[name])()
-    elif name == "GLOBAL":
-      self.stack.append(_lookup(argument))
-    elif name not in ("PROTO", "FRAME"):
-      raise ValueError(f"it uses {name}, which plain values do not need.")
+  def _count(self, size: int) -> None:
+    self._free -= size
+    if self._free < 0:
+      raise ValueError("it copies its strings again and again.")
 
-  def mark(self) -> None:
-    self.outer.append(self.stack)
-    self.stack = []
-
-  def since_mark(self) -> list[Any]:
-    members, self.stack = self.stack, self.outer.pop()
-    return members
-
-  def tuple_(self) -> None:
-    members = self.since_mark()
-    self.stack.append(tuple(members))
-
-  def list_(self) -> None:
-    members = self.since_mark()
-    self.stack.append(members)
-
-  def dict_(self) -> None:
-    members = self.since_mark()
-    self.stack.append(_pairs(members))
-
-  def append(self) -> None:
-    self.extend([self.stack.pop()])
-
-  def appends(self) -> None:
-    self.extend(self.since_mark())
-
-  def extend(self, members: list[Any]) -> None:
-    target = self.stack[-1]
-    if not isinstance(target, list):
-      raise ValueError("it appends to something that is no list.")
-    outermost = not self.outer and len(self.stack) == 1
-    (self.items if self.streaming and outermost else target).extend(members)
-
-  def setitem(self) -> None:
-    value, key = self.stack.pop(), self.stack.pop()
-    self.update([key, value])
-
-  def setitems(self) -> None:
-    self.update(self.since_mark())
-
-  def update(self, members: list[Any]) -> None:
-    target = self.stack[-1]
-    if not isinstance(target, dict):
-      raise ValueError("it sets an item of something that is no dict.")
-    target.update(_pairs(members))
-
-  def memoize(self) -> None:
-    self.remember(self.memoized)
-
-  def remember(self, key: int) -> None:
-    if not 0 <= key < 2**32:
-      raise ValueError("it gives an object a number beyond 32 bits.")
-    value = self.stack[-1]
-    self.memo[key] = value
-    self.memoized += 1
-    if isinstance(value, _Box):
-      value.memo_key = key
-    # Field names, types and the like are shared by all items of a list.
-    small = isinstance(value, (bytes, str)) and len(value) <= _SHARED_TEXT
-    if not small and not isinstance(value, (_Name, _Dtype)):
-      self.passing.add(key)
-    elif len(self.memo) - len(self.passing) > _MAX_SHARED:
-      raise ValueError(f"it shares more than {_MAX_SHARED} strings.")
-
-  def recall(self, key: int) -> Any:
-    if key not in self.memo:
-      raise ValueError(f"object {key} is not there, or no longer.")
-    return self.memo[key]
-
-  def forget(self) -> None:
-    """Lets go of items handed on, and of what only they refer to."""
-    self.items = []
-    for key in self.passing:
-      if self.memo[key] is not self.stack[0]:  # the outermost list
-        del self.memo[key]
-    self.passing = set()
-    self.held = self.steps = 0
-
-  def global_(self) -> None:
-    name, module = self.stack.pop(), self.stack.pop()
-    self.stack.append(_lookup(f"{_text(module)} {_text(name)}"))
-
-  def reduce(self) -> None:
-    arguments, name = self.stack.pop(), self.stack.pop()
-    if not isinstance(name, _Name) or not isinstance(arguments, tuple):
-      raise ValueError("it calls something that is no function.")
-    if len(arguments) > 5:
-      raise ValueError(f"it calls a function with {len(arguments)} arguments.")
-    made = _call(name, *arguments)
-    if isinstance(made, bytes):
-      self.hold(made)
-    self.stack.append(made)
-
-  def build(self) -> None:
-    state, target = self.stack.pop(), self.stack[-1]
-    if not isinstance(state, tuple) or len(state) > 9:
-      raise ValueError("it changes an object by something that is no state.")
-    if isinstance(target, _Dtype):
-      _, target.order, *rest = state
-      target.order = _text(target.order)
-      if rest[:3] != [None] * 3 or target.order not in ("<", ">", "|", "="):
-        raise ValueError("its arrays are not of plain numbers.")
-    elif isinstance(target, _Box):
-      _, shape, dtype, fortran, raw = state
-      array = _array(raw, dtype, shape, "F" if fortran else "C")
-      self.stack[-1] = array
-      if target.memo_key is not None:
-        self.memo[target.memo_key] = array
-    else:
-      raise ValueError("it changes an object that is no array.")
-
-  def stop(self) -> None:
-    self.result = self.stack.pop()
-    if self.stack or self.outer:
-      raise ValueError("values are left over at its end.")
-
-
-_CONSTANTS = {
-  *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
-  *("FLOAT", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-  *("BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-}
-_TEXTS = {"STRING", "BINSTRING", "SHORT_BINSTRING"}  # byte strings of Python 2
-_VALUES = {
-  "NONE": lambda: None,
-  "NEWTRUE": lambda: True,
-  "NEWFALSE": lambda: False,
-  "EMPTY_LIST": list,
-  "EMPTY_TUPLE": tuple,
-  "EMPTY_DICT": dict,
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_METHODS = {
-  "MARK": "mark",
-  "TUPLE": "tuple_",
-  "LIST": "list_",
-  "DICT": "dict_",
-  "APPEND": "append",
-  "APPENDS": "appends",
-  "SETITEM": "setitem",
-  "SETITEMS": "setitems",
-  "MEMOIZE": "memoize",
-  "STACK_GLOBAL": "global_",
-  "REDUCE": "reduce",
-  "BUILD": "build",
-  "STOP": "stop",
-}
-
-
-def _lookup(name: str) -> _Name:
-  """The one thing that a name may mean; ValueError for any other name."""
-  if name not in _NAMES:
-    shown = name.replace(" ", ".", 1)[:60]
-    raise ValueError(
-      f"it asks for {shown!r}, and only numpy arrays and plain values are read."
-    )
-  return _NAMES[name]
-
-
-def _call(name: _Name, *arguments: Any) -> Any:
-  """What numpy's function of that name would have given."""
-  if name is _Name.ENCODE:
-    text, encoding = arguments
+  def _encode(self, text: Any, encoding: Any) -> bytes:
+    """Protocols 0 to 2 of Python 3 write bytes as text."""
     if encoding != "latin1" or not isinstance(text, str):
       raise ValueError("it encodes text other than as 'latin1'.")
+    self._count(len(text))
     return text.encode("latin-1")
-  if name is _Name.DTYPE:
-    code = _text(arguments[0])
-    if not re.fullmatch("[iu][1248]|f[248]|b1", code):
-      raise ValueError(f"it holds numbers of type {code[:20]!r}.")
-    return _Dtype(code)
-  if name is _Name.RECONSTRUCT:
-    if arguments[0] is not _Name.NDARRAY:
+
+  def _reconstruct(self, kind: Any, shape: Any, code: Any) -> _Array:
+    if kind is not _NDARRAY:
       raise ValueError("it asks for a kind of array that is not numpy's own.")
-    return _Box()
-  if name is _Name.FROMBUFFER:
-    raw, dtype, shape, order = arguments[:4]
-    if type(order) is not str or order not in ("C", "F") or len(arguments) > 4:
-      raise ValueError("it holds an array of unknown layout.")
-    return _array(raw, dtype, shape, order)
-  if name is _Name.SCALAR:
-    dtype, raw = arguments
-    return _array(raw, dtype, (), "C").item()
-  raise ValueError("it calls a type.")
+    array = np.ndarray.__new__(_Array, 0, np.int8)
+    array.count = self._count
+    return array
+
+
+def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+  if order not in ("C", "F"):
+    raise ValueError("it holds an array of unknown layout.")
+  return _array(raw, dtype, shape, order)
+
+
+def _scalar(dtype: Any, raw: Any) -> Any:
+  return _array(raw, dtype, (), "C").item()
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-  """An array of numbers, whose size must be that of its bytes."""
-  if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
+  """Returns an array of numbers, whose size must be that of its bytes."""
+  if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes | bytearray):
     raise ValueError("its arrays are not of plain numbers.")
-  if not isinstance(shape, tuple) or len(shape) > 8:
-    raise ValueError("the shape of an array is no short tuple.")
+  _check_tuple(shape, 8)
   if not all(type(n) is int and 0 <= n < 2**40 for n in shape):
     raise ValueError("the shape of an array is no tuple of sizes.")
-  numbers = np.frombuffer(raw, dtype.numpy())
+  numbers = np.frombuffer(raw, np.dtype(dtype.code).newbyteorder(dtype.order))
   if math.prod(shape) != len(numbers):
     raise ValueError(f"{len(numbers)} numbers are no array of its shape.")
-  return numbers.reshape(shape, order=order)
+  return numbers.reshape(shape, order="F" if order == "F" else "C")
 
 
-def _pairs(members: list[Any]) -> dict[Any, Any]:
-  """Keys and values in turn as a dict."""
-  if len(members) % 2:
-    raise ValueError("a dict lacks its last value.")
-  # Hashing nested tuples may take for ever, and long integers may be made to
-  # have one hash.
-  for key in members[::2]:
-    if type(key) not in (str, bytes, int):
-      raise ValueError("a key of a dict is neither text nor integer.")
-    if type(key) is int and key.bit_length() > 32:
-      raise ValueError(f"a key of a dict has {key.bit_length()} bits.")
-  return dict(zip(members[::2], members[1::2], strict=True))
+def _check_tuple(value: Any, max_length: int) -> None:
+  if not isinstance(value, tuple) or len(value) > max_length:
+    raise ValueError(f"it needs a tuple of at most {max_length} values.")
 
 
 def _text(text: Any) -> str:
-  """A short text that may have come as bytes."""
-  if not isinstance(text, (bytes, str)) or len(text) > _MAX_NAME:
+  """Returns a short text that may have been pickled as bytes."""
+  if not isinstance(text, bytes | str) or len(text) > _MAX_NAME:
     raise ValueError("it has something else where a name belongs.")
   return text.decode("ascii") if isinstance(text, bytes) else text
+
+
+def _not_callable(*arguments: Any) -> None:
+  raise ValueError("it calls a type.")
+
+
+_NDARRAY = _Function(_not_callable)
+_FUNCTIONS = {
+  "numpy ndarray": _NDARRAY,
+  "numpy dtype": _Function(_Dtype),
+  "numpy.core.multiarray scalar": _Function(_scalar),
+  "numpy.core.numeric _frombuffer": _Function(_frombuffer),
+}

@@ -28,6 +28,8 @@ ROWS = {"train": 50_000, "test": 10_000}
 PLANE = 32 * 32
 RECORD = 1 + 3 * PLANE
 
+MAX_BYTES = 2**26  # a pickled batch takes 31 MB
+
 _READ_AT_ONCE = 1000
 
 
@@ -85,7 +87,7 @@ def _binary_rows(path: pathlib.Path) -> Iterator[Row]:
 
 def _python_rows(path: pathlib.Path) -> Iterator[Row]:
   """The images of a batch that Python pickled."""
-  batch = pickles.load(path)
+  batch = pickles.load(path, MAX_BYTES)
   columns = {}
   if isinstance(batch, dict):
     for key, value in batch.items():

@@ -2,7 +2,8 @@
 
 ``lra-<task>.{train,dev,test}.pickle``, without ``lra-`` in Nystromformer: a
 list of dicts of ``input_ids_0``, perhaps ``input_ids_1``, and ``label``, whose
-ids are padded with 0. They are read without unpickling, see :mod:`pickles`.
+ids are padded with 0. Nothing in them is run, see :mod:`pickles`; a
+file is held in memory as a whole.
 
 Ids of bytes and pixels mean what they do here. Those of ListOps come from the
 order of a Python set, so they differ from file to file and cannot be decoded,
@@ -24,6 +25,7 @@ from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
 
 SPLITS = ("train", "dev", "test")
 MAX_IDS = 2**20
+MAX_BYTES = 2**34  # the training pairs of retrieval take 4.7 GB
 CONTOUR = "curv_contour_length_14"
 
 
@@ -100,7 +102,10 @@ def rows(path: pathlib.Path, task: str) -> Iterator[Row]:
       holds an example that is not as it should be.
   """
   form = _FORMS[task]
-  for number, example in enumerate(pickles.iterate(path)):
+  examples = pickles.load(path, MAX_BYTES)
+  if not isinstance(examples, list):
+    raise ValueError(f"{path} must hold a list, got {type(examples).__name__}.")
+  for number, example in enumerate(examples):
     where = f"{path} example {number}"
     if not isinstance(example, dict) or "label" not in example:
       raise ValueError(

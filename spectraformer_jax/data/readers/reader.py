@@ -225,6 +225,8 @@ def _shown(label: Any) -> str:
     return f"an integer of {label.bit_length()} bits"
   if isinstance(label, (int, float, np.number, np.bool_)):
     return repr(str(label))
+  if isinstance(label, np.ndarray):
+    return "an array"
   return f"a {type(label).__name__}"
 
 

@@ -12,9 +12,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
+import spectraformer_jax
 from spectraformer_jax.data.formats import pickles
 
 PROTOCOLS = range(6)
+
+
+def load(path):
+  """The value in a small file."""
+  return pickles.load(path, max_bytes=2**30)
 
 
 @pytest.fixture
@@ -30,7 +36,8 @@ def write(tmp_path):
 def same(one, two):
   """Equality of values with arrays in them."""
   if isinstance(one, np.ndarray):
-    assert one.dtype == two.dtype
+    # As in numpy, numbers are read in the byte order of the machine.
+    assert one.dtype.newbyteorder("=") == two.dtype.newbyteorder("=")
     np.testing.assert_array_equal(one, two)
   elif isinstance(one, dict):
     assert one.keys() == two.keys()
@@ -59,13 +66,13 @@ def test_reads_plain_values_and_arrays(write, protocol):
     "again": grid,
     7: [grid[0], {"label": 3}],
   }
-  same(value, pickles.load(write(pickle.dumps(value, protocol=protocol))))
+  same(value, load(write(pickle.dumps(value, protocol=protocol))))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_numpy_scalars_become_numbers(write, protocol):
   value = [np.int32(-3), np.int64(4), np.float32(0.5), np.uint8(200)]
-  read = pickles.load(write(pickle.dumps(value, protocol=protocol)))
+  read = load(write(pickle.dumps(value, protocol=protocol)))
   assert read == [-3, 4, 0.5, 200]
 
 
@@ -84,7 +91,7 @@ def test_module_names_of_numpy_1(write, protocol):
     size = struct.pack("<Q", len(old) - start - 8)
     old = old[:start] + size + old[start + 8 :]
   assert old != content
-  same(np.arange(3), pickles.load(write(old)))
+  same(np.arange(3), load(write(old)))
 
 
 def test_reads_what_python_2_writes(write):
@@ -96,7 +103,7 @@ def test_reads_what_python_2_writes(write):
     b"\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x02\x01\x02tb"
     b"U\x06labelsq\x08]q\x09K\x06au."
   )
-  read = pickles.load(write(content))
+  read = load(write(content))
   same(read, {b"data": np.array([[1, 2]], np.uint8), b"labels": [6]})
 
 
@@ -150,10 +157,9 @@ def test_hostile_files_are_refused(
   if nested:
     value = [{"input_ids_0": np.arange(3), "label": [(value,)]}]
   path = write(pickle.dumps(value, protocol=protocol))
-  for read in (pickles.load, lambda path: list(pickles.iterate(path))):
-    with pytest.raises(ValueError, match="x.pickle is refused at") as caught:
-      read(path)
-    assert "\n" not in str(caught.value)
+  with pytest.raises(ValueError, match="x.pickle is refused at") as caught:
+    load(path)
+  assert "\n" not in str(caught.value)
   assert not mark.exists()
 
 
@@ -210,7 +216,7 @@ def test_hand_made_files_are_refused(write, tmp_path, name):
   content = HAND_MADE[name].replace(b"MARK", str(mark).encode())
   modules = set(sys.modules)
   with pytest.raises(ValueError, match="x.pickle is refused at") as caught:
-    pickles.load(write(content))
+    load(write(content))
   assert "\n" not in str(caught.value)
   assert not mark.exists()
   assert set(sys.modules) == modules
@@ -239,17 +245,17 @@ def array_pickle(shape, raw):
 def test_size_of_an_array_must_be_that_of_its_bytes(write, shape, raw):
   same(
     np.zeros(2, np.int32),
-    pickles.load(write(array_pickle(b"K\x02\x85", raw=bytes(8)))),
+    load(write(array_pickle(b"K\x02\x85", raw=bytes(8)))),
   )
   with pytest.raises(ValueError, match="is refused"):
-    pickles.load(write(array_pickle(shape, raw)))
+    load(write(array_pickle(shape, raw)))
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 50, -3, -1])
 def test_incomplete_files_are_refused(write, keep):
   content = pickle.dumps([np.arange(100)], protocol=4)
   with pytest.raises(ValueError, match="is no complete pickle file") as caught:
-    pickles.load(write(content[:keep]))
+    load(write(content[:keep]))
   assert "\n" not in str(caught.value)
 
 
@@ -259,7 +265,7 @@ def test_incomplete_files_are_refused(write, keep):
 )
 def test_files_of_another_kind_are_refused(write, content):
   with pytest.raises(ValueError, match="is no complete pickle file|is refused"):
-    pickles.load(write(content))
+    load(write(content))
 
 
 def test_nested_references_take_no_time(write):
@@ -269,30 +275,28 @@ def test_nested_references_take_no_time(write):
     for i in range(1, 60)
   )
   with pytest.raises(ValueError, match="is refused"):
-    pickles.load(write(content + b"."))
+    load(write(content + b"."))
   for use in (b"\x86\x93.", b"c_codecs\nencode\nh\x3bU\x06latin1\x86R."):
     with pytest.raises(ValueError, match="is refused"):
-      pickles.load(write(content + use))
+      load(write(content + use))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_iterate_gives_the_items(write, protocol):
+def test_items_of_a_long_list(write, protocol):
   # More than the thousand that a pickler writes at once.
   items = [
     {"input_ids_0": np.full(5, i, np.int32), "label": np.int64(i)}
     for i in range(2500)
   ]
-  path = write(pickle.dumps(items, protocol=protocol))
-  count = 0
-  for i, item in enumerate(pickles.iterate(path)):
+  read = load(write(pickle.dumps(items, protocol=protocol)))
+  for i, item in enumerate(read):
     assert item["label"] == i and item["input_ids_0"].tolist() == [i] * 5
-    count += 1
-  assert count == 2500
+  assert len(read) == 2500
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.quick_every(2)
-def test_iterate_holds_a_part_of_a_large_file(write, protocol):
+def test_memory_of_a_large_file(write, protocol):
   items = [
     {"input_ids_0": np.full(4000, i, np.int32), "label": np.int32(i % 2)}
     for i in range(3500)
@@ -300,38 +304,34 @@ def test_iterate_holds_a_part_of_a_large_file(write, protocol):
   path = write(pickle.dumps(items, protocol=protocol))
   del items
   tracemalloc.start()
-  count = sum(1 for _ in pickles.iterate(path))
+  count = len(load(path))
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  # The file has 56 MB; a thousand items 16 MB, or twice that in protocol 2.
-  assert count == 3500 and path.stat().st_size > 55e6 and peak < 36e6
+  # The file has 56 MB; protocol 2 holds the bytes of arrays as text as well.
+  limit = 130e6 if protocol == 2 else 70e6
+  assert count == 3500 and path.stat().st_size > 55e6 and peak < limit
 
 
-def test_iterate_needs_a_list(write):
-  for value in ({"a": 1}, ([1, 2],), 3):
-    with pytest.raises(ValueError, match="must hold a list, got"):
-      list(pickles.iterate(write(pickle.dumps(value))))
+def test_a_file_that_is_too_large_is_refused(write):
+  path = write(pickle.dumps([1, 2]))
+  with pytest.raises(ValueError, match="must have at most 10 bytes, got 20."):
+    pickles.load(path, max_bytes=10)
 
 
-def test_iterate_refuses_an_array_shared_with_an_earlier_item(write):
+def test_an_array_may_be_shared_by_distant_items(write):
   shared = np.arange(10)
   items = [{"a": shared}, *({"b": i} for i in range(2000)), {"a": shared}]
-  path = write(pickle.dumps(items))
-  assert len(pickles.load(path)) == 2002
-  with pytest.raises(ValueError, match="is not there, or no longer"):
-    list(pickles.iterate(path))
+  read = load(write(pickle.dumps(items)))
+  assert len(read) == 2002 and read[-1]["a"] is read[0]["a"]
 
 
-def test_standard_unpickler_is_used_nowhere():
-  package = pathlib.Path(pickles.__file__).parent
-  for path in package.glob("*.py"):
+def test_pickles_are_read_here_alone():
+  for path in pathlib.Path(spectraformer_jax.data.__file__).parent.rglob(
+    "*.py"
+  ):
     text = path.read_text()
-    for word in (
-      "pickle.load",
-      "Unpickler",
-      "allow_pickle=True",
-      "import pickle\n",
-    ):
-      assert word not in text, (path.name, word)
+    assert ("Unpickler" in text) == (path.name == "pickles.py"), path
+    for word in ("pickle.load", "allow_pickle=True"):
+      assert word not in text, (path, word)
     for call in text.split("np.load(")[1:]:
       assert "allow_pickle=False" in call.split(")\n")[0], path.name
