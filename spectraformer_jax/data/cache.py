@@ -29,7 +29,7 @@ from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import as_path, first_line, read_plain
 from spectraformer_jax.data.formats.npy import open_array
 from spectraformer_jax.data.label_rules import counts
-from spectraformer_jax.data.source import Progress, Source
+from spectraformer_jax.data.source import ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
 
 FORMAT = 1
@@ -66,7 +66,7 @@ def load_split(
   source: Source,
   split: str,
   cache_dir: str | os.PathLike | None = None,
-  progress: Progress | None = None,
+  progress: ReportProgress | None = None,
 ) -> Dataset:
   """Opens a split, after building it if the cache lacks it.
 
@@ -115,7 +115,7 @@ def _build(
   source: Source,
   group: tuple[str, ...],
   root: pathlib.Path,
-  progress: Progress,
+  progress: ReportProgress,
 ) -> None:
   """Builds the splits of one pass beside their place, then moves them."""
   unique = f"{os.getpid()}-{secrets.token_hex(4)}"

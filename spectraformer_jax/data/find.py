@@ -114,6 +114,13 @@ def innermost(
   return hits[0] if hits else None
 
 
+def check_present(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> None:
+  """Raises ValueError unless all `paths`, below `folder`, are files."""
+  for path in paths:
+    if not path.is_file():
+      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
+
+
 def describe(root: pathlib.Path) -> str:
   """What lies in `root`, for a message; names an archive still packed."""
   entries = sorted(root.iterdir())

@@ -6,7 +6,7 @@ from typing import Any
 
 from spectraformer_jax.data.cache import load_split
 from spectraformer_jax.data.dataset import Dataset
-from spectraformer_jax.data.source import Progress, Source
+from spectraformer_jax.data.source import ReportProgress, Source
 from spectraformer_jax.registry import Registry
 from spectraformer_jax.seeds import check_seed
 
@@ -31,7 +31,7 @@ def load(
   cache_dir: str | os.PathLike | None = None,
   seed: int = 0,
   tokenizer: str | None = None,
-  progress: Progress | None = None,
+  progress: ReportProgress | None = None,
   **task_kwargs: Any,
 ) -> Dataset:
   """One split of a task, from the cache or built into it.

@@ -1,4 +1,4 @@
-"""What a task hands over: its facts, and how to write its splits."""
+"""Describes a task that can be built: its facts and how to write its splits."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,27 +10,46 @@ from spectraformer_jax.data.writer import Writer
 
 SPLITS = ("train", "dev", "test")
 
-Progress = Callable[[int, int], None]
-"""Called as ``progress(done, total)``, in examples, while a split is built."""
+ReportProgress = Callable[[int, int], None]
+"""Called as ``progress(done, total)``, in examples, while splits are built."""
+
+TWO_CLASS_BYTES = {
+  "tokenizer": "bytes",
+  "vocab_size": 257,
+  "num_classes": 2,
+  "id_shift": 1,
+}
+"""Facts of texts of two classes: an id is a byte plus one, 0 is padding."""
 
 Rule = Callable[[Dataset], np.ndarray]
 """Sorts the examples of a dataset into groups: ``[num_examples]`` ints >= 0."""
 
 
+def with_max_len(name: str, max_len: int, default: int) -> str:
+  """Returns the name of a task, with `max_len` unless it is the default.
+
+  Example:
+    >>> with_max_len("text", 4000, 4000), with_max_len("text", 500, 4000)
+    ('text', 'text-max_len500')
+  """
+  return name if max_len == default else f"{name}-max_len{max_len}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Source(Facts):
-  """A task that can be built: :class:`Facts` and these.
+  """Describes a task that can be built.
 
   Attributes:
-    write: called as ``write(writers, progress)``, appends every example of the
-      splits that `writers` names. Must depend on the facts alone: two runs
-      write the same examples in the same order.
-    passes: which splits are written by one call; splits that share a pass come
-      from one reading (a content-hash split) or must avoid each other.
-    rules: baseline name to rule. The baseline guesses the commonest training
-      label of the example's group. "majority label" is always added.
+    write: called as ``write(writers, progress)``; appends every example of the
+      splits in `writers`. The examples and their order must depend on the
+      facts alone.
+    passes: groups of splits; one call of `write` writes one group. Splits
+      belong to one group if they come from one reading (a split by content) or
+      must not share examples.
+    rules: baseline name to rule. The baseline guesses the most frequent
+      training label of the example's group. "majority label" is always added.
   """
 
-  write: Callable[[Mapping[str, Writer], Progress], None]
+  write: Callable[[Mapping[str, Writer], ReportProgress], None]
   passes: tuple[tuple[str, ...], ...] = (SPLITS,)
   rules: Mapping[str, Rule] = dataclasses.field(default_factory=dict)

@@ -1,14 +1,14 @@
-"""``check``: what is in a task, and whether it is as in Long Range Arena."""
+"""``check``: reports what a task holds, beside figures of Long Range Arena."""
 
-import argparse
 import contextlib
 import hashlib
+import itertools
 import logging
+import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import LOGGER
 from spectraformer_jax.data.label_rules import linear
 from spectraformer_jax.data.registry import TASKS, build_source
-from spectraformer_jax.data.source import SPLITS
+from spectraformer_jax.data.source import SPLITS, Source
 from spectraformer_jax.seeds import check_seed
 
 DIFFERS = 1
@@ -36,34 +36,53 @@ def main(args: Sequence[str]) -> int:
     0, or 1 if a figure of Long Range Arena is not met.
 
   Raises:
-    ValueError: if a task, an option or a file is not as it should be.
+    ValueError: if a task or an option is unknown, or a file is damaged.
   """
-  known, options = _parse(args)
+  parser = make_parser(
+    "check", "Builds a task into the cache and reports what it holds."
+  )
+  parser.add_argument("task", help=f"one of {', '.join(TASKS.names())}")
+  parser.add_argument(
+    "--examples", type=int, default=3, help="number of texts to print"
+  )
+  parser.add_argument(
+    "--linear",
+    action="store_true",
+    help="also fit the simplest model of words or pixels (takes a minute)",
+  )
+  parser.add_argument(
+    "--pictures", type=pathlib.Path, help="PNG file to draw images into"
+  )
+  known, rest = parser.parse_known_args(args)
+  options = parse_options(rest)
   shown = check_int("examples", known.examples, 0)
   options["seed"] = check_seed("seed", known.seed)
   with _messages_shown():
     source = build_source(known.task, options, known.cache_dir)
-    show_progress = Progress()
-    splits = {
-      split: load_split(source, split, known.cache_dir, show_progress)
-      for split in SPLITS
-    }
-  for line in report(splits):
-    print(line)
-  pictures = known.pictures or pathlib.Path(f"{source.name}.png")
-  for line in examples.show(splits["train"], shown, pictures):
-    print(line)
-  if known.linear:
-    for line in linear.describe(splits):
-      print(line)
+    splits = load_splits(source, known.cache_dir)
   figures = lra_figures.compare(known.task, splits)
-  for line in lra_figures.describe(figures):
+  for line in itertools.chain(
+    report(splits),
+    examples.show(splits["train"], shown, known.pictures),
+    linear.describe(splits) if known.linear else (),
+    lra_figures.describe(figures),
+  ):
     print(line)
   return 0 if all(figure.agrees for figure in figures) else DIFFERS
 
 
+def load_splits(
+  source: Source, cache_dir: str | os.PathLike | None
+) -> dict[str, Dataset]:
+  """Returns all splits of a task; prints the progress of building them."""
+  progress = ProgressPrinter()
+  return {
+    split: load_split(source, split, cache_dir, progress) for split in SPLITS
+  }
+
+
 def report(splits: Mapping[str, Dataset]) -> Iterator[str]:
-  """Lines about counts, lengths, labels, checksums and duplicates."""
+  """Yields lines about counts, lengths, labels, repeats and checksums."""
   first = splits["train"]
   yield (
     f"{first.name}: {first.provenance}, tokenizer {first.tokenizer}, "
@@ -92,7 +111,7 @@ def report(splits: Mapping[str, Dataset]) -> Iterator[str]:
 
 
 def count_duplicates(splits: Mapping[str, Dataset]) -> Iterator[str]:
-  """Lines about examples that occur more than once, whatever their label."""
+  """Yields lines about equal examples; labels are not compared."""
   contents = {split: _contents(dataset) for split, dataset in splits.items()}
   repeats = (f"{split} {len(c) - len(set(c))}" for split, c in contents.items())
   yield f"repeated within {', '.join(repeats)}"
@@ -104,7 +123,7 @@ def count_duplicates(splits: Mapping[str, Dataset]) -> Iterator[str]:
 
 
 def _contents(dataset: Dataset) -> list[bytes]:
-  """A digest of the tokens of each example."""
+  """Returns a hash of the tokens of each example."""
   columns = [(dataset.tokens, dataset.offsets.tolist())]
   if dataset.pair:
     columns.append((dataset.tokens_2, dataset.offsets_2.tolist()))
@@ -120,7 +139,7 @@ def _contents(dataset: Dataset) -> list[bytes]:
 
 @contextlib.contextmanager
 def _messages_shown() -> Iterator[None]:
-  """Prints what readers say about the files that they find."""
+  """Prints the log messages of the readers: which files were chosen."""
   handler = logging.StreamHandler(sys.stdout)
   level = LOGGER.level
   LOGGER.addHandler(handler)
@@ -132,37 +151,14 @@ def _messages_shown() -> Iterator[None]:
     LOGGER.setLevel(level)
 
 
-class Progress:
-  """Says every few seconds how far the building of a split is."""
+class ProgressPrinter:
+  """Prints at most every 5 seconds how many examples are built."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._last = time.monotonic()
 
   def __call__(self, done: int, total: int) -> None:
-    """Takes how many examples are done."""
+    """Receives the progress, in examples; see `source.ReportProgress`."""
     if time.monotonic() - self._last > 5:
       self._last = time.monotonic()
       print(f"building: {done:,} of {total:,} examples", file=sys.stderr)
-
-
-def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-  """Options of the command, and those of the task."""
-  parser = make_parser(
-    "check", "Builds a task into the cache and says what is in it."
-  )
-  parser.add_argument("task", help=f"one of {', '.join(TASKS.names())}")
-  parser.add_argument(
-    "--examples", type=int, default=3, help="how many texts to show"
-  )
-  parser.add_argument(
-    "--linear",
-    action="store_true",
-    help="also fit the simplest model of words or pixels (needs a minute)",
-  )
-  parser.add_argument(
-    "--pictures",
-    type=pathlib.Path,
-    help="where to draw images; default NAME.png in the current folder",
-  )
-  known, rest = parser.parse_known_args(args)
-  return known, parse_options(rest)

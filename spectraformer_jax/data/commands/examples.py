@@ -1,4 +1,4 @@
-"""Examples of a dataset made visible: texts as text, images as one picture."""
+"""Prints texts and draws images of a dataset."""
 
 import math
 import pathlib
@@ -16,18 +16,23 @@ _SMALLEST = 64  # side of an image in a picture, in pixels
 _GAP = 4
 
 
-def show(dataset: Dataset, count: int, pictures: pathlib.Path) -> Iterator[str]:
-  """Lines that show examples, spread evenly over a dataset.
+def show(
+  dataset: Dataset, count: int, pictures: pathlib.Path | None
+) -> Iterator[str]:
+  """Yields lines that show examples, spread evenly over a dataset.
 
   Args:
-    dataset: any; square images are drawn instead.
-    count: how many to write out.
-    pictures: the PNG file to draw images into.
+    dataset: of texts; of square images, none is printed.
+    count: number of examples to print.
+    pictures: PNG file to draw square images into; None draws none.
   """
   side = math.isqrt(dataset.length)
   if dataset.tokenizer == "pixels" and side * side == dataset.length:
-    labels = draw(dataset, pictures)
-    yield f"images in {pictures}, rows with labels {labels}"
+    if pictures is None:
+      yield "images are drawn with --pictures=PATH"
+    else:
+      labels = draw(dataset, pictures)
+      yield f"images in {pictures}, rows with labels {labels}"
     return
   count = min(count, len(dataset))
   for index in np.linspace(0, len(dataset) - 1, count, dtype=int).tolist():
@@ -38,7 +43,7 @@ def show(dataset: Dataset, count: int, pictures: pathlib.Path) -> Iterator[str]:
 
 
 def to_text(dataset: Dataset, ids: np.ndarray) -> str:
-  """The start of a sequence of ids, without padding, as text."""
+  """Returns the start of a sequence of ids as text."""
   ids = ids[:SHOWN]
   if dataset.tokenizer == "bytes":
     raw = (ids - dataset.id_shift).astype(np.uint8).tobytes()
@@ -50,8 +55,8 @@ def to_text(dataset: Dataset, ids: np.ndarray) -> str:
 
 
 def draw(dataset: Dataset, path: pathlib.Path) -> list[int]:
-  """Draws a picture with a row of images per label; the labels from the top."""
-  # Imported here: pictures alone need it.
+  """Draws a row of images for each label; returns the labels, from the top."""
+  # Imported here: only pictures need Pillow.
   from PIL import Image
 
   side = math.isqrt(dataset.length)

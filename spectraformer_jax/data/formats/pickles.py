@@ -25,7 +25,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from typing_extensions import override
 
 from spectraformer_jax.data.find import first_line, open_plain
 
@@ -247,7 +246,6 @@ class _Unpickler(pickle.Unpickler):
     super().__init__(content, encoding="bytes")
     self._free = 2 * size  # each byte may be encoded, and copied into an array
 
-  @override
   def find_class(self, module: str, name: str) -> _Function:
     full_name = f"{module} {name}".replace("numpy._core.", "numpy.core.")
     if full_name == "numpy.core.multiarray _reconstruct":

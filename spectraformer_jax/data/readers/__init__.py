@@ -1,16 +1,8 @@
 """Readers of files that users bring; importing this package registers them."""
 
-from spectraformer_jax.data.readers import (
-  aan,
-  aclimdb,
-  cifar,
-  listops_tsv,
-  lra_pickles,
-  pathfinder_files,
-  tfds_folder,
-)
+import importlib
 
-__all__ = [
+for _module in (
   "aan",
   "aclimdb",
   "cifar",
@@ -18,4 +10,5 @@ __all__ = [
   "lra_pickles",
   "pathfinder_files",
   "tfds_folder",
-]
+):
+  importlib.import_module(f"{__name__}.{_module}")

@@ -15,8 +15,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from spectraformer_jax.data.find import checksum, innermost, read_lines
-from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+from spectraformer_jax.data.find import (
+  check_present,
+  checksum,
+  innermost,
+  read_lines,
+)
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  TaskFiles,
+  check_label,
+  reads,
+)
 
 NAMES = {"train": "train", "dev": "eval", "test": "test"}
 ROWS = {"train": 147_086, "dev": 18_090, "test": 17_437}
@@ -33,16 +43,14 @@ _PRINTED = re.compile(
 
 
 @reads("retrieval", files="tsv_data/new_aan_pairs.{train,eval,test}.tsv")
-def find_aan(root: pathlib.Path) -> Found | None:
+def find_aan(root: pathlib.Path) -> TaskFiles | None:
   """The folder that holds the pairs; texts stay as they are written."""
   folder = innermost(root, lambda f: any(p.is_file() for p in _paths(f)))
   if folder is None:
     _explain_only_ids(root)
     return None
-  for path in _paths(folder):
-    if not path.is_file():
-      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
-  return Found(
+  check_present(folder, _paths(folder))
+  return TaskFiles(
     folder=folder,
     what="AAN pairs",
     parts=ROWS,
@@ -53,7 +61,7 @@ def find_aan(root: pathlib.Path) -> Found | None:
 
 def rows(
   folder: pathlib.Path, split: str, literal: str = "keep"
-) -> Iterator[Row]:
+) -> Iterator[Example]:
   r"""The pairs of one split.
 
   Args:
@@ -87,7 +95,7 @@ def rows(
     if not all(texts):
       raise ValueError(f"{where}: expected two texts, got an empty one.")
     first, second = (np.frombuffer(text, np.uint8) for text in texts)
-    yield Row(first, label, second)
+    yield Example(first, label, second)
   if not number:
     raise ValueError(f"{path} must hold pairs, it is empty.")
 

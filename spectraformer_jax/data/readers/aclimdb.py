@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from spectraformer_jax.data.find import checksum, innermost, read_plain
-from spectraformer_jax.data.readers.reader import Found, Row, reads
+from spectraformer_jax.data.readers.reader import Example, TaskFiles, reads
 
 LABELS = ("neg", "pos")
 PARTS = ("train", "test")
@@ -25,7 +25,7 @@ _NAME = re.compile(r"(\d+)_\d+\.txt")
 
 
 @reads("text", files="aclImdb/{train,test}/{neg,pos}/<id>_<stars>.txt")
-def find_aclimdb(root: pathlib.Path) -> Found | None:
+def find_aclimdb(root: pathlib.Path) -> TaskFiles | None:
   """The folder that holds ``train/pos`` and its like, at most 3 levels down."""
   folder = innermost(
     root, lambda f: any((f / "train" / label).is_dir() for label in LABELS)
@@ -33,7 +33,7 @@ def find_aclimdb(root: pathlib.Path) -> Found | None:
   if folder is None:
     return None
   paths = {part: _list(folder, part) for part in PARTS}
-  return Found(
+  return TaskFiles(
     folder=folder,
     what="aclImdb folder",
     parts={part: len(reviews) for part, reviews in paths.items()},
@@ -69,13 +69,13 @@ def _list(folder: pathlib.Path, part: str) -> list[tuple[pathlib.Path, int]]:
   return reviews
 
 
-def _rows(reviews: list[tuple[pathlib.Path, int]]) -> Iterator[Row]:
+def _rows(reviews: list[tuple[pathlib.Path, int]]) -> Iterator[Example]:
   """The bytes and the label of each review."""
   for path, label in reviews:
     text = read_plain(path).strip()
     if not text:
       raise ValueError(f"{path} must hold a review, it is empty.")
-    yield Row(np.frombuffer(text, np.uint8), label)
+    yield Example(np.frombuffer(text, np.uint8), label)
 
 
 def _checksum(folder: pathlib.Path, paths) -> str:

@@ -15,10 +15,20 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from spectraformer_jax.data.find import checksum, innermost, open_plain
+from spectraformer_jax.data.find import (
+  check_present,
+  checksum,
+  innermost,
+  open_plain,
+)
 from spectraformer_jax.data.formats import pickles
 from spectraformer_jax.data.formats.grayscale import rgb_to_gray
-from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  TaskFiles,
+  check_label,
+  reads,
+)
 
 BATCHES = {
   "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
@@ -34,7 +44,7 @@ _READ_AT_ONCE = 1000
 
 
 @reads("image", files="cifar-10-batches-bin/*.bin or cifar-10-batches-py/*")
-def find_cifar(root: pathlib.Path) -> Found | None:
+def find_cifar(root: pathlib.Path) -> TaskFiles | None:
   """The folder of the batches."""
   forms = (
     (".bin", "CIFAR-10 binary batches", _binary_rows),
@@ -47,8 +57,8 @@ def _find(
   root: pathlib.Path,
   suffix: str,
   what: str,
-  read: Callable[[pathlib.Path], Iterator[Row]],
-) -> Found | None:
+  read: Callable[[pathlib.Path], Iterator[Example]],
+) -> TaskFiles | None:
   """The folder of the batches in one of the forms."""
   names = {p: [n + suffix for n in ns] for p, ns in BATCHES.items()}
   folder = innermost(root, lambda f: (f / names["test"][0]).is_file())
@@ -56,10 +66,8 @@ def _find(
     return None
   paths = {p: [folder / name for name in ns] for p, ns in names.items()}
   everything = [path for part in paths.values() for path in part]
-  for path in everything:
-    if not path.is_file():
-      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
-  return Found(
+  check_present(folder, everything)
+  return TaskFiles(
     folder=folder,
     what=what,
     parts=ROWS,
@@ -69,7 +77,7 @@ def _find(
   )
 
 
-def _binary_rows(path: pathlib.Path) -> Iterator[Row]:
+def _binary_rows(path: pathlib.Path) -> Iterator[Example]:
   """The images of a binary batch."""
   size = path.stat().st_size
   if not size or size % RECORD:
@@ -85,7 +93,7 @@ def _binary_rows(path: pathlib.Path) -> Iterator[Row]:
       first += len(records)
 
 
-def _python_rows(path: pathlib.Path) -> Iterator[Row]:
+def _python_rows(path: pathlib.Path) -> Iterator[Example]:
   """The images of a batch that Python pickled."""
   batch = pickles.load(path, MAX_BYTES)
   columns = {}
@@ -113,9 +121,9 @@ def _python_rows(path: pathlib.Path) -> Iterator[Row]:
 
 def _rows(
   images: np.ndarray, labels, path: pathlib.Path, first: int
-) -> Iterator[Row]:
+) -> Iterator[Example]:
   """Gray rows of images ``[count, 3072]``; the first has number `first`."""
   gray = rgb_to_gray(*np.moveaxis(images.reshape(-1, 3, PLANE), 1, 0))
   for i, pixels in enumerate(gray):
     label = check_label(labels[i], 10, f"{path} image {first + i}")
-    yield Row(pixels, label)
+    yield Example(pixels, label)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from spectraformer_jax.data.readers.reader import Row, check_label
+from spectraformer_jax.data.readers.reader import Example, check_label
 
 IMAGES, LABELS = 0x0803, 0x0801
 
@@ -22,7 +22,7 @@ _READ_AT_ONCE = 1000
 
 def read_rows(
   images: BinaryIO, labels: BinaryIO, side: int, where: str
-) -> Iterator[Row]:
+) -> Iterator[Example]:
   """Square images, centred on black of `side` x `side`, and their labels.
 
   Args:
@@ -53,7 +53,7 @@ def read_rows(
       of_chunk = _read(labels, (size,), f"{where} labels").tolist()
       for i, image in enumerate(pixels.reshape(size, -1)):
         name = f"{where} image {start + i}"
-        yield Row(image, check_label(of_chunk[i], 10, name))
+        yield Example(image, check_label(of_chunk[i], 10, name))
     # A gzip file is compared with its checksum at its end.
     for file, name in ((images, "images"), (labels, "labels")):
       if file.read(1):

@@ -12,13 +12,23 @@ import secrets
 from collections.abc import Iterator
 
 from spectraformer_jax.data.dataset import Dataset
-from spectraformer_jax.data.find import checksum, innermost, read_lines
+from spectraformer_jax.data.find import (
+  check_present,
+  checksum,
+  innermost,
+  read_lines,
+)
 from spectraformer_jax.data.formats.listops_text import (
   check_complete,
   decode,
   encode,
 )
-from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  TaskFiles,
+  check_label,
+  reads,
+)
 
 NAMES = {"train": "train", "dev": "val", "test": "test"}
 ROWS = {"train": 96_000, "dev": 2_000, "test": 2_000}
@@ -27,16 +37,14 @@ _HEADER = [b"Source", b"Target"]
 
 
 @reads("listops", files="listops-1000/basic_{train,val,test}.tsv")
-def find_listops(root: pathlib.Path) -> Found | None:
+def find_listops(root: pathlib.Path) -> TaskFiles | None:
   """The folder of the three files."""
   folder = innermost(root, lambda f: (f / "basic_train.tsv").is_file())
   if folder is None:
     return None
   paths = {s: folder / f"basic_{name}.tsv" for s, name in NAMES.items()}
-  for path in paths.values():
-    if not path.is_file():
-      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
-  return Found(
+  check_present(folder, paths.values())
+  return TaskFiles(
     folder=folder,
     what="ListOps TSV",
     parts=ROWS,
@@ -45,7 +53,7 @@ def find_listops(root: pathlib.Path) -> Found | None:
   )
 
 
-def rows(path: pathlib.Path) -> Iterator[Row]:
+def rows(path: pathlib.Path) -> Iterator[Example]:
   """The ids and the value of each expression.
 
   That an expression is complete is checked; its value is taken as it stands,
@@ -76,7 +84,7 @@ def rows(path: pathlib.Path) -> Iterator[Row]:
       check_complete(tokens)
     except ValueError as error:
       raise ValueError(f"{where}: {error}") from None
-    yield Row(tokens, label)
+    yield Example(tokens, label)
   if number < 2:
     raise ValueError(
       f"{path} must hold the header 'Source<TAB>Target' and expressions, it "

@@ -21,7 +21,12 @@ import numpy as np
 
 from spectraformer_jax.data.find import checksum, innermost
 from spectraformer_jax.data.formats import pickles
-from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  TaskFiles,
+  check_label,
+  reads,
+)
 
 SPLITS = ("train", "dev", "test")
 MAX_IDS = 2**20
@@ -55,7 +60,7 @@ _FORMS = {
 }
 
 
-def _find(root: pathlib.Path, task: str) -> Found | None:
+def _find(root: pathlib.Path, task: str) -> TaskFiles | None:
   """The pickles of a task."""
   form = _FORMS[task]
   stems = [prefix + name for name in form.names for prefix in ("lra-", "")]
@@ -77,7 +82,7 @@ def _find(root: pathlib.Path, task: str) -> Found | None:
         else ""
       )
       raise ValueError(f"{folder} must hold {name}, which is missing{hint}.")
-  return Found(
+  return TaskFiles(
     folder=folder,
     what=f"pickles {stem}",
     parts=dict(zip(SPLITS, form.counts, strict=True)),
@@ -94,7 +99,7 @@ for _task, _form in _FORMS.items():
   )
 
 
-def rows(path: pathlib.Path, task: str) -> Iterator[Row]:
+def rows(path: pathlib.Path, task: str) -> Iterator[Example]:
   """The examples in one of the files.
 
   Raises:
@@ -118,7 +123,7 @@ def rows(path: pathlib.Path, task: str) -> Iterator[Row]:
       if name == "input_ids_0" or task == "retrieval"
     ]
     label = check_label(example["label"], form.num_classes, where)
-    yield Row(sequences[0], label, *sequences[1:])
+    yield Example(sequences[0], label, *sequences[1:])
 
 
 def _tokens(ids: Any, where: str, form: _Form) -> np.ndarray:

@@ -12,6 +12,7 @@ horizontal gated recurrent units", 2018; Kim et al., "Disentangling neural
 mechanisms for perceptual grouping", 2020.
 """
 
+import functools
 import io
 import pathlib
 import struct
@@ -31,7 +32,12 @@ from spectraformer_jax.data.find import (
   read_plain,
 )
 from spectraformer_jax.data.formats.npy import open_array
-from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  TaskFiles,
+  check_label,
+  reads,
+)
 
 DIFFICULTY = "curv_contour_length_14"
 ROWS = {"all": 200_000}
@@ -46,19 +52,7 @@ _FILES = f"pathfinder{{}}/{DIFFICULTY}/{{{{imgs,metadata}}}}"
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
-@reads("pathfinder", files=_FILES.format(32))
-def find_pathfinder32(root: pathlib.Path) -> Found | None:
-  """The 32 x 32 images."""
-  return _find(root, 32)
-
-
-@reads("pathx", files=_FILES.format(128))
-def find_pathfinder128(root: pathlib.Path) -> Found | None:
-  """The 128 x 128 images."""
-  return _find(root, 128)
-
-
-def _find(root: pathlib.Path, side: int) -> Found | None:
+def _find(root: pathlib.Path, side: int) -> TaskFiles | None:
   """The innermost ``pathfinder<side>`` with images of LRA's difficulty."""
   name = f"pathfinder{side}"
   resolved = root.resolve()
@@ -76,7 +70,7 @@ def _find(root: pathlib.Path, side: int) -> Found | None:
   lists = _sorted_lists(folder)
   images = [next(_read_list(path))[0] for path in (lists[0], lists[-1])]
   pictures = [folder / image for image in images if (folder / image).is_file()]
-  return Found(
+  return TaskFiles(
     folder=folder,
     what=f"Pathfinder files {side} x {side}",
     parts=ROWS,
@@ -84,6 +78,10 @@ def _find(root: pathlib.Path, side: int) -> Found | None:
     checksum=checksum([*lists, *pictures], folder),
     mark="-hash_split",
   )
+
+
+for _task, _side in (("pathfinder", 32), ("pathx", 128)):
+  reads(_task, files=_FILES.format(_side))(functools.partial(_find, side=_side))
 
 
 def _explain_difficulty(root: pathlib.Path, name: str) -> None:
@@ -182,7 +180,7 @@ def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
 
 def _rows(
   folder: pathlib.Path, lists: list[pathlib.Path], side: int
-) -> Iterator[Row]:
+) -> Iterator[Example]:
   """Pixels and label of each image; empty files are left out and counted."""
   empty = []
   for path in lists:
@@ -195,7 +193,7 @@ def _rows(
         )
       content = read_plain(picture)
       if content:
-        yield Row(_pixels(content, picture, side), label)
+        yield Example(_pixels(content, picture, side), label)
         continue
       empty.append(name)
       if len(empty) > MAX_EMPTY:

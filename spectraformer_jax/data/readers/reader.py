@@ -1,10 +1,10 @@
 """Readers of files that users bring, and how their rows become a task.
 
 A reader is a function that looks for its files under a folder and returns what
-it :class:`Found`, or None. It is registered for the tasks it serves::
+it :class:`TaskFiles`, or None. It is registered for the tasks it serves::
 
     @reads("text", files="aclImdb/{train,test}/{neg,pos}/<id>_<stars>.txt")
-    def find_aclimdb(root: pathlib.Path) -> Found | None: ...
+    def find_aclimdb(root: pathlib.Path) -> TaskFiles | None: ...
 
 Its rows are streamed: no reader holds more than a chunk of them.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from spectraformer_jax.data.find import LOGGER, describe, open_root
 from spectraformer_jax.data.hash_split import split_by_content
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import Progress, Source
+from spectraformer_jax.data.source import ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
 
 ARCHIVE = (
@@ -38,7 +38,7 @@ Plan = Sequence[tuple[str, Mapping[str, float]]]
 """Which part of the files each pass reads, and the split's share in it."""
 
 
-class Row(NamedTuple):
+class Example(NamedTuple):
   """One example: stored tokens, not yet cut to length, and the label."""
 
   tokens: np.ndarray
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class TaskFiles:
   """Files that hold a task.
 
   Attributes:
@@ -66,14 +66,14 @@ class Found:
   folder: pathlib.Path
   what: str
   parts: Mapping[str, int]
-  rows: Callable[[str], Iterator[Row]]
+  rows: Callable[[str], Iterator[Example]]
   checksum: str
   mark: str = ""
   provenance: str = "lra-files"
   tokenizer: str | None = None
 
 
-Reader = Callable[[pathlib.Path], Found | None]
+Reader = Callable[[pathlib.Path], TaskFiles | None]
 
 _READERS: dict[str, list[tuple[str, Reader]]] = {}
 
@@ -95,7 +95,7 @@ def find_data(
   *,
   origin: str = ARCHIVE,
   instead: Sequence[str] = (),
-) -> Found:
+) -> TaskFiles:
   """What a folder holds for a task.
 
   Args:
@@ -134,7 +134,7 @@ def find_data(
 
 
 def make_source(
-  found: Found,
+  found: TaskFiles,
   plan: Plan,
   *,
   name: str,
@@ -155,7 +155,7 @@ def make_source(
   divided = any(len(shares) > 1 for _, shares in plan)
   passes = tuple(tuple(shares) for _, shares in plan)
 
-  def write(writers: Mapping[str, Writer], progress: Progress) -> None:
+  def write(writers: Mapping[str, Writer], progress: ReportProgress) -> None:
     part, shares = plan[passes.index(tuple(writers))]
     done = 0
     for chunk in _chunks(found.rows(part)):
@@ -230,7 +230,7 @@ def _shown(label: Any) -> str:
   return f"a {type(label).__name__}"
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _chunks(rows: Iterator[Example]) -> Iterator[list[Example]]:
   """Rows in lists that are small in number and in tokens."""
   chunk, size = [], 0
   for row in rows:
@@ -245,8 +245,8 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _divide(
-  rows: list[Row], shares: Mapping[str, float], seed: int
-) -> dict[str, list[Row]]:
+  rows: list[Example], shares: Mapping[str, float], seed: int
+) -> dict[str, list[Example]]:
   """The rows of each split: all of one, or by content."""
   if len(shares) == 1:
     return {split: rows for split in shares}
@@ -254,7 +254,7 @@ def _divide(
   return {split: [rows[i] for i in parts[split]] for split in shares}
 
 
-def _content(row: Row) -> bytes:
+def _content(row: Example) -> bytes:
   """What two equal examples have in common."""
   if row.tokens_2 is None:
     return row.tokens.tobytes()
@@ -262,7 +262,7 @@ def _content(row: Row) -> bytes:
   return b"%d:" % len(first) + first + row.tokens_2.tobytes()
 
 
-def _append(writer: Writer, rows: list[Row], length: int) -> None:
+def _append(writer: Writer, rows: list[Example], length: int) -> None:
   """Writes rows, each sequence cut to its first `length` tokens."""
   if not rows:
     return

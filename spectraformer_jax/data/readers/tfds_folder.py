@@ -10,6 +10,7 @@ Arena takes the last tenth for validation: this is the only form of the files
 that gives its split. Of Pathfinder it takes 80, 10 and 10 % of the hard images.
 """
 
+import functools
 import importlib.util
 import io
 import json
@@ -29,7 +30,12 @@ from spectraformer_jax.data.find import (
   read_plain,
 )
 from spectraformer_jax.data.formats.grayscale import rgb_to_gray
-from spectraformer_jax.data.readers.reader import Found, Row, check_label, reads
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  TaskFiles,
+  check_label,
+  reads,
+)
 
 FORMAT = "array_record"
 INFO = "dataset_info.json"
@@ -99,19 +105,7 @@ _FORMS = {
 }
 
 
-def _register(task: str, form: _Form) -> None:
-  """Lets `find_data` find the form of a task."""
-
-  @reads(task, files=f"a TFDS folder {form.name} (array_record)")
-  def find_folder(root: pathlib.Path) -> Found | None:
-    return _find(root, form)
-
-
-for _task, _form in _FORMS.items():
-  _register(_task, _form)
-
-
-def _find(root: pathlib.Path, form: _Form) -> Found | None:
+def _find(root: pathlib.Path, form: _Form) -> TaskFiles | None:
   """The folder of one version of the data set."""
   infos: dict[pathlib.Path, dict[str, Any]] = {}
 
@@ -138,7 +132,7 @@ def _find(root: pathlib.Path, form: _Form) -> Found | None:
   for path in files:
     _check_file(path)
   _check_features(ready)
-  return Found(
+  return TaskFiles(
     folder=ready,
     what=f"TFDS {form.name} {version}".strip(),
     parts=form.sizes,
@@ -146,6 +140,12 @@ def _find(root: pathlib.Path, form: _Form) -> Found | None:
     checksum=checksum(files, ready),
     provenance="tfds",
     mark=form.mark,
+  )
+
+
+for _task, _form in _FORMS.items():
+  reads(_task, files=f"a TFDS folder {_form.name} (array_record)")(
+    functools.partial(_find, form=_form)
   )
 
 
@@ -210,7 +210,7 @@ def _check_features(folder: pathlib.Path) -> None:
       )
 
 
-def _rows(folder: pathlib.Path, part: str, form: _Form) -> Iterator[Row]:
+def _rows(folder: pathlib.Path, part: str, form: _Form) -> Iterator[Example]:
   """The examples of a part, in the order of the folder."""
   source = _open(folder, form.slices[part])
   for i in range(len(source)):
@@ -227,7 +227,7 @@ def _rows(folder: pathlib.Path, part: str, form: _Form) -> Iterator[Row]:
         f"{where} must have {form.field} and label, got {sorted(example)}."
       )
     label = check_label(example["label"], form.num_classes, where)
-    yield Row(_tokens(example[form.field], where, form), label)
+    yield Example(_tokens(example[form.field], where, form), label)
 
 
 def _open(folder: pathlib.Path, split: str) -> Any:
@@ -269,10 +269,8 @@ def _tokens(content: Any, where: str, form: _Form) -> np.ndarray:
     )
   if form.side:
     planes = content.shape[2:]
-    if content.shape[:2] != (form.side, form.side) or planes not in (
-      (1,),
-      (3,),
-    ):
+    square = content.shape[:2] == (form.side, form.side)
+    if not square or planes not in ((1,), (3,)):
       raise ValueError(
         f"{where} must be {form.side} x {form.side} pixels, gray or in colour, "
         f"got shape {content.shape}."

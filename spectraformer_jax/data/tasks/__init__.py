@@ -1,22 +1,8 @@
 """The tasks, one module each; importing this package registers them."""
 
-from spectraformer_jax.data.tasks import (
-  digits,
-  fashion,
-  image,
-  imdb_half,
-  listops,
-  mail_replies,
-  pathfinder,
-  pathfinder_synthetic,
-  pathx,
-  retrieval,
-  same_speech,
-  spam_bodies,
-  text,
-)
+import importlib
 
-__all__ = [
+for _module in (
   "digits",
   "fashion",
   "image",
@@ -30,4 +16,5 @@ __all__ = [
   "same_speech",
   "spam_bodies",
   "text",
-]
+):
+  importlib.import_module(f"{__name__}.{_module}")

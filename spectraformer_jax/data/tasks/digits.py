@@ -15,7 +15,7 @@ import numpy as np
 
 from spectraformer_jax.data.hash_split import split_by_content
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import Progress, Source
+from spectraformer_jax.data.source import ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
 
 SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
@@ -25,7 +25,7 @@ SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 def digits(*, seed: int = 0) -> Source:
   """The task: about 80 % train, 10 % dev, 10 % test, by content and `seed`."""
 
-  def write(writers: Mapping[str, Writer], progress: Progress) -> None:
+  def write(writers: Mapping[str, Writer], progress: ReportProgress) -> None:
     # Imported here: it takes a second, and a cached split does not need it.
     from sklearn.datasets import load_digits
 

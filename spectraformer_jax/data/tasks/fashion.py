@@ -15,12 +15,17 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
-from spectraformer_jax.data.find import checksum, innermost, open_plain
+from spectraformer_jax.data.find import (
+  check_present,
+  checksum,
+  innermost,
+  open_plain,
+)
 from spectraformer_jax.data.packages import FASHION_MNIST, locate
 from spectraformer_jax.data.readers import idx
 from spectraformer_jax.data.readers.reader import (
-  Found,
-  Row,
+  Example,
+  TaskFiles,
   find_data,
   make_source,
   reads,
@@ -85,7 +90,7 @@ def fashion(
 
 
 @reads("fashion", files="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]")
-def find_idx(root: pathlib.Path) -> Found | None:
+def find_idx(root: pathlib.Path) -> TaskFiles | None:
   """The folder of the four idx files."""
   for end in ("", ".gz"):
     first = f"{NAMES['train']}-{KINDS[0]}{end}"
@@ -98,27 +103,26 @@ def find_idx(root: pathlib.Path) -> Found | None:
     part: [folder / f"{name}-{kind}{end}" for kind in KINDS]
     for part, name in NAMES.items()
   }
-  for path in (path for pair in paths.values() for path in pair):
-    if not path.is_file():
-      raise ValueError(f"{folder} must hold {path.name}, which is missing.")
-  return Found(
+  all_paths = [path for pair in paths.values() for path in pair]
+  check_present(folder, all_paths)
+  return TaskFiles(
     folder=folder,
     what="idx files",
     parts=ROWS,
     rows=lambda part: _file_rows(*paths[part], part),
-    checksum=checksum([p for pair in paths.values() for p in pair], folder),
+    checksum=checksum(all_paths, folder),
     provenance="stand-in",
   )
 
 
 @reads("fashion", files=FASHION_MNIST.file)
-def find_package(root: pathlib.Path) -> Found | None:
+def find_package(root: pathlib.Path) -> TaskFiles | None:
   """The folder of the Debian package."""
   name = FASHION_MNIST.file
   folder = innermost(root, lambda f: (f / name).is_file())
   if folder is None:
     return None
-  return Found(
+  return TaskFiles(
     folder=folder,
     what=name,
     parts=ROWS,
@@ -132,13 +136,13 @@ def find_package(root: pathlib.Path) -> Found | None:
 
 def _file_rows(
   images: pathlib.Path, labels: pathlib.Path, part: str
-) -> Iterator[Row]:
+) -> Iterator[Example]:
   """The examples in two files."""
   with open_plain(images) as first, open_plain(labels) as second:
     yield from idx.read_rows(first, second, SIDE, f"{images.parent} {part}")
 
 
-def _package_rows(path: pathlib.Path, part: str) -> Iterator[Row]:
+def _package_rows(path: pathlib.Path, part: str) -> Iterator[Example]:
   """The examples in the Debian package."""
   wanted = [f"{NAMES[part]}-{kind}.gz" for kind in KINDS]
   contents = {}

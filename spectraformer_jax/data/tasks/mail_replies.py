@@ -30,21 +30,26 @@ from spectraformer_jax.data.label_rules.word_overlap import (
   overlap_rule,
 )
 from spectraformer_jax.data.packages import SPAM_ASSASSIN
-from spectraformer_jax.data.readers.reader import Row, own_splits
+from spectraformer_jax.data.readers.reader import Example, own_splits
 from spectraformer_jax.data.readers.spam_assassin import read_mails
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import SPLITS, Source
-from spectraformer_jax.data.tasks.stand_in import (
-  SHARES,
-  TOKENIZERS,
-  from_package,
-  named,
+from spectraformer_jax.data.source import (
+  SPLITS,
+  TWO_CLASS_BYTES,
+  Source,
+  with_max_len,
 )
-from spectraformer_jax.data.words import hash_words
+from spectraformer_jax.data.tasks.stand_in import SHARES, from_package
+from spectraformer_jax.data.words import VOCAB_SIZE, hash_words
 from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 4000
 SHORTEST = 40  # bytes that a mail must have of its own
+
+TOKENIZERS = {
+  "bytes": TWO_CLASS_BYTES,
+  "words": {"tokenizer": "words", "vocab_size": VOCAB_SIZE, "num_classes": 2},
+}
 
 _ID = re.compile(r"<[^<>\s]+>")
 _LIST = re.compile(r"<([^<>\s]+)>")
@@ -90,7 +95,7 @@ def mail_replies(
     {"train": 1700, "dev": 200, "test": 200},
     data_dir=data_dir,
     cache_dir=cache_dir,
-    name=named(name, length, MAX_LEN),
+    name=with_max_len(name, length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},
     length=length,
@@ -100,12 +105,14 @@ def mail_replies(
   )
 
 
-def _rows(pairs: list[Row], tokenizer: str, length: int) -> Iterator[Row]:
+def _rows(
+  pairs: list[Example], tokenizer: str, length: int
+) -> Iterator[Example]:
   """Pairs as the tokenizer reads them."""
   if tokenizer == "bytes":
     return iter(pairs)
   return (
-    Row(
+    Example(
       hash_words(pair.tokens.tobytes(), length),
       pair.label,
       hash_words(pair.tokens_2.tobytes(), length),
@@ -124,7 +131,7 @@ class Reply(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Row]]:
+def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Example]]:
   """The pairs of each split."""
   replies = sorted(set(find_replies(path)))
   threads = (reply.thread.encode() for reply in replies)
@@ -141,7 +148,9 @@ def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Row]]:
   return pairs
 
 
-def _pair_up(replies: list[Reply], rng: np.random.Generator) -> Iterator[Row]:
+def _pair_up(
+  replies: list[Reply], rng: np.random.Generator
+) -> Iterator[Example]:
   """Positive and negative pairs from the replies of one list.
 
   With the threads side by side, the answer that is as many places further as
@@ -160,8 +169,8 @@ def _pair_up(replies: list[Reply], rng: np.random.Generator) -> Iterator[Row]:
   for i, reply in enumerate(ordered):
     other = ordered[(i + shift) % len(ordered)]
     asked = np.frombuffer(reply.asked, np.uint8)
-    yield Row(asked, 1, np.frombuffer(reply.answer, np.uint8))
-    yield Row(asked, 0, np.frombuffer(other.answer, np.uint8))
+    yield Example(asked, 1, np.frombuffer(reply.answer, np.uint8))
+    yield Example(asked, 0, np.frombuffer(other.answer, np.uint8))
 
 
 def find_replies(path: pathlib.Path) -> Iterator[Reply]:

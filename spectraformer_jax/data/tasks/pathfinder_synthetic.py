@@ -16,7 +16,7 @@ from spectraformer_jax.data._checks import check_choice, check_int
 from spectraformer_jax.data.generators import pathfinder as generator
 from spectraformer_jax.data.generators.pathfinder_shapes import SETTINGS
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import SPLITS, Progress, Source
+from spectraformer_jax.data.source import SPLITS, ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
 from spectraformer_jax.seeds import make_generator
 
@@ -81,7 +81,7 @@ def pathfinder_synthetic(
   changes = [f"-{k}{v}" for k, v in options.items() if v != _PUBLISHED[k]]
   settings = SETTINGS[side]
 
-  def write(writers: Mapping[str, Writer], progress: Progress) -> None:
+  def write(writers: Mapping[str, Writer], progress: ReportProgress) -> None:
     sizes = {split: options[f"num_{split}"] for split in SPLITS}
     done = 0
     for index, split in enumerate(SPLITS):

@@ -18,7 +18,7 @@ from spectraformer_jax.data.readers.reader import (
   own_splits,
 )
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import Source
+from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
 
 MAX_LEN = 4000
 
@@ -58,13 +58,10 @@ def retrieval(
   return make_source(
     found,
     own_splits(),
-    name="retrieval" + ("" if length == MAX_LEN else f"-max_len{length}"),
+    name=with_max_len("retrieval", length, MAX_LEN),
     seed=seed,
     settings={"literal": literal},
-    tokenizer="bytes",
-    vocab_size=257,
-    num_classes=2,
     length=length,
-    id_shift=1,
     pair=True,
+    **TWO_CLASS_BYTES,
   )

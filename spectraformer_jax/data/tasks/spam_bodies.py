@@ -19,16 +19,11 @@ import numpy as np
 
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.packages import SPAM_ASSASSIN
-from spectraformer_jax.data.readers.reader import Row
+from spectraformer_jax.data.readers.reader import Example
 from spectraformer_jax.data.readers.spam_assassin import read_mails
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import Source
-from spectraformer_jax.data.tasks.stand_in import (
-  BYTES,
-  SHARES,
-  from_package,
-  named,
-)
+from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
+from spectraformer_jax.data.tasks.stand_in import SHARES, from_package
 
 MAX_LEN = 4000
 
@@ -61,18 +56,18 @@ def spam_bodies(
     {"all": 5851},
     data_dir=data_dir,
     cache_dir=cache_dir,
-    name=named("spam_bodies", length, MAX_LEN),
+    name=with_max_len("spam_bodies", length, MAX_LEN),
     seed=seed,
     length=length,
-    **BYTES,
+    **TWO_CLASS_BYTES,
   )
 
 
-def _rows(path: pathlib.Path, length: int) -> Iterator[Row]:
+def _rows(path: pathlib.Path, length: int) -> Iterator[Example]:
   """Body and label of each mail, the first of those that start alike."""
   seen = set()
   for mail in read_mails(path):
     body = mail.body
     if body and body[:length] not in seen:
       seen.add(body[:length])
-      yield Row(np.frombuffer(body, np.uint8), int(mail.is_spam))
+      yield Example(np.frombuffer(body, np.uint8), int(mail.is_spam))

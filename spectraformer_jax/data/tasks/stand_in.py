@@ -11,30 +11,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from spectraformer_jax.data.packages import Package, locate
-from spectraformer_jax.data.readers.reader import Found, Plan, Row, make_source
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  Plan,
+  TaskFiles,
+  make_source,
+)
 from spectraformer_jax.data.source import Source
-from spectraformer_jax.data.words import VOCAB_SIZE
 
 SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
-
-BYTES = {
-  "tokenizer": "bytes",
-  "vocab_size": 257,
-  "num_classes": 2,
-  "id_shift": 1,
-}
-"""Facts of two classes of texts; an id is a byte plus one, 0 is padding."""
-
-WORDS = {"tokenizer": "words", "vocab_size": VOCAB_SIZE, "num_classes": 2}
-"""The same for ids of :func:`hash_words`, which are stored as they are."""
-
-TOKENIZERS = {facts["tokenizer"]: facts for facts in (BYTES, WORDS)}
 
 
 def from_package(
   task: str,
   package: Package,
-  rows: Callable[[pathlib.Path, str], Iterator[Row]],
+  rows: Callable[[pathlib.Path, str], Iterator[Example]],
   plan: Plan,
   parts: dict[str, int],
   *,
@@ -56,7 +47,7 @@ def from_package(
   """
   if data_dir is not None:
     locate(task, package, data_dir)  # a mistake shows before anything is built
-  found = Found(
+  found = TaskFiles(
     folder=pathlib.Path(package.file),
     what=package.file,
     parts=parts,
@@ -65,13 +56,3 @@ def from_package(
     provenance="stand-in",
   )
   return make_source(found, plan, **facts)
-
-
-def named(name: str, max_len: int, published: int) -> str:
-  """The name of a task, with what departs from its default.
-
-  Example:
-    >>> named("imdb_half", 4000, 4000), named("imdb_half", 500, 4000)
-    ('imdb_half', 'imdb_half-max_len500')
-  """
-  return name if max_len == published else f"{name}-max_len{max_len}"

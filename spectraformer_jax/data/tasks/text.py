@@ -15,7 +15,7 @@ import os
 from spectraformer_jax.data._checks import check_choice, check_int
 from spectraformer_jax.data.readers.reader import find_data, make_source
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import Source
+from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
 
 MAX_LEN = 4000
 VALS = ("holdout", "lra")
@@ -56,17 +56,17 @@ def text(
     plan = [("train", HOLDOUT), ("test", {"test": 1.0})]
   else:
     dev = "dev" if "dev" in found.parts else "test"
-    plan = [("train", {"train": 1.0}), (dev, {"dev": 1.0})]
-    plan.append(("test", {"test": 1.0}))
+    plan = [
+      ("train", {"train": 1.0}),
+      (dev, {"dev": 1.0}),
+      ("test", {"test": 1.0}),
+    ]
   name = "text-dev_holdout" if val == "holdout" else "text-dev_is_test"
   return make_source(
     found,
     plan,
-    name=name + ("" if length == MAX_LEN else f"-max_len{length}"),
+    name=with_max_len(name, length, MAX_LEN),
     seed=seed,
-    tokenizer="bytes",
-    vocab_size=257,
-    num_classes=2,
     length=length,
-    id_shift=1,
+    **TWO_CLASS_BYTES,
   )

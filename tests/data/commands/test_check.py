@@ -89,10 +89,11 @@ def test_pictures(run, tmp_path):
   assert code == 1
 
 
-def test_default_name_of_pictures(run, tmp_path):
+def test_pictures_are_drawn_only_when_asked_for(run, tmp_path):
   code, out, _ = run("check", "digits", "--cache_dir=cache")
   assert code == 0 and "Long Range Arena: no figures for this task" in out
-  assert (tmp_path / "digits.png").exists()
+  assert "images are drawn with --pictures=PATH" in out
+  assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_listops_without_files(run):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spectraformer_jax import data
+from spectraformer_jax.data.readers.reader import find_data
 from tests.data import made_up
 
 SIDES = {"pathfinder": 32, "pathx": 128}
@@ -54,11 +55,7 @@ def test_pictures_labels_and_split(load, tmp_path, task, as_array):
 def test_order_is_by_batch_and_number_and_not_by_list(load, tmp_path):
   # Lists are written backwards, and 10 stands before 2 in the folder.
   top = made_up.write_pathfinder(tmp_path / "lra", batches=11, count=12)
-  (found,) = [
-    reader(tmp_path)
-    for _, reader in data.readers._READERS["pathfinder"]
-    if reader(tmp_path)
-  ]
+  found = find_data("pathfinder", tmp_path)
   pixels = [row.tokens.reshape(32, 32) for row in found.rows("all")]
   assert len(pixels) == 132
   for index, (batch, i) in ((0, (0, 0)), (14, (1, 2)), (131, (10, 11))):
