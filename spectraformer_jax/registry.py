@@ -3,7 +3,9 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -33,12 +35,12 @@ class Registry:
     self.kind = kind
     self._factories: dict[str, Callable[..., Any]] = {}
 
-  def register(self, name: str) -> Callable[[Callable], Callable]:
+  def register(self, name: str) -> Callable[[Factory], Factory]:
     """Decorator that files a factory under `name`; a second one raises."""
     if name in self._factories:
       raise ValueError(f"{self.kind} {name!r} is registered already.")
 
-    def decorate(factory):
+    def decorate(factory: Factory) -> Factory:
       self._factories[name] = factory
       return factory
 

@@ -1,4 +1,4 @@
-"""Axis letters, array aliases and the records that modules hand each other.
+"""Axis letters, array aliases, and records that several modules use.
 
 Axis letters, the same in every docstring and shape string of the package:
 
@@ -14,6 +14,7 @@ letter meaning                         letter meaning
 
 Arrays of attention are laid out as in ``jax.nn.dot_product_attention``:
 query ``[B, T, N, H]``, key ``[B, S, N, H]``, value ``[B, S, N, V]``.
+Shape strings call the heads of grouped queries ``NG``, a multiple of N.
 A PRNG key is called ``rng``; ``key`` is always attention's key.
 """
 
@@ -26,10 +27,14 @@ PyTree = Any
 Params = dict[str, Any]
 Projection = dict[str, Any]
 Side = Literal["query", "key"]
+# Bool, True at positions that count; None where all do.
+Mask = Array | None
+# Ints [B, T], or a pair ([B, T], [B, S]).
+SegmentIds = Array | tuple[Array, Array]
 
 
 class WeightSample(NamedTuple):
-  """The rows of one weight matrix W and how much each of them counts.
+  """The rows of one weight matrix W and their weights.
 
   A mean over rows is ``sum_m sign_m exp(log_weight_m) g(w_m) / M``.
 
@@ -45,7 +50,7 @@ class WeightSample(NamedTuple):
 
 
 class FeatureVariables(NamedTuple):
-  """What a feature map owns; every leaf has a leading head axis (N or 1).
+  """The variables of a feature map; leaves have a leading head axis (N or 1).
 
   Attributes:
     params: learnable leaves; ``{}`` for approximators.
@@ -57,12 +62,28 @@ class FeatureVariables(NamedTuple):
 
 
 class LogFeatures(NamedTuple):
-  """Features kept apart from their size: ``factor * exp(log_magnitude)``.
+  """Features as ``factor * exp(log_magnitude)``.
 
   Attributes:
-    log_magnitude: ``[..., F]``, or ``[..., 1]`` where all features share it.
+    log_magnitude: ``[..., F]``, or ``[..., 1]`` if all features share it.
     factor: bounded factor ``[..., F]`` (a cosine, a sign), or None for 1.
   """
 
   log_magnitude: Array
   factor: Array | None = None
+
+
+class ComponentState(NamedTuple):
+  """The inputs of a component other than x and the rows, for one head.
+
+  Attributes:
+    params: learnable leaves from `Component.init`.
+    random: drawn leaves from `Component.draw` (a second projection, phases).
+    stats: data-dependent parameters from `Component.solve`, or ``()``.
+    position: position of x's first token in its sequence; None means 0.
+  """
+
+  params: Params
+  random: Projection
+  stats: PyTree
+  position: Array | int | None = None

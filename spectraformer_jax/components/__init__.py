@@ -1,4 +1,4 @@
-"""Component functions f: which nonlinearity a feature map applies to W x.
+"""Component functions f: the nonlinearity that a feature map applies to W x.
 
 One file per family of the taxonomy. To add one: a frozen dataclass with
 `info`, `log_features` and `kernel_value`, registered by name (CONTRIBUTING.md).
@@ -9,7 +9,6 @@ from spectraformer_jax.components.base import (
   COMPONENTS,
   Component,
   ComponentInfo,
-  ComponentState,
   KernelComponent,
 )
 from spectraformer_jax.components.centred import Centred, build_component
@@ -27,6 +26,7 @@ from spectraformer_jax.components.positive import PosRF, PosRFHyperbolic
 from spectraformer_jax.components.rfa import RFA
 from spectraformer_jax.components.tensor_sketch import TensorSketch
 from spectraformer_jax.components.trigonometric import TrigRF
+from spectraformer_jax.typing import ComponentState
 
 __all__ = [
   "ADERF",
@@ -65,7 +65,7 @@ __all__ = [
 
 
 def list_components() -> tuple[str, ...]:
-  """Names of all component functions, for `sf.feature_map`.
+  """Returns the names of all components, for `sf.feature_map`.
 
   Example:
     >>> "oprf" in list_components()

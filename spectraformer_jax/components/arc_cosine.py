@@ -6,26 +6,26 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  Component,
-  ComponentInfo,
-  angle,
-  project,
-  sized,
+from spectraformer_jax.components import base
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Side,
+  WeightSample,
 )
-from spectraformer_jax.typing import Array
 
 ORDERS = (0, 1, 2)
 
-# Of a smooth, positive integrand on [0, 1]: exact in float32 up to order 4.
+# The integrand is smooth and positive: exact in float32 up to order 4.
 QUADRATURE_NODES = 16
 ROWS = ("gaussian", "none")
 
 
 def log_arc_cosine(x: Array, y: Array, order: int) -> Array:
-  r"""Log E relu(w.x)^n relu(w.y)^n over w ~ N(0, I), n = `order`.
+  r"""Returns log E relu(w.x)^n relu(w.y)^n over w ~ N(0, I), n = `order`.
 
   .. math::
     \frac{n!}{4\pi} |x|^n |y|^n \int_{t-\pi}^{\pi-t}
@@ -44,13 +44,13 @@ def log_arc_cosine(x: Array, y: Array, order: int) -> Array:
   Returns:
     ``[...]``; -inf where the mean is 0.
   """
-  rest = angle(x, -y)
+  rest = base.angle(x, -y)
   squares = jnp.sum(x**2, axis=-1) * jnp.sum(y**2, axis=-1)
   is_zero = (squares == 0.0) | (rest == 0.0)
   rest = jnp.where(is_zero, 1.0, rest)
   nodes, weights = np.polynomial.legendre.leggauss(QUADRATURE_NODES)
   half = jnp.sin(0.5 * rest)
-  # The integrand over its largest value, summed over half of the interval.
+  # Half of the interval; the integrand is divided by its largest value.
   integral = 0.0
   for node, weight in zip(0.5 * (nodes + 1.0), 0.5 * weights, strict=True):
     above = jnp.sin((0.5 * (1.0 + float(node))) * rest) / half
@@ -66,9 +66,9 @@ def log_arc_cosine(x: Array, y: Array, order: int) -> Array:
   return jnp.where(is_zero, -jnp.inf, log_mean)
 
 
-@COMPONENTS.register("arccos")
+@base.COMPONENTS.register("arccos")
 @dataclasses.dataclass(frozen=True)
-class ArcCosine(Component):
+class ArcCosine(base.Component):
   r"""Arc-cosine features of order 0, 1 or 2.
 
   .. math::
@@ -79,18 +79,18 @@ class ArcCosine(Component):
   :math:`K_0 = (\pi - t)/2\pi`; order 2 gives :math:`K_2 = \frac{|x|^2 |y|^2}
   {2\pi} (3 \sin t \cos t + (\pi - t)(1 + 2 \cos^2 t))`. The second moment of
   one row is the kernel of twice the order. Not an estimate of softmax: the
-  kernel is flat, so its variance is low, and no order tells long keys from
-  short ones as the softmax does (order 0 sees directions alone, and no gradient
-  passes its step).
+  kernel is flat, so its variance is low, and no order separates long keys from
+  short ones as the softmax does (order 0 depends on directions only, and no
+  gradient passes its step).
 
-  Features can all be zero: a query whose features meet no key's gives zeros, as
-  does x = 0.
+  Features can all be zero. A query without a positive product of features with
+  any key has zeros as output, and so has x = 0.
 
   Args:
     order: n: 0, 1 or 2.
 
   Raises:
-    ValueError: another order.
+    ValueError: any other order.
 
   References:
     Cho and Saul, Kernel Methods for Deep Learning, 2009, section 2.
@@ -107,14 +107,13 @@ class ArcCosine(Component):
 
   order: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.order not in ORDERS:
       raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}.")
 
-  @property
-  def info(self):
-    """Facts; formula depends on the order."""
-    return ComponentInfo(
+  def _info(self) -> base.ComponentInfo:
+    """Returns the facts; the formula depends on the order."""
+    return base.ComponentInfo(
       name="arccos",
       family="own kernel",
       estimates=f"arc-cosine kernel of order {self.order}",
@@ -129,28 +128,31 @@ class ArcCosine(Component):
       source="Cho and Saul 2009, section 2",
     )
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side, state
-    projected = project(x, rows.w)
-    if self.order == 0:
-      return sized((projected > 0.0).astype(x.dtype))
-    return sized(jax.nn.relu(projected) ** self.order)
+  info = base.info_from_options(_info)
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`."""
-    del state
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
+    projected = base.project(x, rows.w)
+    if self.order == 0:
+      return base.to_log_features((projected > 0.0).astype(x.dtype))
+    return base.to_log_features(jax.nn.relu(projected) ** self.order)
+
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     return jnp.exp(log_arc_cosine(x, y, self.order))
 
-  def log_second_moment(self, x, y, state):
-    """See `Component.log_second_moment`."""
-    del state
+  @override
+  def log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     return log_arc_cosine(x, y, 2 * self.order)
 
 
-@COMPONENTS.register("relu")
+@base.COMPONENTS.register("relu")
 @dataclasses.dataclass(frozen=True)
-class ReLU(Component):
+class ReLU(base.Component):
   r"""ReLU features (Performer-ReLU), with W or without.
 
   .. math::
@@ -162,12 +164,12 @@ class ReLU(Component):
   (\mathrm{relu}(x_l) + \epsilon)(\mathrm{relu}(y_l) + \epsilon)`, with weight
   matrix "none" and num_features=None. Not an estimate of softmax.
 
-  The :math:`\epsilon` keeps normalizers positive where all products of features
-  are zero; it mixes a nearly uniform attention in. With 0 a query whose
-  features meet no key's gives zeros.
+  :math:`\epsilon` keeps normalizers positive where all products of features are
+  zero, by mixing in a nearly uniform attention. With 0, a query without a
+  positive product of features with any key has zeros as output.
 
   Args:
-    rows: "gaussian", or "none" for no W.
+    rows: "gaussian", or "none" to map x itself, without W.
     epsilon: added to every feature.
 
   Raises:
@@ -189,16 +191,15 @@ class ReLU(Component):
   rows: str = "gaussian"
   epsilon: float = 1e-3
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.rows not in ROWS:
       raise ValueError(f"rows must be one of {ROWS}, got {self.rows!r}.")
     check_epsilon(self.epsilon)
 
-  @property
-  def info(self):
-    """Facts; all but the name depend on `rows`."""
+  def _info(self) -> base.ComponentInfo:
+    """Returns the facts; all but the name depend on `rows`."""
     has_rows = self.rows != "none"
-    return ComponentInfo(
+    return base.ComponentInfo(
       name="relu",
       family="own kernel",
       estimates=(
@@ -215,19 +216,21 @@ class ReLU(Component):
       row_law=self.rows,
     )
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
+  info = base.info_from_options(_info)
+
+  @override
+  def feature_dim(self, num_features: int, head_dim: int | None) -> int | None:
     return head_dim if self.rows == "none" else num_features
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side, state
-    projected = x if self.rows == "none" else project(x, rows.w)
-    return sized(jax.nn.relu(projected) + self.epsilon)
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
+    projected = x if self.rows == "none" else base.project(x, rows.w)
+    return base.to_log_features(jax.nn.relu(projected) + self.epsilon)
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`."""
-    del state
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     if self.rows == "none":
       phi, psi = (jax.nn.relu(z) + self.epsilon for z in (x, y))
       return jnp.sum(phi * psi, axis=-1)
@@ -235,14 +238,16 @@ class ReLU(Component):
     mean = jnp.exp(log_arc_cosine(x, y, 1))
     return mean + self.epsilon * means + self.epsilon**2
 
-  def log_second_moment(self, x, y, state):
-    """See `Component.log_second_moment`."""
+  @override
+  def log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     if self.rows == "none":
       return 2.0 * jnp.log(self.kernel_value(x, y, state))
     # E[(a + e)^2 (b + e)^2] with a = relu(w.x), b = relu(w.y), by powers of e.
     a, b, root = _norm(x), _norm(y), math.sqrt(2.0 * math.pi)
-    # 1 + cos t, without the digits that cancel near opposite vectors.
-    opening = jnp.square(2.0 * jnp.square(jnp.sin(0.5 * angle(x, -y))))
+    # (1 + cos t)^2, written without cancellation near opposite vectors.
+    opening = jnp.square(2.0 * jnp.square(jnp.sin(0.5 * base.angle(x, -y))))
     powers = (
       jnp.exp(log_arc_cosine(x, y, 2)),
       a * b * (a + b) * opening / root,
@@ -254,11 +259,11 @@ class ReLU(Component):
 
 
 def check_epsilon(epsilon: float) -> None:
-  """ValueError unless `epsilon` can be added to a feature."""
+  """Raises ValueError for a negative `epsilon`."""
   if not epsilon >= 0:
     raise ValueError(f"epsilon must not be negative, got {epsilon!r}.")
 
 
 def _norm(x: Array) -> Array:
-  """|x|, ``[..., H] -> [...]``."""
+  """Returns |x|, ``[..., H] -> [...]``."""
   return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))

@@ -1,17 +1,21 @@
-"""What a component function is: f in phi(x) = f(W x, x)."""
+"""The interface of component functions: f in phi(x) = f(W x, x)."""
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from spectraformer_jax.kernels import KERNELS, check_kernel
 from spectraformer_jax.registry import Registry
 from spectraformer_jax.typing import (
   Array,
+  ComponentState,
   LogFeatures,
+  Mask,
   Params,
   Projection,
   PyTree,
@@ -20,6 +24,8 @@ from spectraformer_jax.typing import (
 )
 
 COMPONENTS = Registry("component")
+
+C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +41,15 @@ class ComponentInfo:
     positive: features are never negative, so normalizers never are.
     features: feature dim as text: "M", "2M", ...
     variance: relative variance of one row, or "" where not known.
-    cost: per token, beside the projection.
+    cost: per token, on top of the projection.
     good_for: when to use it.
     avoid: when not to use it.
     source: paper and equation.
     row_law: name of the law of the rows it needs; "none" if it has no rows.
     causal_safe: features of a token depend on that token alone.
-    positional: they also depend on where it stands in its sequence.
-    even: rows w and -w give the same estimate, so that a matrix of rows and
-      their negatives repeats each of them.
+    positional: features also depend on the token's position.
+    even: rows w and -w give the same estimate, so a matrix that holds rows and
+      their negatives repeats each estimate.
   """
 
   name: str
@@ -63,20 +69,15 @@ class ComponentInfo:
   even: bool = False
 
 
-class ComponentState(NamedTuple):
-  """All that a component knows besides x and the rows, for one head.
+def info_from_options(
+  facts: Callable[[C], ComponentInfo],
+) -> ComponentInfo:
+  """Makes a property of `facts`, for an `info` that depends on the options.
 
-  Attributes:
-    params: learnable leaves from `Component.init`.
-    random: drawn leaves from `Component.draw` (a second projection, phases).
-    stats: data-dependent parameters from `Component.solve`, or ``()``.
-    position: where in its sequence the first token of x stands; None is 0.
+  The result is typed as the value that reading the property gives: `info` is a
+  class variable in `Component`, which a type checker lets no property replace.
   """
-
-  params: Params
-  random: Projection
-  stats: PyTree
-  position: Array | int | None = None
+  return cast(ComponentInfo, property(facts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,46 +86,57 @@ class Component:
 
   A subclass is a frozen dataclass whose fields are its options, with a class
   attribute `info`, a `log_features` and a `kernel_value`. All methods are pure,
-  work in float32 and see one head of one example: heads and batch are added by
-  `vmap`. Features are laid out with the row axis innermost, so that F is a
-  multiple of the number of rows; the caller adds ``1/sqrt(M)``, row weights and
-  signs.
+  work in float32 and see one head of one example: `vmap` adds heads and batch.
+  The row axis is innermost in the layout of features, so F is a multiple of the
+  number of rows; the caller adds ``1/sqrt(M)``, row weights and signs.
+
+  Attributes:
+    info: facts about the component. `info_from_options` makes those that depend
+      on the options.
+    features_per_row: F / M. A component whose F is no multiple of M overrides
+      `feature_dim` instead.
   """
 
   info: ClassVar[ComponentInfo]
+  features_per_row: ClassVar[int] = 1
 
   @property
   def needs_stats(self) -> bool:
-    """Whether `log_features` cannot work without data-dependent stats."""
+    """Whether `log_features` needs data-dependent stats."""
     return False
 
   def feature_dim(self, num_features: int, head_dim: int | None) -> int | None:
-    """F; None if it depends on head_dim and that is not known."""
-    del head_dim
-    return num_features
+    """Returns F; None if it depends on an unknown head_dim.
+
+    Args:
+      num_features: M, here and in all methods; 0 for a component without rows.
+      head_dim: H, or None if unknown.
+    """
+    return self.features_per_row * num_features
 
   def num_rows(self, num_features: int) -> int:
-    """Rows of W that `num_features` features take."""
+    """Returns the number of rows of W for `num_features` features."""
     return num_features
 
   @property
   def row_draws(self) -> int:
-    """Independent draws of W, of equal size, that the rows are stacked from.
+    """Number of independent draws of W, of equal size, that make up the rows.
 
-    More than one where features multiply rows: those of one draw are coupled.
+    A component that multiplies rows needs more than one, because the rows of
+    one draw may depend on each other.
     """
     return 1
 
   def check(self, num_features: int, head_dim: int) -> None:
-    """Raises ValueError for sizes it cannot serve."""
+    """Raises ValueError for sizes that the component does not support."""
 
   @property
   def longest(self) -> int | None:
-    """Length of the longest sequence it can map; None without a bound."""
+    """Length of the longest sequence it can map; None for no limit."""
     return None
 
   def check_length(self, length: int) -> None:
-    """Raises ValueError for a sequence that is too long for it."""
+    """Raises ValueError for a sequence longer than `longest`."""
     if self.longest is not None and length > self.longest:
       raise ValueError(
         f"component {self.info.name!r} has max_length={self.longest}, got a "
@@ -132,60 +144,51 @@ class Component:
       )
 
   def init(self, rng: Array, head_dim: int) -> Params:
-    """Learnable parameters of one head, float32; ``{}`` if none."""
-    del rng, head_dim
+    """Returns the learnable parameters of one head, float32; ``{}`` if none."""
     return {}
 
   def draw(self, rng: Array, num_features: int, head_dim: int) -> Projection:
-    """Random leaves beside the rows of W, float32; ``{}`` if none."""
-    del rng, num_features, head_dim
+    """Draws random leaves beside the rows of W, float32; ``{}`` if none."""
     return {}
 
   def moments(
-    self,
-    query: Array,
-    key: Array,
-    query_mask: Array | None,
-    key_mask: Array | None,
+    self, query: Array, key: Array, query_mask: Mask, key_mask: Mask
   ) -> PyTree:
-    """What `solve` needs to know of the data; means, so they can be averaged.
+    """Returns the means over positions that `solve` needs; ``()`` if none.
 
-    Where `solve` needs a product of means, the product is a moment of its own:
-    its average over examples is not the product of the averages.
+    `solve` receives averages of them over examples. A product of two means that
+    it needs must be a moment of its own, because the average of the products is
+    not the product of the averages.
 
     Args:
       query: ``[T, H]`` float32, scaled.
       key: ``[S, H]`` float32, scaled.
       query_mask: ``[T]`` bool or None: queries that count.
-      key_mask: ``[S]`` bool or None.
+      key_mask: ``[S]`` bool or None: keys that count.
     """
-    del query, key, query_mask, key_mask
     return ()
 
   def solve(self, moments: PyTree) -> PyTree:
-    """Closed-form parameters for data with these moments; () if none."""
-    del moments
+    """Returns the best parameters for data with these moments; () if none."""
     return ()
 
   def prepare(self, state: ComponentState, head_dim: int) -> ComponentState:
-    """The state with what is the same for all tokens worked out, once."""
-    del head_dim
+    """Returns the state with everything that all tokens share computed."""
     return state
 
   def realise_rows(
     self, rows: WeightSample, num_features: int, state: ComponentState
   ) -> WeightSample:
-    """The rows that `log_features` takes, from those the matrix made.
+    """Turns the rows of the weight matrix into the rows of `log_features`.
 
-    Done once for all tokens. For laws whose rows are stored as uniforms.
+    Called once for all tokens. For laws whose rows are stored as uniforms.
     """
-    del num_features, state
     return rows
 
   def log_features(
     self, x: Array, rows: WeightSample, side: Side, state: ComponentState
   ) -> LogFeatures:
-    """Log-magnitudes and factors of the features.
+    """Computes log-magnitudes and factors of the features.
 
     Args:
       x: ``[T, H]`` float32, scaled.
@@ -201,21 +204,21 @@ class Component:
   def query_features(
     self, x: Array, rows: WeightSample, state: ComponentState
   ) -> LogFeatures:
-    """`log_features` of queries, times any factor of each token.
+    """Computes `log_features` of queries, up to any factor of each token.
 
-    Attention divides by a sum over keys, in which such a factor cancels; what
-    only the token decides may be left out here.
+    Attention divides by a sum over keys, which cancels such a factor, so an
+    override may save the work of computing it.
     """
     return self.log_features(x, rows, "query", state)
 
   def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
-    """The exact kernel estimated, for x and y ``[..., H]`` -> ``[...]``."""
+    """Returns the exact kernel, for x and y ``[..., H]`` -> ``[...]``."""
     raise NotImplementedError
 
   def log_second_moment(
     self, x: Array, y: Array, state: ComponentState
   ) -> Array:
-    """Logarithm of E Z^2, Z = phi(x) . phi(y) from one row alone.
+    """Returns log E Z^2, where Z = phi(x) . phi(y) from one row.
 
     The relative variance of M independent rows is
     ``(exp(log_second_moment - 2 log K) - 1) / M``.
@@ -248,16 +251,17 @@ class KernelComponent(Component):
 
   kernel: str = "softmax"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_kernel(self.kernel)
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`."""
-    del state
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     return KERNELS[self.kernel](x, y)
 
-  def log_second_moment(self, x, y, state):
-    """See `Component.log_second_moment`."""
+  @override
+  def log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     softmax = self.softmax_log_second_moment(x, y, state)
     if self.kernel == "softmax":
       return softmax
@@ -266,34 +270,34 @@ class KernelComponent(Component):
   def softmax_log_second_moment(
     self, x: Array, y: Array, state: ComponentState
   ) -> Array:
-    """`log_second_moment` for kernel="softmax"; the Gaussian one follows."""
+    """Returns `log_second_moment` at kernel="softmax"."""
     return super().log_second_moment(x, y, state)
 
   def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
-    """What the means ``[H]`` of an example would have as `moments`, alone."""
+    """Returns the `moments` of one query and one key: means ``[H]`` of each."""
     return self.moments(query_mean[None], key_mean[None], None, None)
 
   def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
-    """`moments` about each example's means, made those about one centre.
+    """Moves `moments` about each example's own means to one shared centre.
 
     Args:
       moments: averages over examples, each about its own centre.
-      scatter: average of `scatter` of the examples' centres, less that of the
-        one centre.
+      scatter: average of `scatter` of the examples' centres, minus `scatter` of
+        the shared centre.
     """
     return jax.tree.map(jnp.add, moments, scatter)
 
   def gaussian_shift(self, x: Array) -> Array:
-    """``[T, 1]``: what turns a softmax log-feature into this kernel's one."""
+    """Returns this kernel's log-feature minus the softmax one, ``[T, 1]``."""
     if self.kernel == "gaussian":
       return -half_square(x)
     return jnp.zeros((x.shape[0], 1), x.dtype)
 
 
 def project(x: Array, rows: Array) -> Array:
-  """``x [T, H]``, ``rows [M, H]`` -> ``[T, M]`` at full float32 precision.
+  """Projects ``x [T, H]`` on ``rows [M, H]``, in full float32: ``[T, M]``.
 
-  A rounded exponent costs far more accuracy than a rounded feature.
+  Products become exponents, where an absolute error turns into a relative one.
   """
   return jnp.einsum(
     "th,mh->tm", x, rows, precision="highest", preferred_element_type=x.dtype
@@ -301,46 +305,46 @@ def project(x: Array, rows: Array) -> Array:
 
 
 def half_square(x: Array) -> Array:
-  """``|x|^2 / 2`` over the last axis, kept: ``[..., H] -> [..., 1]``."""
+  """Returns ``|x|^2 / 2`` over the last axis: ``[..., H] -> [..., 1]``."""
   return 0.5 * jnp.sum(jnp.square(x), axis=-1, keepdims=True)
 
 
-def sized(values: Array) -> LogFeatures:
-  """Features ``[T, F]`` as the largest size in each row, and what is left."""
+def to_log_features(values: Array) -> LogFeatures:
+  """Splits features ``[T, F]`` into each token's largest one and a factor."""
   size = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
   size = jax.lax.stop_gradient(jnp.where(size > 0.0, size, 1.0))
   return LogFeatures(jnp.log(size), values / size)
 
 
 def log_cosh(t: Array) -> Array:
-  """The logarithm of cosh t, without overflow."""
+  """Returns log cosh t, without overflow."""
   t = jnp.abs(t)
   return t + jnp.log1p(jnp.exp(-2.0 * t)) - math.log(2.0)
 
 
 def angle(x: Array, y: Array) -> Array:
-  """The angle between x and y ``[..., H]``, accurate at 0 and pi, too."""
+  """Returns the angle of x and y ``[..., H]``, accurate at 0 and pi, too."""
 
-  def norm(z):
+  def norm(z: Array) -> Array:
     square = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
-    is_zero = square == 0.0  # where the root has no gradient
+    is_zero = square == 0.0  # the root has no gradient there
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
 
   u, v = x * norm(y), y * norm(x)
   return 2.0 * jnp.arctan2(norm(u - v), norm(u + v))[..., 0]
 
 
-def masked_mean(values: Array, mask: Array | None) -> Array:
-  """Mean over the first axis where `mask`; zeros if it hides everything."""
+def masked_mean(values: Array, mask: Mask) -> Array:
+  """Returns the mean over axis 0 where `mask`; zeros if it is all False."""
   if mask is None:
     return jnp.mean(values, axis=0)
-  keep = jnp.reshape(mask, mask.shape + (1,) * (values.ndim - 1))
-  total = jnp.sum(jnp.where(keep, values, 0.0), axis=0)
+  mask = jnp.reshape(mask, mask.shape + (1,) * (values.ndim - 1))
+  total = jnp.sum(jnp.where(mask, values, 0.0), axis=0)
   return total / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
 
 
 def covariance(mean_product: Array, product_of_means: Array) -> Array:
-  """The difference, exactly zero where it is no more than rounding.
+  """Returns the difference, exactly zero where it is only rounding.
 
   Args:
     mean_product: an average over examples of products.
@@ -349,16 +353,3 @@ def covariance(mean_product: Array, product_of_means: Array) -> Array:
   difference = mean_product - product_of_means
   size = jnp.abs(mean_product) + jnp.abs(product_of_means)
   return jnp.where(jnp.abs(difference) > 1e-5 * size, difference, 0.0)
-
-
-def frozen(tree: PyTree) -> PyTree:
-  """The tree without gradient: statistics are constants of a step."""
-  return jax.tree.map(jax.lax.stop_gradient, tree)
-
-
-def options(component: Component) -> dict[str, Any]:
-  """The options of a component, by name."""
-  return {
-    field.name: getattr(component, field.name)
-    for field in dataclasses.fields(component)
-  }

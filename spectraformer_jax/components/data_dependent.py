@@ -1,64 +1,76 @@
-"""Where the parameters of data-dependent components come from."""
+"""Sources of the parameters of data-dependent components."""
 
 import dataclasses
 
-from spectraformer_jax.components.base import ComponentState, KernelComponent
+from typing_extensions import override
+
+from spectraformer_jax.components import base
 from spectraformer_jax.registry import nearest
-from spectraformer_jax.typing import PyTree
+from spectraformer_jax.typing import Array, ComponentState, Params
 
 STATISTICS = ("batch", "constant", "ema", "learned")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataDependent(KernelComponent):
+class DataDependent(base.KernelComponent):
   """Base of the components whose optimal parameters depend on the data.
 
-  Any value of the parameters keeps the estimate unbiased; good ones lower its
-  variance. One set serves all queries and all keys of a head of an example.
+  The estimate is unbiased whatever the parameters; good ones lower its
+  variance. All queries and keys of one head of one example share them.
+  Parameters are a flat dictionary of arrays.
 
   Args:
     kernel: see `KernelComponent`.
-    statistics: where the parameters come from. "batch": closed form from the
-      queries and keys at hand, each example for itself; looks at the whole
-      sequence, so causal attention refuses it. "ema": running statistics, given
-      as `stats` (`sf.nn` keeps them). "learned": parameters trained by
-      gradient. "constant": the closed form for unit-variance queries and keys.
+    statistics: source of the parameters. "batch": the closed form for the
+      queries and keys of each example; it depends on the whole sequence, so
+      causal attention refuses it. "ema": running statistics, passed as `stats`
+      (`sf.nn` keeps them). "learned": parameters trained by gradient.
+      "constant": the closed form for unit-variance queries and keys.
   """
 
   statistics: str = "batch"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     check_statistics(self.statistics)
 
   @property
-  def needs_stats(self):
-    """See `Component.needs_stats`."""
+  @override
+  def needs_stats(self) -> bool:
     return self.statistics in ("batch", "ema")
 
-  def constant(self, head_dim: int) -> PyTree:
-    """What `solve` gives for unit-variance, unscaled queries and keys."""
+  def constant(self, head_dim: int) -> Params:
+    """Returns `solve` of unscaled queries and keys of unit variance."""
     raise NotImplementedError
 
-  def from_params(self, params) -> PyTree:
-    """What `solve` gives, computed from learnable parameters instead."""
+  def init_params(self, head_dim: int) -> Params:
+    """Returns learnable leaves at their start, for statistics="learned"."""
     raise NotImplementedError
 
-  def parameters(self, state: ComponentState, head_dim: int) -> PyTree:
-    """The parameters in force: from stats if given, else as configured."""
-    if not isinstance(state.stats, tuple) or state.stats:
+  def from_params(self, params: Params) -> Params:
+    """Returns the parameters that follow from learnable leaves."""
+    raise NotImplementedError
+
+  @override
+  def init(self, rng: Array, head_dim: int) -> Params:
+    return self.init_params(head_dim) if self.statistics == "learned" else {}
+
+  def parameters(self, state: ComponentState, head_dim: int) -> Params:
+    """Returns the stats if there are any, else what the options determine."""
+    if state.stats:
       return state.stats
     if self.statistics == "learned":
       return self.from_params(state.params)
     return self.constant(head_dim)
 
-  def prepare(self, state, head_dim):
-    """See `Component.prepare`: the parameters in force become the stats."""
+  @override
+  def prepare(self, state: ComponentState, head_dim: int) -> ComponentState:
+    """Puts the parameters in the place of the stats."""
     return state._replace(stats=self.parameters(state, head_dim))
 
 
 def check_statistics(statistics: str) -> None:
-  """ValueError unless `statistics` names a source of parameters."""
+  """Raises ValueError unless `statistics` names a source of parameters."""
   if statistics not in STATISTICS:
     raise ValueError(
       f"Unknown statistics {statistics!r}.{nearest(statistics, STATISTICS)}"

@@ -4,21 +4,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  ComponentInfo,
-  masked_mean,
-)
+from spectraformer_jax.components import base
 from spectraformer_jax.components.optimal import (
   OptimalPositive,
   constant_rho,
   logit,
   optimal_rho,
 )
-from spectraformer_jax.typing import Array, Params, PyTree
+from spectraformer_jax.typing import Array, Params, PyTree, Side
 
-# Pre-maps stay within these scales, where float32 loses nothing.
+# Limits of the scale of a pre-map, within which float32 loses nothing.
 MIN_SCALE, MAX_SCALE = 1e-2, 1e2
 
 
@@ -27,52 +24,47 @@ class DenseExponential(OptimalPositive):
   r"""Base of the dense-exponential components (DERF).
 
   Queries are mapped to :math:`x' = G x` and keys to :math:`y' = G^{-T} y`,
-  which keeps every :math:`x \cdot y`, and rows are weighed by a diagonal A.
-  A rotation of the rows brings any symmetric A to this form. Subclasses say
-  which G is best for given moments; A then follows in closed form: one number,
-  or one per coordinate.
+  which keeps every :math:`x \cdot y`. The quadratic term in the rows has a
+  diagonal A; a rotation of the rows brings any symmetric A to this form.
+  Subclasses choose the best G for given moments; the best A then follows in
+  closed form, as one number or one per coordinate.
 
   Parameters are "rho" (:math:`1/(1 - 8A)`, a scalar or ``[H]``) and the two
-  maps, "query_map" and "key_map": ``[H]`` where diagonal, else ``[H, H]``.
-  The methods that make maps return both in a dictionary.
+  maps, "query_map" and "key_map": ``[H]`` if diagonal, else ``[H, H]``. The
+  methods that make maps return both in a dictionary.
   """
 
   @property
-  def one_a(self) -> bool:
+  def has_scalar_a(self) -> bool:
     """Whether A is one number for all coordinates."""
     raise NotImplementedError
 
-  def best_maps(self, moments: PyTree) -> dict[str, Array]:
-    """The best G and its inverse transpose for data with these moments."""
+  def best_maps(self, moments: PyTree) -> Params:
+    """Returns the best G for these moments, and its inverse transpose."""
     raise NotImplementedError
 
   def init_maps(self, head_dim: int) -> Params:
-    """Learnable parameters of G, at the identity."""
+    """Returns the learnable parameters of G = identity."""
     raise NotImplementedError
 
-  def learned_maps(self, params: Params) -> dict[str, Array]:
-    """G and its inverse transpose from learnable parameters."""
+  def learned_maps(self, params: Params) -> Params:
+    """Returns G of these learnable parameters, and its inverse transpose."""
     raise NotImplementedError
 
-  def pre_map(self, x, side, parameters):
-    """See `OptimalPositive.pre_map`."""
+  @override
+  def pre_map(self, x: Array, side: Side, parameters: Params) -> Array:
     name = f"{side}_map"
     return apply_map(parameters[name], x) if name in parameters else x
 
-  def init(self, rng, head_dim):
-    """See `Component.init`: G and logit of rho if learned."""
-    del rng
-    if self.statistics != "learned":
-      return {}
+  @override
+  def init_params(self, head_dim: int) -> Params:
     start = logit(self.constant(head_dim)["rho"])
-    shape = () if self.one_a else (head_dim,)
-    return {
-      "rho_logit": jnp.broadcast_to(start, shape),
-      **self.init_maps(head_dim),
-    }
+    shape = () if self.has_scalar_a else (head_dim,)
+    rho_logit = jnp.broadcast_to(start, shape)
+    return {"rho_logit": rho_logit, **self.init_maps(head_dim)}
 
-  def solve(self, moments):
-    """See `Component.solve`."""
+  @override
+  def solve(self, moments: PyTree) -> PyTree:
     maps = self.best_maps(moments)
     query_map, key_map = maps["query_map"], maps["key_map"]
     # Mean square of each coordinate of x' + y', over all pairs.
@@ -83,24 +75,24 @@ class DenseExponential(OptimalPositive):
     )
     # Rounding must not push a mean of squares below zero.
     spread = jnp.maximum(spread, 0.0)
-    if self.one_a:
+    if self.has_scalar_a:
       rho = optimal_rho(jnp.sum(spread), spread.shape[-1])
     else:
       rho = optimal_rho(spread, 1)
     return {"rho": rho, **maps}
 
-  def constant(self, head_dim):
-    """See `DataDependent.constant`: isotropic data need no map."""
+  @override
+  def constant(self, head_dim: int) -> Params:
+    """Leaves the maps out, since isotropic data need none."""
     return {"rho": jnp.float32(constant_rho(head_dim))}
 
-  def from_params(self, params):
-    """See `DataDependent.from_params`."""
-    of_maps = dict(params)
-    rho = jax.nn.sigmoid(of_maps.pop("rho_logit"))
-    return {"rho": rho, **self.learned_maps(of_maps)}
+  @override
+  def from_params(self, params: Params) -> Params:
+    rho = jax.nn.sigmoid(params["rho_logit"])
+    return {"rho": rho, **self.learned_maps(params)}
 
 
-@COMPONENTS.register("saderf")
+@base.COMPONENTS.register("saderf")
 @dataclasses.dataclass(frozen=True)
 class SADERF(DenseExponential):
   r"""Simplified asymmetric dense-exponential random features (FAVOR#).
@@ -110,11 +102,11 @@ class SADERF(DenseExponential):
       \exp(A |\omega|^2 + \sqrt{1 - 4A}\, \omega^\top x' - |x'|^2/2),
     \qquad x'_l = \psi_l x_l \text{ (queries)},\; x_l / \psi_l \text{ (keys)}
 
-  OPRF after each coordinate's scale is shared out evenly between queries and
-  keys: :math:`\psi_l = (\overline{y_l^2} / \overline{x_l^2})^{1/4}`. A is that
-  of OPRF for the mapped data, or, per dimension, the best one for each
-  coordinate. The Gaussian kernel takes :math:`|x|^2/2`, of the unmapped x, off
-  the exponent. The second moment of one row is
+  OPRF after rescaling each coordinate so that queries and keys have the same
+  mean square: :math:`\psi_l = (\overline{y_l^2} / \overline{x_l^2})^{1/4}`. A
+  is that of OPRF for the mapped data, or, per dimension, the best one for each
+  coordinate. The Gaussian kernel subtracts :math:`|x|^2/2`, of the unmapped x,
+  in the exponent. The second moment of one row is
 
   .. math::
     \prod_l (1-4a_l)(1-8a_l)^{-1/2} \exp\Big(\sum_l
@@ -122,9 +114,9 @@ class SADERF(DenseExponential):
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where psi and A come from: "batch", "ema", "learned",
-      "constant" (psi = 1: OPRF).
-    per_dimension: one A per coordinate instead of one in all.
+    statistics: source of psi and A: "batch", "ema", "learned" or "constant"
+      (psi = 1: OPRF).
+    per_dimension: whether each coordinate has its own A.
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -145,7 +137,7 @@ class SADERF(DenseExponential):
 
   per_dimension: bool = False
 
-  info = ComponentInfo(
+  info = base.ComponentInfo(
     name="saderf",
     family="dense exponential",
     estimates="softmax or Gaussian kernel",
@@ -163,54 +155,46 @@ class SADERF(DenseExponential):
   )
 
   @property
-  def one_a(self):
-    """See `DenseExponential.one_a`."""
+  @override
+  def has_scalar_a(self) -> bool:
     return not self.per_dimension
 
-  def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`; squares and "cross" of each coordinate."""
-    query_mean = masked_mean(query, query_mask)
-    key_mean = masked_mean(key, key_mask)
-    return {
-      "query_square": masked_mean(jnp.square(query), query_mask),
-      "key_square": masked_mean(jnp.square(key), key_mask),
-      "query_mean": query_mean,
-      "key_mean": key_mean,
-      "cross": query_mean * key_mean,
-    }
+  @override
+  def product(self, x: Array, y: Array) -> Array:
+    return x * y
 
-  def best_maps(self, moments):
-    """See `DenseExponential.best_maps`."""
+  @override
+  def best_maps(self, moments: PyTree) -> Params:
     psi = balance(moments["query_square"], moments["key_square"])
     return {"query_map": psi, "key_map": 1.0 / psi}
 
-  def init_maps(self, head_dim):
-    """See `DenseExponential.init_maps`."""
+  @override
+  def init_maps(self, head_dim: int) -> Params:
     return {"log_psi": jnp.zeros((head_dim,), jnp.float32)}
 
-  def learned_maps(self, params):
-    """See `DenseExponential.learned_maps`."""
+  @override
+  def learned_maps(self, params: Params) -> Params:
     log_psi = params["log_psi"]
     return {"query_map": jnp.exp(log_psi), "key_map": jnp.exp(-log_psi)}
 
 
 def balance(query_square: Array, key_square: Array) -> Array:
-  """(key / query)^(1/4): the scale of queries that makes both squares equal."""
-  # Coordinates that are zero throughout must not divide by zero.
+  """Returns the scale of queries that makes both mean squares equal."""
+  # A coordinate may be zero at all positions.
   tiny = 1e-6 * jnp.mean(query_square + key_square) + 1e-30
   ratio = (key_square + tiny) / (query_square + tiny)
   return jnp.clip(ratio**0.25, MIN_SCALE, MAX_SCALE)
 
 
 def apply_map(linear: Array, x: Array) -> Array:
-  """The map ``[H]`` (diagonal) or ``[H, H]`` of ``[..., H]``."""
+  """Applies a map ``[H]`` (diagonal) or ``[H, H]`` to x ``[..., H]``."""
   if linear.ndim == 2:
     return jnp.einsum("...h,gh->...g", x, linear, precision="highest")
   return x * jnp.reshape(linear, (1,) * (x.ndim - 1) + (-1,))
 
 
 def _mean_product(left: Array, product: Array, right: Array) -> Array:
-  """Mean products of mapped coordinates: diagonal of L M R^T, ``[H]``."""
+  """Returns the diagonal of L M R^T, ``[H]``."""
   if left.ndim == 2:
     return jnp.einsum("gh,hk,gk->g", left, product, right, precision="highest")
   return left * product * right

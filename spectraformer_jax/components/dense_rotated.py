@@ -5,51 +5,62 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.components.base import COMPONENTS, masked_mean, project
+from spectraformer_jax.components import base
 from spectraformer_jax.components.dense import SADERF, DenseExponential, balance
-from spectraformer_jax.typing import Array
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  Mask,
+  Params,
+  PyTree,
+  WeightSample,
+)
 
-# Share of the mean eigenvalue added to second moments, which are singular for
-# fewer tokens than head_dim. It touches the variance, never the mean.
+# Share of the mean eigenvalue that is added to second moments, which are
+# singular for fewer tokens than head_dim. It changes the variance, never the
+# mean.
 RIDGE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseRotated(DenseExponential):
-  r"""Base of the components with a full matrix G: up to two steps.
+  r"""Base of the components with a full matrix G, made in up to two steps.
 
-  "Aligning" makes the second moments of queries and keys equal; "rotating" then
-  turns to the principal axes Q of x + y, one A for each. Rows are turned by Q,
-  too: :math:`\omega^\top Q\, a\, Q^\top \omega` and
+  "Aligning" makes the second moments of queries and keys equal. "Rotating" then
+  turns both to the principal axes Q of x + y, each of which has its own A. Rows
+  are turned by Q, too, so that :math:`\omega^\top Q\, a\, Q^\top \omega` and
   :math:`\omega^\top Q (I - 4a)^{1/2} Q^\top x` do not depend on the signs of
-  eigenvectors, nor on their choice among equal eigenvalues. Features are a
-  continuous function of the moments, so that rounding (padding, another batch)
-  cannot turn into another draw.
+  eigenvectors, nor on their choice among equal eigenvalues. Features are then a
+  continuous function of the moments: a rounding error in them (from padding or
+  another batch) changes features by as little.
   """
 
   aligns: ClassVar[bool]
   rotates: ClassVar[bool]
 
   @property
-  def one_a(self):
-    """See `DenseExponential.one_a`."""
+  @override
+  def has_scalar_a(self) -> bool:
     return not self.rotates
 
-  def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`; "square" is the mean of x x^T."""
-    query_mean = masked_mean(query, query_mask)
-    key_mean = masked_mean(key, key_mask)
-    return {
-      "query_square": _mean_outer(query, query_mask),
-      "key_square": _mean_outer(key, key_mask),
-      "query_mean": query_mean,
-      "key_mean": key_mean,
-      "cross": jnp.outer(query_mean, key_mean),
-    }
+  @override
+  def product(self, x: Array, y: Array) -> Array:
+    return jnp.outer(x, y)
 
-  def best_maps(self, moments):
-    """See `DenseExponential.best_maps`; with "axes", Q, if it rotates."""
+  @override
+  def mean_square(self, x: Array, mask: Mask) -> Array:
+    """Returns the mean of x x^T where `mask`, ``[T, H]`` -> ``[H, H]``."""
+    x = x if mask is None else jnp.where(mask[:, None], x, 0.0)
+    total = jnp.einsum("th,tg->hg", x, x, precision="highest")
+    if mask is None:
+      return total / x.shape[0]
+    return total / jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
+
+  @override
+  def best_maps(self, moments: PyTree) -> Params:
+    """Adds Q as "axes" if the component rotates."""
     eye = jnp.eye(moments["query_mean"].shape[-1], dtype=jnp.float32)
     maps = {"query_map": eye, "key_map": eye}
     with jax.default_matmul_precision("highest"):
@@ -59,28 +70,31 @@ class DenseRotated(DenseExponential):
         axes = _principal_axes(moments, **maps)
         maps = {name: axes.T @ linear for name, linear in maps.items()}
         maps["axes"] = axes
-      # One Newton step: an inexact inverse would be a bias.
+      # One Newton step, because an inexact inverse would bias the estimate.
       residual = eye - maps["query_map"].T @ maps["key_map"]
       maps["key_map"] += maps["key_map"] @ residual
     return maps
 
-  def realise_rows(self, rows, num_features, state):
-    """See `Component.realise_rows`: turned by Q."""
-    del num_features
+  @override
+  def realise_rows(
+    self, rows: WeightSample, num_features: int, state: ComponentState
+  ) -> WeightSample:
+    """Turns rows by Q."""
     parameters = self.parameters(state, rows.w.shape[-1])
     if "axes" not in parameters:
       return rows
-    return rows._replace(w=project(rows.w, parameters["axes"].T))
+    return rows._replace(w=base.project(rows.w, parameters["axes"].T))
 
-  def init_maps(self, head_dim):
-    """See `DenseExponential.init_maps`: G = rotation times triangle."""
+  @override
+  def init_maps(self, head_dim: int) -> Params:
+    """Parametrises G as a rotation times a triangular matrix."""
     zeros = jnp.zeros((head_dim, head_dim), jnp.float32)
     parts = {"skew": self.rotates, "triangle": self.aligns}
     return {name: zeros for name, present in parts.items() if present}
 
-  def learned_maps(self, params):
-    """See `DenseExponential.learned_maps`."""
-    head_dim = next(iter(params.values())).shape[-1]
+  @override
+  def learned_maps(self, params: Params) -> Params:
+    head_dim = params["triangle" if self.aligns else "skew"].shape[-1]
     query_map = key_map = eye = jnp.eye(head_dim, dtype=jnp.float32)
     with jax.default_matmul_precision("highest"):
       if self.aligns:
@@ -88,14 +102,14 @@ class DenseRotated(DenseExponential):
         query_map = jnp.tril(params["triangle"], -1) + jnp.diag(scale)
         key_map = _inverse_of_lower(query_map).T
       if self.rotates:
-        # Cayley's form: every rotation but those by half a turn.
+        # Cayley's form reaches all rotations except those by half a turn.
         skew = 0.5 * (params["skew"] - params["skew"].T)
         rotation = jnp.linalg.solve(eye - skew, eye + skew)
         query_map, key_map = rotation @ query_map, rotation @ key_map
     return {"query_map": query_map, "key_map": key_map}
 
 
-@COMPONENTS.register("sderf")
+@base.COMPONENTS.register("sderf")
 @dataclasses.dataclass(frozen=True)
 class SDERF(DenseRotated):
   r"""Symmetric dense-exponential random features.
@@ -108,8 +122,8 @@ class SDERF(DenseRotated):
   for queries and keys alike, with Q the eigenvectors of the mean of
   :math:`(x_i + y_j)(x_i + y_j)^\top` over all pairs and :math:`a_l` the best
   value for eigenvalue l: OPRF with its own A along each principal axis. The
-  Gaussian kernel takes another :math:`|x|^2/2` off the exponent. Second moment
-  as of :class:`SADERF`.
+  Gaussian kernel subtracts another :math:`|x|^2/2` in the exponent. The second
+  moment is that of :class:`SADERF`.
 
   Costs :math:`O((T + M) H^2)` to turn x and the rows and, per head, an H x H
   eigendecomposition: of every example with statistics="batch", one per step
@@ -117,8 +131,8 @@ class SDERF(DenseRotated):
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where Q and a come from: "batch", "ema", "learned",
-      "constant" (Q = I: OPRF).
+    statistics: source of Q and a: "batch", "ema", "learned" or "constant"
+      (Q = I: OPRF).
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -150,7 +164,7 @@ class SDERF(DenseRotated):
   )
 
 
-@COMPONENTS.register("aderf")
+@base.COMPONENTS.register("aderf")
 @dataclasses.dataclass(frozen=True)
 class ADERF(DenseRotated):
   r"""Asymmetric dense-exponential random features.
@@ -162,8 +176,8 @@ class ADERF(DenseRotated):
 
   with the G that makes the second moments of mapped queries and keys equal:
   :math:`G^\top G = M_x^{-1} \# M_y`, the geometric mean of matrices. A is that
-  of OPRF for the mapped data. The Gaussian kernel takes :math:`|x|^2/2`, of the
-  unmapped x, off the exponent. Second moment as of :class:`SADERF`.
+  of OPRF for the mapped data. The Gaussian kernel subtracts :math:`|x|^2/2`, of
+  the unmapped x, in the exponent. The second moment is that of :class:`SADERF`.
 
   Costs :math:`O(T H^2)` for the pre-map and, per head, an H x H Cholesky
   factor and eigendecomposition: of every example with statistics="batch", one
@@ -171,8 +185,8 @@ class ADERF(DenseRotated):
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where G and A come from: "batch", "ema", "learned",
-      "constant" (G = I: OPRF).
+    statistics: source of G and A: "batch", "ema", "learned" or "constant"
+      (G = I: OPRF).
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -204,17 +218,17 @@ class ADERF(DenseRotated):
   )
 
 
-@COMPONENTS.register("asderf")
+@base.COMPONENTS.register("asderf")
 @dataclasses.dataclass(frozen=True)
 class ASDERF(DenseRotated):
   r"""Asymmetric dense-exponential features with one A per principal axis.
 
-  ADERF's map first, then SDERF after it: its :math:`x'` is
-  :math:`Q^\top G x` for queries and :math:`Q^\top G^{-\top} x` for keys. Never
-  more variance (mean log second moment) than ADERF, and the least of all
-  components with one exponential a row on all data tried. On small isotropic
-  data :class:`OPRFHyperbolic` has less at equal feature dimension, on data of
-  unequal axes far more. Second moment as of :class:`SADERF`.
+  The map of ADERF followed by SDERF: :math:`x'` is :math:`Q^\top G x` for
+  queries and :math:`Q^\top G^{-\top} x` for keys. The variance (mean log second
+  moment) is never above that of ADERF, and the lowest of all components with
+  one exponential per row on all data tried. At equal feature dimension,
+  :class:`OPRFHyperbolic` has less on small isotropic data, and far more on data
+  of unequal axes. The second moment is that of :class:`SADERF`.
 
   Costs :math:`O((T + M) H^2)` to map x and the rows and, per head, two H x H
   eigendecompositions: of every example with statistics="batch", one per step
@@ -222,8 +236,8 @@ class ASDERF(DenseRotated):
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where G, Q and a come from: "batch", "ema", "learned",
-      "constant" (identities: OPRF).
+    statistics: source of G, Q and a: "batch", "ema", "learned" or "constant"
+      (identities: OPRF).
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -257,44 +271,35 @@ class ASDERF(DenseRotated):
   )
 
 
-def _mean_outer(x: Array, mask: Array | None) -> Array:
-  """Mean of x x^T where `mask`, ``[T, H]`` -> ``[H, H]``."""
-  counted = x if mask is None else jnp.where(mask[:, None], x, 0.0)
-  total = jnp.einsum("th,tg->hg", counted, counted, precision="highest")
-  if mask is None:
-    return total / x.shape[0]
-  return total / jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
-
-
-def _align(query_square: Array, key_square: Array) -> dict[str, Array]:
-  """G and G^-T with G Mx G^T = G^-T My G^-1, triangular."""
+def _align(query_square: Array, key_square: Array) -> Params:
+  """Returns a triangular G with G Mx G^T = G^-T My G^-1, and its G^-T."""
   head_dim = query_square.shape[-1]
   eye = jnp.eye(head_dim, dtype=query_square.dtype)
-  # Sizes are dealt with apart, so that neither moment can underflow.
+  # Both moments are divided by their sizes first, so that neither underflows.
   sizes = [jnp.trace(m) / head_dim for m in (query_square, key_square)]
   query_square, key_square = (
     m / jnp.maximum(size, 1e-30) + RIDGE * eye
     for m, size in zip((query_square, key_square), sizes, strict=True)
   )
-  root = jnp.linalg.cholesky(query_square)
-  squares, axes = jnp.linalg.eigh(root.T @ key_square @ root)
-  # The fourth root would make much of the rounding of small eigenvalues.
+  factor = jnp.linalg.cholesky(query_square)
+  squares, axes = jnp.linalg.eigh(factor.T @ key_square @ factor)
+  # The fourth root below would magnify rounding errors of small eigenvalues.
   squares = jnp.maximum(squares, 1e-4 * squares[-1])
-  # G^T G is the geometric mean; of all its roots G the triangular one is
-  # unique and continuous, unlike the one that eigenvectors make.
-  half = (axes * squares[None, :] ** 0.25).T @ _inverse_of_lower(root)
+  # G^T G is the geometric mean. Its triangular factor G is unique and
+  # continuous, unlike the one from eigenvectors.
+  half = (axes * squares[None, :] ** 0.25).T @ _inverse_of_lower(factor)
   lower = balance(*sizes) * jnp.linalg.cholesky(half.T @ half)
   return {"query_map": lower.T, "key_map": _inverse_of_lower(lower)}
 
 
 def _inverse_of_lower(lower: Array) -> Array:
-  """The inverse of a lower triangular matrix."""
+  """Returns the inverse of a lower triangular matrix."""
   eye = jnp.eye(lower.shape[-1], dtype=lower.dtype)
   return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
 
 
-def _principal_axes(moments, query_map: Array, key_map: Array) -> Array:
-  """Eigenvectors, as columns, of the mean of (x' + y')(x' + y')^T."""
+def _principal_axes(moments: PyTree, query_map: Array, key_map: Array) -> Array:
+  """Returns the eigenvectors, as columns, of the mean of (x'+y')(x'+y')^T."""
   crossed = query_map @ moments["cross"] @ key_map.T
   return jnp.linalg.eigh(
     query_map @ moments["query_square"] @ query_map.T

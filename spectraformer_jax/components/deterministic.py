@@ -5,29 +5,31 @@ import math
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from spectraformer_jax.checks import check_positive_int
+from spectraformer_jax.components import base
 from spectraformer_jax.components.arc_cosine import check_epsilon
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  Component,
-  ComponentInfo,
-  sized,
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Side,
+  WeightSample,
 )
-from spectraformer_jax.typing import LogFeatures
 
 
-@COMPONENTS.register("elu1")
+@base.COMPONENTS.register("elu1")
 @dataclasses.dataclass(frozen=True)
-class ELU1(Component):
+class ELU1(base.Component):
   r"""ELU+1: the first linear attention.
 
   .. math::
     \phi(x)_l = \mathrm{elu}(q_l) + 1 = \begin{cases} q_l + 1 & q_l > 0 \\
       e^{q_l} & q_l \le 0 \end{cases}, \qquad q = H^{1/4} x
 
-  on the unscaled vector q, as in the paper: the factor takes back the default
-  scale of attention (another scale acts in addition). Deterministic and
+  on the unscaled vector q, as in the paper: the factor undoes the default scale
+  of attention (any other scale is then relative to it). Deterministic and
   strictly positive, without W: weight matrix "none", num_features=None. Not an
   estimate of softmax.
 
@@ -43,7 +45,7 @@ class ELU1(Component):
     [2.0, 0.368]
   """
 
-  info = ComponentInfo(
+  info = base.ComponentInfo(
     name="elu1",
     family="own kernel",
     estimates="(elu(q) + 1) . (elu(k) + 1), exactly",
@@ -58,31 +60,31 @@ class ELU1(Component):
     row_law="none",
   )
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
+  @override
+  def feature_dim(self, num_features: int, head_dim: int | None) -> int | None:
     return head_dim
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del rows, side, state
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     return LogFeatures(_log_elu1(x))
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`."""
-    del state
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     return jnp.sum(jnp.exp(_log_elu1(x) + _log_elu1(y)), axis=-1)
 
 
-def _log_elu1(x):
-  """log(elu(q) + 1) at q = H^(1/4) x: never -inf."""
+def _log_elu1(x: Array) -> Array:
+  """Returns log(elu(q) + 1) at q = H^(1/4) x, which is never -inf."""
   q = x.shape[-1] ** 0.25 * x
   return jnp.where(q > 0.0, jnp.log1p(jnp.maximum(q, 0.0)), q)
 
 
-@COMPONENTS.register("cosformer")
+@base.COMPONENTS.register("cosformer")
 @dataclasses.dataclass(frozen=True)
-class CosFormer(Component):
-  r"""cosFormer: positive parts, weighed by the cosine of a distance.
+class CosFormer(base.Component):
+  r"""cosFormer: positive parts, weighted by the cosine of a distance.
 
   .. math::
     \phi(x, i) = [r \cos\tfrac{\pi i}{2 L}, r \sin\tfrac{\pi i}{2 L}],
@@ -90,25 +92,26 @@ class CosFormer(Component):
     \phi(x, i) \cdot \phi(y, j) = r_x \cdot r_y
       \cos\tfrac{\pi (i - j)}{2 L}
 
-  with L = `max_length`, fixed (a length that follows the data would let padding
-  change the output). All features are non-negative. Without W: weight matrix
-  "none", num_features=None. Not an estimate of softmax.
+  with a fixed L = `max_length` (if L were the length of the batch, padding
+  would change the output). All features are non-negative. Without W: weight
+  matrix "none", num_features=None. Not an estimate of softmax.
 
-  Queries and keys count positions from 0, whatever T and S are: use it where
-  both run along one axis, as in self-attention. A caller that maps a sequence
-  piece by piece passes the `position` of each piece. Beyond L cosines would
-  turn negative: a sequence, or a state and what follows it, that is known to
-  be longer is an error, and where the position is known only at run time (as
-  in a jitted `decode_step`) outputs from position L on are NaN. `kernel_value`
-  is for equal positions.
+  Positions of queries and of keys start at 0, whatever T and S are: use it
+  where both run along one axis, as in self-attention. A caller that maps a
+  sequence piece by piece passes the `position` of each piece. Beyond L the
+  cosines would be negative, so a longer sequence is an error, also one that
+  continues a state. If the position is known only at run time (as in a jitted
+  `decode_step`), outputs from position L on are NaN. `kernel_value` assumes
+  equal positions.
 
   Args:
-    max_length: L, at least the longest sequence.
-    epsilon: added to r; 0 gives zeros for a query that meets no key.
+    max_length: L, at least the length of the longest sequence.
+    epsilon: added to r. With 0, a query without a positive product with any key
+      has zeros as output.
 
   Raises:
     ValueError: a max_length that is not a positive integer, a negative epsilon;
-      when mapped, a sequence longer than max_length, with what came before.
+      from the map, a sequence longer than max_length, earlier tokens included.
 
   References:
     Qin et al., cosFormer, 2022, cos-based re-weighting (2202.08791).
@@ -126,7 +129,7 @@ class CosFormer(Component):
   max_length: int = 4096
   epsilon: float = 0.0
 
-  info = ComponentInfo(
+  info = base.ComponentInfo(
     name="cosformer",
     family="own kernel",
     estimates="relu(x) . relu(y) cos(pi (i - j) / 2L), exactly",
@@ -142,53 +145,54 @@ class CosFormer(Component):
     positional=True,
   )
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_positive_int("max_length", self.max_length)
     check_epsilon(self.epsilon)
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
+  @override
+  def feature_dim(self, num_features: int, head_dim: int | None) -> int | None:
     return None if head_dim is None else 2 * head_dim
 
   @property
-  def longest(self):
-    """See `Component.longest`."""
+  @override
+  def longest(self) -> int | None:
     return self.max_length
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del rows, side
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     start = 0 if state.position is None else state.position
     position = start + jnp.arange(x.shape[0])
     angles = position.astype(x.dtype) * (0.5 * math.pi / self.max_length)
     r = jax.nn.relu(x) + self.epsilon
     cosine, sine = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    return sized(jnp.concatenate([r * cosine, r * sine], axis=-1))
+    both = jnp.concatenate([r * cosine, r * sine], axis=-1)
+    return base.to_log_features(both)
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`; at equal positions."""
-    del state
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     phi, psi = (jax.nn.relu(z) + self.epsilon for z in (x, y))
     return jnp.sum(phi * psi, axis=-1)
 
 
-@COMPONENTS.register("taylor2")
+@base.COMPONENTS.register("taylor2")
 @dataclasses.dataclass(frozen=True)
-class Taylor2(Component):
+class Taylor2(base.Component):
   r"""Second-order Taylor polynomial of the softmax kernel, exactly.
 
   .. math::
     \phi(x) = [1, x, \mathrm{vec}(x x^\top) / \sqrt 2], \qquad
     \phi(x) \cdot \phi(y) = 1 + x \cdot y + (x \cdot y)^2 / 2 \ge 1/2
 
-  Deterministic, without W: weight matrix "none", num_features=None. Near the
-  softmax kernel for |x.y| well below 1; for large ones it grows like a square,
-  in both directions: a key opposite to the query counts as much as one along
-  it.
+  Deterministic, without W: weight matrix "none", num_features=None. Close to
+  the softmax kernel for |x.y| well below 1. For large |x.y| it grows like a
+  square in both directions: a key opposite to the query counts as much as an
+  aligned one.
 
-  Features are signed, the kernel is not: normalizers never come near zero, so
-  the guard that attention puts on signed maps costs its doubled sums but no
-  bias.
+  Features are signed but the kernel is positive, so normalizers are never near
+  zero: attention's guard for signed maps doubles the cost of the sums but adds
+  no bias.
 
   References:
     Arora et al., Simple linear attention language models balance the
@@ -203,7 +207,7 @@ class Taylor2(Component):
     ((21,), 2.5)
   """
 
-  info = ComponentInfo(
+  info = base.ComponentInfo(
     name="taylor2",
     family="own kernel",
     estimates="1 + x.y + (x.y)^2/2, exactly",
@@ -218,20 +222,20 @@ class Taylor2(Component):
     row_law="none",
   )
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
+  @override
+  def feature_dim(self, num_features: int, head_dim: int | None) -> int | None:
     return None if head_dim is None else 1 + head_dim + head_dim**2
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del rows, side, state
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     squares = x[:, :, None] * x[:, None, :] * math.sqrt(0.5)
     ones = jnp.ones((x.shape[0], 1), x.dtype)
     flat = jnp.reshape(squares, (x.shape[0], -1))
-    return sized(jnp.concatenate([ones, x, flat], axis=-1))
+    return base.to_log_features(jnp.concatenate([ones, x, flat], axis=-1))
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`."""
-    del state
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     score = jnp.sum(x * y, axis=-1)
     return 1.0 + score + 0.5 * score**2

@@ -1,153 +1,159 @@
 """Discretely induced features: monomials of random degrees."""
 
 import dataclasses
+import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import i0e
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  ComponentInfo,
-  masked_mean,
-  project,
-)
+from spectraformer_jax.components import base
 from spectraformer_jax.components.data_dependent import DataDependent
 from spectraformer_jax.components.discrete_laws import (
   P_RANGE,
   RATE_RANGE,
-  geometric_counts,
+  geometric_degrees,
   optimal_p,
-  poisson_counts,
+  poisson_degrees,
   stirling_rest,
 )
-from spectraformer_jax.typing import Array, LogFeatures, PyTree
+from spectraformer_jax.components.optimal import logit
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Mask,
+  Params,
+  PyTree,
+  Side,
+  WeightSample,
+)
 from spectraformer_jax.weight_matrices import stored_uniforms
 
-# Below this a coordinate counts as zero: its logarithm is cut off there, and
-# its gradient is zero, so that neither is infinite.
+# Smaller coordinates count as this one and have no gradient: neither their
+# logarithm nor its gradient is then infinite.
 SMALLEST = 1e-30
 
-# Coordinates in one product: degrees times logarithms reach a thousand.
+# Coordinates in one running sum. Terms (degrees times logarithms) reach 1000.
 SUMMED_AT_ONCE = 16
 
 
 class Discrete(DataDependent):
   """Base of PoisRF and GeomRF: products of powers x_l ** n_l.
 
-  Stored rows are uniforms; `counts` makes them the degrees n ``[M, H]`` once
-  the parameter of their law is known. They take no gradient, and they are steps
-  in it: stats that differ in a last digit can move a degree by one, to another
-  draw of the same law.
+  Stored rows are uniforms; `degrees` turns them into the degrees n ``[M, H]``
+  of a law with a data-dependent parameter. Degrees take no gradient and are
+  step functions of the parameter: stats that differ in their last digit can
+  change a degree by one, which gives another draw of the same law.
   """
 
-  def counts(self, uniform: Array, parameters: PyTree) -> Array:
-    """Degrees n ``[M, H]``, float32, from uniforms of that shape."""
+  def degrees(self, uniform: Array, parameters: Params) -> Array:
+    """Returns degrees n, float32, of uniforms ``[M, H]``."""
     raise NotImplementedError
 
-  def mean_count(self, parameters: PyTree) -> Array:
-    """Mean of a degree n: r^2, r the size of x that such degrees suit.
+  def mean_degree(self, parameters: Params) -> Array:
+    """Returns the mean of a degree n, which is also called r^2.
 
-    Powers are of x / r: they and what makes up for r stay near 1, where those
-    of x would cost float32 its last digits.
+    Features are computed from powers of x / r and a term that undoes the r.
+    Both are near 1, whereas powers of x would lose the last digits of float32.
     """
     raise NotImplementedError
 
-  def row_term(self, counts: Array, parameters: PyTree) -> Array:
-    """``[M]``: log-features are it plus sum_l (n_l log(x_l/r) + r^2/2)."""
+  def row_term(self, degrees: Array, parameters: Params) -> Array:
+    """Returns log-features minus sum_l (n_l log(x_l/r) + r^2/2), ``[M]``."""
     raise NotImplementedError
 
-  def shifted(self, x: Array, parameters: PyTree) -> tuple[Array, Array]:
-    """What the powers see of x, and log-factors ``[..., H]`` to be summed."""
-    del parameters
+  def split_shift(self, x: Array, parameters: Params) -> tuple[Array, Array]:
+    """Returns the bases of the powers, and log-factors, ``[..., H]`` each."""
     return x, jnp.zeros_like(x)
 
   def typical_moments(self, head_dim: int) -> PyTree:
-    """Moments of unit-variance, unscaled normal queries and keys."""
+    """Returns the moments of unscaled normal data of unit variance."""
     deviation = head_dim**-0.25
     size = deviation * math.sqrt(2.0 / math.pi)
-    values = {
-      "square": deviation**2,
-      "size": size,
-      "mean": 0.0,
-    }
-    both = {
-      f"{side}_{name}": value
-      for name, value in values.items()
-      for side in ("query", "key")
-    }
-    others = {
+    zeros = ("query_mean", "key_mean", "square_mean", "mean_square", "cross")
+    values = dict.fromkeys(zeros, 0.0) | {
+      "query_square": deviation**2,
+      "key_square": deviation**2,
       "square_product": deviation**4,
+      "query_size": size,
+      "key_size": size,
       "size_product": size**2,
-      "square_mean": 0.0,
-      "mean_square": 0.0,
-      "cross": 0.0,
       "least": -3.0 * deviation,
     }
     return {
       name: jnp.full((head_dim,), value, jnp.float32)
-      for name, value in (both | others).items()
+      for name, value in values.items()
     }
 
-  def scatter(self, query_mean, key_mean):
-    """See `KernelComponent.scatter`: squares, which add up."""
+  @override
+  def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
+    """Returns squares only: sizes do not add up, squares do."""
     return {
       "query_square": jnp.square(query_mean),
       "key_square": jnp.square(key_mean),
     }
 
-  def constant(self, head_dim):
-    """See `DataDependent.constant`."""
+  @override
+  def constant(self, head_dim: int) -> Params:
     return self.solve(self.typical_moments(head_dim))
 
-  def realise_rows(self, rows, num_features, state):
-    """See `Component.realise_rows`: uniforms to degrees."""
-    del num_features
+  @override
+  def realise_rows(
+    self, rows: WeightSample, num_features: int, state: ComponentState
+  ) -> WeightSample:
+    """Turns uniforms into degrees."""
     parameters = self.parameters(state, rows.w.shape[-1])
-    counts = self.counts(stored_uniforms.to_uniform(rows.w), parameters)
-    return rows._replace(w=jax.lax.stop_gradient(counts))
+    degrees = self.degrees(stored_uniforms.to_uniform(rows.w), parameters)
+    return rows._replace(w=jax.lax.stop_gradient(degrees))
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     parameters = self.parameters(state, x.shape[-1])
-    powers, log_factor = self.shifted(x, parameters)
-    counts, mean = rows.w, self.mean_count(parameters)
-    log_powers = log_size(powers) - 0.5 * jnp.log(mean)
-    # At |x|^2 = 200 sums of the order of a thousand cancel, and with them the
-    # fourth digit of a float32 feature. They are added up coordinate by
-    # coordinate, where they are small, and only what n differs from a usual
-    # count (an integer: the difference is exact) is left to the projection.
-    usual = jnp.round(mean)
-    whole = usual * log_powers + (0.5 * mean + log_factor)
-    exponent = _project_in_parts(log_powers, counts - usual)
-    exponent += self.row_term(counts, parameters)[None, :]
-    token = jnp.sum(whole, axis=-1, keepdims=True) + self.gaussian_shift(x)
-    negative = (powers < 0.0).astype(x.dtype)
-    odd = project(negative, jnp.mod(counts, 2.0))
-    sign = 1.0 - 2.0 * jnp.mod(odd, 2.0)
-    return LogFeatures(exponent + token, sign)
+    bases, log_factor = self.split_shift(x, parameters)
+    degrees, mean = rows.w, self.mean_degree(parameters)
+    log_bases = log_size(bases) - 0.5 * jnp.log(mean)
+    # At |x|^2 = 200 sums of about a thousand cancel, which costs a float32
+    # feature its fourth digit. So the terms of a typical degree are added up
+    # coordinate by coordinate, where they are small, and only the difference of
+    # n from it (exact, since both are integers) is projected.
+    typical = jnp.round(mean)
+    per_coordinate = typical * log_bases + (0.5 * mean + log_factor)
+    exponent = _project_in_parts(log_bases, degrees - typical)
+    exponent += self.row_term(degrees, parameters)[None, :]
+    token_term = jnp.sum(per_coordinate, axis=-1, keepdims=True)
+    token_term += self.gaussian_shift(x)
+    negative = (bases < 0.0).astype(x.dtype)
+    num_negative = base.project(negative, jnp.mod(degrees, 2.0))
+    sign = 1.0 - 2.0 * jnp.mod(num_negative, 2.0)
+    return LogFeatures(exponent + token_term, sign)
 
-  def pair_moment(self, product: Array, parameters: PyTree) -> Array:
-    """Log E Z^2 ``[...]`` for coordinate products x_l y_l ``[..., H]``."""
+  def log_pair_moment(self, product: Array, parameters: Params) -> Array:
+    """Returns log E Z^2 ``[...]`` from products x_l y_l ``[..., H]``."""
     raise NotImplementedError
 
-  def softmax_log_second_moment(self, x, y, state):
-    """See `KernelComponent.softmax_log_second_moment`."""
+  @override
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     parameters = self.parameters(state, x.shape[-1])
-    x, query_factor = self.shifted(x, parameters)
-    y, key_factor = self.shifted(y, parameters)
+    x, query_factor = self.split_shift(x, parameters)
+    y, key_factor = self.split_shift(y, parameters)
     factor = 2.0 * jnp.sum(query_factor + key_factor, axis=-1)
-    return factor + self.pair_moment(x * y, parameters)
+    return factor + self.log_pair_moment(x * y, parameters)
 
 
 def add_to_products(moments: PyTree, added: PyTree, name: str) -> PyTree:
-  """Moments with those of both sides grown, and their product with them.
+  """Adds to the moments of both sides, and updates their product.
 
   Args:
     moments: with f"query_{name}", f"key_{name}" and f"{name}_product".
-    added: what to add to the first two.
+    added: increments of f"query_{name}" and f"key_{name}".
     name: "square" or "size".
   """
   query, key = moments[f"query_{name}"], moments[f"key_{name}"]
@@ -162,21 +168,23 @@ def add_to_products(moments: PyTree, added: PyTree, name: str) -> PyTree:
 
 
 def _project_in_parts(x: Array, rows: Array) -> Array:
-  """`project` with few terms in each running sum: those sums round."""
+  """Calls `project` on few coordinates at a time, so that sums round less."""
   starts = range(0, x.shape[-1], SUMMED_AT_ONCE)
   parts = [slice(start, start + SUMMED_AT_ONCE) for start in starts]
-  return sum(project(x[:, part], rows[:, part]) for part in parts)
+  return functools.reduce(
+    operator.add, (base.project(x[:, part], rows[:, part]) for part in parts)
+  )
 
 
 def log_size(x: Array) -> Array:
-  """log|x|, cut off at `SMALLEST`, where the gradient is zero, too."""
+  """Returns log|x|, at least log(SMALLEST), where the gradient is zero."""
   size = jnp.abs(x)
   large = size > SMALLEST
   logarithm = jnp.log(jnp.where(large, size, 1.0))
   return jnp.where(large, logarithm, math.log(SMALLEST))
 
 
-@COMPONENTS.register("poisrf")
+@base.COMPONENTS.register("poisrf")
 @dataclasses.dataclass(frozen=True)
 class PoisRF(Discrete):
   r"""Poisson random features (PoisRF).
@@ -185,37 +193,34 @@ class PoisRF(Discrete):
     f(n, x) = e^{\lambda H / 2} \prod_l x_l^{n_l} \lambda^{-n_l / 2},
     \qquad n_l \sim \mathrm{Poisson}(\lambda)
 
-  (softmax; the Gaussian kernel multiplies by :math:`e^{-|x|^2/2}`). Unbiased
-  for rates and inputs whose degrees the stored uniforms resolve: degrees less
-  likely than 2^-24 never come up, which takes :math:`\sum_n (x_l y_l)^n / n!`
-  over them off a coordinate's kernel. That is below 1e-3 for rates of 0.1 to 8
-  and :math:`|x_l y_l| \le 1`, and 4 % at rate 0.01 and 1. One row has second
-  moment
-  :math:`\exp(\lambda H + \sum_l x_l^2 y_l^2 / \lambda)`; the mean of its log
-  over all pairs is least at :math:`\lambda = (\frac1H \sum_l
-  \mathrm{mean}_i x_{il}^2\, \mathrm{mean}_j y_{jl}^2)^{1/2}`, which
-  "batch" and "ema" take, within [0.01, 8].
+  (softmax; the Gaussian kernel multiplies by :math:`e^{-|x|^2/2}`). Unbiased as
+  far as the stored uniforms resolve the degrees: degrees less likely than 2^-24
+  never occur, so the kernel of a coordinate lacks their terms :math:`(x_l
+  y_l)^n / n!`. These are below 1e-3 in all for rates of 0.1 to 8 and
+  :math:`|x_l y_l| \le 1`, and 4 % at rate 0.01 and :math:`|x_l y_l| = 1`. One
+  row has second moment :math:`\exp(\lambda H + \sum_l x_l^2 y_l^2 / \lambda)`.
+  The mean of its log over all pairs is smallest at :math:`\lambda = (\frac1H
+  \sum_l \mathrm{mean}_i x_{il}^2\, \mathrm{mean}_j y_{jl}^2)^{1/2}`, which is
+  the rate of "batch" and "ema", within [0.01, 8].
 
-  Features are signed, so the normalizer of attention can come out near zero or
-  negative; it is kept away from zero, which biases the output where that
-  happens and doubles the cost of the sums. Gradients contain n_l / x_l: finite,
-  but huge where a coordinate is tiny (zero below 1e-30). Rows depend on the
-  statistics: uniforms are stored, and inverted through the Poisson cdf, M H 80
-  comparisons a head.
+  Features are signed, so the normalizer of attention can be near zero or
+  negative; attention keeps it away from zero, which biases the output there and
+  doubles the cost of the sums. Gradients contain n_l / x_l: finite, but huge
+  where a coordinate is tiny (zero below 1e-30). Rows depend on the statistics:
+  the stored uniforms are inverted through the Poisson cdf, in 80 M H
+  comparisons per head.
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where the rate comes from: "batch", "ema", "learned" or
-      "constant". In the gradient of a learned rate the degrees count as
-      constants.
+    statistics: source of the rate: "batch", "ema", "learned" or "constant". The
+      gradient of a learned rate treats the degrees as constants.
 
   Raises:
     ValueError: unknown kernel or statistics.
 
   References:
     Likhosherstov et al., Chefs' Random Tables, 2022, discretely induced
-    features (2205.15317);
-    the optimum over all pairs is not the paper's.
+    features (2205.15317); the optimum over all pairs is not the paper's.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -229,7 +234,7 @@ class PoisRF(Discrete):
     (1, 3, 1, 16)
   """
 
-  info = ComponentInfo(
+  info = base.ComponentInfo(
     name="poisrf",
     family="discrete",
     estimates="softmax or Gaussian kernel",
@@ -244,56 +249,56 @@ class PoisRF(Discrete):
     row_law="poisson",
   )
 
-  def init(self, rng, head_dim):
-    """See `Component.init`: log of the rate if learned."""
-    del rng
-    if self.statistics != "learned":
-      return {}
+  @override
+  def init_params(self, head_dim: int) -> Params:
     return {"log_rate": jnp.log(self.constant(head_dim)["rate"])}
 
-  def from_params(self, params):
-    """See `DataDependent.from_params`."""
+  @override
+  def from_params(self, params: Params) -> Params:
     return {"rate": jnp.clip(jnp.exp(params["log_rate"]), *RATE_RANGE)}
 
-  def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`."""
-    query_square = masked_mean(jnp.square(query), query_mask)
-    key_square = masked_mean(jnp.square(key), key_mask)
+  @override
+  def moments(
+    self, query: Array, key: Array, query_mask: Mask, key_mask: Mask
+  ) -> PyTree:
+    query_square = base.masked_mean(jnp.square(query), query_mask)
+    key_square = base.masked_mean(jnp.square(key), key_mask)
     return {
       "query_square": query_square,
       "key_square": key_square,
       "square_product": query_square * key_square,
     }
 
-  def add_scatter(self, moments, scatter):
-    """See `KernelComponent.add_scatter`; taken as independent of moments."""
+  @override
+  def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
+    """Treats the centres as independent of the moments about them."""
     return add_to_products(moments, scatter, "square")
 
-  def solve(self, moments):
-    """See `Component.solve`."""
+  @override
+  def solve(self, moments: PyTree) -> PyTree:
     mean = jnp.mean(moments["square_product"])
     return {"rate": jnp.clip(jnp.sqrt(mean), *RATE_RANGE)}
 
-  def counts(self, uniform, parameters):
-    """See `Discrete.counts`."""
-    return poisson_counts(uniform, parameters["rate"])
+  @override
+  def degrees(self, uniform: Array, parameters: Params) -> Array:
+    return poisson_degrees(uniform, parameters["rate"])
 
-  def mean_count(self, parameters):
-    """See `Discrete.mean_count`."""
+  @override
+  def mean_degree(self, parameters: Params) -> Array:
     return parameters["rate"]
 
-  def row_term(self, counts, parameters):
-    """See `Discrete.row_term`: none, as r^2 is the rate."""
-    del parameters
-    return jnp.zeros(counts.shape[:1], counts.dtype)
+  @override
+  def row_term(self, degrees: Array, parameters: Params) -> Array:
+    """Returns zeros, because r^2 is the rate."""
+    return jnp.zeros(degrees.shape[:1], degrees.dtype)
 
-  def pair_moment(self, product, parameters):
-    """See `Discrete.pair_moment`."""
+  @override
+  def log_pair_moment(self, product: Array, parameters: Params) -> Array:
     rate, head_dim = parameters["rate"], product.shape[-1]
     return rate * head_dim + jnp.sum(jnp.square(product), axis=-1) / rate
 
 
-@COMPONENTS.register("geomrf")
+@base.COMPONENTS.register("geomrf")
 @dataclasses.dataclass(frozen=True)
 class GeomRF(Discrete):
   r"""Geometric random features (GeomRF).
@@ -302,25 +307,25 @@ class GeomRF(Discrete):
     f(n, x) = p^{-H/2} \prod_l x_l^{n_l} (1-p)^{-n_l/2} (n_l!)^{-1/2},
     \qquad P(n_l = n) = p (1 - p)^n
 
-  (softmax; the Gaussian kernel multiplies by :math:`e^{-|x|^2/2}`). Unbiased
-  for p and inputs whose degrees the stored uniforms resolve, see
-  :class:`PoisRF`: what they miss is below 1e-3 for p of 0.2 to 0.9 and
-  :math:`|x_l y_l| \le 1`, 2 % at p = 0.99 and 1, 5 % at p = 0.9 and 4. One row
-  has second moment
-  :math:`p^{-H} \prod_l I_0(2 |x_l y_l| / \sqrt{1-p})`. "batch" and "ema" take
-  the p that minimises its log at :math:`|x_l y_l| = \mathrm{mean}_i |x_{il}|\,
-  \mathrm{mean}_j |y_{jl}|`, found on a grid over [0.001, 0.99]: exact for one
-  pair, a surrogate for a set (the exact mean would cost T S H).
+  (softmax; the Gaussian kernel multiplies by :math:`e^{-|x|^2/2}`). Unbiased as
+  far as the stored uniforms resolve the degrees, see :class:`PoisRF`: the error
+  is below 1e-3 for p of 0.2 to 0.9 and :math:`|x_l y_l| \le 1`, 2 % at p = 0.99
+  and :math:`|x_l y_l| = 1`, 5 % at p = 0.9 and :math:`|x_l y_l| = 4`. One row
+  has second moment :math:`p^{-H} \prod_l I_0(2 |x_l y_l| / \sqrt{1-p})`.
+  "batch" and "ema" use the p that minimises its log at :math:`|x_l y_l| =
+  \mathrm{mean}_i |x_{il}|\, \mathrm{mean}_j |y_{jl}|`, found on a grid over
+  [0.001, 0.99]: exact for one pair, an approximation for several (the exact
+  mean would cost T S H).
 
-  Features are signed, so the normalizer of attention can come out near zero or
-  negative; it is kept away from zero, which biases the output where that
-  happens and doubles the cost of the sums. Gradients contain n_l / x_l: finite,
-  but huge where a coordinate is tiny (zero below 1e-30).
+  Features are signed, so the normalizer of attention can be near zero or
+  negative; attention keeps it away from zero, which biases the output there and
+  doubles the cost of the sums. Gradients contain n_l / x_l: finite, but huge
+  where a coordinate is tiny (zero below 1e-30).
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where p comes from: "batch", "ema", "learned" or "constant". In
-      the gradient of a learned p the degrees count as constants.
+    statistics: source of p: "batch", "ema", "learned" or "constant". The
+      gradient of a learned p treats the degrees as constants.
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -339,7 +344,7 @@ class GeomRF(Discrete):
     True
   """
 
-  info = ComponentInfo(
+  info = base.ComponentInfo(
     name="geomrf",
     family="discrete",
     estimates="softmax or Gaussian kernel",
@@ -358,30 +363,29 @@ class GeomRF(Discrete):
     row_law="geometric",
   )
 
-  def init(self, rng, head_dim):
-    """See `Component.init`: logit of p if learned."""
-    del rng
-    if self.statistics != "learned":
-      return {}
-    p = self.constant(head_dim)["p"]
-    return {"p_logit": jnp.log(p) - jnp.log1p(-p)}
+  @override
+  def init_params(self, head_dim: int) -> Params:
+    return {"p_logit": logit(self.constant(head_dim)["p"])}
 
-  def from_params(self, params):
-    """See `DataDependent.from_params`."""
+  @override
+  def from_params(self, params: Params) -> Params:
     return {"p": jnp.clip(jax.nn.sigmoid(params["p_logit"]), *P_RANGE)}
 
-  def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`."""
-    query_size = masked_mean(jnp.abs(query), query_mask)
-    key_size = masked_mean(jnp.abs(key), key_mask)
+  @override
+  def moments(
+    self, query: Array, key: Array, query_mask: Mask, key_mask: Mask
+  ) -> PyTree:
+    query_size = base.masked_mean(jnp.abs(query), query_mask)
+    key_size = base.masked_mean(jnp.abs(key), key_mask)
     return {
       "query_size": query_size,
       "key_size": key_size,
       "size_product": query_size * key_size,
     }
 
-  def add_scatter(self, moments, scatter):
-    """See `KernelComponent.add_scatter`; as if all were Gaussian."""
+  @override
+  def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
+    """Converts squares to sizes as for normal data."""
     grown = {}
     for side in ("query", "key"):
       size, square = moments[f"{side}_size"], scatter[f"{side}_square"]
@@ -389,32 +393,30 @@ class GeomRF(Discrete):
       grown[f"{side}_size"] = jnp.sqrt(square) - size
     return add_to_products(moments, grown, "size")
 
-  def solve(self, moments):
-    """See `Component.solve`."""
+  @override
+  def solve(self, moments: PyTree) -> PyTree:
     return {"p": optimal_p(moments["size_product"])}
 
-  def counts(self, uniform, parameters):
-    """See `Discrete.counts`."""
-    return geometric_counts(uniform, parameters["p"])
+  @override
+  def degrees(self, uniform: Array, parameters: Params) -> Array:
+    return geometric_degrees(uniform, parameters["p"])
 
-  def mean_count(self, parameters):
-    """See `Discrete.mean_count`."""
+  @override
+  def mean_degree(self, parameters: Params) -> Array:
     return (1.0 - parameters["p"]) / parameters["p"]
 
-  def row_term(self, counts, parameters):
-    """See `Discrete.row_term`.
-
-    -1/2 of the sum of log(n! p^(n+1)) + r^2, its large terms joined.
-    """
-    p, mean = parameters["p"], self.mean_count(parameters)
-    # No logarithm of 0, whose gradient would be NaN.
-    log_ratio = jnp.log(jnp.maximum(counts, 1.0) / mean)
-    terms = counts * log_ratio - (counts - mean)
-    terms += stirling_rest(counts) + counts * jnp.log1p(-p) + jnp.log(p)
+  @override
+  def row_term(self, degrees: Array, parameters: Params) -> Array:
+    """Returns -1/2 of the sum of log(n! p^(n+1)) + r^2."""
+    p, mean = parameters["p"], self.mean_degree(parameters)
+    # The gradient of log 0 would be NaN.
+    log_ratio = jnp.log(jnp.maximum(degrees, 1.0) / mean)
+    terms = degrees * log_ratio - (degrees - mean)
+    terms += stirling_rest(degrees) + degrees * jnp.log1p(-p) + jnp.log(p)
     return -0.5 * jnp.sum(terms, axis=-1)
 
-  def pair_moment(self, product, parameters):
-    """See `Discrete.pair_moment`."""
+  @override
+  def log_pair_moment(self, product: Array, parameters: Params) -> Array:
     p, head_dim = parameters["p"], product.shape[-1]
     argument = 2.0 * jnp.abs(product) / jnp.sqrt(1.0 - p)
     log_bessel = jnp.log(i0e(argument)) + argument

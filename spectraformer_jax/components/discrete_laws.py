@@ -1,4 +1,4 @@
-"""The laws of random degrees: quantiles, factorials, the best parameter."""
+"""Laws of random degrees: quantiles, factorials, the best parameter."""
 
 import math
 
@@ -9,42 +9,43 @@ from jax.scipy.special import gammaln, i0e
 
 from spectraformer_jax.typing import Array
 
-# Every parameter would be unbiased with exact uniforms. Stored ones have 23
-# bits: no event less likely than 2**-24 shows, nor has the estimate its share.
-# The ranges keep what is lost below 4 % of the kernel at |x_l y_l| = 1.
+# With exact uniforms every parameter would be unbiased. Stored uniforms have 23
+# bits, so events less likely than 2**-24 never occur and the estimate lacks
+# their share. In these ranges it is below 4 % of the kernel at |x_l y_l| = 1.
 RATE_RANGE = (1e-2, 8.0)
-POISSON_TABLE = 80
+POISSON_TABLE = 80  # entries: the largest degree
 
 P_RANGE = (1e-3, 0.99)
 P_GRID = 64
 
-# From here on two terms of Stirling's series leave less than 1e-7.
+# From this n on, the error of two terms of Stirling's series is below 1e-7.
 STIRLING_FROM = 8
 
 
-def poisson_counts(uniform: Array, rate: Array) -> Array:
-  """The Poisson(rate) quantiles of `uniform`, float32, by table.
+def poisson_degrees(uniform: Array, rate: Array) -> Array:
+  """Returns the Poisson(rate) quantiles of `uniform`, float32.
 
-  N > k where u is above the cdf at k. Both are compared on a scale that keeps
-  the digits of small u and of small 1 - u: -1/u below a half, 1/(1 - u) above.
+  The quantile is the number of k with u > cdf(k). Both sides are compared on a
+  scale that keeps the digits of small u and of small 1 - u: -1/u below a half,
+  1/(1 - u) above.
   """
   k = np.arange(POISSON_TABLE + 1, dtype=np.float32)
   mass = jnp.exp(k * jnp.log(rate) - rate - gammaln(k + 1.0))
   cdf = jnp.cumsum(mass)[:-1]
   tail = jnp.cumsum(mass[::-1])[::-1][1:]
-  step = jnp.where(cdf < 0.5, -1.0 / cdf, 1.0 / tail)
-  place = jnp.where(uniform < 0.5, -1.0 / uniform, 1.0 / (1.0 - uniform))
-  step = jnp.reshape(step, (1,) * uniform.ndim + (-1,))
-  return jnp.sum(place[..., None] > step, axis=-1, dtype=jnp.float32)
+  cdf = jnp.where(cdf < 0.5, -1.0 / cdf, 1.0 / tail)
+  uniform = jnp.where(uniform < 0.5, -1.0 / uniform, 1.0 / (1.0 - uniform))
+  cdf = jnp.reshape(cdf, (1,) * uniform.ndim + (-1,))
+  return jnp.sum(uniform[..., None] > cdf, axis=-1, dtype=jnp.float32)
 
 
-def geometric_counts(uniform: Array, p: Array) -> Array:
-  """The quantiles of P(N = n) = p (1 - p)^n, n >= 0, float32."""
+def geometric_degrees(uniform: Array, p: Array) -> Array:
+  """Returns the quantiles of P(N = n) = p (1 - p)^n, n >= 0, float32."""
   return jnp.floor(jnp.log1p(-uniform) / jnp.log1p(-p))
 
 
 def stirling_rest(n: Array) -> Array:
-  """The rest, log n! - (n log n - n), float32, for integers n >= 0."""
+  """Returns log n! - (n log n - n), float32, for integers n >= 0."""
   small = np.arange(1, STIRLING_FROM)
   exact = [math.lgamma(k + 1.0) - k * math.log(k) + k for k in small]
   table = jnp.asarray([0.0, *exact], jnp.float32)
@@ -56,10 +57,12 @@ def stirling_rest(n: Array) -> Array:
 
 
 def optimal_p(product: Array) -> Array:
-  r"""Minimiser of :math:`-H \log p + \sum_l \log I_0(2 m_l / \sqrt{1 - p})`.
+  r"""Returns the p with the smallest second moment of `GeomRF`.
 
-  A grid over the logit of p, and one parabola through the least value and its
-  neighbours.
+  .. math:: -H \log p + \sum_l \log I_0(2 m_l / \sqrt{1 - p})
+
+  Evaluates a grid over the logit of p, then fits a parabola to the smallest
+  value and its neighbours.
 
   Args:
     product: m, ``[H]``, non-negative.

@@ -1,36 +1,41 @@
-"""Positive discrete features: the same, of coordinates shifted above zero."""
+"""Positive discrete features, of coordinates shifted above zero."""
 
 import dataclasses
 
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  covariance,
-  masked_mean,
-)
+from spectraformer_jax.components import base
 from spectraformer_jax.components.discrete import Discrete, GeomRF, PoisRF
-from spectraformer_jax.typing import Array
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Mask,
+  Params,
+  PyTree,
+  WeightSample,
+)
 
-# How far below the least coordinate the shift lies: features then are positive
-# and gradients at the least coordinate are not larger than 1 / MARGIN.
+# Distance of the shift from the smallest coordinate. Above 0, so features are
+# positive and gradients are bounded by n / MARGIN.
 MARGIN = 1e-3
 
 
-class Shifted(Discrete):
-  """What the plus forms have in common: one shift c for queries and keys.
+class ShiftedDiscrete(Discrete):
+  """Base of the plus forms: one shift c for queries and keys.
 
   exp(x.y) = exp((x - c).(y - c)) exp(x.c - |c|^2/2) exp(y.c - |c|^2/2).
   """
 
-  @property
-  def info(self):
-    """Facts; not positive, as the shift may be above what is mapped."""
+  def _info(self) -> base.ComponentInfo:
+    """Returns the facts; not positive, since c may exceed a coordinate."""
+    facts = super().info
     return dataclasses.replace(
-      super().info,
-      name=f"{super().info.name}_plus",
-      formula=f"exp(x.c - |c|^2/2) times, at x - c: {super().info.formula}",
-      variance=f"{super().info.variance}, at x - c and y - c",
+      facts,
+      name=f"{facts.name}_plus",
+      formula=f"exp(x.c - |c|^2/2) times, at x - c: {facts.formula}",
+      variance=f"{facts.variance}, at x - c and y - c",
       good_for="a discrete map that is positive where stats saw all vectors",
       avoid=(
         "causal attention with statistics='batch'; training, as gradients are "
@@ -38,21 +43,23 @@ class Shifted(Discrete):
       ),
     )
 
-  def init(self, rng, head_dim):
-    """See `Component.init`: the shift, beside the law's parameter."""
-    params = super().init(rng, head_dim)
-    if self.statistics == "learned":
-      params["shift"] = self.constant(head_dim)["shift"]
-    return params
+  info = base.info_from_options(_info)
 
-  def from_params(self, params):
-    """See `DataDependent.from_params`."""
+  @override
+  def init_params(self, head_dim: int) -> Params:
+    shift = self.constant(head_dim)["shift"]
+    return super().init_params(head_dim) | {"shift": shift}
+
+  @override
+  def from_params(self, params: Params) -> Params:
     return super().from_params(params) | {"shift": params["shift"]}
 
-  def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`."""
-    query_mean = masked_mean(query, query_mask)
-    key_mean = masked_mean(key, key_mask)
+  @override
+  def moments(
+    self, query: Array, key: Array, query_mask: Mask, key_mask: Mask
+  ) -> PyTree:
+    query_mean = base.masked_mean(query, query_mask)
+    key_mean = base.masked_mean(key, key_mask)
     return super().moments(query, key, query_mask, key_mask) | {
       "query_mean": query_mean,
       "key_mean": key_mean,
@@ -60,38 +67,40 @@ class Shifted(Discrete):
       "least": _least(query, key, query_mask, key_mask),
     }
 
-  def scatter(self, query_mean, key_mean):
-    """See `KernelComponent.scatter`."""
-    return super().scatter(query_mean, key_mean) | {
-      "cross": query_mean * key_mean
-    }
+  @override
+  def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
+    cross = query_mean * key_mean
+    return super().scatter(query_mean, key_mean) | {"cross": cross}
 
-  def add_scatter(self, moments, scatter):
-    """See `KernelComponent.add_scatter`; least values are about centres."""
+  @override
+  def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
+    """Leaves "least" as it is: it belongs to the centred vectors."""
     cross = moments["cross"] + scatter["cross"]
     return super().add_scatter(moments, scatter) | {"cross": cross}
 
-  def query_features(self, x, rows, state):
-    """See `Component.query_features`: of queries inside the keys' range.
+  @override
+  def query_features(
+    self, x: Array, rows: WeightSample, state: ComponentState
+  ) -> LogFeatures:
+    """Raises coordinates of queries to the smallest one of the keys.
 
-    Statistics of the batch need not have seen a query (attention takes those of
-    the visible keys). A coordinate below their least one is put there, so that
-    no weight is negative.
+    Attention takes statistics of the visible keys, so with "batch" the shift
+    may exceed a query's coordinate, which would make weights negative.
     """
     if self.statistics == "batch":
       shift = self.parameters(state, x.shape[-1])["shift"]
       x = jnp.maximum(x, shift[None, :] + MARGIN)
     return super().query_features(x, rows, state)
 
-  def shifted(self, x, parameters):
-    """See `Discrete.shifted`."""
+  @override
+  def split_shift(self, x: Array, parameters: Params) -> tuple[Array, Array]:
     shift = jnp.reshape(parameters["shift"], (1,) * (x.ndim - 1) + (-1,))
-    # x.c - |c|^2/2, without the digits that cancel.
+    # x.c - |c|^2/2, written without cancellation.
     return x - shift, (x - 0.5 * shift) * shift
 
 
-def _least(query, key, query_mask, key_mask) -> Array:
-  """Least value of each coordinate, ``[H]``; 0 where no position counts."""
+def _least(query: Array, key: Array, query_mask: Mask, key_mask: Mask) -> Array:
+  """Returns each coordinate's minimum, ``[H]``; 0 if no position counts."""
   least = jnp.full(query.shape[-1:], jnp.inf, query.dtype)
   for x, mask in ((query, query_mask), (key, key_mask)):
     if mask is not None:
@@ -100,37 +109,37 @@ def _least(query, key, query_mask, key_mask) -> Array:
   return jnp.where(jnp.isfinite(least), least, 0.0)
 
 
-@COMPONENTS.register("poisrf_plus")
+@base.COMPONENTS.register("poisrf_plus")
 @dataclasses.dataclass(frozen=True)
-class PoisRFPlus(Shifted, PoisRF):
+class PoisRFPlus(ShiftedDiscrete, PoisRF):
   r"""Positive Poisson random features (PoisRF+).
 
   .. math::
     f^+(n, x) = e^{x \cdot c - |c|^2/2} f(n, x - c)
 
-  with f of :class:`PoisRF` and c, one vector for all queries and keys of a
-  head, just below the least value of each coordinate: every coordinate of x - c
-  is then positive, and so are all features. (The Gaussian kernel does not
-  change when both sides are shifted.) The second moment of one row is that of
-  :class:`PoisRF` at x - c and y - c, usually far larger: the price of the sign
-  (:class:`GeomRFPlus` pays it as well).
+  with f of :class:`PoisRF` and one vector c for all queries and keys of a head,
+  just below the minimum of each coordinate. Every coordinate of x - c is then
+  positive, and so are all features. (The Gaussian kernel does not change when
+  both sides are shifted.) The second moment of one row is that of
+  :class:`PoisRF` at x - c and y - c, usually far larger: the price of
+  positivity, also for :class:`GeomRFPlus`.
 
-  Unbiased for every c. Positivity holds where c is below all that is mapped:
-  with ``stats=fm.calibrate(variables, query, key)`` of those queries and keys.
-  A running average of minima, a learned or a constant c (three standard
-  deviations) is below most coordinates but not all. The others enter with their
-  sign, so that the estimate stays unbiased, and attention guards its normalizer
-  as for any signed map.
+  Unbiased for every c. Features are positive if c is below all coordinates, as
+  it is with ``stats=fm.calibrate(variables, query, key)`` of the same queries
+  and keys. A running average of minima, a learned or a constant c (three
+  standard deviations) is below most coordinates but not all. Coordinates below
+  c give signed features, so the estimate stays unbiased, and attention guards
+  its normalizer as for any signed map.
 
-  Attention's own statistics are of the visible keys alone. There, with "batch",
-  a query's coordinate below the least of them is moved up to it: no weight is
-  negative, and those of that query are biased; ``stats=fm.calibrate(variables,
-  query, key)`` counts queries as well, and moves none.
+  If attention computes the statistics, they are those of the visible keys. With
+  "batch", it then raises coordinates of queries to the smallest one of the
+  keys: no weight is negative, but the weights of such a query are biased.
+  ``stats=fm.calibrate(variables, query, key)`` counts queries as well, and
+  raises none.
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where rate and c come from: "batch", "ema", "learned" or
-      "constant".
+    statistics: source of rate and c: "batch", "ema", "learned" or "constant".
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -149,58 +158,51 @@ class PoisRFPlus(Shifted, PoisRF):
     True
   """
 
-  def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`: with the products that a shift brings in."""
+  @override
+  def moments(
+    self, query: Array, key: Array, query_mask: Mask, key_mask: Mask
+  ) -> PyTree:
+    """Adds the products of means that a shift of the data needs."""
     moments = super().moments(query, key, query_mask, key_mask)
     return moments | {
       "square_mean": moments["query_square"] * moments["key_mean"],
       "mean_square": moments["query_mean"] * moments["key_square"],
     }
 
-  def solve(self, moments):
-    """See `Component.solve`: the law's parameter is that of shifted data."""
+  @override
+  def solve(self, moments: PyTree) -> PyTree:
+    """Returns the best rate for the shifted data, and the shift."""
     shift = moments["least"] - MARGIN
-    squares, means = (
-      [moments[f"{side}_{name}"] for side in ("query", "key")]
-      for name in ("square", "mean")
-    )
-    query, key = (
-      _square_about(square, mean, shift)
-      for square, mean in zip(squares, means, strict=True)
-    )
-    # Of the examples' (x^2 - 2 c x + c^2) and the same of y.
-    varying = covariance(moments["square_product"], squares[0] * squares[1])
-    varying -= (
-      2.0 * shift * covariance(moments["square_mean"], squares[0] * means[1])
-    )
-    varying -= (
-      2.0 * shift * covariance(moments["mean_square"], means[0] * squares[1])
-    )
-    varying += (
-      4.0
-      * jnp.square(shift)
-      * covariance(moments["cross"], means[0] * means[1])
-    )
+    query_square, key_square = moments["query_square"], moments["key_square"]
+    query_mean, key_mean = moments["query_mean"], moments["key_mean"]
+    query = _square_about(query_square, query_mean, shift)
+    key = _square_about(key_square, key_mean, shift)
+    # Covariance over examples of x^2 - 2 c x + c^2 and the same of y.
+    both = base.covariance(moments["square_product"], query_square * key_square)
+    left = base.covariance(moments["square_mean"], query_square * key_mean)
+    right = base.covariance(moments["mean_square"], query_mean * key_square)
+    cross = base.covariance(moments["cross"], query_mean * key_mean)
+    varying = both - 2.0 * shift * left - 2.0 * shift * right
+    varying += 4.0 * jnp.square(shift) * cross
     product = jnp.maximum(query * key + varying, 0.0)
     return super().solve({"square_product": product}) | {"shift": shift}
 
 
-@COMPONENTS.register("geomrf_plus")
+@base.COMPONENTS.register("geomrf_plus")
 @dataclasses.dataclass(frozen=True)
-class GeomRFPlus(Shifted, GeomRF):
+class GeomRFPlus(ShiftedDiscrete, GeomRF):
   r"""Positive geometric random features (GeomRF+).
 
   .. math::
     f^+(n, x) = e^{x \cdot c - |c|^2/2} f(n, x - c)
 
-  with f of :class:`GeomRF` and c as for :class:`PoisRFPlus`: all that is said
-  there of positivity holds here, too. The second moment of one row is that of
+  with f of :class:`GeomRF` and the c of :class:`PoisRFPlus`, whose docstring
+  says when features are positive. The second moment of one row is that of
   :class:`GeomRF` at x - c and y - c.
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where p and c come from: "batch", "ema", "learned" or
-      "constant".
+    statistics: source of p and c: "batch", "ema", "learned" or "constant".
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -219,18 +221,19 @@ class GeomRFPlus(Shifted, GeomRF):
     True
   """
 
-  def solve(self, moments):
-    """See `Component.solve`: the law's parameter is that of shifted data."""
+  @override
+  def solve(self, moments: PyTree) -> PyTree:
+    """Returns the best p for the shifted data, and the shift."""
     shift = moments["least"] - MARGIN
     query_mean, key_mean = moments["query_mean"], moments["key_mean"]
     # All coordinates lie above the shift, so their sizes are their distances.
     product = jnp.abs(query_mean - shift) * jnp.abs(key_mean - shift)
-    product += covariance(moments["cross"], query_mean * key_mean)
+    product += base.covariance(moments["cross"], query_mean * key_mean)
     product = jnp.maximum(product, 0.0)
     return super().solve({"size_product": product}) | {"shift": shift}
 
 
 def _square_about(square: Array, mean: Array, shift: Array) -> Array:
-  """Mean of (x - shift)^2 from those of x^2 and x."""
+  """Returns the mean of (x - shift)^2 from the means of x^2 and x."""
   variance = jnp.maximum(square - jnp.square(mean), 0.0)
   return variance + jnp.square(mean - shift)

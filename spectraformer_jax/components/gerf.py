@@ -1,40 +1,44 @@
-"""The whole family that contains TrigRF, PosRF and OPRF."""
+"""Generalised exponential features: the family of TrigRF, PosRF and OPRF."""
 
 import cmath
 import dataclasses
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  ComponentInfo,
-  KernelComponent,
-  half_square,
-  project,
-)
+from spectraformer_jax.components import base
 from spectraformer_jax.components.optimal import constant_rho, logit
 from spectraformer_jax.registry import nearest
-from spectraformer_jax.typing import Array, LogFeatures
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Params,
+  Side,
+  WeightSample,
+)
+
+Scalar = float | Array
 
 
 class Coefficients(NamedTuple):
-  """A, B and log D of the query side, real and imaginary parts."""
+  """Real and imaginary parts of A, B and log D of the query side."""
 
-  a: tuple[Any, Any]
-  b: tuple[Any, Any]
-  log_d: tuple[Any, Any]
+  a: tuple[Scalar, Scalar]
+  b: tuple[Scalar, Scalar]
+  log_d: tuple[Scalar, Scalar]
 
 
-# How a learnt A follows from its parameter t: rho = ..., A = (1 - 1/rho)/8.
+# rho as a function of the learnt parameter; A = (1 - 1/rho)/8.
 LEARN = ("exp", "sigmoid")
 
 
-@COMPONENTS.register("gerf")
+@base.COMPONENTS.register("gerf")
 @dataclasses.dataclass(frozen=True)
-class GERF(KernelComponent):
+class GERF(base.KernelComponent):
   r"""Generalised exponential random features (GERF).
 
   .. math::
@@ -43,14 +47,14 @@ class GERF(KernelComponent):
 
   with :math:`D = (1 - 4A)^{H/4}`, :math:`B = \sqrt{s (1 - 4A)}` and
   :math:`C = -s/2` (softmax) or :math:`-(s + 1)/2` (gaussian), for s = +1 or -1
-  and real or complex A. s = 1, A = 0 is PosRF; s = 1, A < 0 is OPRF with an A
-  of one's own; s = -1, A = 0 is TrigRF.
+  and real or complex A. s = 1, A = 0 is PosRF; s = 1, A < 0 is OPRF with a
+  given A; s = -1, A = 0 is TrigRF.
 
   With real A and s = 1 features are real and positive, M of them. Otherwise the
   estimate is the real part of :math:`f_q f_k`: features are
   :math:`[\Re f_q, \Im f_q]` and :math:`[\Re f_k, -\Im f_k]`, signed, 2M of
   them, and attention keeps its normalizer away from zero, which biases the
-  output where that happens. With :math:`z = x + s y` the second moment of one
+  output there. With :math:`z = x + s y` the second moment of one
   row is
 
   .. math::
@@ -59,17 +63,17 @@ class GERF(KernelComponent):
       + |1-4A|^H (1 - 8\Re A)^{-H/2}
       e^{2 (\Re B)^2 / (1 - 8 \Re A)\, |z|^2} \Big\}
 
-  Complex A is here for study: no A off the real line has been seen to lower the
-  variance, and with s = -1 the best A is 0.
+  Complex A is for study only: no A off the real line has been found to lower
+  the variance, and with s = -1 the best A is 0.
 
   Args:
     kernel: "softmax" or "gaussian".
     a: A, a Python number with real part below 1/8; close to 1/8 the variance
       diverges. None: with sign=1 the closed form of OPRF for unit-variance
-      queries and keys, with sign=-1 zero. Where A is learnt: its start.
+      queries and keys, with sign=-1 zero. The initial value if A is learnt.
     sign: s, +1 or -1.
     learn: None keeps A fixed. "sigmoid" trains one real A per head in
-      (-inf, 0), so that features stay bounded; "exp" one in (-inf, 1/8).
+      (-inf, 0), where features are bounded; "exp" one in (-inf, 1/8).
 
   Raises:
     ValueError: unknown kernel or `learn`, a `sign` other than +1 and -1, a real
@@ -98,7 +102,7 @@ class GERF(KernelComponent):
   sign: int = 1
   learn: str | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if self.sign not in (1, -1):
       raise ValueError(f"sign must be 1 or -1, got {self.sign!r}.")
@@ -125,11 +129,10 @@ class GERF(KernelComponent):
         "use a negative a, or learn='exp'."
       )
 
-  @property
-  def info(self):
-    """Facts; those of real features differ from those of complex ones."""
+  def _info(self) -> base.ComponentInfo:
+    """Returns the facts, which differ between real and complex features."""
     real = not self._is_complex
-    return ComponentInfo(
+    return base.ComponentInfo(
       name="gerf",
       family="exponential",
       estimates="softmax or Gaussian kernel",
@@ -149,27 +152,27 @@ class GERF(KernelComponent):
       even=self.sign == -1,
     )
 
+  info = base.info_from_options(_info)
+
   @property
   def _is_complex(self) -> bool:
     """Whether the estimate is the real part of a complex product."""
     return self.sign == -1 or bool(complex(self.a or 0.0).imag)
 
   def _start(self, head_dim: int) -> complex:
-    """A as configured: fixed, or where it starts."""
+    """Returns the fixed or initial A."""
     if self.a is not None:
       return complex(self.a)
     if self.sign == -1:
       return 0j
     return complex((1.0 - 1.0 / constant_rho(head_dim)) / 8.0)
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
-    del head_dim
+  @override
+  def feature_dim(self, num_features: int, head_dim: int | None) -> int | None:
     return 2 * num_features if self._is_complex else num_features
 
-  def init(self, rng, head_dim):
-    """See `Component.init`: one real number where A is learnt."""
-    del rng
+  @override
+  def init(self, rng: Array, head_dim: int) -> Params:
     if self.learn is None:
       return {}
     rho = jnp.float32(1.0 / (1.0 - 8.0 * self._start(head_dim).real))
@@ -177,46 +180,51 @@ class GERF(KernelComponent):
       return {"rho_logit": logit(rho)}
     return {"log_rho": jnp.log(rho)}
 
-  def coefficients(self, state, head_dim: int) -> Coefficients:
-    """The coefficients in force, floats or scalar arrays."""
+  def coefficients(self, state: ComponentState, head_dim: int) -> Coefficients:
+    """Returns A, B and log D: floats if A is fixed, scalar arrays if learnt."""
     if self.learn is None:
       a = self._start(head_dim)
-      root = cmath.sqrt(1.0 - 4.0 * a) * (1.0 if self.sign == 1 else 1j)
+      b = cmath.sqrt(1.0 - 4.0 * a) * (1.0 if self.sign == 1 else 1j)
       log_d = 0.25 * head_dim * cmath.log(1.0 - 4.0 * a)
-      return Coefficients(*((c.real, c.imag) for c in (a, root, log_d)))
+      return Coefficients(*((c.real, c.imag) for c in (a, b, log_d)))
     if self.learn == "sigmoid":
       inverse = 1.0 + jnp.exp(-state.params["rho_logit"])
     else:
       inverse = jnp.exp(-state.params["log_rho"])
     one_minus_4a = (1.0 + inverse) / 2.0
-    root = jnp.sqrt(one_minus_4a)
+    b = jnp.sqrt(one_minus_4a)
     return Coefficients(
       ((1.0 - inverse) / 8.0, 0.0),
-      (root, 0.0) if self.sign == 1 else (0.0, root),
+      (b, 0.0) if self.sign == 1 else (0.0, b),
       (0.25 * head_dim * jnp.log(one_minus_4a), 0.0),
     )
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     a, b, log_d = self.coefficients(state, x.shape[-1])
     flip = 1.0 if side == "query" else float(self.sign)
-    projected = project(x, rows.w)
+    projected = base.project(x, rows.w)
     norms = jnp.sum(jnp.square(rows.w), axis=-1)[None, :]
-    # Real and imaginary part of log D + A |w|^2 + B w.x.
+    # Real and imaginary parts of log D + A |w|^2 + B w.x.
     real, imaginary = (
       log_d[part] + a[part] * norms + flip * b[part] * projected
       for part in (0, 1)
     )
-    log_magnitude = real - self.sign * half_square(x) + self.gaussian_shift(x)
+    log_magnitude = real - self.sign * base.half_square(x)
+    log_magnitude += self.gaussian_shift(x)
     if not self._is_complex:
       return LogFeatures(log_magnitude)
-    # The estimate is Re(f_q f_k): the key side takes the conjugate's parts.
+    # The estimate is Re(f_q f_k), so the key side takes conjugate parts.
     sines = jnp.sin(imaginary) if side == "query" else -jnp.sin(imaginary)
     factor = jnp.concatenate([jnp.cos(imaginary), sines], axis=-1)
     return LogFeatures(jnp.tile(log_magnitude, (1, 2)), factor)
 
-  def softmax_log_second_moment(self, x, y, state):
-    """See `KernelComponent.softmax_log_second_moment`."""
+  @override
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     head_dim = x.shape[-1]
     (a, a_imag), b, _ = self.coefficients(state, head_dim)
     square = jnp.sum(jnp.square(x + self.sign * y), axis=-1)
@@ -225,25 +233,23 @@ class GERF(KernelComponent):
     size_8, angle_8 = _polar(1.0 - 8.0 * a, -8.0 * a_imag)
     ratio = 2.0 * self.sign * jnp.exp(size_4 - size_8)
     turn = angle_4 - angle_8
-    # E f^2, complex, and E |f|^2, the larger of the two.
+    # Logs of the complex E f^2 and of E |f|^2, the larger of the two.
     of_square = (
       head_dim * (size_4 - 0.5 * size_8) + ratio * jnp.cos(turn) * square
     )
-    angle = (
+    base.angle = (
       head_dim * (angle_4 - 0.5 * angle_8) + ratio * jnp.sin(turn) * square
     )
     of_modulus = (
       head_dim * (size_4 - 0.5 * jnp.log(1.0 - 8.0 * a))
       + 2.0 * b[0] ** 2 / (1.0 - 8.0 * a) * square
     )
-    both = jnp.log1p(jnp.exp(of_square - of_modulus) * jnp.cos(angle))
-    squares = 2.0 * (half_square(x) + half_square(y))[..., 0]
+    both = jnp.log1p(jnp.exp(of_square - of_modulus) * jnp.cos(base.angle))
+    squares = 2.0 * (base.half_square(x) + base.half_square(y))[..., 0]
     return of_modulus + both - math.log(2.0) - self.sign * squares
 
 
-def _polar(real, imaginary) -> tuple[Array, Array]:
-  """Logarithm of the modulus, and the angle, of a number right of zero."""
-  return (
-    0.5 * jnp.log(real**2 + imaginary**2),
-    jnp.arctan2(imaginary, real),
-  )
+def _polar(real: Scalar, imaginary: Scalar) -> tuple[Array, Array]:
+  """Returns log modulus and angle of a complex number."""
+  log_modulus = 0.5 * jnp.log(real**2 + imaginary**2)
+  return log_modulus, jnp.arctan2(imaginary, real)

@@ -1,39 +1,39 @@
-"""Hybrid features: positive where x and y oppose, trigonometric where not."""
+"""Hybrid features: a mixture of positive and trigonometric estimates."""
 
 import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  ComponentInfo,
-  KernelComponent,
-  angle,
-  half_square,
-  log_cosh,
-  project,
+from spectraformer_jax.components import base
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Projection,
+  Side,
+  WeightSample,
 )
-from spectraformer_jax.typing import LogFeatures
 
 MIXINGS = ("angular", "gaussian")
 
 
-@COMPONENTS.register("hrf")
+@base.COMPONENTS.register("hrf")
 @dataclasses.dataclass(frozen=True)
-class HRF(KernelComponent):
+class HRF(base.KernelComponent):
   r"""Hybrid random features (HRF).
 
   .. math::
     \hat K = \hat\lambda(x, y)\, \hat K_{pos}
       + (1 - \hat\lambda(x, y))\, \hat K_{trig}
 
-  with both estimates from one W (hyperbolic positive and trigonometric
-  features, the worse where the other is good) and :math:`\hat\lambda`, by
-  features of its own, from a second projection T ``[n, H]`` that is drawn
-  beside W and independent of it.
+  Both estimates use the same W: hyperbolic positive features are good where x
+  and y oppose each other, trigonometric ones where they agree. The weight
+  :math:`\hat\lambda` has features of its own, from a second projection T
+  ``[n, H]`` that is independent of W.
 
   - "angular": :math:`\lambda = \theta / \pi`, :math:`\theta` the angle between
     x and y: :math:`\psi(x) = n^{-1/2} \mathrm{sign}(T x)`,
@@ -43,26 +43,26 @@ class HRF(KernelComponent):
   - "gaussian": :math:`\lambda = \exp(-|x + y|^2 / 2\tau^2)`: :math:`\psi(x) =
     n^{-1/2} [\cos(T x/\tau), \pm\sin(T x/\tau)]`; exact at y = -x.
 
-  Products of features are outer products, sums are concatenations, and minus
-  signs go to the keys. With v the variance of one row of
-  :math:`\hat\lambda`, the relative second moment of one row of W is
+  A product of two estimates takes the outer product of their features, a sum
+  their concatenation; minus signs go to the keys. With v the variance of one
+  row of :math:`\hat\lambda`, the relative second moment of one row of W is
   :math:`a \cosh|x+y|^2 + b \cosh|x-y|^2 + c \cos(|x|^2 - |y|^2)`, where
   :math:`a = \lambda^2 + v/n,\; b = (1-\lambda)^2 + v/n,\; c = 2(\lambda
-  (1-\lambda) - v/n)`; :math:`v = \lambda (1-\lambda)` if angular,
-  :math:`(1 + \lambda^4)/2 - \lambda^2` if gaussian. The last term is what
-  sharing W between the two estimates gains.
+  (1-\lambda) - v/n)`; :math:`v = \lambda (1-\lambda)` if angular, :math:`(1 +
+  \lambda^4)/2 - \lambda^2` if gaussian. The last term is the gain of sharing W
+  between the two estimates.
 
-  Features are signed, so the normalizer of attention can come out near zero or
-  negative; it is kept away from zero, which biases the output where that
-  happens and doubles the cost of the sums.
+  Features are signed, so the normalizer of attention can be near zero or
+  negative; attention keeps it away from zero, which biases the output there and
+  doubles the cost of the sums.
 
   Args:
     kernel: "softmax" or "gaussian".
     mixing: which :math:`\lambda`: "angular" or "gaussian".
     num_mixing_rows: n, rows of T.
     tau: width of the Gaussian :math:`\lambda`, None for 1.
-    independent: that T is drawn apart from W. Always: False, causal or not, is
-      an error, as a T that shares rows with W biases the estimate.
+    independent: whether T is drawn independently of W. Must be True, causal or
+      not: a T that shares rows with W biases the estimate.
 
   Raises:
     ValueError: unknown kernel or mixing, n that is not a positive integer, a
@@ -88,10 +88,10 @@ class HRF(KernelComponent):
   mixing: str = "angular"
   num_mixing_rows: int = 8
   tau: float | None = None
-  # Checked, not kept: there is nothing to choose.
+  # Not stored, since only True is accepted.
   independent: dataclasses.InitVar[bool] = True
 
-  def __post_init__(self, independent):
+  def __post_init__(self, independent: bool) -> None:
     super().__post_init__()
     if self.mixing not in MIXINGS:
       raise ValueError(f"mixing must be one of {MIXINGS}, got {self.mixing!r}.")
@@ -109,11 +109,10 @@ class HRF(KernelComponent):
         "on W biases the estimate, causal or not; leave it True."
       )
 
-  @property
-  def info(self):
-    """Facts; the feature dim depends on the mixing."""
+  def _info(self) -> base.ComponentInfo:
+    """Returns the facts; the feature dim depends on the mixing."""
     angular = self.mixing == "angular"
-    return ComponentInfo(
+    return base.ComponentInfo(
       name="hrf",
       family="hybrid",
       estimates="softmax or Gaussian kernel",
@@ -123,7 +122,7 @@ class HRF(KernelComponent):
       + ": P of posrf_hyp, R of trigrf, psi of an independent projection",
       positive=False,
       features="4M(n+1)" if angular else "8Mn + 2M",
-      variance=("a cosh|x+y|^2 + b cosh|x-y|^2 + c cos(|x|^2 - |y|^2) - 1"),
+      variance="a cosh|x+y|^2 + b cosh|x-y|^2 + c cos(|x|^2 - |y|^2) - 1",
       cost="M exponentials, M cosines and sines, F products",
       good_for="kernel estimates where most angles are near 0 or pi",
       avoid="attention: random vectors are nearly orthogonal, F is 36 M",
@@ -131,32 +130,32 @@ class HRF(KernelComponent):
       even=True,
     )
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
-    del head_dim
+  info = base.info_from_options(_info)
+
+  @override
+  def feature_dim(self, num_features: int, head_dim: int | None) -> int | None:
     n = self.num_mixing_rows
     if self.mixing == "angular":
       return 4 * num_features * (n + 1)
     return 2 * num_features * (4 * n + 1)
 
-  def draw(self, rng, num_features, head_dim):
-    """See `Component.draw`: T, independent of W."""
-    del num_features
-    return {
-      "mixing": jax.random.normal(
-        rng, (self.num_mixing_rows, head_dim), dtype=jnp.float32
-      )
-    }
+  @override
+  def draw(self, rng: Array, num_features: int, head_dim: int) -> Projection:
+    """Draws T, which does not depend on W."""
+    shape = (self.num_mixing_rows, head_dim)
+    return {"mixing": jax.random.normal(rng, shape, dtype=jnp.float32)}
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    projected = project(x, rows.w)
-    half = half_square(x)
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
+    projected = base.project(x, rows.w)
+    half = base.half_square(x)
     positive_log = jnp.concatenate([projected, -projected], axis=-1)
     positive_log -= half + 0.5 * math.log(2.0)
     trig = jnp.concatenate([jnp.cos(projected), jnp.sin(projected)], axis=-1)
     psi = self._mixing_features(x, side, state)
-    # The keys' minus sign is that of the term with psi(x).psi(y) < 0 in K.
+    # The term of K with -psi(x).psi(y) has its minus sign on the keys.
     sign = 1.0 if side == "query" else -1.0
     ones = jnp.ones_like(trig)
     if self.mixing == "angular":
@@ -176,24 +175,28 @@ class HRF(KernelComponent):
     )
     return LogFeatures(log_magnitude + scale + self.gaussian_shift(x), factor)
 
-  def softmax_log_second_moment(self, x, y, state):
-    """See `KernelComponent.softmax_log_second_moment`."""
-    del state
+  @override
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     weight, variance = self._mixing_law(x, y)
     noise = variance / self.num_mixing_rows
-    terms = (
-      (weight**2 + noise, log_cosh(jnp.sum((x + y) ** 2, axis=-1))),
-      ((1.0 - weight) ** 2 + noise, log_cosh(jnp.sum((x - y) ** 2, axis=-1))),
+    positive, trig = (
+      base.log_cosh(jnp.sum(z**2, axis=-1)) for z in (x + y, x - y)
     )
-    top = jnp.maximum(terms[0][1], terms[1][1])
+    top = jnp.maximum(positive, trig)
     shared = jnp.cos(jnp.sum(x**2, axis=-1) - jnp.sum(y**2, axis=-1))
     total = 2.0 * (weight * (1.0 - weight) - noise) * shared * jnp.exp(-top)
-    total += sum(share * jnp.exp(size - top) for share, size in terms)
+    total += (weight**2 + noise) * jnp.exp(positive - top) + (
+      (1.0 - weight) ** 2 + noise
+    ) * jnp.exp(trig - top)
     return 2.0 * jnp.sum(x * y, axis=-1) + top + jnp.log(total)
 
-  def _mixing_features(self, x, side, state):
-    """Features psi ``[T, n]`` or ``[T, 2n]``."""
-    projected = project(x, state.random["mixing"].astype(x.dtype))
+  def _mixing_features(
+    self, x: Array, side: Side, state: ComponentState
+  ) -> Array:
+    """Returns the features psi, ``[T, n]`` or ``[T, 2n]``."""
+    projected = base.project(x, state.random["mixing"].astype(x.dtype))
     scale = self.num_mixing_rows**-0.5
     if self.mixing == "angular":
       return scale * jnp.where(projected < 0.0, -1.0, 1.0)
@@ -201,10 +204,10 @@ class HRF(KernelComponent):
     sine = jnp.sin(angles) if side == "query" else -jnp.sin(angles)
     return scale * jnp.concatenate([jnp.cos(angles), sine], axis=-1)
 
-  def _mixing_law(self, x, y):
-    """lambda(x, y), and the variance of its estimate by one row of T."""
+  def _mixing_law(self, x: Array, y: Array) -> tuple[Array, Array]:
+    """Returns lambda(x, y), and its estimate's variance with one row of T."""
     if self.mixing == "angular":
-      weight = angle(x, y) / math.pi
+      weight = base.angle(x, y) / math.pi
       return weight, weight * (1.0 - weight)
     square = jnp.sum(jnp.square(x + y), axis=-1)
     weight = jnp.exp(-0.5 * square / self._width**2)
@@ -212,11 +215,11 @@ class HRF(KernelComponent):
 
   @property
   def _width(self) -> float:
-    """Tau of the Gaussian lambda."""
+    """The tau of the Gaussian lambda."""
     return 1.0 if self.tau is None else self.tau
 
 
-def _outer(psi, features):
-  """Flat products ``[T, n * R]`` of ``[T, n]`` and ``[T, R]``, R innermost."""
+def _outer(psi: Array, features: Array) -> Array:
+  """Returns the outer products ``[T, n * R]`` of ``[T, n]`` and ``[T, R]``."""
   products = psi[:, :, None] * features[:, None, :]
   return jnp.reshape(products, (features.shape[0], -1))

@@ -7,30 +7,33 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
 from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  Component,
-  ComponentInfo,
-  project,
-)
+from spectraformer_jax.components import base
 from spectraformer_jax.registry import nearest
-from spectraformer_jax.typing import Array, LogFeatures
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Projection,
+  Side,
+  WeightSample,
+)
 
 COEFFICIENTS = ("exp", "inverse", "log")
 DEGREES = ("geometric", "poisson")
 
-# Products of more rows than this may leave float32.
+# Products of more rows may exceed the range of float32.
 LARGEST_DEGREE = 24
 
-# Of the ball that "inverse" and "log" need their inputs in.
+# Radius of the ball into which "inverse" and "log" map their inputs.
 RADIUS = 0.85
 
 
 @functools.lru_cache(maxsize=64)
 def log_coefficients(name: str, max_degree: int) -> np.ndarray:
-  """Log a_n for n = 0, ..., max_degree, float64."""
+  """Returns log a_n for n = 0, ..., max_degree, float64."""
   n = np.arange(max_degree + 1)
   if name == "exp":
     return -np.array([math.lgamma(k + 1.0) for k in n])
@@ -41,11 +44,11 @@ def log_coefficients(name: str, max_degree: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def log_degree_law(rate: float | None, max_degree: int) -> np.ndarray:
-  """Log p_n for n = 0, ..., max_degree, renormalised, float64.
+  """Returns log p_n for n = 0, ..., max_degree, renormalised, float64.
 
   Args:
-    rate: of the Poisson law; None for 2^-(n+1).
-    max_degree: where the law is cut off.
+    rate: rate of the Poisson law; None for the geometric law, 2^-(n+1).
+    max_degree: the largest degree; larger ones have probability zero.
   """
   n = np.arange(max_degree + 1)
   if rate is None:
@@ -55,9 +58,9 @@ def log_degree_law(rate: float | None, max_degree: int) -> np.ndarray:
   return log_p - np.log(np.sum(np.exp(log_p - log_p.max()))) - log_p.max()
 
 
-@COMPONENTS.register("maclaurin")
+@base.COMPONENTS.register("maclaurin")
 @dataclasses.dataclass(frozen=True)
-class Maclaurin(Component):
+class Maclaurin(base.Component):
   r"""Random Maclaurin features (Macformer).
 
   .. math::
@@ -69,33 +72,33 @@ class Maclaurin(Component):
   :math:`1/(1-t)`; "log", :math:`a_0 = 1,\; a_n = 1/n`, for
   :math:`1 - \log(1-t)`.
 
-  The series stops at `max_degree`, and `kernel_value` is the sum up to there,
-  of which the features are an unbiased estimate. Against the full kernel the
-  bias is minus the rest, :math:`\sum_{n > n_{max}} a_n (x \cdot y)^n`: for
-  "exp" and 8 1.75e-3 at x.y = 2, 15 % of the kernel at x.y = 6.
+  The series stops at `max_degree`. `kernel_value` is the sum up to there, which
+  the features estimate without bias. Against the full kernel the bias is
+  :math:`-\sum_{n > n_{max}} a_n (x \cdot y)^n`: for "exp" and max_degree 8,
+  1.75e-3 at x.y = 2 and 15 % of the kernel at x.y = 6.
 
-  The last two series need |x.y| < 1: inputs are first drawn into the ball of
-  radius R by :math:`x \mapsto x / \sqrt{1 + |x|^2/R^2}`, which leaves short
-  vectors as they are.
+  The last two series need |x.y| < 1, so inputs are first mapped into the ball
+  of radius R by :math:`x \mapsto x / \sqrt{1 + |x|^2/R^2}`, which hardly
+  changes short vectors.
 
-  One row has second moment :math:`\sum_n (a_n^2 / p_n)\, v^n`, :math:`v =
-  |x|^2 |y|^2 + 2 (x \cdot y)^2 - 2 \sum_l x_l^2 y_l^2`. For "exp" it is least
-  for Poisson degrees of rate :math:`\sqrt v`: :math:`e^{2 \sqrt v}`, far below
-  that of the classic :math:`p_n = 2^{-(n+1)}` at norms above 1.
+  One row has second moment :math:`\sum_n (a_n^2 / p_n)\, v^n`, :math:`v = |x|^2
+  |y|^2 + 2 (x \cdot y)^2 - 2 \sum_l x_l^2 y_l^2`. For "exp" it is smallest for
+  Poisson degrees of rate :math:`\sqrt v`: :math:`e^{2 \sqrt v}`, far below that
+  of the classic :math:`p_n = 2^{-(n+1)}` at norms above 1.
 
-  Features are signed, so the normalizer of attention can come out near zero or
-  negative; it is kept away from zero, which biases the output where that
-  happens and doubles the cost of the sums.
+  Features are signed, so the normalizer of attention can be near zero or
+  negative; attention keeps it away from zero, which biases the output there and
+  doubles the cost of the sums.
 
   Args:
     coefficients: "exp", "inverse" or "log".
-    degrees: law of N: "geometric", 2^-(n+1), or "poisson"; cut off and
-      renormalised.
-    max_degree: the highest N, at most 24. W has M max_degree rows.
-    rate: of the Poisson law; None for sqrt(H), which suits unit-variance
+    degrees: law of N: "geometric", 2^-(n+1), or "poisson"; truncated at
+      max_degree and renormalised.
+    max_degree: the largest N, at most 24. W has M max_degree rows.
+    rate: rate of the Poisson law; None for sqrt(H), which suits unit-variance
       queries and keys.
-    radius: R in (0, 1) for any coefficients; None for 0.85 for "inverse" and
-      "log", and for inputs as they are for "exp".
+    radius: R in (0, 1). None: 0.85 for "inverse" and "log"; "exp" then takes
+      its inputs unchanged.
 
   Raises:
     ValueError: unknown coefficients or degrees, a max_degree outside 1..24, a
@@ -124,7 +127,7 @@ class Maclaurin(Component):
   rate: float | None = None
   radius: float | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name, value, known in (
       ("coefficients", self.coefficients, COEFFICIENTS),
       ("degrees", self.degrees, DEGREES),
@@ -147,15 +150,14 @@ class Maclaurin(Component):
     if self.radius is not None and not 0 < self.radius < 1:
       raise ValueError(f"radius must be in (0, 1), got {self.radius!r}.")
 
-  @property
-  def info(self):
-    """Facts; the kernel depends on the coefficients."""
+  def _info(self) -> base.ComponentInfo:
+    """Returns the facts; the kernel depends on the coefficients."""
     series = {
       "exp": "exp(x.y)",
       "inverse": "1/(1 - x.y)",
       "log": "1 - log(1 - x.y)",
     }[self.coefficients]
-    return ComponentInfo(
+    return base.ComponentInfo(
       name="maclaurin",
       family="own kernel",
       estimates=f"{series}, up to degree {self.max_degree}",
@@ -170,53 +172,59 @@ class Maclaurin(Component):
       row_law="rademacher",
     )
 
-  def num_rows(self, num_features):
-    """See `Component.num_rows`."""
+  info = base.info_from_options(_info)
+
+  @override
+  def num_rows(self, num_features: int) -> int:
     return num_features * self.max_degree
 
   @property
-  def row_draws(self):
-    """See `Component.row_draws`: the factors of a product are independent."""
+  @override
+  def row_draws(self) -> int:
+    """One draw per factor, since the factors of a product are independent."""
     return self.max_degree
 
-  def draw(self, rng, num_features, head_dim):
-    """See `Component.draw`: the degrees, exact in any float dtype."""
+  @override
+  def draw(self, rng: Array, num_features: int, head_dim: int) -> Projection:
+    """Draws the degrees N: small integers, exact in any float dtype."""
     log_p = jnp.asarray(self._log_p(head_dim), jnp.float32)
     degree = jax.random.categorical(rng, log_p, shape=(num_features,))
     return {"degree": degree.astype(jnp.float32)}
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     x, degree = self._inside(x), state.random["degree"].astype(jnp.int32)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
     size = jax.lax.stop_gradient(jnp.where(norm > 0.0, norm, 1.0))
     factors = jnp.reshape(
-      project(x / size, rows.w), (x.shape[0], self.max_degree, -1)
+      base.project(x / size, rows.w), (x.shape[0], self.max_degree, -1)
     )
-    place = np.arange(self.max_degree, dtype=np.int32)[:, None]
-    counts = (degree[None, :] > place)[None, :, :]
-    product = jnp.prod(jnp.where(counts, factors, 1.0), axis=1)
-    # A product of many factors can be large: its size joins that of x.
+    index = np.arange(self.max_degree, dtype=np.int32)[:, None]
+    is_factor = (degree[None, :] > index)[None, :, :]
+    product = jnp.prod(jnp.where(is_factor, factors, 1.0), axis=1)
+    # A product of many factors can be large, so its size goes to log_magnitude.
     bound = jax.lax.stop_gradient(jnp.maximum(jnp.abs(product), 1.0))
     log_size = degree.astype(x.dtype)[None, :] * jnp.log(size) + jnp.log(bound)
     weight = 0.5 * (self._log_a() - self._log_p(x.shape[-1]))
     weight = jnp.asarray(weight, x.dtype)[degree]
     return LogFeatures(log_size + weight[None, :], product / bound)
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`; the series up to `max_degree`."""
-    del state
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     score = jnp.sum(self._inside(x) * self._inside(y), axis=-1)
     coefficients = np.exp(self._log_a()[::-1])
     return jnp.polyval(jnp.asarray(coefficients, score.dtype), score)
 
-  def log_second_moment(self, x, y, state):
-    """See `Component.log_second_moment`."""
-    del state
+  @override
+  def log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     x, y = self._inside(x), self._inside(y)
-    mean = lambda z: jnp.sum(z, axis=-1)
-    v = mean(x**2) * mean(y**2) + 2.0 * (mean(x * y) ** 2 - mean((x * y) ** 2))
+    total = lambda z: jnp.sum(z, axis=-1)
+    cross = total(x * y) ** 2 - total((x * y) ** 2)
+    v = total(x**2) * total(y**2) + 2.0 * cross
     log_v = jnp.log(jnp.maximum(v, 1e-30))[..., None]
     n = np.arange(self.max_degree + 1, dtype=np.float32)
     weight = 2.0 * self._log_a() - self._log_p(x.shape[-1])
@@ -225,18 +233,18 @@ class Maclaurin(Component):
     return jax.nn.logsumexp(terms + weight, axis=-1)
 
   def _log_a(self) -> np.ndarray:
-    """Log a_n, ``[max_degree + 1]``."""
+    """Returns log a_n, ``[max_degree + 1]``."""
     return log_coefficients(self.coefficients, self.max_degree)
 
   def _log_p(self, head_dim: int) -> np.ndarray:
-    """Log p_n, ``[max_degree + 1]``."""
+    """Returns log p_n, ``[max_degree + 1]``."""
     if self.degrees == "geometric":
       return log_degree_law(None, self.max_degree)
     rate = math.sqrt(head_dim) if self.rate is None else float(self.rate)
     return log_degree_law(rate, self.max_degree)
 
   def _inside(self, x: Array) -> Array:
-    """x, drawn into the ball where there is one."""
+    """Maps x into the ball of radius R, if there is one."""
     radius = self.radius
     if radius is None:
       if self.coefficients == "exp":

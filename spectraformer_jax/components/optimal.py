@@ -5,27 +5,29 @@ import math
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  ComponentInfo,
-  half_square,
-  masked_mean,
-  project,
-)
+from spectraformer_jax.components import base
 from spectraformer_jax.components.data_dependent import DataDependent
-from spectraformer_jax.typing import Array, LogFeatures, PyTree, Side
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Mask,
+  Params,
+  PyTree,
+  Side,
+  WeightSample,
+)
 
 
-def optimal_rho(pair_square, head_dim: int):
-  r"""The variance-optimal :math:`\rho` for mean :math:`|x + y|^2`.
-
-  With :math:`1 - 8A = 1/\rho`; written without cancellation, in (0, 1].
+def optimal_rho(pair_square: float | Array, head_dim: int) -> float | Array:
+  r"""Returns the variance-optimal :math:`\rho = 1/(1 - 8A)`, in (0, 1].
 
   Args:
     pair_square: S = mean over pairs of :math:`|x + y|^2`; a float, or an array
       of any shape.
-    head_dim: H; 1 where S is that of a single coordinate.
+    head_dim: H; 1 if S is that of a single coordinate.
   """
   d, s = float(head_dim), pair_square
   root = ((2.0 * s + d) ** 2 + 8.0 * d * s) ** 0.5
@@ -33,13 +35,13 @@ def optimal_rho(pair_square, head_dim: int):
 
 
 def constant_rho(head_dim: int) -> float:
-  """`optimal_rho` where unscaled queries and keys have unit variance."""
-  # Scaled, |x|^2 and |y|^2 are sqrt(H) each.
-  return optimal_rho(2.0 * math.sqrt(head_dim), head_dim)
+  """Returns `optimal_rho` of unscaled queries and keys of unit variance."""
+  # After scaling, |x|^2 and |y|^2 are sqrt(H) each.
+  return float(optimal_rho(2.0 * math.sqrt(head_dim), head_dim))
 
 
 def norm_terms(rho: Array, rows: Array) -> tuple[Array, Array]:
-  """What A = diag((1 - 1/rho) / 8) adds to the exponent of PosRF.
+  """Returns the terms that A = diag((1 - 1/rho) / 8) adds to the exponent.
 
   Args:
     rho: scalar or ``[H]``.
@@ -51,62 +53,91 @@ def norm_terms(rho: Array, rows: Array) -> tuple[Array, Array]:
   """
   inverse = 1.0 / jnp.broadcast_to(rho, rows.shape[-1:])
   one_minus_4a = (1.0 + inverse) / 2.0
-  quadratic = project(jnp.square(rows), (1.0 - inverse)[None, :] / 8.0)[:, 0]
+  a = (1.0 - inverse) / 8.0
+  quadratic = base.project(jnp.square(rows), a[None, :])[:, 0]
   log_scale = 0.25 * jnp.sum(jnp.log(one_minus_4a))
   return quadratic + log_scale, jnp.sqrt(one_minus_4a)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimalPositive(DataDependent):
-  r"""Base of the positive components whose rows are weighed by norm.
+  r"""Base of the positive components with a quadratic term in the rows.
 
   .. math::
     f(\omega, x) = \det(I - 4A)^{1/4} \exp(\omega^\top A \omega
       + \omega^\top (I - 4A)^{1/2} x' - |x'|^2/2)
 
-  with A diagonal, :math:`1 - 8 a_l = 1/\rho_l`, and x' a linear image of x, one
+  with A diagonal, :math:`1 - 8 a_l = 1/\rho_l`, and x' a linear map of x, one
   for queries and one for keys, such that :math:`x' \cdot y' = x \cdot y`.
-  Parameters hold "rho", a scalar or ``[H]``, and what `pre_map` needs.
+  Parameters are "rho", a scalar or ``[H]``, and the maps of `pre_map`.
   """
 
-  def pre_map(self, x: Array, side: Side, parameters: PyTree) -> Array:
-    """x', ``[..., H]``: here x itself."""
-    del side, parameters
+  def pre_map(self, x: Array, side: Side, parameters: Params) -> Array:
+    """Returns x', ``[..., H]``; by default x itself."""
     return x
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
+  def product(self, x: Array, y: Array) -> Array:
+    """Returns what `solve` uses of x y^T, for vectors ``[..., H]``."""
+    raise NotImplementedError
+
+  def mean_square(self, x: Array, mask: Mask) -> Array:
+    """Returns the mean of `product(x, x)` over positions, x ``[T, H]``."""
+    return base.masked_mean(self.product(x, x), mask)
+
+  @override
+  def moments(
+    self, query: Array, key: Array, query_mask: Mask, key_mask: Mask
+  ) -> PyTree:
+    query_mean = base.masked_mean(query, query_mask)
+    key_mean = base.masked_mean(key, key_mask)
+    return {
+      "query_square": self.mean_square(query, query_mask),
+      "key_square": self.mean_square(key, key_mask),
+      "query_mean": query_mean,
+      "key_mean": key_mean,
+      "cross": self.product(query_mean, key_mean),
+    }
+
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     exponent, mapped = self._exponent(x, rows, side, state)
-    shift = self.gaussian_shift(x) - half_square(mapped)
+    shift = self.gaussian_shift(x) - base.half_square(mapped)
     return LogFeatures(exponent + shift)
 
-  def query_features(self, x, rows, state):
-    """See `Component.query_features`."""
+  @override
+  def query_features(
+    self, x: Array, rows: WeightSample, state: ComponentState
+  ) -> LogFeatures:
     return LogFeatures(self._exponent(x, rows, "query", state)[0])
 
-  def _exponent(self, x, rows, side, state) -> tuple[Array, Array]:
-    """What depends on rows ``[T, M]``, and x' ``[T, H]``."""
+  def _exponent(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> tuple[Array, Array]:
+    """Returns the terms that depend on rows, ``[T, M]``, and x', ``[T, H]``."""
     parameters = self.parameters(state, x.shape[-1])
     mapped = self.pre_map(x, side, parameters)
     norm_term, slope = norm_terms(parameters["rho"], rows.w)
-    exponent = project(slope[None, :] * mapped, rows.w) + norm_term[None, :]
-    return exponent, mapped
+    projected = base.project(slope[None, :] * mapped, rows.w)
+    return projected + norm_term[None, :], mapped
 
-  def softmax_log_second_moment(self, x, y, state):
-    """See `KernelComponent.softmax_log_second_moment`."""
+  @override
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     parameters = self.parameters(state, x.shape[-1])
     x = self.pre_map(x, "query", parameters)
     y = self.pre_map(y, "key", parameters)
     rho = jnp.broadcast_to(parameters["rho"], x.shape[-1:])
     scale = jnp.sum(jnp.log((rho + 1.0) / 2.0) - 0.5 * jnp.log(rho))
-    # (rho + 1)|x + y|^2 - |x|^2 - |y|^2, without the terms that cancel.
-    square = jnp.einsum(
-      "...h,h->...", jnp.square(x + y), rho, precision="highest"
-    )
+    # (rho + 1)|x + y|^2 - |x|^2 - |y|^2, written without cancellation.
+    pair_square = jnp.square(x + y)
+    square = jnp.einsum("...h,h->...", pair_square, rho, precision="highest")
     return scale + square + 2.0 * jnp.sum(x * y, axis=-1)
 
 
-@COMPONENTS.register("oprf")
+@base.COMPONENTS.register("oprf")
 @dataclasses.dataclass(frozen=True)
 class OPRF(OptimalPositive):
   r"""Optimal positive random features (OPRF, FAVOR++).
@@ -115,19 +146,19 @@ class OPRF(OptimalPositive):
     f(\omega, x) = (1 - 4A)^{H/4}
       \exp(A |\omega|^2 + \sqrt{1 - 4A}\, \omega^\top x - |x|^2/2)
 
-  with the A that minimises the mean log second moment over all pairs of the
+  with the A that minimises the mean log second moment over all pairs of one
   head: :math:`A = (1 - 1/\rho)/8 \le 0`, where
   :math:`\rho = 2H / (\sqrt{(2S + H)^2 + 8HS} + 2S + H)` and
   :math:`S = \mathrm{mean} |x_i + y_j|^2`. A = 0 gives PosRF. Because A is
-  negative every feature is bounded. The Gaussian kernel takes another
-  :math:`|x|^2/2` off the exponent.
+  negative every feature is bounded. The Gaussian kernel subtracts another
+  :math:`|x|^2/2` in the exponent.
 
   The second moment of one row is :math:`(1-4A)^H (1-8A)^{-H/2}
   \exp(2(1-4A)/(1-8A) |x+y|^2 - |x|^2 - |y|^2)`.
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where S comes from: "batch", "ema", "learned", "constant".
+    statistics: source of S: "batch", "ema", "learned" or "constant".
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -146,7 +177,7 @@ class OPRF(OptimalPositive):
     (1, 3, 1, 16)
   """
 
-  info = ComponentInfo(
+  info = base.ComponentInfo(
     name="oprf",
     family="exponential",
     estimates="softmax or Gaussian kernel",
@@ -164,27 +195,12 @@ class OPRF(OptimalPositive):
     source="2205.15317, Theorem 3.3",
   )
 
-  def init(self, rng, head_dim):
-    """See `Component.init`: logit of rho if learned."""
-    del rng
-    if self.statistics != "learned":
-      return {}
-    return {"rho_logit": logit(self.constant(head_dim)["rho"])}
+  @override
+  def product(self, x: Array, y: Array) -> Array:
+    return jnp.sum(x * y, axis=-1)
 
-  def moments(self, query, key, query_mask, key_mask):
-    """See `Component.moments`; "cross" is the product of the means."""
-    query_mean = masked_mean(query, query_mask)
-    key_mean = masked_mean(key, key_mask)
-    return {
-      "query_square": masked_mean(jnp.sum(query**2, -1), query_mask),
-      "key_square": masked_mean(jnp.sum(key**2, -1), key_mask),
-      "query_mean": query_mean,
-      "key_mean": key_mean,
-      "cross": jnp.sum(query_mean * key_mean, axis=-1),
-    }
-
-  def solve(self, moments):
-    """See `Component.solve`."""
+  @override
+  def solve(self, moments: PyTree) -> PyTree:
     pair_square = (
       moments["query_square"] + moments["key_square"] + 2.0 * moments["cross"]
     )
@@ -192,16 +208,20 @@ class OPRF(OptimalPositive):
     pair_square = jnp.maximum(pair_square, 0.0)
     return {"rho": optimal_rho(pair_square, moments["query_mean"].shape[-1])}
 
-  def constant(self, head_dim):
-    """See `DataDependent.constant`."""
+  @override
+  def constant(self, head_dim: int) -> Params:
     return {"rho": jnp.float32(constant_rho(head_dim))}
 
-  def from_params(self, params):
-    """See `DataDependent.from_params`."""
+  @override
+  def init_params(self, head_dim: int) -> Params:
+    return {"rho_logit": logit(self.constant(head_dim)["rho"])}
+
+  @override
+  def from_params(self, params: Params) -> Params:
     return {"rho": jax.nn.sigmoid(params["rho_logit"])}
 
 
-@COMPONENTS.register("oprf_hyp")
+@base.COMPONENTS.register("oprf_hyp")
 @dataclasses.dataclass(frozen=True)
 class OPRFHyperbolic(OPRF):
   r"""OPRF with both signs of every row.
@@ -213,11 +233,11 @@ class OPRFHyperbolic(OPRF):
   with the A of :class:`OPRF`. The second moment of one row is the mean of
   OPRF's and of :math:`(1-4A)^H (1-8A)^{-H/2} e^{-|x|^2 - |y|^2}`: about half of
   OPRF's variance for one more exponential, from the same projection. The
-  Gaussian kernel takes another :math:`|x|^2/2` off the exponent.
+  Gaussian kernel subtracts another :math:`|x|^2/2` in the exponent.
 
   Args:
     kernel: "softmax" or "gaussian".
-    statistics: where S comes from: "batch", "ema", "learned", "constant".
+    statistics: source of S: "batch", "ema", "learned" or "constant".
 
   Raises:
     ValueError: unknown kernel or statistics.
@@ -236,6 +256,7 @@ class OPRFHyperbolic(OPRF):
     (3, 1, 32)
   """
 
+  features_per_row = 2
   info = dataclasses.replace(
     OPRF.info,
     name="oprf_hyp",
@@ -255,32 +276,28 @@ class OPRFHyperbolic(OPRF):
     even=True,
   )
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
-    del head_dim
-    return 2 * num_features
-
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     both = self.query_features(x, rows, state).log_magnitude
-    return LogFeatures(both - half_square(x) + self.gaussian_shift(x))
+    return LogFeatures(both - base.half_square(x) + self.gaussian_shift(x))
 
-  def query_features(self, x, rows, state):
-    """See `Component.query_features`."""
+  @override
+  def query_features(
+    self, x: Array, rows: WeightSample, state: ComponentState
+  ) -> LogFeatures:
     rho = self.parameters(state, x.shape[-1])["rho"]
     norm_term, slope = norm_terms(rho, rows.w)
-    projected = project(slope[None, :] * x, rows.w)
-    norm_term -= 0.5 * math.log(2.0)
-    return LogFeatures(
-      jnp.concatenate(
-        [norm_term[None, :] + projected, norm_term[None, :] - projected],
-        axis=-1,
-      )
-    )
+    projected = base.project(slope[None, :] * x, rows.w)
+    norm_term = (norm_term - 0.5 * math.log(2.0))[None, :]
+    both = [norm_term + projected, norm_term - projected]
+    return LogFeatures(jnp.concatenate(both, axis=-1))
 
-  def softmax_log_second_moment(self, x, y, state):
-    """See `KernelComponent.softmax_log_second_moment`."""
+  @override
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     both_signs_agree = super().softmax_log_second_moment(x, y, state)
     rho = self.parameters(state, x.shape[-1])["rho"]
     square = jnp.sum(jnp.square(x + y), axis=-1)
@@ -289,5 +306,5 @@ class OPRFHyperbolic(OPRF):
 
 
 def logit(probability: Array) -> Array:
-  """The inverse of the sigmoid."""
+  """Returns the inverse of the sigmoid."""
   return jnp.log(probability) - jnp.log1p(-probability)

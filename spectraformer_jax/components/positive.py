@@ -4,21 +4,21 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  ComponentInfo,
-  KernelComponent,
-  half_square,
-  log_cosh,
-  project,
+from spectraformer_jax.components import base
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Side,
+  WeightSample,
 )
-from spectraformer_jax.typing import LogFeatures
 
 
-@COMPONENTS.register("posrf")
+@base.COMPONENTS.register("posrf")
 @dataclasses.dataclass(frozen=True)
-class PosRF(KernelComponent):
+class PosRF(base.KernelComponent):
   r"""Positive random features (PosRF, FAVOR+).
 
   .. math::
@@ -46,7 +46,7 @@ class PosRF(KernelComponent):
     True
   """
 
-  info = ComponentInfo(
+  info = base.ComponentInfo(
     name="posrf",
     family="exponential",
     estimates="softmax or Gaussian kernel",
@@ -59,34 +59,37 @@ class PosRF(KernelComponent):
     source="2009.14794, Lemma 1",
   )
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     exponent = self.query_features(x, rows, state).log_magnitude
-    return LogFeatures(exponent - half_square(x) + self.gaussian_shift(x))
+    return LogFeatures(exponent - base.half_square(x) + self.gaussian_shift(x))
 
-  def query_features(self, x, rows, state):
-    """See `Component.query_features`."""
-    del state
-    return LogFeatures(project(x, rows.w))
+  @override
+  def query_features(
+    self, x: Array, rows: WeightSample, state: ComponentState
+  ) -> LogFeatures:
+    return LogFeatures(base.project(x, rows.w))
 
-  def softmax_log_second_moment(self, x, y, state):
-    """See `KernelComponent.softmax_log_second_moment`."""
-    del state
+  @override
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     square = jnp.sum(jnp.square(x + y), axis=-1)
     return 2.0 * jnp.sum(x * y, axis=-1) + square
 
 
-@COMPONENTS.register("posrf_hyp")
+@base.COMPONENTS.register("posrf_hyp")
 @dataclasses.dataclass(frozen=True)
-class PosRFHyperbolic(KernelComponent):
+class PosRFHyperbolic(base.KernelComponent):
   r"""Positive features with both signs of every row (hyperbolic FAVOR+).
 
   .. math::
     f(\omega, x) = 2^{-1/2} e^{-|x|^2 / 2}
       [e^{\omega^\top x}, e^{-\omega^\top x}]
 
-  (softmax; the Gaussian kernel takes another :math:`|x|^2/2` off the
+  (softmax; the Gaussian kernel subtracts another :math:`|x|^2/2` in the
   exponent). One row has relative variance :math:`\cosh|x + y|^2 - 1`, which is
   :math:`(1 - e^{-|x+y|^2})/2` times that of PosRF: less than half for twice
   the features, so better than PosRF at equal feature dimension, too.
@@ -109,7 +112,8 @@ class PosRFHyperbolic(KernelComponent):
     (3, 1, 32)
   """
 
-  info = ComponentInfo(
+  features_per_row = 2
+  info = base.ComponentInfo(
     name="posrf_hyp",
     family="exponential",
     estimates="softmax or Gaussian kernel",
@@ -123,26 +127,24 @@ class PosRFHyperbolic(KernelComponent):
     even=True,
   )
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
-    del head_dim
-    return 2 * num_features
-
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     both = self.query_features(x, rows, state).log_magnitude
-    shift = self.gaussian_shift(x) - half_square(x) - 0.5 * math.log(2.0)
+    shift = self.gaussian_shift(x) - base.half_square(x) - 0.5 * math.log(2.0)
     return LogFeatures(both + shift)
 
-  def query_features(self, x, rows, state):
-    """See `Component.query_features`."""
-    del state
-    projected = project(x, rows.w)
+  @override
+  def query_features(
+    self, x: Array, rows: WeightSample, state: ComponentState
+  ) -> LogFeatures:
+    projected = base.project(x, rows.w)
     return LogFeatures(jnp.concatenate([projected, -projected], axis=-1))
 
-  def softmax_log_second_moment(self, x, y, state):
-    """See `KernelComponent.softmax_log_second_moment`."""
-    del state
+  @override
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     square = jnp.sum(jnp.square(x + y), axis=-1)
-    return 2.0 * jnp.sum(x * y, axis=-1) + log_cosh(square)
+    return 2.0 * jnp.sum(x * y, axis=-1) + base.log_cosh(square)

@@ -4,24 +4,27 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  Component,
-  ComponentInfo,
-  project,
+from spectraformer_jax.components import base
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Params,
+  Side,
+  WeightSample,
 )
-from spectraformer_jax.typing import Array, LogFeatures
 
 LEARNED = ("scalar", "per_dim", "none")
 
-# Vectors shorter than this have no direction: they count as zero.
+# Shorter vectors count as zero, which has no direction.
 SMALLEST_NORM = 1e-12
 
 
-@COMPONENTS.register("rfa")
+@base.COMPONENTS.register("rfa")
 @dataclasses.dataclass(frozen=True)
-class RFA(Component):
+class RFA(base.Component):
   r"""Random feature attention (RFA): directions, with a learned temperature.
 
   .. math::
@@ -31,18 +34,18 @@ class RFA(Component):
 
   (the last form for a scalar :math:`\sigma`): softmax attention of cosine
   similarities at temperature :math:`\sigma^2`. The relative variance of one row
-  is :math:`\cosh |u/\sigma - v/\sigma|^2 - 1`. A zero vector has direction 0:
-  the same distance from all others.
+  is :math:`\cosh |u/\sigma - v/\sigma|^2 - 1`. A zero vector has direction 0,
+  which is equally far from all others.
 
-  Features are signed, so the normalizer of attention can come out near zero or
-  negative; it is kept away from zero, which biases the output where that
-  happens and doubles the cost of the sums. The paper's gate is not part of a
-  feature map.
+  Features are signed, so the normalizer of attention can be near zero or
+  negative; attention keeps it away from zero, which biases the output there and
+  doubles the cost of the sums. The paper's gate is not part of
+  a feature map.
 
   Args:
-    sigma: width at the start.
-    learned: "scalar" or "per_dim" (one width for each coordinate), trained by
-      gradient through its logarithm, or "none".
+    sigma: initial width.
+    learned: which widths are trained, through their logarithms: "scalar" (one),
+      "per_dim" (one per coordinate) or "none".
 
   Raises:
     ValueError: a sigma that is not positive, or unknown `learned`.
@@ -63,7 +66,8 @@ class RFA(Component):
   sigma: float = 1.0
   learned: str = "scalar"
 
-  info = ComponentInfo(
+  features_per_row = 2
+  info = base.ComponentInfo(
     name="rfa",
     family="trigonometric",
     estimates="exp(-|u - v|^2 / 2 sigma^2), u and v the directions",
@@ -78,7 +82,7 @@ class RFA(Component):
     even=True,
   )
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.sigma > 0:
       raise ValueError(f"sigma must be positive, got {self.sigma!r}.")
     if self.learned not in LEARNED:
@@ -86,42 +90,39 @@ class RFA(Component):
         f"learned must be one of {LEARNED}, got {self.learned!r}."
       )
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
-    del head_dim
-    return 2 * num_features
-
-  def init(self, rng, head_dim):
-    """See `Component.init`: log of sigma if learned."""
-    del rng
+  @override
+  def init(self, rng: Array, head_dim: int) -> Params:
     if self.learned == "none":
       return {}
     shape = (head_dim,) if self.learned == "per_dim" else ()
     return {"log_sigma": jnp.full(shape, math.log(self.sigma), jnp.float32)}
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side
-    angles = project(self._scaled_direction(x, state), rows.w)
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
+    angles = base.project(self._scaled_direction(x, state), rows.w)
     factor = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return LogFeatures(jnp.zeros((x.shape[0], 1), x.dtype), factor)
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`."""
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     return jnp.exp(-0.5 * self._square(x, y, state))
 
-  def log_second_moment(self, x, y, state):
-    """See `Component.log_second_moment`."""
+  @override
+  def log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     square = self._square(x, y, state)
     return jnp.log(0.5 + 0.5 * jnp.exp(-2.0 * square))
 
-  def _square(self, x, y, state) -> Array:
-    """Squared distance of the scaled directions."""
+  def _square(self, x: Array, y: Array, state: ComponentState) -> Array:
+    """Returns the squared distance of the scaled directions."""
     u, v = (self._scaled_direction(z, state) for z in (x, y))
     return jnp.sum(jnp.square(u - v), axis=-1)
 
-  def _scaled_direction(self, x, state) -> Array:
-    """Direction over sigma, ``[..., H]``."""
+  def _scaled_direction(self, x: Array, state: ComponentState) -> Array:
+    """Returns x / (|x| sigma), ``[..., H]``."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     has_direction = square > SMALLEST_NORM**2
     norm = jnp.sqrt(jnp.where(has_direction, square, 1.0))

@@ -4,24 +4,25 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  Component,
-  ComponentInfo,
-  project,
-  sized,
+from spectraformer_jax.components import base
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Side,
+  WeightSample,
 )
-from spectraformer_jax.typing import LogFeatures
 from spectraformer_jax.weight_matrices.stored_uniforms import NUM_BITS
 
 LARGEST_DEGREE = 8
 
 
-@COMPONENTS.register("tensorsketch")
+@base.COMPONENTS.register("tensorsketch")
 @dataclasses.dataclass(frozen=True)
-class TensorSketch(Component):
+class TensorSketch(base.Component):
   r"""TensorSketch of the polynomial kernel.
 
   .. math::
@@ -31,13 +32,13 @@ class TensorSketch(Component):
 
   with p independent hashes h of coordinates to B = num_features buckets, and
   signs s. Unbiased; the variance falls like 1/B. Not of the form f(W x, x): the
-  weight matrix only supplies hashes, one row for each, and those that spread
-  rows have nothing to spread. For odd p the kernel itself is negative where x.y
-  is.
+  weight matrix only supplies one row of hashes for each h, so a matrix that
+  spreads its rows has no effect. For odd p the kernel itself is negative where
+  x.y is.
 
-  Features are signed, so the normalizer of attention can come out near zero or
-  negative; it is kept away from zero, which biases the output where that
-  happens and doubles the cost of the sums.
+  Features are signed, so the normalizer of attention can be near zero or
+  negative; attention keeps it away from zero, which biases the output there and
+  doubles the cost of the sums.
 
   Args:
     degree: p, at most 8.
@@ -59,17 +60,16 @@ class TensorSketch(Component):
 
   degree: int = 2
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_positive_int("degree", self.degree)
     if self.degree > LARGEST_DEGREE:
       raise ValueError(
         f"degree must be at most {LARGEST_DEGREE}, got {self.degree}."
       )
 
-  @property
-  def info(self):
-    """Facts; the kernel depends on the degree."""
-    return ComponentInfo(
+  def _info(self) -> base.ComponentInfo:
+    """Returns the facts; the kernel depends on the degree."""
+    return base.ComponentInfo(
       name="tensorsketch",
       family="own kernel",
       estimates=f"(x.y)^{self.degree}",
@@ -83,19 +83,24 @@ class TensorSketch(Component):
       row_law="hash",
     )
 
-  def num_rows(self, num_features):
-    """See `Component.num_rows`: one for each hash."""
-    del num_features
+  info = base.info_from_options(_info)
+
+  @override
+  def num_rows(self, num_features: int) -> int:
+    """One row per hash."""
     return self.degree
 
   @property
-  def row_draws(self):
-    """See `Component.row_draws`: hashes are independent."""
+  @override
+  def row_draws(self) -> int:
+    """One draw per hash, since hashes are independent."""
     return self.degree
 
-  def realise_rows(self, rows, num_features, state):
-    """See `Component.realise_rows`: hashes to count sketches ``[p B, H]``."""
-    del state
+  @override
+  def realise_rows(
+    self, rows: WeightSample, num_features: int, state: ComponentState
+  ) -> WeightSample:
+    """Turns hashes into count sketches ``[p B, H]``."""
     bits = rows.w.astype(jnp.int32)
     sign = (1 - 2 * (bits & 1)).astype(jnp.float32)
     half = (bits >> 1).astype(jnp.float32) + 0.5
@@ -107,21 +112,21 @@ class TensorSketch(Component):
     )
     return rows._replace(w=jnp.reshape(sketch, (-1, sketch.shape[-1])))
 
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side, state
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
     num_features = rows.w.shape[0] // self.degree
     size = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     size = jax.lax.stop_gradient(jnp.where(size > 0.0, size, 1.0))
     spectrum = 1.0
     for sketch in jnp.split(rows.w, self.degree):
-      spectrum *= jnp.fft.rfft(project(x / size, sketch))
-    out = sized(jnp.fft.irfft(spectrum, num_features))
-    # Of the order of one feature of M, as the caller divides by sqrt(M).
+      spectrum *= jnp.fft.rfft(base.project(x / size, sketch))
+    out = base.to_log_features(jnp.fft.irfft(spectrum, num_features))
+    # The caller divides by sqrt(M), which these features do not need.
     log_size = self.degree * jnp.log(size) + 0.5 * jnp.log(float(num_features))
     return LogFeatures(out.log_magnitude + log_size, out.factor)
 
-  def kernel_value(self, x, y, state):
-    """See `Component.kernel_value`."""
-    del state
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     return jnp.sum(x * y, axis=-1) ** self.degree

@@ -3,21 +3,21 @@
 import dataclasses
 
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.components.base import (
-  COMPONENTS,
-  ComponentInfo,
-  KernelComponent,
-  half_square,
-  log_cosh,
-  project,
+from spectraformer_jax.components import base
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  LogFeatures,
+  Side,
+  WeightSample,
 )
-from spectraformer_jax.typing import LogFeatures
 
 
-@COMPONENTS.register("trigrf")
+@base.COMPONENTS.register("trigrf")
 @dataclasses.dataclass(frozen=True)
-class TrigRF(KernelComponent):
+class TrigRF(base.KernelComponent):
   r"""Trigonometric random features (TrigRF).
 
   .. math::
@@ -26,8 +26,8 @@ class TrigRF(KernelComponent):
 
   One row has relative variance :math:`\cosh |x - y|^2 - 1` (softmax): exact at
   x = y, exploding with the distance. Features are signed, so the normalizer of
-  attention can come out near zero or negative; it is kept away from zero,
-  which biases the output where that happens.
+  attention can be near zero or negative; attention keeps it away from zero,
+  which biases the output there.
 
   Args:
     kernel: "softmax" or "gaussian".
@@ -47,7 +47,8 @@ class TrigRF(KernelComponent):
     (3, 1, 32)
   """
 
-  info = ComponentInfo(
+  features_per_row = 2
+  info = base.ComponentInfo(
     name="trigrf",
     family="trigonometric",
     estimates="softmax or Gaussian kernel",
@@ -62,19 +63,17 @@ class TrigRF(KernelComponent):
     even=True,
   )
 
-  def feature_dim(self, num_features, head_dim):
-    """See `Component.feature_dim`."""
-    return 2 * num_features
-
-  def log_features(self, x, rows, side, state):
-    """See `Component.log_features`."""
-    del side, state
-    angles = project(x, rows.w)
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
+    angles = base.project(x, rows.w)
     factor = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-    return LogFeatures(half_square(x) + self.gaussian_shift(x), factor)
+    return LogFeatures(base.half_square(x) + self.gaussian_shift(x), factor)
 
-  def softmax_log_second_moment(self, x, y, state):
-    """See `KernelComponent.softmax_log_second_moment`."""
-    del state
+  @override
+  def softmax_log_second_moment(
+    self, x: Array, y: Array, state: ComponentState
+  ) -> Array:
     square = jnp.sum(jnp.square(x - y), axis=-1)
-    return 2.0 * jnp.sum(x * y, axis=-1) + log_cosh(square)
+    return 2.0 * jnp.sum(x * y, axis=-1) + base.log_cosh(square)

@@ -10,11 +10,11 @@ import scipy.integrate
 
 import spectraformer_jax as sf
 from spectraformer_jax.components.arc_cosine import log_arc_cosine
-from tests.components.sampling import (
+from tests.components.helpers import (
   PAIRS,
   build,
   check_mean_and_square,
-  one_head,
+  first_head_state,
 )
 
 
@@ -135,7 +135,7 @@ def test_relu_has_low_variance():
   x, y = 0.5 * np.random.default_rng(0).normal(size=(2, 500, 32))
   component = build("relu", num_features=128, epsilon=0.0).component
   x, y = (a.astype(np.float32) for a in (x, y))
-  state = one_head(build("relu"))
+  state = first_head_state(build("relu"))
   log_kernel = np.log(component.kernel_value(x, y, state))
   moment = component.log_second_moment(x, y, state)
   variance = (np.exp(moment - 2 * log_kernel) - 1) / 128

@@ -13,13 +13,13 @@ from spectraformer_jax.components import (
   PosRF,
   build_component,
 )
-from tests.components.exponentials import build, calibrated, data
+from tests.components.helpers import build_case, calibrate, draw_data
 from tests.statistics import PAIRS, estimates, standard_scores
 
 
 def lifted(shift=0.0):
   """Queries and keys ``[1, L, 1, H]``, moved by `shift`."""
-  return tuple(jnp.asarray(x + shift)[None, :, None, :] for x in data())
+  return tuple(jnp.asarray(x + shift)[None, :, None, :] for x in draw_data())
 
 
 @pytest.mark.parametrize("case", ["c_posrf", "c_oprf_hyp", "c_asderf"])
@@ -28,7 +28,7 @@ def lifted(shift=0.0):
 def test_relative_error_does_not_change_with_an_offset(case, kernel):
   # Same rows and same centred vectors: the estimate relative to the kernel is
   # the same, only if the factors that make up for centring are exact.
-  fm = build(case, kernel=kernel)
+  fm = build_case(case, kernel=kernel)
   (query, key), (far_query, far_key) = lifted(), lifted(1.5)
   variables = fm.init(jax.random.key(0), head_dim=4)
 
@@ -49,7 +49,7 @@ def test_relative_error_does_not_change_with_an_offset(case, kernel):
 def test_centring_is_the_base_where_means_vanish():
   query, key = lifted()
   query, key = (x - x.mean(1, keepdims=True) for x in (query, key))
-  centred, plain = build("c_posrf"), build("posrf")
+  centred, plain = build_case("c_posrf"), build_case("posrf")
   variables = plain.init(jax.random.key(0), head_dim=4)
   stats = centred.calibrate(variables, query, key)
   np.testing.assert_allclose(
@@ -73,7 +73,7 @@ def test_maps_of_other_families_stay_unbiased(name, kernel):
     component_kwargs={"kernel": kernel, "centred": True},
   )
   assert fm.info.name == f"c_{name}-iid"
-  stats = calibrated(fm)
+  stats = calibrate(fm)
   samples = estimates(fm, jax.random.key(1), PAIRS, 4_000, stats=stats)
   variables = fm.init(jax.random.key(0), head_dim=4)
   x, y = jnp.asarray(PAIRS[:, 0]), jnp.asarray(PAIRS[:, 1])
@@ -83,10 +83,10 @@ def test_maps_of_other_families_stay_unbiased(name, kernel):
 
 def test_gaussian_centre_is_the_mean_of_both_means():
   query, key = lifted(0.5)
-  plain = build("posrf", kernel="gaussian")
-  fm = build("c_posrf", kernel="gaussian")
+  plain = build_case("posrf", kernel="gaussian")
+  fm = build_case("c_posrf", kernel="gaussian")
   variables = plain.init(jax.random.key(0), head_dim=4)
-  stats = calibrated(fm, query[0, :, 0], key[0, :, 0])
+  stats = calibrate(fm, query[0, :, 0], key[0, :, 0])
   centre = 0.5 * (query.mean(1, keepdims=True) + key.mean(1, keepdims=True))
   for side, x in (("query", query), ("key", key)):
     np.testing.assert_allclose(
@@ -97,11 +97,11 @@ def test_gaussian_centre_is_the_mean_of_both_means():
 
 
 def test_names_facts_and_equal_builds():
-  fm = build("c_posrf", matrix="orf")
+  fm = build_case("c_posrf", matrix="orf")
   assert fm.info.name == "c_posrf-orf"
   assert fm.info.needs_stats and fm.info.positive
-  assert not build("c_trigrf").info.positive
-  assert build("c_posrf", matrix="orf") is fm
+  assert not build_case("c_trigrf").info.positive
+  assert build_case("c_posrf", matrix="orf") is fm
   assert fm is sf.compose(
     Centred(PosRF()), fm.weight_matrix, num_features=fm.num_features
   )
@@ -111,7 +111,7 @@ def test_names_facts_and_equal_builds():
 
 def test_statistics_are_those_of_the_base_or_its_own():
   assert Centred(OPRF(statistics="ema")).statistics == "ema"
-  assert build("c_posrf").component.statistics == "batch"
+  assert build_case("c_posrf").component.statistics == "batch"
   for name in ("posrf", "oprf"):
     component = build_component(name, {"centred": True, "statistics": "ema"})
     assert component.statistics == "ema" and component.needs_stats
@@ -120,7 +120,8 @@ def test_statistics_are_those_of_the_base_or_its_own():
 def test_learned_centres_start_at_the_base_and_train():
   query, key = lifted()
   fm, plain = (
-    build(case, statistics="learned") for case in ("c_oprf_hyp", "oprf_hyp")
+    build_case(case, statistics="learned")
+    for case in ("c_oprf_hyp", "oprf_hyp")
   )
   variables = fm.init(jax.random.key(0), head_dim=4)
   base = plain.init(jax.random.key(0), head_dim=4)
@@ -179,13 +180,13 @@ def test_refusals(make, words):
 
 def test_causal_attention_refuses_batch_centres():
   x = jnp.ones((1, 5, 1, 4))
-  fm = build("c_posrf")
+  fm = build_case("c_posrf")
   variables = fm.init(jax.random.key(0), head_dim=4)
   with pytest.raises(ValueError, match="leak the future"):
     sf.spectral_attention(
       x, x, x, feature_map=fm, variables=variables, is_causal=True
     )
-  learned = build("c_posrf", statistics="learned")
+  learned = build_case("c_posrf", statistics="learned")
   out = sf.spectral_attention(
     x,
     x,

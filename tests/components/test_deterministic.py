@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.components.sampling import (
+from tests.components.helpers import (
   PAIRS,
   build,
   check_mean_and_square,
-  one_head,
+  first_head_state,
 )
 
 
@@ -182,7 +182,7 @@ def test_rfa_mean_and_square(learned):
       for side in (0, 1)
     )
     expected = np.exp(-(1 - np.sum(u * v, -1)) / sigma**2)
-    state = one_head(fm, change=move)
+    state = first_head_state(fm, change=move)
     kernel = fm.component.kernel_value(PAIRS[:, 0], PAIRS[:, 1], state)
     np.testing.assert_allclose(kernel, expected, rtol=1e-5)
 

@@ -15,17 +15,17 @@ from spectraformer_jax.components.discrete_laws import (
   P_RANGE,
   POISSON_TABLE,
   RATE_RANGE,
-  geometric_counts,
+  geometric_degrees,
   optimal_p,
-  poisson_counts,
+  poisson_degrees,
 )
 from spectraformer_jax.weight_matrices import stored_uniforms
-from tests.components.sampling import (
+from tests.components.helpers import (
   HEAD_DIM,
   PAIRS,
   build,
+  calibrate,
   check_mean_and_square,
-  shared_stats,
 )
 
 NAMES = ["poisrf", "geomrf", "poisrf_plus", "geomrf_plus"]
@@ -48,7 +48,7 @@ def data(num_queries=7, num_keys=5, scale=0.5, seed=0):
 @pytest.mark.quick_every(8)
 def test_mean_and_square_with_statistics_of_the_pairs(name, kernel):
   fm = build(name, kernel=kernel)
-  stats = shared_stats(fm, PAIRS[:, 0], PAIRS[:, 1])
+  stats = calibrate(fm, PAIRS[:, 0], PAIRS[:, 1])
   check_mean_and_square(fm, 20_000, stats)
 
 
@@ -95,7 +95,7 @@ def test_plus_is_positive_with_statistics_of_its_data(name, scale):
   fm = build(name, num_features=64)
   query, key = data(scale=scale)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
-  stats = shared_stats(fm, query, key)
+  stats = calibrate(fm, query, key)
   for side, x in (("query", query), ("key", key)):
     out = fm.log_features(
       variables, jnp.asarray(x)[:, None], side=side, stats=stats
@@ -111,7 +111,7 @@ def test_signs_are_those_of_the_product(name):
   fm = build(name, num_features=200)
   query, key = data()
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
-  stats = shared_stats(fm, query, key)
+  stats = calibrate(fm, query, key)
   query[0, 1] = 0.0  # 0^0 is 1.
   uniform = np.asarray(variables.projection["rows"]["w"][0], np.float64) + 0.5
   uniform /= 2.0**23
@@ -134,7 +134,7 @@ def test_signs_are_those_of_the_product(name):
 def test_the_rate_minimises_the_mean_log_second_moment():
   query, key = data(50, 40)
   fm = build("poisrf")
-  rate = float(shared_stats(fm, query, key)["component"]["rate"][0, 0])
+  rate = float(calibrate(fm, query, key)["component"]["rate"][0, 0])
   product = np.square(query[:, None].astype(float) * key[None].astype(float))
   objective = lambda rate: np.mean(
     rate * HEAD_DIM + np.sum(product, axis=-1) / rate
@@ -172,20 +172,20 @@ def test_p_is_the_minimum_of_a_fine_grid(scale):
 def test_p_is_best_for_a_single_pair():
   fm = build("geomrf")
   x, y = (jnp.asarray(PAIRS[2, side]) for side in (0, 1))
-  stats = shared_stats(fm, PAIRS[2, :1], PAIRS[2, 1:])
+  stats = calibrate(fm, PAIRS[2, :1], PAIRS[2, 1:])
   p = float(stats["component"]["p"][0, 0])
-  moment = lambda p: float(fm.component.pair_moment(x * y, {"p": p}))
+  moment = lambda p: float(fm.component.log_pair_moment(x * y, {"p": p}))
   logits = np.log(p / (1 - p)) + np.random.default_rng(0).normal(0, 0.5, 100)
   assert all(moment(p) < moment(1 / (1 + np.exp(-z))) + 1e-5 for z in logits)
 
 
 @pytest.mark.parametrize("rate", [1e-6, 0.01, 0.3, 1.0, 7.0, 32.0])
-def test_poisson_counts_are_quantiles(rate):
+def test_poisson_degrees_are_quantiles(rate):
   bits = stored_uniforms.draw(jax.random.key(0), (50_000,))
   bits = jnp.concatenate([bits, jnp.array([0, 2**23 - 1], jnp.int32)])
   uniform = stored_uniforms.to_uniform(bits)
   assert 0.0 < float(uniform.min()) and float(uniform.max()) < 1.0
-  counts = np.asarray(jax.jit(poisson_counts)(uniform, rate))
+  counts = np.asarray(jax.jit(poisson_degrees)(uniform, rate))
   expected = scipy.stats.poisson.ppf(np.asarray(uniform, np.float64), rate)
   # A uniform within rounding of a step may fall to its other side.
   assert np.mean(counts != expected) < 1e-4
@@ -199,11 +199,11 @@ def test_the_poisson_table_is_long_enough():
 
 
 @pytest.mark.parametrize("p", [1e-3, 0.2, 0.7, 0.999])
-def test_geometric_counts_are_quantiles(p):
+def test_geometric_degrees_are_quantiles(p):
   uniform = stored_uniforms.to_uniform(
     stored_uniforms.draw(jax.random.key(0), (50_000,))
   )
-  counts = np.asarray(jax.jit(geometric_counts)(uniform, p))
+  counts = np.asarray(jax.jit(geometric_degrees)(uniform, p))
   p = np.float64(np.float32(p))
   expected = scipy.stats.geom.ppf(np.asarray(uniform, np.float64), p) - 1
   assert np.mean(counts != expected) < 1e-3
@@ -345,7 +345,7 @@ def reference_attention(fm, query, key, value, uniform, own):
 
   Degrees and parameters are those that the component found in float32.
   """
-  counts = np.float64(jax.jit(fm.component.counts)(uniform, own))
+  counts = np.float64(jax.jit(fm.component.degrees)(uniform, own))
   own = {name: np.float64(leaf) for name, leaf in own.items()}
   head_dim = query.shape[-1]
   if "rate" in own:
@@ -426,7 +426,7 @@ def test_no_query_has_negative_weights(name, kernel):
 def relative_bias(law, parameter, product):
   """Of one coordinate's kernel, over all the uniforms that are stored."""
   bits = jnp.arange(2**stored_uniforms.NUM_BITS, dtype=jnp.int32)
-  counts_of = poisson_counts if law == "poisson" else geometric_counts
+  counts_of = poisson_degrees if law == "poisson" else geometric_degrees
   counts = jax.lax.map(
     lambda bits: counts_of(stored_uniforms.to_uniform(bits), parameter),
     bits.reshape(64, -1),

@@ -9,18 +9,18 @@ import scipy.special
 import spectraformer_jax as sf
 from spectraformer_jax.components import ComponentState, build_component
 from spectraformer_jax.typing import WeightSample
-from tests.components.exponentials import (
+from tests.components.helpers import (
   CASES,
-  build,
-  calibrated,
-  component_of,
-  data,
+  as_matrix,
+  build_case,
+  calibrate,
+  calibrated_state,
+  case_component,
   dense_form,
   dense_log_features,
   dense_log_second_moment,
-  matrix_of,
-  rotation,
-  state_of,
+  draw_data,
+  random_rotation,
 )
 from tests.statistics import PAIRS, estimates, standard_scores
 
@@ -41,9 +41,9 @@ def kernel_values(kernel, pairs=PAIRS):
 @pytest.mark.quick_every(16)
 def test_mean_and_second_moment(case, kernel):
   num_features = 32
-  fm = build(case, num_features, kernel=kernel)
+  fm = build_case(case, num_features, kernel=kernel)
   samples = estimates(
-    fm, jax.random.key(1), PAIRS, 8_000, stats=calibrated(fm)
+    fm, jax.random.key(1), PAIRS, 8_000, stats=calibrate(fm)
   ).astype(np.float64)
   expected = kernel_values(kernel)
   scores = standard_scores(samples, expected)
@@ -52,9 +52,11 @@ def test_mean_and_second_moment(case, kernel):
   assert np.all((np.abs(scores) < 4.0) | exact), scores
   np.testing.assert_allclose(samples.mean(0)[exact], expected[exact], rtol=1e-5)
 
-  component = component_of(case, kernel=kernel)
+  component = case_component(case, kernel=kernel)
   log_moment = component.log_second_moment(
-    jnp.asarray(PAIRS[:, 0]), jnp.asarray(PAIRS[:, 1]), state_of(component)
+    jnp.asarray(PAIRS[:, 0]),
+    jnp.asarray(PAIRS[:, 1]),
+    calibrated_state(component),
   )
   variance = np.exp(np.asarray(log_moment, np.float64)) - expected**2
   squares = num_features * (samples - expected) ** 2
@@ -68,7 +70,7 @@ def test_mean_and_second_moment(case, kernel):
 @pytest.mark.parametrize("matrix", ["iid", "orf"])
 @pytest.mark.quick_every(3)
 def test_gerf_with_a_zero_is_posrf_and_trigrf(kernel, matrix):
-  x = jnp.asarray(data()[0])[:, None, :]
+  x = jnp.asarray(draw_data()[0])[:, None, :]
   for sign, other in ((1, "posrf"), (-1, "trigrf")):
     gerf = sf.feature_map(
       "gerf",
@@ -92,24 +94,24 @@ def test_gerf_with_a_zero_is_posrf_and_trigrf(kernel, matrix):
 
 
 def test_gerf_default_is_oprf_of_constant_statistics():
-  x = jnp.asarray(data()[0])[:, None, :]
-  fm = build("gerf_default")
+  x = jnp.asarray(draw_data()[0])[:, None, :]
+  fm = build_case("gerf_default")
   variables = fm.init(jax.random.key(0), head_dim=4)
   for gerf in (
     fm,
-    build("gerf_learn_sigmoid"),
-    build("gerf_default", learn="exp"),
+    build_case("gerf_learn_sigmoid"),
+    build_case("gerf_default", learn="exp"),
   ):
     np.testing.assert_allclose(
       gerf.apply(gerf.init(jax.random.key(0), head_dim=4), x, side="key"),
-      build("oprf", statistics="constant").apply(variables, x, side="key"),
+      build_case("oprf", statistics="constant").apply(variables, x, side="key"),
       rtol=1e-5,
     )
 
 
 def test_complex_gerf_without_the_minus_sign_estimates_another_kernel():
   # What the minus sign on the key's imaginary part is for.
-  fm = build("gerf_minus_complex", 32)
+  fm = build_case("gerf_minus_complex", 32)
   variables = fm.init(jax.random.key(0), head_dim=4)
   x = jnp.asarray(PAIRS[:, 0])[:, None, :]
   query = fm.apply(variables, x, side="query")[:, 0]
@@ -124,9 +126,9 @@ def test_complex_gerf_without_the_minus_sign_estimates_another_kernel():
 @pytest.mark.parametrize("case", DENSE)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_diagonal_form_equals_the_dense_formula(case, kernel):
-  fm = build(case, kernel=kernel)
-  query, key = data()
-  stats = calibrated(fm)
+  fm = build_case(case, kernel=kernel)
+  query, key = draw_data()
+  stats = calibrate(fm)
   variables = fm.init(jax.random.key(0), head_dim=4)
   w = np.asarray(variables.projection["rows"]["w"][0], np.float64)
   parameters = jax.tree.map(lambda leaf: leaf[0, 0], stats["component"])
@@ -135,10 +137,10 @@ def test_diagonal_form_equals_the_dense_formula(case, kernel):
   if "axes" in parameters:
     turn, rows = np.float64(parameters["axes"]), w
   else:
-    turn = rotation()
+    turn = random_rotation()
     rows = w @ turn.T
   a, b1, b2, c1, c2 = dense_form(
-    (1.0 - 1.0 / rho) / 8.0, matrix_of(parameters["query_map"]), turn
+    (1.0 - 1.0 / rho) / 8.0, as_matrix(parameters["query_map"]), turn
   )
   extra = 0.5 * np.eye(4) if kernel == "gaussian" else np.zeros((4, 4))
   for x, side, b, c in ((query, "query", b1, c1), (key, "key", b2, c2)):
@@ -150,7 +152,7 @@ def test_diagonal_form_equals_the_dense_formula(case, kernel):
     np.testing.assert_allclose(
       out.log_magnitude[0, :, 0] + 0.5 * np.log(16.0), expected, atol=1e-5
     )
-  component = component_of(case, kernel=kernel)
+  component = case_component(case, kernel=kernel)
   np.testing.assert_allclose(
     component.log_second_moment(
       jnp.asarray(PAIRS[:, 0]),
@@ -167,12 +169,12 @@ def test_diagonal_form_equals_the_dense_formula(case, kernel):
 @pytest.mark.parametrize("case", [*DENSE, "oprf_hyp"])
 @pytest.mark.quick_every(6)
 def test_constant_and_learned_start_as_oprf_and_train(case):
-  x = jnp.asarray(data()[0])[:, None, :]
+  x = jnp.asarray(draw_data()[0])[:, None, :]
   constant, learned = (
-    build(case, statistics=source) for source in ("constant", "learned")
+    build_case(case, statistics=source) for source in ("constant", "learned")
   )
   other = "oprf_hyp" if case == "oprf_hyp" else "oprf"
-  oprf = build(other, statistics="constant")
+  oprf = build_case(other, statistics="constant")
   variables = learned.init(jax.random.key(0), head_dim=4)
   assert not constant.info.needs_stats and not learned.info.needs_stats
   expected = oprf.apply(oprf.init(jax.random.key(0), head_dim=4), x, side="key")
@@ -194,7 +196,7 @@ def test_constant_and_learned_start_as_oprf_and_train(case):
 
 @pytest.mark.parametrize("case", DENSE)
 def test_learned_maps_keep_dot_products(case):
-  component = component_of(case, statistics="learned")
+  component = case_component(case, statistics="learned")
   params = component.init(jax.random.key(0), 8)
   rngs = jax.random.split(jax.random.key(1), len(params))
   params = {
@@ -203,7 +205,7 @@ def test_learned_maps_keep_dot_products(case):
   }
   parameters = component.from_params(params)
   query_map, key_map = (
-    matrix_of(parameters[f"{side}_map"]) for side in ("query", "key")
+    as_matrix(parameters[f"{side}_map"]) for side in ("query", "key")
   )
   assert np.abs(query_map - np.eye(8)).max() > 0.1
   np.testing.assert_allclose(query_map.T @ key_map, np.eye(8), atol=1e-4)
@@ -232,12 +234,15 @@ def test_gerf_refuses(kwargs, error, words):
 
 
 def test_gerf_facts_follow_its_options():
-  positive, signed = component_of("gerf_negative"), component_of("gerf_complex")
+  positive, signed = (
+    case_component("gerf_negative"),
+    case_component("gerf_complex"),
+  )
   assert (positive.info.positive, positive.info.features) == (True, "M")
   assert (signed.info.positive, signed.info.features) == (False, "2M")
   assert build_component("gerf", {"sign": -1}).info.even
   assert not positive.info.even and not signed.info.even
-  assert build("gerf_complex") is build("gerf_complex")
+  assert build_case("gerf_complex") is build_case("gerf_complex")
 
 
 ANTITHETIC = ("antithetic", "orf_antithetic", "orf_sqrtd_anti", "mm_anti")
@@ -299,7 +304,7 @@ def test_bias_of_fixed_norms_is_the_closed_form(name):
   )
   a = 0.0
   if options:
-    a = component_of("gerf_default").coefficients(None, 16).a[0]
+    a = case_component("gerf_default").coefficients(None, 16).a[0]
   expected = fixed_norm_bias(a, x, y)
   means = {"posrf": -0.37, "oprf": -0.05}
   assert abs(np.mean(expected) - means[name]) < 0.15

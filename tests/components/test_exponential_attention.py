@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.components.exponentials import CASES, build, component_of, matrix_of
+from tests.components.helpers import (
+  CASES,
+  as_matrix,
+  build_case,
+  case_component,
+)
 
 HEAD_DIM = 8
 
@@ -46,7 +51,9 @@ def features64(case, x, w, side, stats):
     factor = (x - own if side == "query" else x) @ other
     x, stats = x - own, stats["base"] or {}
   if case == "gerf_default":
-    a = np.full(head_dim, component_of(case).coefficients(None, head_dim).a[0])
+    a = np.full(
+      head_dim, case_component(case).coefficients(None, head_dim).a[0]
+    )
   elif "rho" in stats:
     a = (1.0 - 1.0 / np.float64(stats["rho"])) / 8.0 * np.ones(head_dim)
   else:
@@ -54,7 +61,7 @@ def features64(case, x, w, side, stats):
   if "axes" in stats:
     w = w @ np.float64(stats["axes"])
   if "query_map" in stats:
-    query_map = matrix_of(stats["query_map"])
+    query_map = as_matrix(stats["query_map"])
     # The exact inverse, not the float32 one that the map uses.
     exact = query_map if side == "query" else np.linalg.inv(query_map).T
     x = x @ exact.T
@@ -89,7 +96,7 @@ def features64(case, x, w, side, stats):
 @pytest.mark.quick_every(4)
 def test_large_norms_stay_accurate(case):
   # T11: |x|^2 about 200, float32 against the naive formula in float64.
-  fm = build(case, 128, "orf")
+  fm = build_case(case, 128, "orf")
   query, key, value = make(length=20, batch=1, heads=1)
   x, y = (
     a * jnp.sqrt(200.0 / jnp.mean(jnp.sum(a**2, -1))) for a in (query, key)
@@ -126,7 +133,7 @@ def test_large_norms_stay_accurate(case):
 def test_no_nan_at_any_scale(case, dtype):
   # One example per scale: examples do not see each other.
   scales = jnp.asarray([0.0, 1e-3, 1.0, 10.0, 30.0])
-  fm = build(case, 8, "orf")
+  fm = build_case(case, 8, "orf")
   query, key, value = make(length=6, keys=5, batch=len(scales), dtype=dtype)
   query, key = (
     (x * scales[:, None, None, None]).astype(dtype) for x in (query, key)
@@ -167,7 +174,7 @@ def test_no_nan_at_any_scale(case, dtype):
 @pytest.mark.quick_every(3)
 def test_padding_and_neighbours_do_not_matter(case):
   # T6, T7, T9, T10: hidden keys, other examples, T != S.
-  fm = build(case, 16, "orf")
+  fm = build_case(case, 16, "orf")
   query, key, value = make(length=9, keys=7)
   variables = fm.init(jax.random.key(7), head_dim=HEAD_DIM, num_heads=2)
   attend = lambda q, k, v, **kwargs: sf.spectral_attention(
@@ -197,9 +204,9 @@ def test_padding_and_neighbours_do_not_matter(case):
 @pytest.mark.quick_every(6)
 def test_causal_sources_of_statistics(case):
   query, _, value = make()
-  component = component_of(case)
+  component = case_component(case)
   if component.needs_stats:
-    fm = build(case)
+    fm = build_case(case)
     variables = fm.init(jax.random.key(7), head_dim=HEAD_DIM, num_heads=2)
     with pytest.raises(ValueError, match="'ema', 'learned' or 'constant'"):
       sf.spectral_attention(
@@ -210,9 +217,9 @@ def test_causal_sources_of_statistics(case):
     assert changed_past(fm, variables, query, value, stats) > 1e-4
     fixed = stats(query[:, :4])
     assert changed_past(fm, variables, query, value, lambda x: fixed) < 1e-5
-    fm = build(case, statistics="learned")
+    fm = build_case(case, statistics="learned")
   else:
-    fm = build(case)
+    fm = build_case(case)
   variables = fm.init(jax.random.key(7), head_dim=HEAD_DIM, num_heads=2)
   assert changed_past(fm, variables, query, value, lambda x: None) < 1e-5
 
@@ -238,7 +245,7 @@ def changed_past(fm, variables, x, value, stats):
 @pytest.mark.parametrize("case", ["aderf", "c_oprf_hyp"])
 @pytest.mark.quick_every(2)
 def test_running_statistics_in_a_layer(case):
-  fm = build(case, statistics="ema")
+  fm = build_case(case, statistics="ema")
   layer = sf.nn.SpectralSelfAttention(
     num_heads=2, head_dim=HEAD_DIM, feature_map=fm, is_causal=True
   )

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.components.sampling import (
+from tests.components.helpers import (
   HEAD_DIM,
   PAIRS,
   build,
   check_mean_and_square,
-  one_head,
-  sample,
-  scores_of,
+  draw_estimates,
+  first_head_state,
+  zero_safe_scores,
 )
 
 CASES = {
@@ -42,11 +42,11 @@ def test_variance_of_many_rows_is_that_of_one_divided():
   fm = build("hrf", num_features=6, num_mixing_rows=3)
   x, y = PAIRS[:, 0], PAIRS[:, 1]
   kernel = np.exp(np.sum(x * y, axis=-1))
-  moment = np.exp(fm.component.log_second_moment(x, y, one_head(fm)))
-  squares = (sample(fm, 20_000) - kernel) ** 2
+  moment = np.exp(fm.component.log_second_moment(x, y, first_head_state(fm)))
+  squares = (draw_estimates(fm, 20_000) - kernel) ** 2
   # y = -x is exact: rounding is all that is left.
   expected = (moment - kernel**2) / 6
-  scores = scores_of(squares, expected)
+  scores = zero_safe_scores(squares, expected)
   assert np.all((np.abs(scores) < 5.0) | (squares.max(0) < 1e-9)), scores
 
 
@@ -65,7 +65,9 @@ def test_angular_variance_is_the_formula_of_its_parts():
     + 2.0 * (mix * (1.0 - mix) - noise) * (np.cos(square(x) - square(y)) - 1.0)
   )
   moment = fm.component.log_second_moment(
-    jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32), one_head(fm)
+    jnp.asarray(x, jnp.float32),
+    jnp.asarray(y, jnp.float32),
+    first_head_state(fm),
   )
   # float32 of exp(log): a few roundings of the kernel's square.
   np.testing.assert_allclose(
@@ -80,8 +82,8 @@ def test_angular_variance_is_the_formula_of_its_parts():
 def test_exact_at_the_ends(kernel, mixing, sign):
   fm = build("hrf", num_features=3, kernel=kernel, mixing=mixing)
   x = PAIRS[:, 0]
-  error = sample(fm, 20, pairs=np.stack([x, sign * x], 1)) - np.asarray(
-    fm.component.kernel_value(x, sign * x, one_head(fm))
+  error = draw_estimates(fm, 20, pairs=np.stack([x, sign * x], 1)) - np.asarray(
+    fm.component.kernel_value(x, sign * x, first_head_state(fm))
   )
   exact = mixing == "angular" or sign < 0
   assert (np.abs(error).max() < 1e-5) == exact
@@ -99,8 +101,8 @@ def test_a_second_projection_that_shares_rows_would_be_biased():
     )
 
   kernel = np.exp(np.sum(PAIRS[:, 0] * PAIRS[:, 1], axis=-1))
-  independent = scores_of(sample(fm, 20_000), kernel)
-  shared = scores_of(sample(fm, 20_000, change=share), kernel)
+  independent = zero_safe_scores(draw_estimates(fm, 20_000), kernel)
+  shared = zero_safe_scores(draw_estimates(fm, 20_000, change=share), kernel)
   assert np.abs(independent).max() < 4.0, independent
   assert np.abs(shared).max() > 8.0, shared
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from spectraformer_jax.components import COMPONENTS, ComponentState
-from tests.components.exponentials import (
-  build,
-  calibrated,
-  component_of,
-  data,
-  matrix_of,
-  rotation,
-  state_of,
+from tests.components.helpers import (
+  as_matrix,
+  build_case,
+  calibrate,
+  calibrated_state,
+  case_component,
+  draw_data,
+  random_rotation,
 )
 
 
@@ -32,10 +32,10 @@ def objective(query_map, key_map, a, query, key):
 
 def closed_form(case, query, key):
   """G and a ``[H]`` in float64, from the component."""
-  parameters = state_of(component_of(case), query, key).stats
+  parameters = calibrated_state(case_component(case), query, key).stats
   rho = np.asarray(parameters["rho"], np.float64)
   head_dim = query.shape[-1]
-  query_map = matrix_of(parameters.get("query_map", np.ones(head_dim)))
+  query_map = as_matrix(parameters.get("query_map", np.ones(head_dim)))
   return query_map, np.broadcast_to((1.0 - 1.0 / rho) / 8.0, (head_dim,))
 
 
@@ -59,7 +59,7 @@ def perturbed_map(case, query_map, rng, size):
 )
 def test_closed_form_beats_100_perturbations(case, head_dim):
   query, key = (
-    x.astype(np.float64) for x in data(head_dim=head_dim, seed=head_dim)
+    x.astype(np.float64) for x in draw_data(head_dim=head_dim, seed=head_dim)
   )
   query_map, a = closed_form(case, query, key)
   key_map = np.linalg.inv(query_map).T
@@ -84,7 +84,7 @@ def structured(kind, head_dim=8):
   rng = np.random.default_rng(1)
   x, y = 0.5 * rng.normal(size=(2, 128, head_dim))
   scales = np.diag(np.geomspace(1.5, 0.1, head_dim))
-  low, other_low = (scales @ rotation(head_dim, seed) for seed in (3, 5))
+  low, other_low = (scales @ random_rotation(head_dim, seed) for seed in (3, 5))
   x, y = {
     "isotropic": lambda: (x, y),
     "axis scales": lambda: (x, y * np.exp(0.7 * rng.normal(size=head_dim))),
@@ -112,13 +112,13 @@ def test_order_of_mean_log_second_moments(kind):
   query, key = structured(kind)
 
   def mean_moment(case):
-    component = component_of(case)
+    component = case_component(case)
     return float(
       jnp.mean(
         component.log_second_moment(
           jnp.asarray(query)[:, None, :],
           jnp.asarray(key)[None, :, :],
-          state_of(component, query, key),
+          calibrated_state(component, query, key),
         )
       )
     )
@@ -164,14 +164,16 @@ def test_order_of_mean_log_second_moments(kind):
 
 def test_opposite_scales_are_balanced_and_bounded():
   # psi is clipped, and zero queries or keys leave finite maps.
-  query, key = data()
+  query, key = draw_data()
   for scale_q, scale_k in ((1e-9, 1e9), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
     for case in ("saderf", "aderf", "asderf", "sderf"):
-      stats = state_of(component_of(case), query * scale_q, key * scale_k).stats
+      stats = calibrated_state(
+        case_component(case), query * scale_q, key * scale_k
+      ).stats
       for name, leaf in stats.items():
         assert np.all(np.isfinite(leaf)), (case, name)
       query_map, key_map = (
-        matrix_of(stats[f"{side}_map"]) for side in ("query", "key")
+        as_matrix(stats[f"{side}_map"]) for side in ("query", "key")
       )
       np.testing.assert_allclose(query_map.T @ key_map, np.eye(4), atol=1e-5)
       assert np.all(stats["rho"] > 0.0) and np.all(stats["rho"] <= 1.0)
@@ -180,10 +182,10 @@ def test_opposite_scales_are_balanced_and_bounded():
 @pytest.mark.parametrize("case", ["sderf", "aderf", "asderf"])
 def test_fewer_tokens_than_dimensions_keep_maps_inverse(case):
   # Singular second moments: G may be poor, but G^-T must be its inverse.
-  query, key = data(num_queries=5, num_keys=4, head_dim=64)
-  stats = state_of(component_of(case), query, key).stats
+  query, key = draw_data(num_queries=5, num_keys=4, head_dim=64)
+  stats = calibrated_state(case_component(case), query, key).stats
   query_map, key_map = (
-    matrix_of(stats[f"{side}_map"]) for side in ("query", "key")
+    as_matrix(stats[f"{side}_map"]) for side in ("query", "key")
   )
   # float32 rounding of G^-T; seven times that without the Newton step.
   error = np.abs(query_map.T @ key_map - np.eye(64)).max()
@@ -198,15 +200,15 @@ def test_fewer_tokens_than_dimensions_keep_maps_inverse(case):
 def test_rounding_does_not_choose_the_features(case, num_tokens):
   # Signs of eigenvectors, and their choice where eigenvalues are equal (zero,
   # for fewer tokens than dimensions), are those of rounding.
-  fm = build(case, num_features=8)
-  query, key = data(num_tokens, num_tokens - 1, head_dim=16)
+  fm = build_case(case, num_features=8)
+  query, key = draw_data(num_tokens, num_tokens - 1, head_dim=16)
   variables = fm.init(jax.random.key(0), head_dim=16)
   features = [
     fm.apply(
       variables,
       jnp.asarray(query)[None, :, None, :],
       side="query",
-      stats=calibrated(fm, query[::step] * size, key[::step]),
+      stats=calibrate(fm, query[::step] * size, key[::step]),
     )
     for step, size in ((1, 1.0), (-1, 1.0), (1, np.float32(1.0 + 1e-6)))
   ]

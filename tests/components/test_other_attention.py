@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.components.sampling import build
+from tests.components.helpers import build
 
 # Components with options, their matrices and numbers of features.
 CASES = {

@@ -11,14 +11,14 @@ from spectraformer_jax.components.maclaurin import (
   log_coefficients,
   log_degree_law,
 )
-from tests.components.sampling import (
+from tests.components.helpers import (
   HEAD_DIM,
   PAIRS,
   build,
   check_mean_and_square,
-  one_head,
-  sample,
-  scores_of,
+  draw_estimates,
+  first_head_state,
+  zero_safe_scores,
 )
 
 
@@ -121,7 +121,9 @@ def test_poisson_degrees_of_the_best_rate_beat_others_and_geometric_ones():
 
   def moment(**kwargs):
     component = build("maclaurin", max_degree=24, **kwargs).component
-    return float(component.log_second_moment(x, y, one_head(build("relu"))))
+    return float(
+      component.log_second_moment(x, y, first_head_state(build("relu")))
+    )
 
   best = moment(degrees="poisson", rate=root)
   np.testing.assert_allclose(best, 2 * root, rtol=1e-4)
@@ -175,7 +177,7 @@ def test_tensorsketch_is_the_sketch_of_the_tensor():
 
 def test_tensorsketch_variance_falls_with_the_buckets():
   variances = [
-    sample(build("tensorsketch", num_features=b), 4000)[:, 2].var()
+    draw_estimates(build("tensorsketch", num_features=b), 4000)[:, 2].var()
     for b in (8, 64)
   ]
   # Eight times the buckets: an eighth of the variance, within 10 %.
@@ -196,9 +198,9 @@ def test_hashes_are_uniform():
 
 def test_scores_notice_a_wrong_kernel():
   fm = build("maclaurin", max_degree=3)
-  samples = sample(fm, 20_000)
+  samples = draw_estimates(fm, 20_000)
   wrong = np.exp(np.sum(PAIRS[:, 0] * PAIRS[:, 1], -1)) + 0.2
-  assert np.abs(scores_of(samples, wrong)).max() > 4.0
+  assert np.abs(zero_safe_scores(samples, wrong)).max() > 4.0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import spectraformer_jax as sf
 from spectraformer_jax.components import Centred, ComponentState
 from spectraformer_jax.components.discrete_laws import optimal_p
-from tests.components.exponentials import build
+from tests.components.helpers import build_case
 
 CASES = ("oprf", "oprf_hyp", "saderf", "perdim", "sderf", "aderf", "asderf")
 
@@ -61,8 +61,8 @@ def pooled_moments(component, query, key, centres=(0.0, 0.0)):
 @pytest.mark.quick_every(3)
 def test_centring_takes_one_centre_for_all_examples(case, kernel):
   query, key = examples(offset=1.0)
-  base = build(case, statistics="ema", kernel=kernel).component
-  fm = sf.compose(Centred(base), build(case).weight_matrix, num_features=8)
+  base = build_case(case, statistics="ema", kernel=kernel).component
+  fm = sf.compose(Centred(base), build_case(case).weight_matrix, num_features=8)
   stats = averaged_stats(fm, query, key)
   means = [np.asarray(z, np.float64).mean(axis=(0, 1, 2)) for z in (query, key)]
   if kernel == "gaussian":
@@ -78,7 +78,7 @@ def test_centring_takes_one_centre_for_all_examples(case, kernel):
 @pytest.mark.quick_every(3)
 def test_products_of_means_are_averaged_as_products(case):
   query, key = examples()
-  fm = build(case, statistics="ema")
+  fm = build_case(case, statistics="ema")
   stats = averaged_stats(fm, query, key)
   expected = fm.component.solve(pooled_moments(fm.component, query, key))
   for name in expected:
@@ -169,7 +169,7 @@ def test_sizes_are_averaged_as_products(name):
 @pytest.mark.parametrize("case", ["oprf", "c_asderf"])
 def test_examples_without_visible_tokens_do_not_count(case):
   query, key = examples(batch=4)
-  fm = build(case, statistics="ema")
+  fm = build_case(case, statistics="ema")
   mask = jnp.ones(query.shape[:2], bool).at[2].set(False)
   hidden = averaged_stats(fm, query, key, key_mask=mask, query_mask=mask)
   keep = jnp.array([0, 1, 3])
@@ -181,7 +181,7 @@ def test_examples_without_visible_tokens_do_not_count(case):
 
 
 def test_a_layer_keeps_its_statistics_where_all_is_padding():
-  fm = build("oprf", statistics="ema")
+  fm = build_case("oprf", statistics="ema")
   layer = sf.nn.SpectralSelfAttention(num_heads=2, head_dim=4, feature_map=fm)
   x = jax.random.normal(jax.random.key(2), (3, 5, 8)) + 0.5
   variables = layer.init(jax.random.key(0), x)
@@ -205,7 +205,7 @@ def test_a_layer_keeps_its_statistics_where_all_is_padding():
 
 def test_moments_of_earlier_versions_are_refused_in_words():
   query, key = examples(batch=2)
-  fm = build("oprf", statistics="ema")
+  fm = build_case("oprf", statistics="ema")
   variables = fm.init(jax.random.key(0), head_dim=4)
   moments, _ = fm.mean_moments(variables, query, key)
   del moments["component"]["cross"]
