@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, Required, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from spectraformer_jax import checks, meshes
 from spectraformer_jax.attention_checks import (
   check_spectral_inputs,
   check_stats_of_map,
 )
+from spectraformer_jax.checks import AttentionArrays
 from spectraformer_jax.feature_maps.feature_map import FeatureMap, Prepared
 from spectraformer_jax.feature_maps.prepared import as_variables
 from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
@@ -24,30 +26,37 @@ from spectraformer_jax.typing import (
   Array,
   FeatureVariables,
   LogFeatures,
+  Mask,
   PyTree,
+  SegmentIds,
   Side,
 )
 
 
-# What comes out is known from `return_state`.
+class SpectralOptions(TypedDict, total=False):
+  """Keyword arguments of `spectral_attention`, except `return_state`."""
+
+  feature_map: Required[FeatureMap]
+  variables: Required[FeatureVariables]
+  stats: PyTree
+  scale: float | Array | None
+  is_causal: bool
+  key_mask: Mask
+  query_mask: Mask
+  segment_ids: SegmentIds | None
+  initial_state: State | None
+  chunk_size: int | None
+  implementation: str | Sequence[str] | None
+
+
 @overload
 def spectral_attention(
   query: Array,
   key: Array,
   value: Array,
   *,
-  feature_map: FeatureMap,
-  variables: FeatureVariables,
-  stats: PyTree = None,
-  scale: float | Array | None = None,
-  is_causal: bool = False,
-  key_mask: Array | None = None,
-  query_mask: Array | None = None,
-  segment_ids: Array | tuple[Array, Array] | None = None,
-  initial_state: State | None = None,
   return_state: Literal[False] = False,
-  chunk_size: int | None = None,
-  implementation: str | Sequence[str] | None = None,
+  **options: Unpack[SpectralOptions],
 ) -> Array: ...
 
 
@@ -57,45 +66,37 @@ def spectral_attention(
   key: Array,
   value: Array,
   *,
-  feature_map: FeatureMap,
-  variables: FeatureVariables,
-  stats: PyTree = None,
-  scale: float | Array | None = None,
-  is_causal: bool = False,
-  key_mask: Array | None = None,
-  query_mask: Array | None = None,
-  segment_ids: Array | tuple[Array, Array] | None = None,
-  initial_state: State | None = None,
   return_state: Literal[True],
-  chunk_size: int | None = None,
-  implementation: str | Sequence[str] | None = None,
+  **options: Unpack[SpectralOptions],
 ) -> tuple[Array, State]: ...
 
 
 def spectral_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: Float[Array, "B T NG H"],
+  key: Float[Array, "B S N H"],
+  value: Float[Array, "B S N V"],
   *,
   feature_map: FeatureMap,
   variables: FeatureVariables,
   stats: PyTree = None,
-  scale: float | Array | None = None,
+  scale: float | Float[Array, ""] | None = None,
   is_causal: bool = False,
-  key_mask: Array | None = None,
-  query_mask: Array | None = None,
-  segment_ids: Array | tuple[Array, Array] | None = None,
+  key_mask: Bool[Array, "B S"] | None = None,
+  query_mask: Bool[Array, "B T"] | None = None,
+  segment_ids: Int[Array, "B T"]
+  | tuple[Int[Array, "B T"], Int[Array, "B S"]]
+  | None = None,
   initial_state: State | None = None,
   return_state: bool = False,
   chunk_size: int | None = None,
   implementation: str | Sequence[str] | None = None,
-) -> Array | tuple[Array, State]:
-  r"""Random-feature attention, O(T): the kernel trick run backwards.
+) -> Float[Array, "B T NG V"] | tuple[Float[Array, "B T NG V"], State]:
+  r"""Computes random-feature attention, O(T): the kernel trick run backwards.
 
   Estimates :func:`exact_attention` for the kernel of `feature_map`: queries
   and keys are scaled once, mapped to features, and attended linearly. Features
-  are made chunk by chunk and never all exist; they are stabilised without
-  approximation by powers of two that cancel exactly.
+  are computed chunk by chunk, so they never exist all at once. They are
+  stabilised by powers of two that cancel exactly.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype; N may be a multiple of the keys'
@@ -104,28 +105,28 @@ def spectral_attention(
     value: ``[B, S, N, V]``.
     feature_map: from `sf.feature_map` or `sf.compose`.
     variables: from ``feature_map.init(rng, head_dim=H, num_heads=N or 1)``.
-    stats: data-dependent parameters; None computes them from the visible keys
-      (each example for itself) where the map needs them and attention is
-      neither causal nor packed. Queries do not count, since one must not know
-      of another in a decoder; where all are seen together, as in an encoder,
-      ``stats=feature_map.calibrate(variables, query * root, key * root)`` with
-      ``root = sqrt(scale)`` counts them.
+    stats: data-dependent parameters. None: if the map needs them and attention
+      is neither causal nor packed, they are computed from the visible keys of
+      each example. Queries do not count, since in a decoder a query must not
+      depend on later ones. In an encoder they may: pass
+      ``stats=feature_map.calibrate(variables, query * c, key * c)`` with
+      ``c = sqrt(scale)``.
     scale: of ``query . key``, a number or a scalar array (which takes a
       gradient); None means ``1 / sqrt(H)``.
-    is_causal: query i sees keys 0..i: keys from T on are seen by nobody, and
-      queries from S on see all.
-    key_mask: ``[B, S]`` bool, True where a key may be seen; acts on features.
-      What hidden keys and values hold has no influence, NaN included.
-    query_mask: ``[B, T]`` bool: queries that give outputs; others give zeros.
-      None: all do.
+    is_causal: query i sees keys 0..i: no query sees keys from T on, and queries
+      from S on see all keys.
+    key_mask: ``[B, S]`` bool, True where a key may be seen. The content of
+      masked keys and values has no influence, NaN included.
+    query_mask: ``[B, T]`` bool: False for queries whose output is zeros.
     segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
       ``([B, T], [B, S])``; a query sees keys of its own segment only.
-    initial_state: of an earlier call with `return_state`: its keys come first.
-    return_state: also return the state after all S keys, for `decode_step` and
-      `attend_state`.
-    chunk_size: positions in one chunk; None is a default for the backend.
+    initial_state: from an earlier call with `return_state`; its keys precede
+      these.
+    return_state: whether to return the state after all S keys as well, for
+      `decode_step` and `attend_state`.
+    chunk_size: positions in one chunk; None: the backend's default.
     implementation: "xla", "reference", "pallas_tpu", "pallas_gpu", a sequence
-      tried in order, or None for the best available.
+      to try in order, or None for the best available.
 
   Returns:
     ``[B, T, N, V]`` in value's dtype. A query that sees no key gives zeros and
@@ -133,10 +134,10 @@ def spectral_attention(
 
   Raises:
     ValueError: shapes that do not agree, arrays that are not float, a mask over
-      query and key positions, statistics of other sizes or that would look at
-      the future, at other packed rows or differ from call to call of a state,
-      a state of another map or together with segments, or an implementation
-      that cannot run.
+      query and key positions, stats of another map, stats that would depend on
+      future keys, on other packed rows or on the call that extends a state, a
+      state of another map or together with segments, or an implementation that
+      cannot run.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -146,61 +147,56 @@ def spectral_attention(
     >>> spectral_attention(x, x, x, feature_map=fm, variables=v).shape
     (1, 5, 2, 8)
   """
-  query, key, value = checks.as_floats(query=query, key=key, value=value)
-  key_mask, query_mask = map(checks.as_array, (key_mask, query_mask))
-  segment_ids = checks.as_segment_ids(segment_ids)
-  variables = as_variables(variables)
-  checks.check_bool("return_state", return_state)
-  check_spectral_inputs(
+  arrays = checks.attention_arrays(
     query,
     key,
     value,
-    feature_map=feature_map,
-    variables=variables,
-    stats=stats,
-    is_causal=is_causal,
     key_mask=key_mask,
     query_mask=query_mask,
     segment_ids=segment_ids,
-    has_state=return_state or initial_state is not None,
+  )
+  variables = as_variables(variables)
+  checks.check_bool("return_state", return_state)
+  has_state = return_state or initial_state is not None
+  check_spectral_inputs(
+    arrays, feature_map, variables, stats, is_causal, has_state
   )
   component = feature_map.component
   if component.longest is not None and initial_state is not None:
-    before = checks.known(initial_state.length)
+    before = checks.static_position(initial_state.length)
     component.check_length(before + query.shape[1])
-  root, computed = checks.scale_parts(scale, query.shape[-1])
-  query, key = (checks.times_root(x, computed) for x in (query, key))
-  if checks.is_empty(query, key, value):
+  sqrt_scale, factor = checks.scale_parts(scale, query.shape[-1])
+  query, key = (
+    checks.times_sqrt_scale(x, factor) for x in (arrays.query, arrays.key)
+  )
+  if checks.is_empty(query, key, arrays.value):
     return attend_empty(
       functools.partial(
         spectral_attention,
         feature_map=feature_map,
         variables=variables,
-        scale=root**2,
+        scale=sqrt_scale**2,
         is_causal=is_causal,
         chunk_size=chunk_size,
         implementation=implementation,
       ),
       query,
       key,
-      value,
-      key_mask=key_mask,
+      arrays.value,
+      key_mask=arrays.key_mask,
       initial_state=initial_state,
       return_state=return_state,
       stats=stats,
-      query_mask=query_mask,
-      segment_ids=segment_ids,
+      query_mask=arrays.query_mask,
+      segment_ids=arrays.segment_ids,
     )
   out, state = _spectral_attention(
-    query,
-    key,
-    value,
+    arrays._replace(query=query, key=key),
     variables,
     stats,
-    query_mask,
+    initial_state,
     feature_map=feature_map,
-    root=root,
-    key_mask=key_mask,
+    sqrt_scale=sqrt_scale,
     options=AttendOptions(
       is_causal=is_causal,
       return_state=return_state,
@@ -208,42 +204,43 @@ def spectral_attention(
       implementation=names_of(implementation),
       is_signed=not feature_map.info.positive,
     ),
-    segment_ids=segment_ids,
-    initial_state=initial_state,
   )
   return (out, state) if return_state else out
 
 
 # Jitted, so that calls outside of jit are compiled once as well.
-@functools.partial(jax.jit, static_argnames=("feature_map", "root", "options"))
+@functools.partial(
+  jax.jit, static_argnames=("feature_map", "sqrt_scale", "options")
+)
 def _spectral_attention(
-  query,
-  key,
-  value,
-  variables,
-  stats,
-  query_mask,
+  arrays: AttentionArrays,
+  variables: FeatureVariables,
+  stats: PyTree,
+  initial_state: State | None,
   *,
-  feature_map,
-  root,
-  key_mask,
-  options,
-  segment_ids,
-  initial_state,
-):
-  """`spectral_attention` on checked arguments."""
-  check_stats_of_map(feature_map, variables, stats, key)
+  feature_map: FeatureMap,
+  sqrt_scale: float,
+  options: AttendOptions,
+) -> tuple[Array, State | None]:
+  """Computes `spectral_attention` of checked arguments."""
+  check_stats_of_map(feature_map, variables, stats, arrays.key)
 
-  def on_one_device(query, key, value, variables, rows, masks):
+  def on_one_device(
+    query: Array,
+    key: Array,
+    value: Array,
+    variables: FeatureVariables,
+    rows: tuple[PyTree, State | None],
+    masks: tuple[Mask, Mask, SegmentIds | None],
+  ) -> tuple[Array, State | None]:
     stats, initial_state = rows
-    query_mask, key_mask, segment_ids = masks
-    if query_mask is not None:
-      query = jnp.where(query_mask[:, :, None, None], query, 0)
+    key_mask, query_mask, segment_ids = masks
+    query = with_zeros(query, query_mask)
     stats = statistics_of_keys(
-      feature_map, variables, stats, key, key_mask, root
+      feature_map, variables, stats, key, key_mask, sqrt_scale
     )
     out, state = attend(
-      maps_of(feature_map, root),
+      maps_of(feature_map, sqrt_scale),
       feature_map.prepare(variables, stats),
       query,
       key,
@@ -256,33 +253,35 @@ def _spectral_attention(
     longest = feature_map.component.longest
     if longest is not None and initial_state is not None:
       position = initial_state.length + jnp.arange(query.shape[1])
-      reached = (position < longest)[None, :, None, None]
-      out = jnp.where(reached, out, jnp.nan)
-    if query_mask is not None:
-      out = jnp.where(query_mask[:, :, None, None], out, 0)
-    return out, state
+      is_mapped = (position < longest)[None, :, None, None]
+      out = jnp.where(is_mapped, out, jnp.nan)
+    return with_zeros(out, query_mask), state
 
   return meshes.on_shards(
     on_one_device,
-    query,
-    key,
-    value,
+    *arrays[:3],
     by_head=variables,
     by_row=(stats, initial_state),
-    by_example=(query_mask, key_mask, segment_ids),
+    by_example=arrays[3:],
   )
 
 
+def with_zeros(x: Array, mask: Mask) -> Array:
+  """Returns x ``[B, T, ...]`` with zeros where `mask` ``[B, T]`` is False."""
+  return x if mask is None else jnp.where(mask[:, :, None, None], x, 0)
+
+
 def implied_attention_weights(
-  query: Array, key: Array, *, feature_map: FeatureMap, **kwargs
-) -> Array:
-  """The T x S weights that `spectral_attention` applies, for looking at.
+  query: Float[Array, "B T NG H"],
+  key: Float[Array, "B S N H"],
+  **options: Unpack[SpectralOptions],
+) -> Float[Array, "B NG T S"]:
+  """Returns the T x S weights that `spectral_attention` applies, for analysis.
 
   Args:
     query: ``[B, T, N, H]``.
     key: ``[B, S, N, H]``.
-    feature_map: see `spectral_attention`.
-    **kwargs: other arguments of `spectral_attention`.
+    **options: keyword arguments of `spectral_attention`.
 
   Returns:
     ``[B, N, T, S]`` float32: memory grows with T S.
@@ -301,60 +300,71 @@ def implied_attention_weights(
   batch, length, heads = key.shape[:3]
   eye = jnp.eye(length, dtype=jnp.float32)[None, :, None, :]
   value = jnp.broadcast_to(eye, (batch, length, heads, length))
-  out = spectral_attention(query, key, value, feature_map=feature_map, **kwargs)
+  out = spectral_attention(query, key, value, **options)
   return jnp.swapaxes(out, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class _OneSide:
-  """A feature map of one side, for unscaled inputs; hashable, so static."""
+  """The feature map of one side, for unscaled inputs; hashable, so static."""
 
   feature_map: FeatureMap
-  root: float
+  sqrt_scale: float
   side: Side
 
   def __call__(
-    self, prepared: Prepared, x: Array, position: Array
+    self, prepared: Prepared, x: Array, position: Array | int
   ) -> LogFeatures:
-    """Features of one chunk ``[B, N, C, H]`` of any dtype, in float32."""
+    """Computes float32 features of one chunk ``[B, N, C, H]`` of any dtype."""
     if self.feature_map.component.info.positional:
       position = jnp.asarray(position)[None, None]
       state = prepared.state._replace(position=position)
       prepared = prepared._replace(state=state)
-    x = x.astype(jnp.float32) * self.root
+    x = x.astype(jnp.float32) * self.sqrt_scale
     return self.feature_map.prepared_features(
       prepared, x, side=self.side, for_attention=True
     )
 
 
-def maps_of(feature_map: FeatureMap, root: float) -> Maps:
-  """Both sides of a feature map."""
-  return Maps(
-    _OneSide(feature_map, root, "query"), _OneSide(feature_map, root, "key")
-  )
+def maps_of(feature_map: FeatureMap, sqrt_scale: float) -> Maps:
+  """Returns both sides of a feature map, for the engine."""
+  of_side = functools.partial(_OneSide, feature_map, sqrt_scale)
+  return Maps(of_side("query"), of_side("key"))
 
 
 def statistics_of_keys(
-  feature_map, variables, stats, key, key_mask, root
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree,
+  key: Array,
+  key_mask: Mask,
+  sqrt_scale: float,
 ) -> PyTree:
-  """`stats`, or where the map needs some, those of the visible keys.
+  """Returns `stats`; if None and the map needs any, those of the visible keys.
 
-  They stand in for queries, too: statistics over all queries would tell each of
-  the others, of those to come in a decoder's cross-attention.
+  Keys stand in for queries, too. Statistics of all queries would make each
+  query depend on the others, also on later ones in a decoder's cross-attention.
   """
+  masks = key_mask, key_mask
   return statistics_of(
-    feature_map, variables, stats, key, key, key_mask, key_mask, root
+    feature_map, variables, stats, key, key, *masks, sqrt_scale
   )
 
 
 def statistics_of(
-  feature_map, variables, stats, query, key, key_mask, query_mask, root
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree,
+  query: Array,
+  key: Array,
+  key_mask: Mask,
+  query_mask: Mask,
+  sqrt_scale: float,
 ) -> PyTree:
-  """`stats`, or where the map needs some, those of the visible positions.
+  """Returns `stats`; if None and the map needs any, those of visible tokens.
 
-  For callers who know that all queries are seen together. Grouped queries count
-  with their key. Arguments are those of `spectral_attention`; `root` is the
-  factor on each side.
+  For callers whose queries may depend on each other. Arguments are those of
+  `spectral_attention`; `sqrt_scale` multiplies each side.
   """
   if stats is not None or not feature_map.info.needs_stats:
     return stats
@@ -363,8 +373,8 @@ def statistics_of(
   query, query_mask = queries_by_key_head(query, query_mask, key.shape[2])
   return feature_map.calibrate(
     variables,
-    query.astype(jnp.float32) * root,
-    key.astype(jnp.float32) * root,
+    query.astype(jnp.float32) * sqrt_scale,
+    key.astype(jnp.float32) * sqrt_scale,
     key_mask=key_mask,
     query_mask=query_mask,
   )

@@ -1,64 +1,72 @@
-"""What `spectral_attention` refuses, in words."""
+"""Checks of the arguments of `spectral_attention`."""
 
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.prepared import check_stats
+from spectraformer_jax.typing import (
+  Array,
+  FeatureVariables,
+  PyTree,
+  SegmentIds,
+)
 
 
 def check_spectral_inputs(
-  query,
-  key,
-  value,
-  *,
-  feature_map,
-  variables,
-  stats,
-  is_causal,
-  key_mask,
-  query_mask,
-  segment_ids=None,
-  has_state=False,
+  arrays: checks.AttentionArrays,
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree,
+  is_causal: bool,
+  has_state: bool = False,
 ) -> None:
-  """ValueError unless `spectral_attention` can be given these arguments."""
+  """Raises ValueError unless `spectral_attention` can use these arguments."""
   checks.check_bool("is_causal", is_causal)
-  checks.check_attention_inputs(query, key, value)
-  checks.check_key_mask(key_mask, key)
-  checks.check_key_mask(query_mask, query, "query_mask")
-  check_statistics(feature_map, stats, is_causal, segment_ids, has_state)
-  feature_map.check_inputs(variables, key)
-  feature_map.component.check_length(query.shape[1])
+  check_statistics(feature_map, stats, is_causal, arrays.segment_ids, has_state)
+  feature_map.check_inputs(variables, arrays.key)
+  length = max(arrays.query.shape[1], arrays.key.shape[1])
+  feature_map.component.check_length(length)
 
 
-def check_stats_of_map(feature_map, variables, stats, key) -> None:
-  """ValueError unless `stats` have the form that this map gives them."""
+def check_stats_of_map(
+  feature_map: FeatureMap,
+  variables: FeatureVariables,
+  stats: PyTree,
+  key: Array,
+) -> None:
+  """Raises ValueError unless `stats` have the shapes of this map's stats."""
   if not jax.tree.leaves(stats):
     return
   check_stats(stats, key)
-  of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   x = jax.ShapeDtypeStruct((1, 2, *key.shape[2:]), jnp.float32)
   expected = jax.eval_shape(
     lambda variables, x: feature_map.calibrate(variables, x, x),
-    jax.tree.map(of, variables),
+    jax.tree.map(abstract, variables),
     x,
   )
-  shapes = [
+  got, want = (
     jax.tree.map(lambda leaf: leaf.shape[2:], tree)
     for tree in (stats, expected)
-  ]
-  if shapes[0] != shapes[1]:
+  )
+  if got != want:
     raise ValueError(
       f"stats are not those of {feature_map.info.name!r}: after batch and "
-      f"heads their shapes are {shapes[0]}, not {shapes[1]}; pass what its "
-      "calibrate returns."
+      f"heads their shapes are {got}, not {want}; pass what its calibrate "
+      "returns."
     )
 
 
 def check_statistics(
-  feature_map, stats, is_causal, segment_ids, has_state
+  feature_map: FeatureMap,
+  stats: PyTree,
+  is_causal: bool,
+  segment_ids: SegmentIds | None,
+  has_state: bool,
 ) -> None:
-  """ValueError where features would depend on what a query must not see."""
+  """Raises ValueError if a query's features would depend on hidden tokens."""
   component = feature_map.component
   name = component.info.name
   if is_causal and not component.info.causal_safe:
@@ -73,22 +81,22 @@ def check_statistics(
     )
   if stats is not None or not feature_map.info.needs_stats:
     return
-  leak = None
   if is_causal:
-    leak = "is_causal=True", "leak the future"
+    setting, effect = "is_causal=True", "leak the future"
   elif segment_ids is not None:
-    leak = "segment_ids", "mix packed rows"
+    setting, effect = "segment_ids", "mix packed rows"
   elif has_state:
-    leak = "a state", "differ from those of its other calls"
-  if leak and component.needs_stats:
+    setting, effect = "a state", "differ from those of its other calls"
+  else:
+    return
+  if component.needs_stats:
     raise ValueError(
-      f"{leak[0]} with component {name!r} would compute statistics from the "
-      f"whole sequence and {leak[1]}: build it with statistics='ema', "
+      f"{setting} with component {name!r} would compute statistics from the "
+      f"whole sequence and {effect}: build it with statistics='ema', "
       "'learned' or 'constant', or pass stats."
     )
-  if leak:
-    raise ValueError(
-      f"{leak[0]} with weight matrix {feature_map.weight_matrix.info.name!r} "
-      f"would take its context from the whole sequence and {leak[1]}: build it "
-      "with context='learned', or pass stats."
-    )
+  raise ValueError(
+    f"{setting} with weight matrix {feature_map.weight_matrix.info.name!r} "
+    f"would take its context from the whole sequence and {effect}: build it "
+    "with context='learned', or pass stats."
+  )

@@ -1,34 +1,36 @@
 """Checks and masks of attention's arguments, shared by every entry point.
 
-Checks look at static shapes only, so they run before any compilation.
+Checks depend on static shapes only, so they run before any compilation.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from spectraformer_jax.typing import Array
+from spectraformer_jax.typing import Array, Mask, SegmentIds
 
 LAYOUT = "the layout is [batch, length, heads, head_dim]"
 
 
-def check_positive_int(name: str, number) -> None:
-  """ValueError unless `number` is an int (or NumPy's) of at least 1."""
+def check_positive_int(name: str, number: Any) -> None:
+  """Raises ValueError unless `number` is an int (or NumPy's) of at least 1."""
   is_int = isinstance(number, int | np.integer) and not isinstance(number, bool)
   if not is_int or number < 1:
     raise ValueError(f"{name} must be a positive integer, got {number!r}.")
 
 
-def check_size(name: str, number) -> None:
-  """ValueError unless `number` may be the size of an axis: 0, or symbolic."""
+def check_size(name: str, number: Any) -> None:
+  """Raises ValueError unless `number` is an axis size: int or symbolic."""
   if not (jax.export.is_symbolic_dim(number) or number == 0):
     check_positive_int(name, number)
 
 
-def check_bool(name: str, value) -> None:
-  """ValueError unless `value` is known where the program is built."""
+def check_bool(name: str, value: Any) -> None:
+  """Raises ValueError unless `value` is a concrete bool."""
   if not isinstance(value, bool | int | np.bool_):
     raise ValueError(
       f"{name} must be True or False where the program is built, got "
@@ -36,14 +38,14 @@ def check_bool(name: str, value) -> None:
     )
 
 
-def as_array(x) -> Array | None:
-  """Lists and NumPy's arrays as arrays; None stays None."""
+def as_array(x: Any) -> Array | None:
+  """Converts lists and NumPy arrays to arrays; None stays None."""
   return x if x is None or isinstance(x, jax.Array) else jnp.asarray(x)
 
 
-def as_floats(**arrays) -> list[Array]:
-  """The arrays of attention, by name; ValueError for one that is not float."""
-  found = []
+def as_floats(**arrays: Any) -> list[Array]:
+  """Converts to arrays; raises ValueError for one that is not float."""
+  converted = []
   for name, x in arrays.items():
     x = as_array(x)
     if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -52,28 +54,70 @@ def as_floats(**arrays) -> list[Array]:
         f"{name} must be a float array, got {got}; use "
         f"{name}.astype(jnp.float32) if its numbers are meant."
       )
-    found.append(x)
-  return found
+    converted.append(x)
+  return converted
 
 
-def compute_dtype(x: Array):
-  """float32, or float64 where x is."""
+def compute_dtype(x: Array) -> Any:
+  """Returns float32, or float64 if x has it."""
   return x.dtype if x.dtype.itemsize > 4 else jnp.float32
 
 
 def is_empty(*arrays: Array) -> bool:
-  """Whether an axis of any array has size 0."""
+  """Returns whether an axis of any array has size 0."""
   return any(size == 0 for x in arrays for size in x.shape)
 
 
-def check_attention_inputs(
-  query: Array,
-  key: Array,
-  value: Array,
+class AttentionArrays(NamedTuple):
+  """Arrays that attention takes, of shapes that agree.
+
+  Attributes:
+    query: ``[B, T, N G, H]`` float: G queries share a key head.
+    key: ``[B, S, N, H]`` float.
+    value: ``[B, S, N, V]`` float.
+    key_mask: ``[B, S]`` bool, or None.
+    query_mask: ``[B, T]`` bool, or None.
+    segment_ids: ``[B, T]`` int, a pair ``([B, T], [B, S])``, or None.
+  """
+
+  query: Array
+  key: Array
+  value: Array
+  key_mask: Mask = None
+  query_mask: Mask = None
+  segment_ids: SegmentIds | None = None
+
+
+def attention_arrays(
+  query: Any,
+  key: Any,
+  value: Any,
   *,
-  depth: str = "head_dim",
+  key_mask: Any = None,
+  query_mask: Any = None,
+  segment_ids: Any = None,
+) -> AttentionArrays:
+  """Converts the arguments of attention; raises ValueError if they disagree."""
+  query, key, value = as_floats(query=query, key=key, value=value)
+  key_mask, query_mask = as_array(key_mask), as_array(query_mask)
+  check_attention_inputs(query, key, value)
+  check_key_mask(key_mask, key)
+  check_key_mask(query_mask, query, "query_mask")
+  segment_ids = as_segment_ids(segment_ids)
+  return AttentionArrays(query, key, value, key_mask, query_mask, segment_ids)
+
+
+def check_attention_inputs(
+  query: Array, key: Array, value: Array, *, depth: str = "head_dim"
 ) -> None:
-  """ValueError unless query, key and value agree as attention needs it."""
+  """Raises ValueError unless the shapes of query, key and value agree.
+
+  Args:
+    query: ``[B, T, N G, H]``.
+    key: ``[B, S, N, H]``.
+    value: ``[B, S, N, V]``.
+    depth: name of the axis H in the message.
+  """
   shapes = (
     f"got query.shape={query.shape}, key.shape={key.shape}, "
     f"value.shape={value.shape} ({LAYOUT})."
@@ -96,29 +140,26 @@ def check_attention_inputs(
     raise ValueError(f"key and value must share length, {shapes}")
 
 
-def check_key_mask(
-  key_mask: Array | None, key: Array, name: str = "key_mask"
-) -> None:
-  """ValueError unless `key_mask` is None or a bool [B, S] mask."""
-  if key_mask is None:
+def check_key_mask(mask: Mask, x: Array, name: str = "key_mask") -> None:
+  """Raises ValueError unless `mask` is None or a bool [B, S] mask of x."""
+  if mask is None:
     return
-  expected = (key.shape[0], key.shape[1])
-  if key_mask.shape != expected:
+  if mask.shape != x.shape[:2]:
     raise ValueError(
-      f"{name} must be [batch, length] = {list(expected)}, got "
-      f"{name}.shape={key_mask.shape}; a mask over query and key positions "
+      f"{name} must be [batch, length] = {list(x.shape[:2])}, got "
+      f"{name}.shape={mask.shape}; a mask over query and key positions "
       "cannot be honoured by linear attention: use is_causal=True for a "
       "causal mask, segment_ids for packed rows."
     )
-  if key_mask.dtype != jnp.bool_:
+  if mask.dtype != jnp.bool_:
     raise ValueError(
-      f"{name} must be boolean (True = visible), got dtype "
-      f"{key_mask.dtype}; use {name}.astype(bool) if non-zero means visible."
+      f"{name} must be boolean (True = visible), got dtype {mask.dtype}; use "
+      f"{name}.astype(bool) if non-zero means visible."
     )
 
 
-def as_segment_ids(segment_ids):
-  """Segment ids as an array ``[B, T]``, a tuple of two, or None."""
+def as_segment_ids(segment_ids: Any) -> SegmentIds | None:
+  """Converts segment ids to an array ``[B, T]``, a pair of arrays, or None."""
   is_pair = isinstance(segment_ids, tuple) or (
     isinstance(segment_ids, list)
     and len(segment_ids) == 2
@@ -131,13 +172,14 @@ def as_segment_ids(segment_ids):
       "segment_ids must be [B, T], or a pair ([B, T], [B, S]), got "
       f"{len(segment_ids)} arrays."
     )
-  return tuple(as_array(ids) for ids in segment_ids)
+  query_ids, key_ids = segment_ids
+  return jnp.asarray(query_ids), jnp.asarray(key_ids)
 
 
 def split_segment_ids(
-  segment_ids: Array | tuple[Array, Array], query: Array, key: Array
+  segment_ids: SegmentIds, query: Array, key: Array
 ) -> tuple[Array, Array]:
-  """The segment ids of queries [B, T] and of keys [B, S]."""
+  """Returns the segment ids of queries [B, T] and of keys [B, S]."""
   if isinstance(segment_ids, tuple):
     query_ids, key_ids = segment_ids
   else:
@@ -156,7 +198,7 @@ def split_segment_ids(
 
 
 def split_scale(scale: float | None, head_dim: int) -> float:
-  """The factor on each side: the square root of `scale` (1/sqrt(H) if None)."""
+  """Returns sqrt(scale), the factor on each side; None means 1/sqrt(H)."""
   if scale is None:
     return float(head_dim) ** -0.25
   if np.ndim(scale) or not scale > 0:
@@ -167,9 +209,9 @@ def split_scale(scale: float | None, head_dim: int) -> float:
 def scale_parts(
   scale: float | Array | None, head_dim: int
 ) -> tuple[float, Array | None]:
-  """`split_scale` as a constant, and a factor that the program computes.
+  """Splits sqrt(scale) into a constant and a factor computed by the program.
 
-  The latter is None but for an array, whose value nobody looks at.
+  The factor is None unless `scale` is an array, whose value may be traced.
   """
   if not isinstance(scale, jax.Array):
     return split_scale(scale, head_dim), None
@@ -181,28 +223,38 @@ def scale_parts(
   return 1.0, jnp.sqrt(scale.astype(jnp.float32))
 
 
-def times_root(x: Array, root: Array | None) -> Array:
-  """Multiplies by a computed root; what is not finite has no gradient."""
-  if root is None:
+def times_sqrt_scale(x: Array, sqrt_scale: Array | None) -> Array:
+  """Multiplies x by the factor of `scale_parts`, if there is one.
+
+  Entries that are not finite stay as they are, so that the gradient of the
+  scale is not NaN.
+  """
+  if sqrt_scale is None:
     return x
   x = x.astype(compute_dtype(x))
-  return x * jnp.where(jnp.isfinite(x), root.astype(x.dtype), 1.0)
+  return x * jnp.where(jnp.isfinite(x), sqrt_scale.astype(x.dtype), 1.0)
 
 
-def known(position) -> int:
-  """A position that is known while tracing; 0 for None and a traced one."""
-  if position is None or isinstance(position, jax.core.Tracer):
+def static_position(position: Array | int | None) -> int:
+  """Returns a position as an int; 0 for None and for a traced position."""
+  if position is None or isinstance(position, Tracer):
     return 0
   return int(position)
 
 
 def positions_before(lengths: Array, size: int) -> Array:
-  """Bool ``[B, size]``: True at the first `lengths` ``[B]`` positions."""
+  """Returns a bool mask ``[B, size]``: True at positions below `lengths`."""
   return jnp.arange(size)[None, :] < lengths[:, None]
 
 
-def visible_keys(query, key, is_causal, key_mask, segment_ids) -> Array:
-  """Bool, broadcastable to [B, N, T, S]: which key each query may see."""
+def visible_keys(
+  query: Array,
+  key: Array,
+  is_causal: bool,
+  key_mask: Mask,
+  segment_ids: SegmentIds | None,
+) -> Array:
+  """Returns which key each query may see, broadcastable to [B, N, T, S]."""
   num_queries, num_keys = query.shape[1], key.shape[1]
   visible = jnp.ones((1, 1, num_queries, num_keys), bool)
   if is_causal:

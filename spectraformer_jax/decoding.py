@@ -1,7 +1,8 @@
-"""Attention token by token, from a state of constant size."""
+"""Attention token by token, with a state of constant size."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from spectraformer_jax import checks
 from spectraformer_jax.attention import maps_of, spectral_attention
@@ -22,19 +23,20 @@ def init_state(
   value_dim: int | None = None,
   stats: PyTree = None,
 ) -> State:
-  """The state before the first token, for `decode_step`.
+  """Returns the state before the first token, for `decode_step`.
 
   Args:
     feature_map: from `sf.feature_map` or `sf.compose`.
-    variables: its variables.
+    variables: the map's variables.
     batch_size: B.
     num_heads: N of keys and values.
     head_dim: H.
-    value_dim: V; None is H.
-    stats: data-dependent parameters, if the component needs them.
+    value_dim: V; None means H.
+    stats: data-dependent parameters, if the map needs them.
 
   Returns:
-    A `State` of float32 zeros; its size does not grow as tokens come.
+    A `State` of float32 zeros; its size does not depend on the number of
+    tokens.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -66,16 +68,16 @@ def init_state(
 
 def decode_step(
   state: State,
-  query: Array,
-  key: Array,
-  value: Array,
+  query: Float[Array, "B 1 NG H"],
+  key: Float[Array, "B 1 N H"],
+  value: Float[Array, "B 1 N V"],
   *,
   feature_map: FeatureMap,
   variables: FeatureVariables,
   stats: PyTree = None,
-  scale: float | Array | None = None,
-) -> tuple[Array, State]:
-  """One more token: O(M V), whatever came before.
+  scale: float | Float[Array, ""] | None = None,
+) -> tuple[Float[Array, "B 1 NG V"], State]:
+  """Attends with one more token, in O(M V) however many came before.
 
   Args:
     state: from `init_state`, `decode_step`, or ``spectral_attention(...,
@@ -84,32 +86,29 @@ def decode_step(
     key: ``[B, 1, N, H]``.
     value: ``[B, 1, N, V]``.
     feature_map: see `spectral_attention`.
-    variables: the same as for the tokens before.
-    stats: the same as for the tokens before.
+    variables: the same as for earlier tokens.
+    stats: the same as for earlier tokens.
     scale: see `spectral_attention`.
 
   Returns:
     ``[B, 1, N, V]`` in value's dtype, and the state with the token in it.
 
   Raises:
-    ValueError: more than one token, shapes that do not agree, or a token
-      beyond the longest sequence of its component (known only at run time, its
-      output is NaN).
+    ValueError: more than one token, shapes that do not agree, or a position
+      beyond the component's longest sequence. If the position is known only at
+      run time, the output is NaN instead.
 
   Example: see `init_state`.
   """
-  query, key, value = checks.as_floats(query=query, key=key, value=value)
-  checks.check_attention_inputs(query, key, value)
-  if query.shape[1] != 1 or key.shape[1] != 1:
+  arrays = checks.attention_arrays(query, key, value)
+  if arrays.query.shape[1] != 1 or arrays.key.shape[1] != 1:
     raise ValueError(
       "decode_step takes one token, got query.shape="
-      f"{query.shape}; use spectral_attention(is_causal=True, "
+      f"{arrays.query.shape}; use spectral_attention(is_causal=True, "
       "initial_state=state, return_state=True) for more."
     )
   return spectral_attention(
-    query,
-    key,
-    value,
+    *arrays[:3],
     feature_map=feature_map,
     variables=variables,
     stats=stats,
@@ -123,32 +122,32 @@ def decode_step(
 
 def attend_state(
   state: State,
-  query: Array,
+  query: Float[Array, "B T NG H"],
   *,
   feature_map: FeatureMap,
   variables: FeatureVariables,
   stats: PyTree = None,
-  scale: float | Array | None = None,
-) -> Array:
-  """Queries that see all keys of a finished state: O(T M V).
+  scale: float | Float[Array, ""] | None = None,
+) -> Float[Array, "B T NG V"]:
+  """Attends to all keys of a state, in O(T M V).
 
-  What a decoder's cross-attention needs: the sums over the memory are made
-  once, by ``spectral_attention(..., return_state=True)``, and read each step.
+  For a decoder's cross-attention: ``spectral_attention(...,
+  return_state=True)`` sums over the memory once, and each step reads the sums.
 
   Args:
-    state: sums over keys and values; it stays as it is.
+    state: sums over keys and values.
     query: ``[B, T, N, H]``; N may be a multiple of the state's heads.
     feature_map: see `spectral_attention`.
     variables: the same as for the keys.
-    stats: the same as for the keys; needed where the map needs some.
+    stats: the same as for the keys; required if the map needs any.
     scale: the same as for the keys.
 
   Returns:
-    ``[B, T, N, V]`` in query's dtype: what `spectral_attention` without
-    is_causal gives for these queries and the keys of the state.
+    ``[B, T, N, V]`` in query's dtype, as `spectral_attention` computes it for
+    these queries and the keys of the state, with is_causal=False.
 
   Raises:
-    ValueError: shapes that do not agree, or statistics that are missing.
+    ValueError: shapes that do not agree, or missing stats.
 
   Example:
     >>> import spectraformer_jax as sf

@@ -1,7 +1,7 @@
 """The exact kernels that feature maps estimate, and exact attention for them.
 
-`exact_attention` builds the T x S matrix. It is the oracle of the tests and the
-baseline of the study, not the way to train on long sequences.
+`exact_attention` builds the T x S matrix: it is for tests and comparisons, not
+for training on long sequences.
 """
 
 import functools
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from spectraformer_jax import checks
 from spectraformer_jax.registry import nearest
@@ -16,12 +17,12 @@ from spectraformer_jax.typing import Array
 
 
 def softmax_kernel(x: Array, y: Array) -> Array:
-  """``exp(x . y)`` for x and y ``[..., H]``, broadcast -> ``[...]``."""
+  """Returns ``exp(x . y)`` for x and y ``[..., H]``, broadcast: ``[...]``."""
   return jnp.exp(jnp.sum(x * y, axis=-1))
 
 
 def gaussian_kernel(x: Array, y: Array) -> Array:
-  """``exp(-|x - y|^2 / 2)`` for x and y ``[..., H]`` -> ``[...]``."""
+  """Returns ``exp(-|x - y|^2 / 2)`` for x and y ``[..., H]``: ``[...]``."""
   return jnp.exp(-0.5 * jnp.sum(jnp.square(x - y), axis=-1))
 
 
@@ -32,19 +33,50 @@ KERNELS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def check_kernel(kernel: str) -> None:
-  """ValueError unless `kernel` names an exact kernel."""
+  """Raises ValueError unless `kernel` names an exact kernel."""
   if kernel not in KERNELS:
     raise ValueError(f"Unknown kernel {kernel!r}.{nearest(kernel, KERNELS)}")
 
 
+def scaled_inputs(
+  arrays: checks.AttentionArrays, scale: float | Array | None
+) -> tuple[Array, Array, Array]:
+  """Prepares inputs for attention that builds its weights.
+
+  Args:
+    arrays: the inputs.
+    scale: of ``query . key``; its square root multiplies both sides.
+
+  Returns:
+    Query ``[B, T, N G, H]``, key and value ``[B, S, N G, ...]`` in float32 at
+    least; masked keys and values are zeros, since NaN times a weight of 0 is
+    NaN.
+  """
+  query, key, value = arrays[:3]
+  compute = checks.compute_dtype(query)
+  constant, factor = checks.scale_parts(scale, query.shape[-1])
+  x, y = (
+    checks.times_sqrt_scale(array.astype(compute), factor) * constant
+    for array in (query, key)
+  )
+  v = value.astype(compute)
+  if arrays.key_mask is not None:
+    mask = arrays.key_mask[:, :, None, None]
+    y, v = jnp.where(mask, y, 0.0), jnp.where(mask, v, 0.0)
+  if key.shape[2] != query.shape[2]:
+    groups = query.shape[2] // key.shape[2]
+    y, v = (jnp.repeat(array, groups, axis=2) for array in (y, v))
+  return x, y, v
+
+
 def masked_softmax(scores: Array, visible: Array) -> Array:
-  """Softmax over the last axis; zeros where nothing is visible.
+  """Returns the softmax over the last axis; zeros if nothing is visible.
 
   Args:
     scores: ``[..., S]`` float.
     visible: bool, broadcastable to `scores`.
   """
-  # Not -inf, which jax_debug_infs would take for a fault.
+  # Not -inf, which jax_debug_infs would report as an error.
   lowest = jnp.finfo(scores.dtype).min
   scores = jnp.where(visible, scores, lowest)
   top = jnp.max(scores, axis=-1, keepdims=True, initial=lowest)
@@ -55,17 +87,19 @@ def masked_softmax(scores: Array, visible: Array) -> Array:
 
 
 def exact_attention(
-  query: Array,
-  key: Array,
-  value: Array,
+  query: Float[Array, "B T NG H"],
+  key: Float[Array, "B S N H"],
+  value: Float[Array, "B S N V"],
   *,
   kernel: str = "softmax",
-  scale: float | None = None,
+  scale: float | Float[Array, ""] | None = None,
   is_causal: bool = False,
-  key_mask: Array | None = None,
-  segment_ids: Array | tuple[Array, Array] | None = None,
-) -> Array:
-  r"""Exact kernel attention, O(T S): the oracle.
+  key_mask: Bool[Array, "B S"] | None = None,
+  segment_ids: Int[Array, "B T"]
+  | tuple[Int[Array, "B T"], Int[Array, "B S"]]
+  | None = None,
+) -> Float[Array, "B T NG V"]:
+  r"""Computes exact kernel attention, O(T S).
 
   .. math::
     o_i = \sum_j K(x_i, y_j) v_j / \sum_j K(x_i, y_j),
@@ -101,40 +135,28 @@ def exact_attention(
     (1, 3, 2, 4)
   """
   check_kernel(kernel)
-  query, key, value = checks.as_floats(query=query, key=key, value=value)
-  key_mask = checks.as_array(key_mask)
-  segment_ids = checks.as_segment_ids(segment_ids)
   checks.check_bool("is_causal", is_causal)
-  checks.check_attention_inputs(query, key, value)
-  checks.check_key_mask(key_mask, key)
-  visible = checks.visible_keys(query, key, is_causal, key_mask, segment_ids)
-  compute = checks.compute_dtype(query)
-  root, computed = checks.scale_parts(scale, query.shape[-1])
-  x, y = (
-    checks.times_root(array.astype(compute), computed) * root
-    for array in (query, key)
+  arrays = checks.attention_arrays(
+    query, key, value, key_mask=key_mask, segment_ids=segment_ids
   )
-  v = value.astype(compute)
-  if key_mask is not None:
-    # A product with a zero weight would let NaN through.
-    keep = key_mask[:, :, None, None]
-    y, v = jnp.where(keep, y, 0.0), jnp.where(keep, v, 0.0)
-  # Queries that hold NaN, or too much, give NaN and no gradient: the padding
-  # of self-attention is among them.
-  holds_nan = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
-  x = jnp.where(holds_nan, 0.0, x)
-  if key.shape[2] != query.shape[2]:
-    groups = query.shape[2] // key.shape[2]
-    y, v = (jnp.repeat(array, groups, axis=2) for array in (y, v))
+  visible = checks.visible_keys(
+    arrays.query, arrays.key, is_causal, arrays.key_mask, arrays.segment_ids
+  )
+  x, y, v = scaled_inputs(arrays, scale)
+  # A query that holds NaN or infinity has NaN as output and no gradient, like
+  # the masked positions of self-attention.
+  not_finite = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+  x = jnp.where(not_finite, 0.0, x)
   scores = jnp.einsum("btnh,bsnh->bnts", x, y, precision="highest")
   if kernel == "gaussian":
     # The query's own factor is the same for all its keys and cancels.
     scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
-  # Not so a score of -inf, whose weight is 0 beside one that is finite.
+  # A score of -inf has weight 0 beside a finite one; other scores that are not
+  # finite have no weight.
   any_of = functools.partial(jnp.any, axis=-1, keepdims=True)
   overflows = any_of(visible & ~jnp.isfinite(scores) & ~(scores < 0.0))
   overflows |= any_of(visible) & ~any_of(visible & jnp.isfinite(scores))
   weights = masked_softmax(jnp.where(overflows, 0.0, scores), visible)
   out = jnp.einsum("bnts,bsnv->btnv", weights, v, precision="highest")
-  out = jnp.where(holds_nan | jnp.swapaxes(overflows, 1, 2), jnp.nan, out)
-  return out.astype(value.dtype)
+  out = jnp.where(not_finite | jnp.swapaxes(overflows, 1, 2), jnp.nan, out)
+  return out.astype(arrays.value.dtype)

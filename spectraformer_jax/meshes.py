@@ -1,10 +1,12 @@
 """Arrays on meshes with Explicit axes, as `jax.make_mesh` makes them.
 
-Examples and heads are independent of each other, so each device works on its
-own, with nothing to be said to the compiler about how.
+Examples and heads are independent of each other, so each device computes its
+own, by `jax.shard_map`.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -14,7 +16,7 @@ from spectraformer_jax.typing import Array, PyTree
 
 
 def on_shards(
-  function: Callable,
+  function: Callable[..., tuple[Array, PyTree]],
   query: Array,
   key: Array,
   value: Array,
@@ -22,16 +24,16 @@ def on_shards(
   by_head: PyTree,
   by_row: PyTree,
   by_example: PyTree,
-):
+) -> tuple[Array, PyTree]:
   """Calls `function` on the examples and heads of each device.
 
-  Where no array lies on a mesh with Explicit axes it is simply called.
+  It is called as it is if no array lies on a mesh with Explicit axes.
 
   Args:
-    function: of all that follows, in this order; returns attention's output
-      ``[B, T, N, V]`` and a tree whose leaves lead with ``[B, N]``.
-    query: ``[B, T, N G, H]``. How its examples and heads are divided over
-      devices holds for all other arrays.
+    function: takes the arguments below, in this order; returns attention's
+      output ``[B, T, N, V]`` and a tree whose leaves lead with ``[B, N]``.
+    query: ``[B, T, N G, H]``. Other arrays are divided over devices like its
+      examples and heads.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     by_head: leaves lead with ``[N or 1]``.
@@ -39,7 +41,7 @@ def on_shards(
     by_example: leaves lead with ``[B]``.
 
   Returns:
-    What `function` returns, divided like `query`.
+    The result of `function`, divided like `query`.
 
   Raises:
     ValueError: the length is divided over devices.
@@ -59,22 +61,19 @@ def on_shards(
   batch = _spec(query)[0]
   all_heads, heads = _heads(mesh, query, key)
 
-  def rows(x):
+  def rows(x: Array) -> P:
     return _fit(x, batch, heads) if x.ndim > 1 else P()
 
   examples = lambda x: _fit(x, batch)
   specs = (
     P(batch, None, all_heads),
-    *(2 * [P(batch, None, heads)]),
+    P(batch, None, heads),
+    P(batch, None, heads),
     jax.tree.map(lambda x: _fit(x, heads), by_head),
     jax.tree.map(rows, by_row),
     jax.tree.map(examples, by_example),
   )
-  inputs = jax.tree.map(
-    lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)),
-    inputs,
-    specs,
-  )
+  inputs = _reshard(inputs, mesh, specs)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs
   )
@@ -90,67 +89,59 @@ def on_shards(
 
 
 def with_auto_axes(
-  function: Callable,
-  mesh,
+  function: Callable[..., Array],
+  mesh: Mesh,
   axis: str,
-  query: Array,
-  key: Array,
-  value: Array,
-  by_position: PyTree,
+  arrays: PyTree,
   shared: PyTree,
 ) -> Array:
   """Calls `function` on arrays whose length is divided over a mesh axis.
 
   Args:
-    function: of the mesh to name (None: that of the context), and of all that
-      follows the axis; returns ``[B, T, N, V]``.
-    mesh: its Explicit axes are Auto to `function`, and altogether where no
-      array lies on them yet.
+    function: takes a mesh without Explicit axes (None: the mesh of the
+      context), `arrays` and `shared`; returns ``[B, T, N, V]``.
+    mesh: may have Explicit axes.
     axis: one of its axes.
-    query: ``[B, T, N G, H]``.
-    key: ``[B, S, N, H]``.
-    value: ``[B, S, N, V]``.
-    by_position: leaves are ``[B, T]`` or ``[B, S]``.
-    shared: by all devices.
+    arrays: leaves lead with ``[B, length]``; the first is ``[B, T, N, H]``.
+    shared: replicated on all devices.
 
   Returns:
-    What `function` returns, over Explicit axes divided like `query`, and its
-    length over `axis`.
+    The result of `function`, divided over Explicit axes like the first array,
+    with its length divided over `axis`.
   """
-  inputs = (query, key, value, by_position, shared)
   explicit = _explicit_axes(mesh)
-  if not explicit or _explicit_mesh(inputs) is None:
-    return function(_all_auto(mesh), *inputs)
-  mesh = getattr(mesh, "abstract_mesh", mesh)
+  if not explicit or _explicit_mesh((arrays, shared)) is None:
+    return function(_all_auto(mesh), arrays, shared)
+  abstract = mesh.abstract_mesh
   length = axis if axis in explicit else None
 
-  def place(x):
-    old = _spec(x)
-    rest = (None if part == axis else part for part in old[2:])
-    batch = None if old[0] == axis else old[0]
+  def place(x: Array) -> Array:
+    batch, _, *rest = _spec(x)
+    batch, *rest = (None if part == axis else part for part in (batch, *rest))
     spec = P(batch, length, *rest)
-    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+    return jax.sharding.reshard(x, NamedSharding(abstract, spec))
 
-  *arrays, by_position = jax.tree.map(place, inputs[:-1])
-  everywhere = NamedSharding(mesh, P())
+  arrays = jax.tree.map(place, arrays)
+  everywhere = NamedSharding(abstract, P())
   shared = jax.tree.map(lambda x: jax.sharding.reshard(x, everywhere), shared)
-  run = jax.sharding.auto_axes(
-    lambda *inputs: function(None, *inputs),
+  first = jax.tree.leaves(arrays)[0]
+  on_auto_axes = jax.sharding.auto_axes(
     axes=tuple(explicit),
-    out_sharding=NamedSharding(mesh, P(*_spec(arrays[0])[:3])),
+    out_sharding=NamedSharding(abstract, P(*_spec(first)[:3])),
   )
-  return run(*arrays, by_position, shared)
+  run = on_auto_axes(lambda arrays, shared: function(None, arrays, shared))
+  return run(arrays, shared)
 
 
 def on_rows(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """The function, called on the examples and heads of each device.
+  """Wraps `function` so that it runs on the examples and heads of each device.
 
   Args:
-    function: of trees whose leaves lead with ``[B or 1, N or 1]``; the leaves
-      of its result lead with ``[B, N]``, or with ones where all others do.
+    function: takes trees whose leaves lead with ``[B or 1, N or 1]``; the
+      leaves of its result lead with the largest of these sizes.
   """
 
-  def on_devices(*trees):
+  def on_devices(*trees: PyTree) -> PyTree:
     mesh = _explicit_mesh(trees)
     if mesh is None:
       return function(*trees)
@@ -167,24 +158,18 @@ def on_rows(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
       out_specs=P(batch, heads),
       check_vma=False,  # nothing is summed over devices
     )
-    return run(
-      *jax.tree.map(
-        lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)),
-        trees,
-        specs,
-      )
-    )
+    return run(*_reshard(trees, mesh, specs))
 
   return on_devices
 
 
-def look_up(table: Array, index: Array, **kwargs) -> Array:
-  """Rows ``[..., D]`` of a table ``[K, D]``, divided over devices like `index`.
+def look_up(table: Array, index: Array, **kwargs: Any) -> Array:
+  """Returns rows ``[..., D]`` of a table, divided over devices like `index`.
 
   Args:
-    table: numbers, the same on every device.
+    table: ``[K, D]``, the same on every device.
     index: ints of any shape.
-    **kwargs: of `jax.numpy.ndarray.at.get`.
+    **kwargs: options of `jax.numpy.ndarray.at.get`.
   """
   mesh = _explicit_mesh((table, index))
   if mesh is not None:
@@ -193,14 +178,25 @@ def look_up(table: Array, index: Array, **kwargs) -> Array:
   return table.at[index].get(**kwargs)
 
 
-def _explicit_axes(mesh) -> frozenset[str]:
-  """The names of a mesh's Explicit axes."""
+def _reshard(
+  trees: tuple[PyTree, ...], mesh: Mesh | AbstractMesh, specs: PyTree
+) -> tuple[PyTree, ...]:
+  """Divides leaves over a mesh by the specs of the same tree."""
+  return jax.tree.map(
+    lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)),
+    trees,
+    specs,
+  )
+
+
+def _explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset[str]:
+  """Returns the names of a mesh's Explicit axes."""
   types = zip(mesh.axis_names, mesh.axis_types, strict=True)
   return frozenset(name for name, kind in types if kind == AxisType.Explicit)
 
 
-def _all_auto(mesh):
-  """The mesh with Auto axes alone."""
+def _all_auto(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+  """Returns the mesh with all axes Auto."""
   types = len(mesh.axis_names) * (AxisType.Auto,)
   if isinstance(mesh, Mesh):
     return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
@@ -208,12 +204,12 @@ def _all_auto(mesh):
 
 
 def is_on_explicit_axes(*arrays: Array) -> bool:
-  """Whether any array lies on a mesh with Explicit axes."""
+  """Returns whether any array lies on a mesh with Explicit axes."""
   return _explicit_mesh(arrays) is not None
 
 
-def _explicit_mesh(tree: PyTree):
-  """The first mesh with Explicit axes that an array lies on, or None."""
+def _explicit_mesh(tree: PyTree) -> AbstractMesh | None:
+  """Returns the first mesh with Explicit axes that holds an array, or None."""
   for x in jax.tree.leaves(tree):
     mesh = jax.typeof(x).sharding.mesh
     if _explicit_axes(mesh):
@@ -222,27 +218,26 @@ def _explicit_mesh(tree: PyTree):
 
 
 def _spec(x: Array) -> P:
-  """Over which mesh axes each axis of x is divided."""
+  """Returns the mesh axes that divide each axis of x."""
   return jax.typeof(x).sharding.spec
 
 
-def _fit(x: Array, *axes) -> P:
-  """A spec for the first axes of x; an axis of size 1 is shared."""
+def _fit(x: Array, *axes: Any) -> P:
+  """Returns a spec for the first axes of x; an axis of size 1 is replicated."""
   pairs = zip(x.shape, axes, strict=False)
   return P(*(None if size == 1 else axis for size, axis in pairs))
 
 
-def _heads(mesh, query: Array, key: Array):
-  """How queries' heads are divided, and how keys' heads.
+def _heads(mesh: AbstractMesh, query: Array, key: Array) -> tuple[Any, Any]:
+  """Returns the mesh axes that divide the heads of queries and of keys.
 
-  Grouped queries go with their key head. Where a mesh axis is larger than the
-  keys' heads, all heads are gathered, but for a single one, which is shared.
+  Grouped queries go with their key head. If the mesh axes have more devices
+  than there are key heads, heads are not divided; a single key head is
+  replicated.
   """
   axis = _spec(query)[2]
   if axis is None or key.shape[2] == 1:
     return axis, None
   names = axis if isinstance(axis, tuple) else (axis,)
-  size = 1
-  for name in names:
-    size *= mesh.shape[name]
+  size = math.prod(mesh.shape[name] for name in names)
   return (None, None) if key.shape[2] % size else (axis, axis)

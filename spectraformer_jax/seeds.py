@@ -1,18 +1,21 @@
-"""Random generators from a seed: every seed below 2**64 gives another one.
+"""Random generators from a seed; different seeds below 2**64 never coincide.
 
-Of the data package as well, so jax is imported where it is needed.
+The data package uses this module without JAX, so only `make_key` imports jax.
 """
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+  import jax
 
 _WORD = 2**32
 
 
 def check_seed(name: str, seed: Any) -> int:
-  """`seed` as an int; ValueError unless it is one from 0 to 2**64 - 1.
+  """Returns `seed` as an int; raises ValueError unless 0 <= seed < 2**64.
 
   Example:
     >>> check_seed("seed", 2**64)
@@ -31,11 +34,11 @@ def check_seed(name: str, seed: Any) -> int:
   return integer
 
 
-def make_key(seed: int):
-  """JAX's key of a seed, of which `jax.random.key` drops the high word.
+def make_key(seed: int) -> "jax.Array":
+  """Returns the PRNG key of a 64-bit seed.
 
-  With `jax_enable_x64` it drops nothing, and this is the same key; below 2**32
-  the two are equal without it.
+  `jax.random.key` drops the high word of a seed unless `jax_enable_x64` is set;
+  otherwise it returns the same key.
 
   Example:
     >>> from jax.random import key_data
@@ -49,14 +52,15 @@ def make_key(seed: int):
 
 
 def make_generator(seed: int, index: int) -> np.random.Generator:
-  """Numpy's generator of one of several streams of a seed.
+  """Returns NumPy's generator of one of several streams of a seed.
 
-  `numpy.random.default_rng([seed, index])` reads a list as 32-bit words without
-  their ends, so that [2**32 + 5, 0] is [5, 1]; here the high word comes last.
+  `numpy.random.default_rng([seed, index])` concatenates the 32-bit words of its
+  list, so [2**32 + 5, 0] gives the same stream as [5, 1]. Here the high word of
+  the seed comes last.
 
   Args:
     seed: below 2**64.
-    index: of the stream, below 2**32.
+    index: number of the stream, below 2**32.
 
   Example:
     >>> draw = lambda *words: make_generator(*words).integers(1000)

@@ -4,27 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Three pairs at H = 4: generic, opposite, and with signed coordinates.
-PAIRS = np.array(
-  [
-    [[0.3, -0.2, 0.5, 0.1], [0.4, 0.1, 0.3, -0.2]],
-    [[0.4, 0.3, -0.2, 0.1], [-0.4, -0.3, 0.2, -0.1]],
-    [[-0.6, 0.5, 0.2, -0.3], [0.5, 0.4, -0.4, 0.2]],
-  ],
-  np.float32,
-)
+from spectraformer_jax.testing.checks import PAIRS
+
+__all__ = ["PAIRS", "estimates", "standard_scores"]
 
 
 def estimates(feature_map, rng, pairs, num_draws, stats=None, variables=None):
-  """Kernel estimates of many independent draws.
+  """Draws independent estimates of the kernel at pairs of vectors.
 
   Args:
     feature_map: the map.
     rng: PRNG key.
     pairs: ``[P, 2, H]``, scaled.
     num_draws: R.
-    stats: given to both sides.
-    variables: whose params to keep; fresh ones for each draw if None.
+    stats: stats of both sides.
+    variables: variables with the params of all draws; None: each draws its own.
 
   Returns:
     ``[R, P]`` float32.
@@ -46,9 +40,9 @@ def estimates(feature_map, rng, pairs, num_draws, stats=None, variables=None):
 
 
 def standard_scores(samples, expected):
-  """(mean - expected) in standard errors of the mean, per column."""
+  """Returns (mean - expected) in standard errors of the mean, per column."""
   samples = samples.astype(np.float64)
   error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
-  # Where an estimate is exact, float32 rounding of one value is what is left.
+  # Exact estimates differ by the rounding of one float32 value.
   rounding = 1e-6 * np.abs(expected)
   return (samples.mean(axis=0) - expected) / np.maximum(error, rounding)

@@ -1,11 +1,10 @@
-"""Efficient attentions of others, to compare with: pure functions.
+"""Other efficient attentions, to compare with: pure functions.
 
-All of them keep padding out (what a masked position holds, NaN included, and
-how many of them there are, changes nothing; but the blocks of `local_attention`
-and the projections of `linformer_attention` count positions from the start of
-the row, so that padding in front moves them) and a row of a batch is not
-influenced by the others. `BASELINES` is what ``attention=...`` of
-`SpectralSelfAttention` selects from.
+Outputs do not depend on the number of masked positions or on their content, NaN
+included, nor on other rows of the batch. One exception: the blocks of
+`local_attention` and the projections of `linformer_attention` count positions
+from the start of the row, so padding in front moves them. ``attention=...`` of
+`SpectralSelfAttention` takes a name of `BASELINES`.
 """
 
 import dataclasses
@@ -36,13 +35,14 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-  """How a module runs one of them.
+  """How a module runs a baseline.
 
   Attributes:
     attend: ``(query, key, value, *, key_mask, ...) -> output``.
     options: names of the options that a user may set.
-    init_params: ``(rng, *, num_heads, max_len, **options)`` -> parameters by
-      keyword of `attend`, which then takes no options; None if there are none.
+    init_params: ``(rng, *, num_heads, max_len, **options)`` -> learnable
+      keyword arguments of `attend`, which then takes no options; None: not
+      learnable.
     can_be_causal: whether `attend` takes `is_causal`.
   """
 
@@ -73,28 +73,25 @@ BASELINES = {
 def check_options(
   attention: str, options: Mapping[str, Any], *, is_causal: bool = False
 ) -> None:
-  """ValueError for an option that `attention` does not have.
+  """Raises ValueError for an option that `attention` does not have.
 
   Args:
-    attention: a name of `BASELINES`; any other takes no options.
-    options: of ``attention_kwargs``.
-    is_causal: whether it is to be causal.
+    attention: a name of `BASELINES`; any other name has no options.
+    options: those of ``attention_kwargs``.
+    is_causal: whether attention will be causal.
 
   Example:
     >>> check_options("local", {"block_size": 64})
   """
-  known = BASELINES[attention].options if attention in BASELINES else ()
+  baseline = BASELINES.get(attention)
+  known = baseline.options if baseline else ()
   for name in options:
     if name not in known:
       raise ValueError(
         f"attention={attention!r} has no option {name!r}."
         f"{nearest(name, known) if known else ' It takes none.'}"
       )
-  if (
-    is_causal
-    and attention in BASELINES
-    and not BASELINES[attention].can_be_causal
-  ):
+  if is_causal and baseline and not baseline.can_be_causal:
     raise ValueError(
       f"attention={attention!r} cannot be causal: it mixes positions before "
       "it attends; use 'spectral', 'local' or an exact kernel."

@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
-from spectraformer_jax.baselines.masked import masked_inputs, on_shards
+from spectraformer_jax.baselines.masked import (
+  MaskedInputs,
+  masked_inputs,
+  on_shards,
+)
 from spectraformer_jax.kernels import masked_softmax
 from spectraformer_jax.typing import Array
 
@@ -24,15 +28,16 @@ def linformer_attention(
   .. math::
     O = \operatorname{softmax}(Q (E K)^\top / \sqrt H)\, F V
 
-  Masked keys and values are zeros before they are mixed, as in the releases
-  that follow the paper, which has no mask. All P mixtures are attended, so with
-  E = F = I this is exact attention if no key is masked.
+  Masked keys and values are set to zero before they are mixed, as in releases
+  that follow the paper, which has no mask. Queries attend to all P mixtures, so
+  E = F = I gives exact attention if no key is masked.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
-    key_projection: E, ``[N, P, L]`` with L at least S; the first S are used.
+    key_projection: E, ``[N, P, L]`` with L at least S; the first S columns are
+      used.
     value_projection: F, the same; None for E ("key-value sharing", section 4).
     scale: None means ``1 / sqrt(H)``.
     key_mask: ``[B, S]`` bool, True where a key may be seen.
@@ -56,7 +61,7 @@ def linformer_attention(
   """
   if value_projection is None:
     value_projection = key_projection
-  x, y, v, mask = masked_inputs(
+  inputs = masked_inputs(
     query, key, value, scale=scale, key_mask=key_mask, self_attention=False
   )
   length = key.shape[1]
@@ -71,19 +76,15 @@ def linformer_attention(
         f"the sequence has {length} positions, {name}_projection.shape="
         f"{array.shape} is for {array.shape[2]} at most."
       )
-  projections = key_projection, value_projection
-  return on_shards(_attend, x, y, v, mask, *projections).astype(value.dtype)
+  out = on_shards(_attend, inputs, key_projection, value_projection)
+  return out.astype(value.dtype)
 
 
 def _attend(
-  x: Array,
-  y: Array,
-  v: Array,
-  mask: Array,
-  key_projection: Array,
-  value_projection: Array,
+  inputs: MaskedInputs, key_projection: Array, value_projection: Array
 ) -> Array:
-  """The same, of scaled inputs that hold zeros where padding was."""
+  """Computes `linformer_attention` of prepared inputs."""
+  x, y, v, mask = inputs
   mix = lambda projection, array: jnp.einsum(
     "nps,bsnh->bpnh",
     projection[:, :, : array.shape[1]].astype(array.dtype),
@@ -92,8 +93,8 @@ def _attend(
   )
   y, v = mix(key_projection, y), mix(value_projection, v)
   scores = jnp.einsum("btnh,bpnh->bntp", x, y, precision="highest")
-  seen = jnp.any(mask, axis=1)[:, None, None, None]
-  weights = masked_softmax(scores, seen)
+  has_keys = jnp.any(mask, axis=1)[:, None, None, None]
+  weights = masked_softmax(scores, has_keys)
   return jnp.einsum("bntp,bpnv->btnv", weights, v, precision="highest")
 
 
@@ -105,14 +106,14 @@ def linformer_projections(
   projected_length: int = 128,
   share_key_value: bool = True,
 ) -> dict[str, Array]:
-  """New E and F: normal with variance ``1 / P``, as in the paper's theorem 2.
+  """Draws E and F: normal with variance ``1 / P``, as in theorem 2.
 
   Args:
     rng: PRNG key.
     num_heads: N.
     max_len: L, the longest sequence.
     projected_length: P.
-    share_key_value: F is E.
+    share_key_value: whether F is E.
 
   Returns:
     ``key_projection`` and, unless shared, ``value_projection``; both

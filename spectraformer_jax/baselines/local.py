@@ -21,15 +21,15 @@ def local_attention(
 ) -> Array:
   """Softmax attention to the keys of the query's own block, O(T W).
 
-  The "local attention" of Long Range Arena. A block of at least T positions is
-  exact attention.
+  The "local attention" of Long Range Arena. Exact attention if one block holds
+  all T positions.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype.
     key: ``[B, T, N, H]``.
     value: ``[B, T, N, V]``.
     block_size: W; blocks begin at position 0.
-    neighbours: how many blocks on either side are seen as well.
+    neighbours: number of visible blocks on either side of the own one.
     scale: None means ``1 / sqrt(H)``.
     is_causal: query i sees keys up to i.
     key_mask: ``[B, T]`` bool, True at real positions.
@@ -65,15 +65,15 @@ def local_attention(
   before = min(neighbours, num_blocks - 1)
   after = 0 if is_causal else before
 
-  def blocks(array):
-    """``[B, T, ...] -> [B, G, W, ...]``, padded with zeros (False)."""
+  def blocks(array: Array) -> Array:
+    """Reshapes ``[B, T, ...] -> [B, G, W, ...]``, padded with zeros (False)."""
     extra = num_blocks * block_size - length
     pad = ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2)
     shape = (array.shape[0], num_blocks, block_size, *array.shape[2:])
     return jnp.pad(array, pad).reshape(shape)
 
-  def windows(array):
-    """``[B, G, W, ...] -> [B, G, (before + 1 + after) W, ...]``."""
+  def windows(array: Array) -> Array:
+    """Adds neighbours: ``[B, G, W, ...] -> [B, G, num_visible W, ...]``."""
     pad = ((0, 0), (before, after)) + ((0, 0),) * (array.ndim - 2)
     wide = jnp.pad(array, pad)
     shifted = range(before + 1 + after)

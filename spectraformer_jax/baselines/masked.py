@@ -1,16 +1,33 @@
-"""What the baselines share: masked inputs, ranks of real positions, an inverse.
+"""Helpers of the baselines: masked inputs, ranks of real positions, an inverse.
 
-Everything is per row of the batch: no quantity is taken over several rows, or
-over padding.
+Nothing depends on other rows of the batch or on padding.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks, meshes
-from spectraformer_jax.typing import Array
+from spectraformer_jax.kernels import scaled_inputs
+from spectraformer_jax.typing import Array, Mask
+
+
+class MaskedInputs(NamedTuple):
+  """Scaled inputs of attention, float32 at least, with zeros at masked keys.
+
+  Attributes:
+    x: queries ``[B, T, N, H]``; zeros at masked positions of self-attention.
+    y: keys ``[B, S, N, H]``, repeated for grouped queries.
+    v: values ``[B, S, N, V]``, repeated likewise.
+    mask: ``[B, S]`` bool.
+  """
+
+  x: Array
+  y: Array
+  v: Array
+  mask: Array
 
 
 def masked_inputs(
@@ -19,91 +36,72 @@ def masked_inputs(
   value: Array,
   *,
   scale: float | None,
-  key_mask: Array | None,
+  key_mask: Mask,
   is_causal: bool = False,
   self_attention: bool = True,
-) -> tuple[Array, Array, Array, Array]:
-  """Checked, scaled float32 inputs that hold zeros where padding was.
+) -> MaskedInputs:
+  """Checks and prepares the inputs of a baseline.
 
   Args:
-    query: ``[B, T, N, H]``; N may be a multiple of the keys' heads, which are
-      then repeated (query head n uses key head n // G).
+    query: ``[B, T, N G, H]``: query head n uses key head n // G.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
-    scale: of the scores; its root is on each side. None: ``1 / sqrt(H)``.
-    key_mask: ``[B, S]`` bool, or None for all.
-    is_causal: for the checks.
-    self_attention: T == S, and the mask holds for queries as well.
-
-  Returns:
-    query, key, value and a mask ``[B, S]``.
+    scale: of ``query . key``; None means ``1 / sqrt(H)``.
+    key_mask: ``[B, S]`` bool, or None: all visible.
+    is_causal: only checked.
+    self_attention: whether T == S and the mask is of queries as well.
 
   Raises:
     ValueError: shapes that do not agree.
   """
-  query, key, value = checks.as_floats(query=query, key=key, value=value)
-  key_mask = checks.as_array(key_mask)
   checks.check_bool("is_causal", is_causal)
-  checks.check_attention_inputs(query, key, value)
-  checks.check_key_mask(key_mask, key)
+  arrays = checks.attention_arrays(query, key, value, key_mask=key_mask)
+  query, key, mask = arrays.query, arrays.key, arrays.key_mask
   if self_attention and query.shape[1] != key.shape[1]:
     raise ValueError(
       "this is self-attention: query and key must share length, got "
       f"query.shape={query.shape}, key.shape={key.shape}."
     )
-  if key_mask is None:
-    key_mask = jnp.ones(key.shape[:2], bool)
-  compute = checks.compute_dtype(query)
-  root, computed = checks.scale_parts(scale, query.shape[-1])
-  x, y, v = (array.astype(compute) for array in (query, key, value))
-  x, y = (checks.times_root(array, computed) for array in (x, y))
-  if key.shape[2] != query.shape[2]:
-    groups = query.shape[2] // key.shape[2]
-    y, v = (jnp.repeat(array, groups, axis=2) for array in (y, v))
-  # A product with a zero weight would let NaN through.
-  keep = key_mask[:, :, None, None]
-  y, v = jnp.where(keep, y * root, 0.0), jnp.where(keep, v, 0.0)
-  x = jnp.where(keep, x * root, 0.0) if self_attention else x * root
-  return x, y, v, key_mask
+  x, y, v = scaled_inputs(arrays, scale)
+  if mask is None:
+    mask = jnp.ones(key.shape[:2], bool)
+  elif self_attention:
+    x = jnp.where(mask[:, :, None, None], x, 0.0)
+  return MaskedInputs(x, y, v, mask)
 
 
 def on_shards(
-  attend: Callable[..., Array],
-  x: Array,
-  y: Array,
-  v: Array,
-  mask: Array,
-  *by_head: Array,
+  attend: Callable[..., Array], inputs: MaskedInputs, *by_head: Array
 ) -> Array:
-  """Calls ``attend(x, y, v, mask, *by_head)`` on the examples of each device.
+  """Calls ``attend(inputs, *by_head)`` on the examples of each device.
 
   Args:
     attend: returns ``[B, T, N, V]``.
-    x: as `masked_inputs` returns it, like y, v and mask.
-    y: keys.
-    v: values.
-    mask: ``[B, S]``.
+    inputs: of all devices.
     *by_head: arrays that lead with ``[N]``.
   """
   out, _ = meshes.on_shards(
-    lambda x, y, v, by_head, _, mask: (attend(x, y, v, mask, *by_head), ()),
-    *(x, y, v),
+    lambda x, y, v, by_head, _, mask: (
+      attend(MaskedInputs(x, y, v, mask), *by_head),
+      (),
+    ),
+    *inputs[:3],
     by_head=by_head,
     by_row=(),
-    by_example=mask,
+    by_example=inputs.mask,
   )
   return out
 
 
 def ranks(mask: Array) -> tuple[Array, Array]:
-  """Which real position each is, and how many there are.
+  """Numbers the real positions of each row.
 
   Args:
     mask: ``[B, S]`` bool.
 
   Returns:
-    ``[B, S]`` ints 0, 1, ... at real positions (anything elsewhere), and
-    ``[B, 1]``, at least 1.
+    ``[B, S]`` ints: 0, 1, ... at real positions (meaningless elsewhere); and
+    the number of real positions, at least 1, ``[B, 1]``.
 
   Example:
     >>> rank, count = ranks(jnp.array([[False, True, True, False]]))
@@ -115,19 +113,20 @@ def ranks(mask: Array) -> tuple[Array, Array]:
 
 
 def iterative_inverse(matrix: Array, iterations: int) -> Array:
-  r"""The Moore-Penrose inverse, by matrix products alone.
+  r"""Approximates the Moore-Penrose inverse, with matrix products only.
 
   .. math::
     Z_{k+1} = \tfrac14 Z_k (13 I - A Z_k (15 I - A Z_k (7 I - A Z_k))),
     \qquad Z_0 = A^\top / (|A|_1 |A|_\infty)
 
   Nystromformer, equation 11 (after Razavi et al., 2014). The public releases
-  of Nystromformer and Skyformer start from norms over the whole batch; these
-  are of each matrix.
+  of Nystromformer and Skyformer start from norms over the whole batch; here the
+  norms are those of each matrix.
 
   Args:
-    matrix: ``[..., m, m]`` float; rows and columns of zeros stay so.
-    iterations: each multiplies the small singular values' share by about 3.
+    matrix: ``[..., m, m]`` float; rows and columns of zeros stay zero.
+    iterations: number of steps; each roughly triples the small singular values
+      of A Z, until they are near 1.
 
   Returns:
     ``[..., m, m]``.
@@ -139,7 +138,7 @@ def iterative_inverse(matrix: Array, iterations: int) -> Array:
   """
   checks.check_positive_int("iterations", iterations)
   size = jnp.abs(matrix)
-  # Sums of sizes are at least 0, also where there are none.
+  # `initial` is for m = 0.
   rows, columns = (
     jnp.max(jnp.sum(size, axis), -1, initial=0.0) for axis in (-1, -2)
   )
@@ -148,10 +147,10 @@ def iterative_inverse(matrix: Array, iterations: int) -> Array:
   eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
   eye = eye.reshape((1,) * (matrix.ndim - 2) + eye.shape)
 
-  def product(a, b):
+  def product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
 
-  def step(z, _):
+  def step(z: Array, _: None) -> tuple[Array, None]:
     az = product(matrix, z)
     inner = 15.0 * eye - product(az, 7.0 * eye - az)
     return 0.25 * product(z, 13.0 * eye - product(az, inner)), None

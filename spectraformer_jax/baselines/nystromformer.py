@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.baselines.masked import (
+  MaskedInputs,
   iterative_inverse,
   masked_inputs,
   on_shards,
@@ -34,9 +35,10 @@ def nystromformer_attention(
         \operatorname{softmax}(\tilde Q K^\top)\, V
 
   Landmarks are means over m segments of the *real* positions of each row, so
-  padding moves none of them; a row of fewer than m positions has that many
-  landmarks, and is then attended exactly, up to the iterative inverse. The
-  depthwise convolution that the release adds to the output is left out.
+  they do not depend on padding. A row of fewer than m positions has one
+  landmark per position, which is exact attention up to the error of the
+  iterative inverse. The depthwise convolution that the release adds to the
+  output is left out.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype.
@@ -64,25 +66,18 @@ def nystromformer_attention(
     equations 11 and 13.
   """
   checks.check_positive_int("num_landmarks", num_landmarks)
-  x, y, v, mask = masked_inputs(
-    query, key, value, scale=scale, key_mask=key_mask
-  )
+  inputs = masked_inputs(query, key, value, scale=scale, key_mask=key_mask)
   attend = functools.partial(
     _attend, num_landmarks=num_landmarks, iterations=iterations
   )
-  return on_shards(attend, x, y, v, mask).astype(value.dtype)
+  return on_shards(attend, inputs).astype(value.dtype)
 
 
 def _attend(
-  x: Array,
-  y: Array,
-  v: Array,
-  mask: Array,
-  *,
-  num_landmarks: int,
-  iterations: int,
+  inputs: MaskedInputs, *, num_landmarks: int, iterations: int
 ) -> Array:
-  """The same, of scaled inputs that hold zeros where padding was."""
+  """Computes `nystromformer_attention` of prepared inputs."""
+  x, y, v, mask = inputs
   rank, count = ranks(mask)
   segment = jnp.where(mask, rank * num_landmarks // count, -1)
   member = jax.nn.one_hot(segment, num_landmarks, axis=1, dtype=x.dtype)
@@ -94,16 +89,16 @@ def _attend(
   x_mean, y_mean = means(x), means(y)
   landmark = sizes > 0.0
 
-  def attend(queries, keys, visible):
+  def weights(queries: Array, keys: Array, visible: Array) -> Array:
     scores = jnp.einsum("btnh,bsnh->bnts", queries, keys, precision="highest")
     return masked_softmax(scores, visible[:, None, None, :])
 
-  # Rows of landmarks that there are not would repeat uniform attention.
-  real = landmark[:, None, :, None]
-  core = jnp.where(real, attend(x_mean, y_mean, landmark), 0.0)
-  right = jnp.where(real, attend(x_mean, y, mask), 0.0)
-  seen = jnp.einsum("bnms,bsnv->bnmv", right, v, precision="highest")
+  # Softmax would give the rows of missing landmarks uniform weights.
+  is_landmark = landmark[:, None, :, None]
+  core = jnp.where(is_landmark, weights(x_mean, y_mean, landmark), 0.0)
+  right = jnp.where(is_landmark, weights(x_mean, y, mask), 0.0)
+  summary = jnp.einsum("bnms,bsnv->bnmv", right, v, precision="highest")
   inverse = iterative_inverse(core, iterations)
-  seen = jnp.einsum("bnlm,bnmv->bnlv", inverse, seen, precision="highest")
-  left = attend(x, y_mean, landmark)
-  return jnp.einsum("bntl,bnlv->btnv", left, seen, precision="highest")
+  summary = jnp.einsum("bnlm,bnmv->bnlv", inverse, summary, precision="highest")
+  left = weights(x, y_mean, landmark)
+  return jnp.einsum("bntl,bnlv->btnv", left, summary, precision="highest")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from spectraformer_jax import checks
 from spectraformer_jax.baselines.masked import (
+  MaskedInputs,
   iterative_inverse,
   masked_inputs,
   on_shards,
@@ -35,20 +36,20 @@ def skyformer_attention(
   positive definite. The sum is not normalised, as in the paper, unlike the
   exact "gaussian" attention of this library.
 
-  The paper draws U at random (and its release again in every evaluation).
-  Here they are half queries, half keys, at evenly spaced *real* positions of
-  each row: no key is needed, and padding moves none of them. A row of at most
-  m / 2 positions uses them all; what is left is the error of gamma and of the
-  iterative inverse.
+  The paper draws U at random (its release draws again in every evaluation).
+  Here U is half queries and half keys, at evenly spaced *real* positions of
+  each row, so it needs no PRNG key and does not depend on padding. A row of at
+  most m / 2 positions uses all of them, and the only errors are those of gamma
+  and of the iterative inverse.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype.
     key: ``[B, T, N, H]``.
     value: ``[B, T, N, V]``.
     num_landmarks: m, even.
-    regularisation: gamma above; 0.1 is the release's.
-    iterations: of the inverse, of the matrix scaled to row sums near 1
-      (section 4.3).
+    regularisation: gamma above; the release uses 0.1.
+    iterations: of `iterative_inverse`, which gets the matrix scaled to row sums
+      near 1 (section 4.3).
     scale: None means ``1 / sqrt(H)``.
     key_mask: ``[B, T]`` bool, True at real positions.
 
@@ -76,33 +77,29 @@ def skyformer_attention(
     )
   if not regularisation > 0:
     raise ValueError(f"regularisation must be positive, got {regularisation}.")
-  x, y, v, mask = masked_inputs(
-    query, key, value, scale=scale, key_mask=key_mask
-  )
+  inputs = masked_inputs(query, key, value, scale=scale, key_mask=key_mask)
   attend = functools.partial(
     _attend,
     num_landmarks=num_landmarks,
     iterations=iterations,
     regularisation=regularisation,
   )
-  return on_shards(attend, x, y, v, mask).astype(value.dtype)
+  return on_shards(attend, inputs).astype(value.dtype)
 
 
 def _attend(
-  x: Array,
-  y: Array,
-  v: Array,
-  mask: Array,
+  inputs: MaskedInputs,
   *,
   num_landmarks: int,
   iterations: int,
   regularisation: float,
 ) -> Array:
-  """The same, of scaled inputs that hold zeros where padding was."""
+  """Computes `skyformer_attention` of prepared inputs."""
+  x, y, v, mask = inputs
   half = num_landmarks // 2
   _, count = ranks(mask)
   slot = jnp.arange(half)[None]
-  # Of fewer than m / 2 positions each is taken once.
+  # In a row of fewer than m / 2 positions, each of them is taken once.
   rank = slot * jnp.maximum(count, half) // half
   in_order = jnp.argsort(~mask, axis=1, stable=True)
   index = jnp.take_along_axis(
@@ -116,8 +113,8 @@ def _attend(
   landmarks = jnp.concatenate([take(x), take(y)], axis=1)
   used = jnp.concatenate([used, used], axis=1)
 
-  def kernel(a, b, a_mask, b_mask):
-    """``[B, N, A, B]``, zero where either is masked."""
+  def kernel(a: Array, b: Array, a_mask: Array, b_mask: Array) -> Array:
+    """Returns the kernel ``[B, N, A, C]``, zero where either is masked."""
     dots = jnp.einsum("banh,bcnh->bnac", a, b, precision="highest")
     squares = lambda z: jnp.moveaxis(jnp.sum(jnp.square(z), axis=-1), 1, 2)
     distance = squares(a)[..., :, None] + squares(b)[..., None, :] - 2 * dots
@@ -127,13 +124,13 @@ def _attend(
   core = kernel(landmarks, landmarks, used, used)
   eye = jnp.eye(num_landmarks, dtype=x.dtype)[None, None]
   core = core + regularisation * eye
-  root = jnp.sum(core, axis=-1) ** -0.5
-  core = root[..., :, None] * core * root[..., None, :]
+  norm = jnp.sum(core, axis=-1) ** -0.5
+  core = norm[..., :, None] * core * norm[..., None, :]
   right = kernel(landmarks, y, used, mask)
-  seen = jnp.einsum("bnms,bsnv->bnmv", right, v, precision="highest")
+  summary = jnp.einsum("bnms,bsnv->bnmv", right, v, precision="highest")
   inverse = iterative_inverse(core, iterations)
-  seen = root[..., None] * jnp.einsum(
-    "bnlm,bnmv->bnlv", inverse, root[..., None] * seen, precision="highest"
+  summary = norm[..., None] * jnp.einsum(
+    "bnlm,bnmv->bnlv", inverse, norm[..., None] * summary, precision="highest"
   )
   left = kernel(x, landmarks, mask, used)
-  return jnp.einsum("bntl,bnlv->btnv", left, seen, precision="highest")
+  return jnp.einsum("bntl,bnlv->btnv", left, summary, precision="highest")

@@ -1,4 +1,4 @@
-"""Building feature maps: which component goes with which weight matrix."""
+"""Builders of feature maps, and the pairs of component and matrix that fit."""
 
 import functools
 import warnings
@@ -54,7 +54,7 @@ def compose(
   *,
   num_features: int | None,
 ) -> FeatureMap:
-  """Builds a feature map from objects: your own, or those of the package.
+  """Builds a feature map from objects: your own, or the package's.
 
   Args:
     component: f.
@@ -70,8 +70,8 @@ def compose(
       fit (the message has the reason).
 
   Warns:
-    UserWarning: once per pair, where the matrix holds rows and their negatives
-      and the component makes the same of both: half of the rows are wasted.
+    UserWarning: once per pair, if the matrix holds rows and their negatives and
+      the component maps both alike, so that half of the rows are wasted.
 
   Example:
     >>> from spectraformer_jax import components, weight_matrices
@@ -93,21 +93,23 @@ def compose(
 
 
 @functools.cache
-def _compose(component, weight_matrix, num_features) -> FeatureMap:
-  """Same arguments, same object; what there is to warn of is said once."""
+def _compose(
+  component: Component, weight_matrix: WeightMatrix, num_features: int | None
+) -> FeatureMap:
+  """Cached: equal arguments return the same object, and warn once."""
   f, w = component.info, weight_matrix.info
   if f.even and w.antithetic:
     warnings.warn(
       f"{f.name}-{w.name} has the variance of half as many rows: component "
-      f"{f.name!r} makes the same of a row and of its negative, and weight "
-      f"matrix {w.name!r} holds both; 'orf' has none twice.",
+      f"{f.name!r} maps a row and its negative alike, and weight matrix "
+      f"{w.name!r} holds both; use 'orf', which does not.",
       stacklevel=3,
     )
   return FeatureMap(component, weight_matrix, num_features)
 
 
 def mismatch(component: Component, weight_matrix: WeightMatrix) -> str | None:
-  """Why this pair cannot work, in one line; None if it can."""
+  """Returns the reason why this pair cannot work, in one line, or None."""
   f, w = component.info, weight_matrix.info
   if f.row_law not in w.row_laws:
     return (
@@ -123,9 +125,9 @@ def mismatch(component: Component, weight_matrix: WeightMatrix) -> str | None:
 
 
 def list_feature_maps() -> tuple[tuple[str, str], ...]:
-  """Names (component, weight matrix) of all pairs that fit, sorted.
+  """Returns the names (component, weight matrix) of all pairs that fit, sorted.
 
-  With default options each; an option can widen or narrow what fits.
+  All have default options; an option can make more or fewer pairs fit.
 
   Example:
     >>> pairs = list_feature_maps()

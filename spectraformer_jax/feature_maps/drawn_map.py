@@ -1,27 +1,33 @@
 """A component and a weight matrix, and the variables they draw."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.components import Component
 from spectraformer_jax.feature_maps.prepared import (
   cast_floats,
-  cast_like,
-  check_redrawable,
-  check_sizes,
   drop_empty,
   store,
 )
-from spectraformer_jax.typing import Array, FeatureVariables, WeightSample
+from spectraformer_jax.typing import (
+  Array,
+  FeatureVariables,
+  Params,
+  Projection,
+  PyTree,
+  WeightSample,
+)
 from spectraformer_jax.weight_matrices import WeightMatrix, get_row_law
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawnMap:
-  """What a feature map draws and learns.
+  """The variables of a feature map: what it draws and learns.
 
   Attributes:
     component: f.
@@ -35,7 +41,7 @@ class DrawnMap:
 
   @property
   def num_rows(self) -> int:
-    """Rows of W; 0 for a component without."""
+    """Rows of W; 0 for a component without rows."""
     if self.num_features is None:
       return 0
     return self.component.num_rows(self.num_features)
@@ -54,7 +60,7 @@ class DrawnMap:
       rng: PRNG key.
       head_dim: H.
       num_heads: N; 1 shares one W among all heads.
-      dtype: of the stored projection, but for log-weights and integers
+      dtype: of the stored projection, except log-weights and integers
         (permutations, bits), which are float32; drawn in float32, then cast.
 
     Returns:
@@ -70,15 +76,20 @@ class DrawnMap:
       self.init_projection(projection_rng, **sizes, dtype=dtype),
     )
 
-  def init_params(self, rng: Array, *, head_dim: int, num_heads: int = 1):
-    """The `params` of `init` alone."""
-    check_sizes(self, head_dim, num_heads)
+  def init_params(
+    self, rng: Array, *, head_dim: int, num_heads: int = 1
+  ) -> Params:
+    """Returns the `params` of `init`."""
+    self._check_sizes(head_dim, num_heads)
+    init = self.weight_matrix.init
 
-    def one_head(rng):
+    def one_head(rng: Array) -> Params:
       component_rng, matrix_rng = jax.random.split(rng)
       return drop_empty(
         component=self.component.init(component_rng, head_dim),
-        rows=self._init_rows(matrix_rng, head_dim),
+        rows=self._for_each_draw(
+          lambda rng: init(rng, self._rows_per_draw, head_dim), matrix_rng
+        ),
       )
 
     params = jax.vmap(one_head)(jax.random.split(rng, num_heads))
@@ -91,74 +102,96 @@ class DrawnMap:
     head_dim: int,
     num_heads: int = 1,
     dtype: Any = jnp.float32,
-  ):
-    """The `projection` of `init` alone."""
-    check_sizes(self, head_dim, num_heads)
+  ) -> Projection:
+    """Returns the `projection` of `init`."""
+    self._check_sizes(head_dim, num_heads)
     law = get_row_law(self.component.info.row_law)
+    draw = self.weight_matrix.draw
 
-    def one_head(rng):
+    def one_head(rng: Array) -> Projection:
       component_rng, matrix_rng = jax.random.split(rng)
+      rows = self._for_each_draw(
+        lambda rng: draw(rng, self._rows_per_draw, head_dim, law), matrix_rng
+      )
       return drop_empty(
         component=self.component.draw(
-          component_rng, self.num_features, head_dim
+          component_rng, self.num_features or 0, head_dim
         ),
-        rows=self._draw_rows(matrix_rng, head_dim, law),
+        rows=rows if self.component.row_draws == 1 else _merge_draws(rows),
       )
 
-    drawn = jax.vmap(one_head)(jax.random.split(rng, num_heads))
-    return store(drawn, dtype)
+    projection = jax.vmap(one_head)(jax.random.split(rng, num_heads))
+    return store(projection, dtype)
 
   def redraw(self, rng: Array, variables: FeatureVariables) -> FeatureVariables:
-    """New projection of the same shapes, same params. Works inside jit.
+    """Draws a new projection of the same shapes and dtypes; keeps the params.
+
+    Works inside jit.
 
     Raises:
       ValueError: the weight matrix cannot be redrawn.
     """
-    check_redrawable(self.weight_matrix)
+    info = self.weight_matrix.info
+    if not info.redrawable:
+      raise ValueError(
+        f"weight matrix {info.name!r} cannot be redrawn: its rows are fixed "
+        "once it is initialised."
+      )
     leaves = jax.tree.leaves(variables.projection)
     if not leaves:
       return variables
     head_dim = variables.projection["rows"]["w"].shape[-1]
-    projection = self.init_projection(
+    drawn = self.init_projection(
       rng, head_dim=head_dim, num_heads=leaves[0].shape[0]
     )
-    return variables._replace(projection=cast_like(projection, variables))
-
-  def _init_rows(self, rng, head_dim):
-    """Learnable leaves of the rows of one head, apart for each draw of W."""
-    draws = self.component.row_draws
-    num_rows = self.num_rows // draws
-    init = lambda rng: self.weight_matrix.init(rng, num_rows, head_dim)
-    if draws == 1:
-      return init(rng)
-    return jax.vmap(init)(jax.random.split(rng, draws))
-
-  def _draw_rows(self, rng, head_dim, law):
-    """Drawn leaves of the rows of one head."""
-    draws = self.component.row_draws
-    num_rows = self.num_rows // draws
-    draw = lambda rng: self.weight_matrix.draw(rng, num_rows, head_dim, law)
-    if draws == 1:
-      return draw(rng)
-    drawn = jax.vmap(draw)(jax.random.split(rng, draws))
-    return jax.tree.map(
-      lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])), drawn
+    cast = lambda new, old: new.astype(old.dtype)
+    return variables._replace(
+      projection=jax.tree.map(cast, drawn, variables.projection)
     )
 
-  def _rows(self, params, projection, context=()) -> WeightSample:
-    """Rows of one head, float32; the projection takes no gradient."""
+  def _check_sizes(self, head_dim: int, num_heads: int) -> None:
+    """Raises ValueError for sizes that this pair cannot make."""
+    check_positive_int("head_dim", head_dim)
+    check_positive_int("num_heads", num_heads)
+    self.component.check(self.num_features or 0, head_dim)
+    self.weight_matrix.check(self._rows_per_draw, head_dim)
+
+  @property
+  def _rows_per_draw(self) -> int:
+    """Rows of W in each of its independent draws."""
+    return self.num_rows // self.component.row_draws
+
+  def _for_each_draw(
+    self, function: Callable[[Array], PyTree], rng: Array
+  ) -> PyTree:
+    """Calls `function` for one draw of W, or stacks its results for several."""
+    draws = self.component.row_draws
+    if draws == 1:
+      return function(rng)
+    return jax.vmap(function)(jax.random.split(rng, draws))
+
+  def _rows(
+    self, params: Params, projection: Projection, context: PyTree = ()
+  ) -> WeightSample:
+    """Makes the float32 rows of one head; the projection takes no gradient."""
     params = params.get("rows", {})
     projection = jax.lax.stop_gradient(projection.get("rows", {}))
-    make = lambda *leaves: self.weight_matrix.rows(*leaves, context)
+
+    def make(params: Params, projection: Projection) -> WeightSample:
+      return self.weight_matrix.rows(params, projection, context)
+
     draws = self.component.row_draws
     if draws == 1:
       rows = make(params, projection)
     else:
-      projection = jax.tree.map(
-        lambda leaf: jnp.reshape(leaf, (draws, -1, *leaf.shape[1:])), projection
-      )
-      rows = jax.tree.map(
-        lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])),
-        jax.vmap(make)(params, projection),
-      )
+      split = lambda leaf: jnp.reshape(leaf, (draws, -1, *leaf.shape[1:]))
+      rows = jax.vmap(make)(params, jax.tree.map(split, projection))
+      rows = _merge_draws(rows)
     return cast_floats(rows, jnp.float32)
+
+
+def _merge_draws(tree: PyTree) -> PyTree:
+  """Reshapes leaves ``[draws, M, ...] -> [draws M, ...]``."""
+  return jax.tree.map(
+    lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])), tree
+  )

@@ -4,17 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
-from spectraformer_jax.checks import known
-from spectraformer_jax.components import ComponentState
+from spectraformer_jax.checks import static_position
 from spectraformer_jax.feature_maps.drawn_map import DrawnMap
 from spectraformer_jax.feature_maps.prepared import (
   FeatureMapInfo,
   Prepared,
-  check_has_stats,
-  check_head_dim,
   check_stats,
-  check_x,
+  component_state,
   drop_empty,
   mean_over_examples,
   weigh_rows,
@@ -27,6 +25,7 @@ from spectraformer_jax.typing import (
   Array,
   FeatureVariables,
   LogFeatures,
+  Mask,
   PyTree,
   Side,
 )
@@ -41,7 +40,7 @@ class FeatureMap(DrawnMap):
   Hashable; make it with `feature_map` or `compose`, which return the same
   object for equal arguments, so that passing one as a static argument of a
   jitted function never recompiles. Inputs x are already scaled: attention
-  multiplies queries and keys by ``H**-1/4`` once, nothing here does.
+  multiplies queries and keys by ``H**-1/4``, and no method here does.
   """
 
   @property
@@ -59,18 +58,18 @@ class FeatureMap(DrawnMap):
   @property
   def feature_dim(self) -> int | None:
     """F; None for the few maps where it depends on head_dim."""
-    return self.component.feature_dim(self.num_features, None)
+    return self.component.feature_dim(self.num_features or 0, None)
 
   def calibrate(
     self,
     variables: FeatureVariables,
-    query: Array,
-    key: Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
     *,
-    key_mask: Array | None = None,
-    query_mask: Array | None = None,
+    key_mask: Bool[Array, "B S"] | None = None,
+    query_mask: Bool[Array, "B T"] | None = None,
   ) -> PyTree:
-    """Data-dependent parameters in closed form, each example for itself.
+    """Computes data-dependent parameters of each example, in closed form.
 
     Args:
       variables: from `init`.
@@ -89,28 +88,32 @@ class FeatureMap(DrawnMap):
   def moments(
     self,
     variables: FeatureVariables,
-    query: Array,
-    key: Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
     *,
-    key_mask: Array | None = None,
-    query_mask: Array | None = None,
+    key_mask: Bool[Array, "B S"] | None = None,
+    query_mask: Bool[Array, "B T"] | None = None,
   ) -> PyTree:
-    """The averages that `solve` turns into stats; leaves ``[B, N, ...]``.
+    """Computes the averages that `solve` turns into stats: ``[B, N, ...]``.
 
-    Arguments as in `calibrate`. They are means over positions and products of
-    such means, so they may be averaged over examples, devices and time before
-    `solve`. `mean_moments` averages over examples.
+    Arguments as in `calibrate`. Moments are means over positions and products
+    of such means, so they may be averaged over examples, devices and time
+    before `solve`. `mean_moments` averages over examples.
     """
 
-    def one_head(variables, query, key, query_mask, key_mask):
-      return drop_empty(
-        component=self.component.moments(query, key, query_mask, key_mask)
-        if self.component.needs_stats
-        else (),
-        rows=self.weight_matrix.calibrate(
-          variables.params.get("rows", {}), key, key_mask
-        ),
-      )
+    def one_head(
+      variables: FeatureVariables,
+      query: Array,
+      key: Array,
+      query_mask: Mask,
+      key_mask: Mask,
+    ) -> PyTree:
+      of_component = ()
+      if self.component.needs_stats:
+        of_component = self.component.moments(query, key, query_mask, key_mask)
+      params = variables.params.get("rows", {})
+      of_rows = self.weight_matrix.calibrate(params, key, key_mask)
+      return drop_empty(component=of_component, rows=of_rows)
 
     query, key = (
       jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (query, key)
@@ -124,20 +127,20 @@ class FeatureMap(DrawnMap):
   def mean_moments(
     self,
     variables: FeatureVariables,
-    query: Array,
-    key: Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
     *,
-    key_mask: Array | None = None,
-    query_mask: Array | None = None,
+    key_mask: Bool[Array, "B S"] | None = None,
+    query_mask: Bool[Array, "B T"] | None = None,
   ) -> tuple[PyTree, Array]:
-    """`moments`, averaged over the examples that have visible tokens.
+    """Averages `moments` over the examples that have visible tokens.
 
-    Arguments as in `calibrate`. An example whose queries or keys are all hidden
-    does not count, neither as zeros.
+    Arguments as in `calibrate`. An example whose queries or keys are all masked
+    is left out of the average.
 
     Returns:
-      The averages, leaves ``[1, N, ...]``, and whether any example counts, a
-      bool scalar; zeros and False if none does.
+      The averages, leaves ``[1, N, ...]``, and a bool scalar: whether any
+      example has visible tokens. Zeros and False if none has.
 
     Example:
       >>> import spectraformer_jax as sf
@@ -158,11 +161,11 @@ class FeatureMap(DrawnMap):
     return mean_over_examples(moments, counts), jnp.any(counts)
 
   def solve(self, moments: PyTree) -> PyTree:
-    """Stats for data with these moments, leaves ``[B, N, ...]``.
+    """Returns the stats for data with these moments, leaves ``[B, N, ...]``.
 
     Raises:
-      ValueError: moments that lack what this map needs, as those that earlier
-        versions kept do.
+      ValueError: moments that this map needs are missing, as in checkpoints of
+        earlier versions.
     """
     if not moments:
       return ()
@@ -182,54 +185,49 @@ class FeatureMap(DrawnMap):
   def log_features(
     self,
     variables: FeatureVariables,
-    x: Array,
+    x: Float[Array, "*batch T N H"],
     *,
     side: Side,
     stats: PyTree = None,
     position: Array | int = 0,
   ) -> LogFeatures:
-    """Features as ``factor * exp(log_magnitude)``, both float32.
+    """Computes features as ``factor * exp(log_magnitude)``, both float32.
 
     Args:
       variables: from `init`.
       x: ``[..., T, N, H]``, scaled, any float dtype.
       side: "query" or "key".
       stats: from `calibrate`; leading axes ``[B, N]``, either may be 1.
-      position: where in its sequence the first token of x stands; only maps
-        with ``component.info.positional`` look at it.
+      position: position of x's first token in its sequence; only maps with
+        ``component.info.positional`` depend on it.
 
     Returns:
       `LogFeatures`: log_magnitude ``[..., T, N, F]`` or ``[..., T, N, 1]``,
       factor ``[..., T, N, F]`` or None.
 
     Raises:
-      ValueError: unknown side, shapes that do not agree, missing stats, or
-        positions that are known to be beyond what the component can map.
+      ValueError: unknown side, shapes that do not agree, missing stats, or a
+        position that is known to be beyond the component's longest sequence.
     """
     if side not in SIDES:
       raise ValueError(f"side must be one of {SIDES}, got {side!r}.")
     self.check_inputs(variables, x)
-    self.component.check_length(known(position) + x.shape[-3])
+    self.component.check_length(static_position(position) + x.shape[-3])
     flat = jnp.reshape(x, (-1, *x.shape[-3:]))
     check_stats(stats, flat)
-    prepared = self.prepare(variables, stats)
+    heads_first = jnp.swapaxes(flat, 1, 2).astype(jnp.float32)
     out = self.prepared_features(
-      prepared,
-      jnp.swapaxes(flat, 1, 2).astype(jnp.float32),
-      side=side,
-      position=position,
+      self.prepare(variables, stats), heads_first, side=side, position=position
     )
-    return jax.tree.map(
-      lambda leaf: jnp.swapaxes(leaf, 1, 2).reshape(
-        *x.shape[:-1], leaf.shape[-1]
-      ),
-      out,
+    unflatten = lambda leaf: jnp.swapaxes(leaf, 1, 2).reshape(
+      *x.shape[:-1], leaf.shape[-1]
     )
+    return jax.tree.map(unflatten, out)
 
   def prepare(
     self, variables: FeatureVariables, stats: PyTree = None
   ) -> Prepared:
-    """All that features of any number of tokens need, computed once.
+    """Computes everything that the features of all tokens share.
 
     Args:
       variables: from `init`.
@@ -240,21 +238,16 @@ class FeatureMap(DrawnMap):
       through it to the learnable parameters.
 
     Raises:
-      ValueError: the component or the weight matrix needs stats that are not
-        there.
+      ValueError: the component or the weight matrix needs stats, and they are
+        missing.
     """
-    check_has_stats(self, stats)
+    self._check_has_stats(stats)
 
-    def one_head(variables, stats):
-      params, projection = variables
-      state = ComponentState(
-        params.get("component", {}),
-        jax.lax.stop_gradient(projection.get("component", {})),
-        stats.get("component", ()),
-      )
+    def one_head(variables: FeatureVariables, stats: PyTree) -> Prepared:
+      state = component_state(variables, stats)
       rows = self._rows(*variables, stats.get("rows", ()))
       state = self.component.prepare(state, rows.w.shape[-1])
-      rows = self.component.realise_rows(rows, self.num_features, state)
+      rows = self.component.realise_rows(rows, self.num_features or 0, state)
       return Prepared(rows, state)
 
     return over_examples_and_heads(one_head)(
@@ -264,19 +257,24 @@ class FeatureMap(DrawnMap):
   def prepared_features(
     self,
     prepared: Prepared,
-    x: Array,
+    x: Float[Array, "B N T H"],
     *,
     side: Side,
     position: Array | int | None = None,
     for_attention: bool = False,
   ) -> LogFeatures:
-    """`log_features` of x ``[B, N, T, H]`` float32 -> ``[B, N, T, F]``.
+    """Computes features of x ``[B, N, T, H]`` float32: ``[B, N, T, F]``.
 
-    Without `position` the prepared state's holds. `for_attention` takes
-    `Component.query_features`.
+    Args:
+      prepared: from `prepare`.
+      x: scaled.
+      side: "query" or "key".
+      position: of x's first token; None: the position in `prepared`.
+      for_attention: whether queries may lack a factor of each token, see
+        `Component.query_features`.
     """
 
-    def one_head(prepared, x):
+    def one_head(prepared: Prepared, x: Array) -> LogFeatures:
       rows, state = prepared
       if position is not None:
         state = state._replace(position=position)
@@ -291,12 +289,12 @@ class FeatureMap(DrawnMap):
   def apply(
     self,
     variables: FeatureVariables,
-    x: Array,
+    x: Float[Array, "*batch T N H"],
     *,
     side: Side,
     stats: PyTree = None,
-  ) -> Array:
-    """The features themselves, unstabilised: for tests and analysis.
+  ) -> Float[Array, "*batch T N F"]:
+    """Computes the features themselves, which may overflow: for analysis.
 
     ``E[apply(x, side="query") . apply(y, side="key")] = kernel(x, y)``.
     Arguments and errors as in `log_features`.
@@ -320,12 +318,12 @@ class FeatureMap(DrawnMap):
   def kernel(
     self,
     variables: FeatureVariables,
-    x: Array,
-    y: Array,
+    x: Float[Array, "... H"],
+    y: Float[Array, "... H"],
     *,
     stats: PyTree = None,
-  ) -> Array:
-    """The exact kernel that the map estimates.
+  ) -> Float[Array, "..."]:
+    """Computes the exact kernel that the map estimates.
 
     Args:
       variables: from `init`; the kernel of a component without learnable
@@ -345,19 +343,26 @@ class FeatureMap(DrawnMap):
         f"weight matrix {self.weight_matrix.info.name!r} is learnt, so "
         f"{self.info.name!r} has no fixed kernel to compare with."
       )
-    params, random = (
-      jax.tree.map(lambda leaf: leaf[0], tree.get("component", {}))
-      for tree in variables
-    )
-    state = ComponentState(params, random, (stats or {}).get("component", ()))
+    first_head = jax.tree.map(lambda leaf: leaf[0], variables)
+    state = component_state(first_head, stats)
     return self.component.kernel_value(x, y, state)
 
   def check_inputs(self, variables: FeatureVariables, x: Array) -> None:
-    """ValueError unless x fits the variables, and its length the component."""
-    check_x(self.component, variables, x)
+    """Raises ValueError unless x ``[..., T, N, H]`` fits the variables."""
+    if x.ndim < 3:
+      raise ValueError(
+        "x must be [..., length, heads, head_dim], got "
+        f"x.shape={x.shape}; reshape to add the missing axes."
+      )
+    for leaf in jax.tree.leaves(variables):
+      if leaf.shape[0] not in (1, x.shape[-2]):
+        raise ValueError(
+          f"variables hold {leaf.shape[0]} heads but x.shape={x.shape} has "
+          f"{x.shape[-2]}: init with num_heads={x.shape[-2]}, or 1 to share."
+        )
     if not self.num_rows:
       return
-    # Shapes alone: nothing is read from a device.
+    # Only shapes, so that nothing is read from a device.
     one_head = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), variables
     )
@@ -368,4 +373,26 @@ class FeatureMap(DrawnMap):
         f"variables are not those of {self.info.name!r}: make them by "
         "feature_map.init."
       ) from None
-    check_head_dim(rows.w.shape[-1], x)
+    head_dim = rows.w.shape[-1]
+    if head_dim != x.shape[-1]:
+      raise ValueError(
+        f"variables were made for head_dim={head_dim} but x.shape={x.shape} "
+        f"has {x.shape[-1]}."
+      )
+
+  def _check_has_stats(self, stats: PyTree) -> None:
+    """Raises ValueError if stats that this map needs are missing."""
+    component, matrix = self.component, self.weight_matrix
+    if component.needs_stats and not stats:
+      raise ValueError(
+        f"component {component.info.name!r} with statistics="
+        f"{getattr(component, 'statistics', None)!r} needs stats: pass "
+        "stats=fm.calibrate(variables, query, key), or build it with "
+        "statistics='constant' or 'learned'."
+      )
+    if matrix.needs_stats and "rows" not in (stats or {}):
+      raise ValueError(
+        f"weight matrix {matrix.info.name!r} needs the context of "
+        "a sequence: pass stats=fm.calibrate(variables, query, key), or build "
+        "it with context='learned'."
+      )

@@ -3,15 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.components import Component, ComponentState
 from spectraformer_jax.typing import (
   Array,
+  ComponentState,
   FeatureVariables,
   LogFeatures,
   Projection,
@@ -19,7 +18,6 @@ from spectraformer_jax.typing import (
   Side,
   WeightSample,
 )
-from spectraformer_jax.weight_matrices import WeightMatrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +27,8 @@ class FeatureMapInfo:
   Attributes:
     name: "component-matrix".
     positive: features are never negative (component and row weights).
-    unbiased: the estimate's mean is exactly the kernel (exact or weighted
-      marginals); otherwise see the matrix's docstring for the bias.
+    unbiased: the mean of the estimate is exactly the kernel (exact or weighted
+      marginals); otherwise the matrix's docstring gives the bias.
     learnable: the weight matrix has trainable parameters, so there is no fixed
       kernel to compare with.
     needs_stats: features need data-dependent `stats`.
@@ -50,8 +48,8 @@ class Prepared(NamedTuple):
   state: ComponentState
 
 
-def as_variables(variables) -> FeatureVariables:
-  """The variables as `FeatureMap.init` makes them.
+def as_variables(variables: Any) -> FeatureVariables:
+  """Converts variables to the form that `FeatureMap.init` returns.
 
   Args:
     variables: `FeatureVariables`, a pair, or a mapping with "params" and
@@ -62,10 +60,9 @@ def as_variables(variables) -> FeatureVariables:
   """
   if isinstance(variables, FeatureVariables):
     return variables
-  names = set(FeatureVariables._fields)
-  if isinstance(variables, Mapping) and variables.keys() <= names:
-    parts = [variables.get(name) for name in FeatureVariables._fields]
-    return FeatureVariables(*(part or {} for part in parts))
+  names = FeatureVariables._fields
+  if isinstance(variables, Mapping) and variables.keys() <= set(names):
+    return FeatureVariables(*(variables.get(name) or {} for name in names))
   if isinstance(variables, tuple | list) and len(variables) == 2:
     return FeatureVariables(*(part or {} for part in variables))
   raise ValueError(
@@ -74,10 +71,21 @@ def as_variables(variables) -> FeatureVariables:
   )
 
 
+def component_state(
+  variables: FeatureVariables, stats: PyTree
+) -> ComponentState:
+  """Returns the component's part of the variables and stats of one head."""
+  return ComponentState(
+    variables.params.get("component", {}),
+    jax.lax.stop_gradient(variables.projection.get("component", {})),
+    (stats or {}).get("component", ()),
+  )
+
+
 def weigh_rows(
   out: LogFeatures, rows: WeightSample, side: Side, num_features: int | None
 ) -> LogFeatures:
-  """Adds 1/sqrt(M) and row weights; signs go to the query side alone."""
+  """Multiplies by 1/sqrt(M) and row weights; the query side takes the signs."""
   if num_features is None:
     return out
   log_magnitude = out.log_magnitude - 0.5 * math.log(num_features)
@@ -90,14 +98,13 @@ def weigh_rows(
     log_magnitude += 0.5 * jnp.tile(rows.log_weight, copies)[None, :]
   if rows.sign is not None and side == "query":
     sign = jnp.tile(rows.sign, copies)[None, :]
-    factor = jnp.broadcast_to(sign, (*log_magnitude.shape[:-1], size)) * (
-      1.0 if factor is None else factor
-    )
+    sign = jnp.broadcast_to(sign, (*log_magnitude.shape[:-1], size))
+    factor = sign if factor is None else sign * factor
   return LogFeatures(log_magnitude, factor)
 
 
-def cast_floats(tree: PyTree, dtype) -> PyTree:
-  """Floats as `dtype`; other leaves as they are."""
+def cast_floats(tree: PyTree, dtype: Any) -> PyTree:
+  """Casts floats to `dtype` and leaves other leaves as they are."""
   return jax.tree.map(
     lambda leaf: (
       leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -106,50 +113,42 @@ def cast_floats(tree: PyTree, dtype) -> PyTree:
   )
 
 
-def store(projection: Projection, dtype) -> Projection:
-  """Drawn leaves as they are kept: floats, so that all have a gradient.
+def store(projection: Projection, dtype: Any) -> Projection:
+  """Casts drawn leaves to the floats that variables hold, which have gradients.
 
-  Integers are float32, which is exact below 2**24, and so are log-weights: to
-  round one is to change the weight of its row in every estimate.
+  Integers become float32, which is exact below 2**24. So do log-weights,
+  because rounding one would change the weight of its row in every estimate.
   """
 
-  def kept(path, leaf):
-    exact = not jnp.issubdtype(leaf.dtype, jnp.floating)
-    exact |= jax.tree_util.keystr(path[-1:], simple=True) == "log_weight"
-    return leaf.astype(jnp.float32 if exact else dtype)
+  def cast(path: tuple, leaf: Array) -> Array:
+    is_exact = not jnp.issubdtype(leaf.dtype, jnp.floating)
+    is_exact |= jax.tree_util.keystr(path[-1:], simple=True) == "log_weight"
+    return leaf.astype(jnp.float32 if is_exact else dtype)
 
-  return jax.tree_util.tree_map_with_path(kept, projection)
-
-
-def cast_like(projection: Projection, variables: FeatureVariables):
-  """The projection in the dtypes of that of the variables."""
-  return jax.tree.map(
-    lambda new, old: new.astype(old.dtype), projection, variables.projection
-  )
+  return jax.tree_util.tree_map_with_path(cast, projection)
 
 
-def drop_empty(**parts) -> dict[str, PyTree]:
-  """The parts that have leaves."""
+def drop_empty(**parts: PyTree) -> dict[str, PyTree]:
+  """Returns the parts that have leaves."""
   return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
 def mean_over_examples(tree: PyTree, counts: Array) -> PyTree:
-  """Means over axis 0, kept, of the rows where `counts` ``[B]`` is True."""
-  weights = counts.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1).astype(
-    jnp.float32
-  )
+  """Returns means over axis 0 (kept) of the examples where `counts` ``[B]``."""
+  num_examples = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
+  weights = counts.astype(jnp.float32) / num_examples
 
-  def mean(leaf):
+  def mean(leaf: Array) -> Array:
     shape = (-1,) + (1,) * (leaf.ndim - 1)
     weight = jnp.reshape(weights, shape).astype(leaf.dtype)
-    kept = jnp.where(jnp.reshape(counts, shape), leaf, 0.0)
-    return jnp.sum(weight * kept, axis=0, keepdims=True)
+    leaf = jnp.where(jnp.reshape(counts, shape), leaf, 0.0)
+    return jnp.sum(weight * leaf, axis=0, keepdims=True)
 
   return jax.tree.map(mean, tree)
 
 
-def check_stats(stats, x):
-  """ValueError unless leaves of stats lead with [B, N] of x, or ones."""
+def check_stats(stats: PyTree, x: Array) -> None:
+  """Raises ValueError unless leaves lead with x's [B, N], where 1 is shared."""
   batch, heads = x.shape[0], x.shape[2]
   for leaf in jax.tree.leaves(stats):
     if leaf.ndim < 2 or not (
@@ -159,67 +158,3 @@ def check_stats(stats, x):
         f"stats must lead with [batch, heads] = [{batch}, {heads}] (or ones), "
         f"got a leaf of shape {leaf.shape}."
       )
-
-
-def check_sizes(feature_map, head_dim: int, num_heads: int) -> None:
-  """ValueError for sizes that this pair cannot make."""
-  check_positive_int("head_dim", head_dim)
-  check_positive_int("num_heads", num_heads)
-  component = feature_map.component
-  component.check(feature_map.num_features, head_dim)
-  num_rows = feature_map.num_rows // component.row_draws
-  feature_map.weight_matrix.check(num_rows, head_dim)
-
-
-def check_x(
-  component: Component, variables: FeatureVariables, x: Array
-) -> None:
-  """ValueError unless x has the axes, the length and the heads it needs."""
-  if x.ndim < 3:
-    raise ValueError(
-      "x must be [..., length, heads, head_dim], got "
-      f"x.shape={x.shape}; reshape to add the missing axes."
-    )
-  component.check_length(x.shape[-3])
-  for leaf in jax.tree.leaves(variables):
-    if leaf.shape[0] not in (1, x.shape[-2]):
-      raise ValueError(
-        f"variables hold {leaf.shape[0]} heads but x.shape={x.shape} has "
-        f"{x.shape[-2]}: init with num_heads={x.shape[-2]}, or 1 to share."
-      )
-
-
-def check_head_dim(head_dim: int, x: Array) -> None:
-  """ValueError unless x has the head_dim of the rows."""
-  if head_dim != x.shape[-1]:
-    raise ValueError(
-      f"variables were made for head_dim={head_dim} but x.shape={x.shape} "
-      f"has {x.shape[-1]}."
-    )
-
-
-def check_has_stats(feature_map, stats: PyTree) -> None:
-  """ValueError unless the stats that a feature map needs are there."""
-  component, matrix = feature_map.component, feature_map.weight_matrix
-  if component.needs_stats and not stats:
-    raise ValueError(
-      f"component {component.info.name!r} with statistics="
-      f"{component.statistics!r} needs stats: pass stats=fm.calibrate("
-      "variables, query, key), or build it with statistics='constant' or "
-      "'learned'."
-    )
-  if matrix.needs_stats and "rows" not in (stats or {}):
-    raise ValueError(
-      f"weight matrix {matrix.info.name!r} needs the context of "
-      "a sequence: pass stats=fm.calibrate(variables, query, key), or build "
-      "it with context='learned'."
-    )
-
-
-def check_redrawable(weight_matrix: WeightMatrix) -> None:
-  """ValueError unless the matrix can be redrawn."""
-  if not weight_matrix.info.redrawable:
-    raise ValueError(
-      f"weight matrix {weight_matrix.info.name!r} cannot be redrawn: its rows "
-      "are fixed once it is initialised."
-    )

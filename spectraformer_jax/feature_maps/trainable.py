@@ -1,31 +1,33 @@
-"""Which leaves an optimiser may move."""
+"""The mask of leaves that an optimiser may update."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.typing import PyTree
 
-# Collections of `sf.nn` whose leaves are drawn or counted, not learnt.
+# Collections of `sf.nn` whose leaves are not learnt.
 NOT_LEARNT = ("random_features", "feature_stats", "cache")
 
-# What a projection is made of; see `FeatureMap.init_projection`.
+# Keys of a projection; see `FeatureMap.init_projection`.
 PARTS = ("component", "rows")
 
 
 def trainable(variables: PyTree) -> PyTree:
-  """True at the leaves an optimiser may move, False at those of projections.
+  """Returns True for leaves an optimiser may update, False for projections.
 
-  A projection takes no gradient, but weight decay shrinks it all the same: it
-  is then not what was drawn, and nothing says so. Give optimisers this mask.
+  A projection takes no gradient, but weight decay would still shrink it, and no
+  error would say so. Give optimisers this mask.
 
   Args:
     variables: `FeatureVariables`, also as the dictionary that a checkpoint
-      gives back, the variables of a model, or any tree with those in it.
+      restores, the variables of a model, or any tree that contains them.
 
   Returns:
-    A tree of the same structure: False at projections, in the collections
-    "random_features", "feature_stats" and "cache", and at all that is not an
-    array of floats; True at the others.
+    A tree of the same structure: False for projections, for the collections
+    "random_features", "feature_stats" and "cache", and for leaves that are not
+    arrays of floats; True for all others.
 
   Example:
     >>> import optax, spectraformer_jax as sf
@@ -39,8 +41,8 @@ def trainable(variables: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(_is_learnt, variables)
 
 
-def _is_learnt(path, leaf) -> bool:
-  """Whether a leaf is an array of floats that is not of a projection."""
+def _is_learnt(path: tuple[Any, ...], leaf: Any) -> bool:
+  """Returns whether a leaf is a float array outside of projections."""
   names = [_name(part) for part in path]
   names = [name for name in names if name != "value"]  # of nnx.Variable
   following = zip(names, names[1:], strict=False)
@@ -51,8 +53,8 @@ def _is_learnt(path, leaf) -> bool:
   return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _name(part) -> str:
-  """The name of one step of a path: a key, an attribute or an index."""
+def _name(part: Any) -> str:
+  """Returns the name of one step of a path: a key, attribute or index."""
   for attribute in ("key", "name", "idx"):
     if hasattr(part, attribute):
       return str(getattr(part, attribute))

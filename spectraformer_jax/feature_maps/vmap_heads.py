@@ -1,8 +1,8 @@
 """One head of one example, mapped over heads and examples.
 
-Trees that have an opinion per example and head lead with ``[B, N]``, where
-either may be 1: shared by all. Shared leaves are passed on unmapped, so what
-depends on them alone is computed once.
+Leaves that differ per example and head lead with ``[B, N]``. Either may be 1,
+for a leaf that all share; shared leaves are not mapped, so what depends on them
+alone is computed once.
 """
 
 from collections.abc import Callable
@@ -11,18 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import meshes
-from spectraformer_jax.typing import Array, PyTree
+from spectraformer_jax.typing import Array, Mask, PyTree
 
 
-def over_examples_and_heads(function: Callable[..., PyTree]) -> Callable:
+def over_examples_and_heads(
+  function: Callable[..., PyTree],
+) -> Callable[..., PyTree]:
   """Maps `function` over the two leading axes of its arguments.
 
   Args:
-    function: of trees without leading axes.
+    function: takes trees without leading axes.
 
   Returns:
-    The function of trees whose leaves lead with ``[B, N]`` or ones; its result
-    leads with the largest of them.
+    A function of trees whose leaves lead with ``[B, N]``, where either may be
+    1; the leaves of its result lead with the largest of these sizes.
 
   Example:
     >>> add = over_examples_and_heads(lambda x, y: x + y)
@@ -32,34 +34,33 @@ def over_examples_and_heads(function: Callable[..., PyTree]) -> Callable:
   return meshes.on_rows(_over_one_axis(_over_one_axis(function)))
 
 
-def _over_one_axis(function):
+def _over_one_axis(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
   """Maps over axis 0 of the leaves; those of size 1 are shared."""
 
-  def mapped(*trees):
+  def mapped(*trees: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(trees)
-    shared = [leaf.shape[0] == 1 for leaf in leaves]
-    squeezed = [
-      leaf[0] if alone else leaf
-      for leaf, alone in zip(leaves, shared, strict=True)
+    axes = [None if leaf.shape[0] == 1 else 0 for leaf in leaves]
+    leaves = [
+      leaf if axis == 0 else leaf[0]
+      for leaf, axis in zip(leaves, axes, strict=True)
     ]
     of_leaves = lambda leaves: function(*structure.unflatten(leaves))
-    if all(shared):
-      return jax.tree.map(lambda leaf: leaf[None], of_leaves(squeezed))
-    axes = [None if alone else 0 for alone in shared]
-    return jax.vmap(of_leaves, in_axes=(axes,))(squeezed)
+    if not any(axis == 0 for axis in axes):
+      return jax.tree.map(lambda leaf: leaf[None], of_leaves(leaves))
+    return jax.vmap(of_leaves, in_axes=(axes,))(leaves)
 
   return mapped
 
 
 def lead_with_batch(tree: PyTree) -> PyTree:
-  """Leaves ``[N, ...] -> [1, N, ...]``: the same for every example."""
+  """Adds a shared batch axis to leaves: ``[N, ...] -> [1, N, ...]``."""
   return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
 
 
 def queries_by_key_head(
-  query: Array, query_mask: Array | None, num_heads: int
-) -> tuple[Array, Array | None]:
-  """Grouped queries as more positions of the head of their keys.
+  query: Array, query_mask: Mask, num_heads: int
+) -> tuple[Array, Mask]:
+  """Turns grouped queries into more positions of their key head.
 
   Args:
     query: ``[B, T, N G, H]``: G queries share a key head.

@@ -1,4 +1,4 @@
-"""The checks of components, weight matrices and feature maps."""
+"""Checks of components, weight matrices and feature maps."""
 
 import dataclasses
 import pickle
@@ -12,13 +12,14 @@ from spectraformer_jax.components import (
   COMPONENTS,
   Component,
   ComponentInfo,
-  ComponentState,
   TrigRF,
 )
 from spectraformer_jax.feature_maps.compose import compose, mismatch
-from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.feature_maps.feature_map import SIDES, FeatureMap
+from spectraformer_jax.feature_maps.prepared import component_state
 from spectraformer_jax.testing import contract
 from spectraformer_jax.testing.contract import require
+from spectraformer_jax.typing import Array, FeatureVariables
 from spectraformer_jax.weight_matrices import (
   IID,
   ORF,
@@ -47,7 +48,7 @@ GROUPS = (
 )
 MARGINALS = ("exact", "approximate", "weighted")
 
-# (num_features, head_dim): fewer rows than columns, as many, no multiple.
+# (num_features, head_dim): less, equal, and larger but not a multiple.
 SIZES = ((3, 8), (8, 8), (11, 4))
 
 # Pairs x, y at head_dim = 4: generic, opposite, and with signed coordinates.
@@ -64,16 +65,17 @@ PAIRS = np.array(
 def check_component(component: Component, *, num_draws: int = 1000) -> None:
   """Checks that a component keeps the contract of `components.Component`.
 
-  Facts and docstring are complete, options make it hashable and picklable, the
-  map passes `check_feature_map`, row m makes features m, M + m, ... alone, and
-  the estimate is unbiased with independent and with orthogonal rows.
+  Facts and docstring are complete, the object is hashable and picklable by its
+  options, the map passes `check_feature_map`, row m determines features m,
+  M + m, ... only, and the estimate is unbiased with independent and with
+  orthogonal rows.
 
   Args:
     component: what `sf.compose` takes.
-    num_draws: independent draws for the test of the mean.
+    num_draws: number of independent draws for the test of the mean.
 
   Raises:
-    AssertionError: what is missing.
+    AssertionError: a check fails; the message says which.
 
   Example:
     >>> from spectraformer_jax import components
@@ -83,7 +85,7 @@ def check_component(component: Component, *, num_draws: int = 1000) -> None:
     isinstance(component, Component),
     f"{component!r} must subclass spectraformer_jax.components.Component.",
   )
-  name = _check_info(component, ComponentInfo, optional=("variance",))
+  name = _check_info(component, ComponentInfo)
   require(
     component.info.family in FAMILIES,
     f"{name}: info.family must be one of {FAMILIES}, got "
@@ -106,17 +108,17 @@ def check_component(component: Component, *, num_draws: int = 1000) -> None:
 def check_weight_matrix(matrix: WeightMatrix, *, num_draws: int = 1000) -> None:
   """Checks that a weight matrix keeps the contract of `WeightMatrix`.
 
-  Facts and docstring are complete, options make it hashable and picklable, rows
-  have the right shapes for every law it claims, maps built on it pass
-  `check_feature_map`, a learner's parameters all move in training, and one that
-  claims exact or weighted marginals is unbiased.
+  Facts and docstring are complete, the object is hashable and picklable by its
+  options, its row laws exist, a map with it passes `check_feature_map`, all
+  parameters of a learner have gradients, and the estimate is unbiased if the
+  matrix claims exact or weighted marginals.
 
   Args:
     matrix: what `sf.compose` takes.
-    num_draws: independent draws for the test of the mean.
+    num_draws: number of independent draws for the test of the mean.
 
   Raises:
-    AssertionError: what is missing.
+    AssertionError: a check fails; the message says which.
 
   Example:
     >>> from spectraformer_jax import weight_matrices
@@ -126,7 +128,7 @@ def check_weight_matrix(matrix: WeightMatrix, *, num_draws: int = 1000) -> None:
     isinstance(matrix, WeightMatrix),
     f"{matrix!r} must subclass spectraformer_jax.weight_matrices.WeightMatrix.",
   )
-  name = _check_info(matrix, WeightMatrixInfo, optional=("variance",))
+  name = _check_info(matrix, WeightMatrixInfo)
   for field, known in (("group", GROUPS), ("marginals", MARGINALS)):
     value = getattr(matrix.info, field)
     require(
@@ -153,13 +155,13 @@ def check_feature_map(feature_map: FeatureMap, *, head_dim: int = 4) -> None:
   """Checks one pair: shapes, keys, heads, gradients, redraw, caching.
 
   Args:
-    feature_map: from `sf.compose` or `sf.feature_map`. Its component and its
-      matrix are also built at other sizes, which may be refused by a ValueError
-      that names the argument.
+    feature_map: from `sf.compose` or `sf.feature_map`. The pair is also built
+      at other sizes, which it may refuse by a ValueError that names the
+      argument.
     head_dim: H of the numerical checks.
 
   Raises:
-    AssertionError: what is missing.
+    AssertionError: a check fails; the message says which.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -186,9 +188,12 @@ def check_feature_map(feature_map: FeatureMap, *, head_dim: int = 4) -> None:
   variables = contract.check_keys(feature_map, head_dim)
   x = jax.random.normal(jax.random.key(1), (3, 2, head_dim))
   stats = contract.self_stats(feature_map, variables, x)
-  contract.check_features(feature_map, variables, x, stats)
-  contract.check_gradients(feature_map, variables, x, stats)
-  contract.check_query_features(feature_map, variables, x, stats)
+  for check in (
+    contract.check_features,
+    contract.check_gradients,
+    contract.check_query_features,
+  ):
+    check(feature_map, variables, x, stats)
   contract.check_redraw(feature_map, variables)
 
 
@@ -199,11 +204,11 @@ def check_unbiased(
 
   Args:
     feature_map: from `sf.compose` or `sf.feature_map`.
-    num_draws: R, independent draws.
-    max_score: standard errors that the mean may be off.
+    num_draws: number of independent draws.
+    max_score: largest error of the mean, in standard errors.
 
   Raises:
-    AssertionError: the mean is further off, at one of three pairs.
+    AssertionError: the error is larger, at one of three pairs of vectors.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -221,10 +226,11 @@ def check_unbiased(
 def standard_scores(
   feature_map: FeatureMap, *, num_draws: int = 1000
 ) -> np.ndarray:
-  """Error of the mean estimate in standard errors, at three pairs: ``[3]``.
+  """Returns the error of the mean estimate in standard errors, ``[3]``.
 
-  Rounding is granted 1e-5 of the kernel, so that a map without variance can
-  pass. Arguments as in `check_unbiased`.
+  One score for each of three pairs of vectors. A rounding error of 1e-5 of the
+  kernel is allowed, so that a map without variance can pass. Arguments as in
+  `check_unbiased`.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -232,24 +238,24 @@ def standard_scores(
     >>> standard_scores(fm, num_draws=100).shape
     (3,)
   """
-  # One position each, so that maps that look at positions see equal ones.
-  x, y = (jnp.asarray(PAIRS[:, side, None, None, :]) for side in range(2))
+  points = jnp.asarray(PAIRS[:, 0]), jnp.asarray(PAIRS[:, 1])
+  # Sequences of length 1, so that positional maps see equal positions.
+  x, y = (z[:, None, None, :] for z in points)
 
-  # Drawing apart from mapping: many maps share one compiled drawing.
+  # Drawing is compiled separately, because many maps share it.
   draw = lambda rng: feature_map.init(rng, head_dim=PAIRS.shape[-1])
   rngs = jax.random.split(jax.random.key(0), num_draws)
   draws = jax.jit(lambda rngs: jax.lax.map(draw, rngs))(rngs)
   first = jax.tree.map(lambda leaf: leaf[0], draws)
   stats = feature_map.calibrate(first, x, y)
-  kernel = feature_map.component.kernel_value(
-    *(jnp.asarray(PAIRS[:, side]) for side in range(2)),
-    _component_state(feature_map, first),
-  )
+  first_head = jax.tree.map(lambda leaf: leaf[0], first)
+  state = component_state(first_head, None)
+  kernel = feature_map.component.kernel_value(*points, state)
 
-  def estimate(variables):
+  def estimate(variables: FeatureVariables) -> Array:
     phi, psi = (
-      feature_map.apply(variables, points, side=side, stats=stats)
-      for points, side in ((x, "query"), (y, "key"))
+      feature_map.apply(variables, z, side=side, stats=stats)
+      for z, side in zip((x, y), SIDES, strict=True)
     )
     return jnp.sum(phi * psi, axis=-1)[:, 0, 0]
 
@@ -267,16 +273,16 @@ def smallest_num_features(
   head_dim: int,
   at_least: int = 6,
 ) -> int | None:
-  """The least num_features that a pair accepts; None for a pair without rows.
+  """Returns the smallest num_features that a pair accepts; None without rows.
 
   Args:
     component: f.
     matrix: W.
     head_dim: H.
-    at_least: where to start.
+    at_least: the first number to try.
 
   Raises:
-    AssertionError: none up to 256 is accepted.
+    AssertionError: the pair accepts no number up to 256.
 
   Example:
     >>> from spectraformer_jax import components, weight_matrices
@@ -302,53 +308,43 @@ def smallest_num_features(
 
 
 def _default_matrices() -> tuple[WeightMatrix, ...]:
-  """Matrices that components are checked with."""
+  """Returns the matrices that components are checked with."""
   return IID(), ORF(), WEIGHT_MATRICES.build("none")
 
 
 def _default_components(trig_only: bool) -> list[Component]:
-  """Components that matrices are checked with, best first.
+  """Returns the components that matrices are checked with, best first.
 
-  A positive map sees odd moments of W, which a trigonometric one does not.
+  A positive map depends on odd moments of W, a trigonometric one does not.
   """
   first = TrigRF("gaussian") if trig_only else COMPONENTS.build("posrf")
   return [first, *(COMPONENTS.build(name) for name in COMPONENTS.names())]
 
 
 def _smallest(component: Component, matrix: WeightMatrix) -> FeatureMap:
-  """The pair at head_dim 4, with as few features as it accepts."""
+  """Builds the pair for head_dim 4, with as few features as it accepts."""
   num_features = smallest_num_features(component, matrix, head_dim=4)
   return compose(component, matrix, num_features=num_features)
 
 
-def _component_state(feature_map, variables) -> ComponentState:
-  """What the component knows of the first head, without stats."""
-  params, random = (
-    jax.tree.map(lambda leaf: leaf[0], tree.get("component", {}))
-    for tree in variables
-  )
-  return ComponentState(params, random, ())
-
-
-def _check_info(entry, info_type, optional) -> str:
-  """Returns the name; AssertionError if a fact is missing."""
-  info = getattr(entry, "info", None)
+def _check_info(entry: Any, info_type: type) -> str:
+  """Returns an entry's name; raises AssertionError if a fact is missing."""
+  info: Any = getattr(entry, "info", None)
   kind = type(entry).__name__
   require(
     isinstance(info, info_type),
     f"{kind}.info must be a {info_type.__name__}, got {info!r}.",
   )
   for field in dataclasses.fields(info):
-    value = getattr(info, field.name)
     require(
-      field.name in optional or not isinstance(value, str | tuple) or value,
+      field.name == "variance" or getattr(info, field.name) not in ("", ()),
       f"{kind}: info.{field.name} is empty; the docs' table shows it.",
     )
   return info.name
 
 
 def _check_object(entry: Any, name: str) -> None:
-  """Frozen, hashable, equal to its copies, and documented."""
+  """Checks that an entry is frozen, hashable, copyable and documented."""
   params = getattr(type(entry), "__dataclass_params__", None)
   require(
     params is not None and params.frozen and params.eq,

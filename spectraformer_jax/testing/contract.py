@@ -1,109 +1,130 @@
-"""What `checks` checks of a pair, one function each.
+"""The checks that make up `check_feature_map` and `check_component`.
 
-All raise an AssertionError that begins with the pair's name.
+Each raises an AssertionError that begins with the name of the pair.
 """
 
+import functools
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.components import ComponentState
-from spectraformer_jax.typing import FeatureVariables, WeightSample
+from spectraformer_jax.components import Component
+from spectraformer_jax.feature_maps.feature_map import SIDES, FeatureMap
+from spectraformer_jax.typing import (
+  Array,
+  ComponentState,
+  FeatureVariables,
+  LogFeatures,
+  PyTree,
+  WeightSample,
+)
 
-# What a bounded factor may reach: cosines, signs and small sums of them.
+# Limit of a bounded factor: cosines, signs and small sums of them.
 FACTOR_BOUND = 8.0
 
 
 def require(condition: bool, message: str) -> None:
-  """AssertionError with `message` unless `condition`."""
+  """Raises an AssertionError with `message` unless `condition` holds."""
   if not condition:
     raise AssertionError(message)
 
 
-def self_stats(feature_map, variables, x):
-  """Stats for queries and keys x ``[T, N, H]``."""
+def self_stats(
+  feature_map: FeatureMap, variables: FeatureVariables, x: Array
+) -> PyTree:
+  """Returns the stats of queries and keys x ``[T, N, H]``."""
   return jax.jit(feature_map.calibrate)(variables, x[None], x[None])
 
 
-def check_shapes(feature_map, head_dim, must_fit) -> None:
-  """Shapes and dtypes, without computing anything."""
-  name, rng = feature_map.info.name, jax.random.key(0)
-  sizes = f"num_features={feature_map.num_features}, head_dim={head_dim}"
+def features_of_sides(
+  feature_map: FeatureMap, variables: FeatureVariables, x: Array, stats: PyTree
+) -> list[tuple[Array, LogFeatures]]:
+  """Returns features and log-features of x, as queries and as keys."""
+  return [
+    (
+      feature_map.apply(variables, x, side=side, stats=stats),
+      feature_map.log_features(variables, x, side=side, stats=stats),
+    )
+    for side in SIDES
+  ]
+
+
+def multiply(out: LogFeatures, log_scale: Array | float = 0.0) -> Array:
+  """Returns ``factor * exp(log_magnitude - log_scale)``."""
+  magnitude = jnp.exp(out.log_magnitude - log_scale)
+  return magnitude if out.factor is None else out.factor * magnitude
+
+
+def check_shapes(
+  feature_map: FeatureMap, head_dim: int, must_fit: bool
+) -> None:
+  """Checks shapes and dtypes, without computing anything."""
+  name, num_features = feature_map.info.name, feature_map.num_features
+  hint = f"{name}, num_features={num_features}, head_dim={head_dim}"
   heads, length = 2, 3
   for dtype in (jnp.float32, jnp.bfloat16):
-    x = jnp.ones((1, length, heads, head_dim), dtype)
+    init = functools.partial(
+      feature_map.init, head_dim=head_dim, num_heads=heads, dtype=dtype
+    )
     try:
-      variables = jax.eval_shape(
-        lambda rng, dtype=dtype: feature_map.init(
-          rng, head_dim=head_dim, num_heads=heads, dtype=dtype
-        ),
-        rng,
-      )
+      variables = jax.eval_shape(init, jax.random.key(0))
     except ValueError as error:
-      require(not must_fit, f"{name} refuses {sizes}: {error}")
+      require(not must_fit, f"{hint}, are refused: {error}")
       require(
         "num_features" in str(error) or "head_dim" in str(error),
-        f"{name} refuses {sizes} without naming the argument: {error}",
+        f"{hint}, are refused without naming the argument: {error}",
       )
       return
     shapes = [leaf.shape for leaf in jax.tree.leaves(variables)]
     require(
       all(shape[:1] == (heads,) for shape in shapes),
-      f"{name}, {sizes}: leaves must lead with the heads, [{heads}, ...], got "
-      f"shapes {shapes}.",
+      f"{hint}: leaves must lead with the heads, [{heads}, ...], got shapes "
+      f"{shapes}.",
     )
-    for part, known in zip(
+    for part, allowed in zip(
       variables, ({jnp.float32}, {jnp.float32, dtype}), strict=True
     ):
-      wrong = [
-        leaf.dtype
-        for leaf in jax.tree.leaves(part)
-        if leaf.dtype not in map(jnp.dtype, known)
-      ]
-      require(not wrong, f"{name}, {sizes}: leaves of {wrong}, want {known}.")
-    feature_dim = feature_map.component.feature_dim(
-      feature_map.num_features, head_dim
-    )
+      dtypes = {leaf.dtype for leaf in jax.tree.leaves(part)}
+      wrong = dtypes - set(map(jnp.dtype, allowed))
+      require(not wrong, f"{hint}: leaves of {wrong}, want {allowed}.")
+    feature_dim = feature_map.component.feature_dim(num_features or 0, head_dim)
     require(
       feature_map.feature_dim in (None, feature_dim),
       f"{name}: feature_dim(M, None)={feature_map.feature_dim} but "
       f"feature_dim(M, {head_dim})={feature_dim}.",
     )
 
-    def features(variables, x, side):
+    def features(
+      variables: FeatureVariables, x: Array
+    ) -> list[tuple[Array, LogFeatures]]:
       stats = feature_map.calibrate(variables, x, x)
-      return (
-        feature_map.apply(variables, x, side=side, stats=stats),
-        feature_map.log_features(variables, x, side=side, stats=stats),
-      )
+      return features_of_sides(feature_map, variables, x, stats)
 
-    for side in ("query", "key"):
-      phi, log_phi = jax.eval_shape(
-        lambda v, x, side=side: features(v, x, side), variables, x
-      )
-      hint = f"{name}, {sizes}, side={side!r}, x of {jnp.dtype(dtype)}"
-      chex.assert_shape(
-        phi, (1, length, heads, feature_dim), custom_message=hint
-      )
-      chex.assert_type(
-        jax.tree.leaves((phi, log_phi)), jnp.float32, custom_message=hint
-      )
+    x = jax.ShapeDtypeStruct((1, length, heads, head_dim), dtype)
+    of_sides = jax.eval_shape(features, variables, x)
+    for side, (phi, out) in zip(SIDES, of_sides, strict=True):
+      message = f"{hint}, side={side!r}, x of {jnp.dtype(dtype)}"
+      shape = (1, length, heads, feature_dim)
+      chex.assert_shape(phi, shape, custom_message=message)
+      leaves = jax.tree.leaves((phi, out))
+      chex.assert_type(leaves, jnp.float32, custom_message=message)
       require(
-        log_phi.log_magnitude.shape[-1] in (1, feature_dim),
-        f"{hint}: log_magnitude has shape {log_phi.log_magnitude.shape}.",
+        out.log_magnitude.shape[-1] in (1, feature_dim),
+        f"{message}: log_magnitude has shape {out.log_magnitude.shape}.",
       )
 
 
-def check_keys(feature_map, head_dim) -> FeatureVariables:
-  """One key, one draw; another key or head, another draw. Works under jit.
+def check_keys(feature_map: FeatureMap, head_dim: int) -> FeatureVariables:
+  """Checks that draws depend on the PRNG key and the head, and nothing else.
 
-  Returns the variables of key 0 with two heads.
+  Returns:
+    The variables of key 0, with two heads.
   """
   name = feature_map.info.name
   init = jax.jit(
-    lambda rng: feature_map.init(rng, head_dim=head_dim, num_heads=2)
+    functools.partial(feature_map.init, head_dim=head_dim, num_heads=2)
   )
   variables = init(jax.random.key(0))
   chex.assert_trees_all_equal(
@@ -112,15 +133,14 @@ def check_keys(feature_map, head_dim) -> FeatureVariables:
     custom_message=f"{name}: one key must give one draw",
   )
   chex.assert_tree_all_finite(variables, custom_message=name)
-  redrawable = feature_map.weight_matrix.info.redrawable
-  if redrawable and jax.tree.leaves(variables.projection):
-    other = init(jax.random.key(1))
+  projection = variables.projection
+  if feature_map.weight_matrix.info.redrawable and jax.tree.leaves(projection):
     require(
-      not _equal(other.projection, variables.projection),
+      not _equal(init(jax.random.key(1)).projection, projection),
       f"{name}: different keys must give different projections.",
     )
     first, second = (
-      jax.tree.map(lambda leaf, head=head: leaf[head], variables.projection)
+      jax.tree.map(lambda leaf, head=head: leaf[head], projection)
       for head in range(2)
     )
     require(
@@ -130,30 +150,25 @@ def check_keys(feature_map, head_dim) -> FeatureVariables:
   return variables
 
 
-def check_features(feature_map, variables, x, stats) -> None:
-  """`apply` is factor * exp(log_magnitude); bounded; heads do not mix."""
+def check_features(
+  feature_map: FeatureMap, variables: FeatureVariables, x: Array, stats: PyTree
+) -> None:
+  """Checks that `apply` and `log_features` agree and that factors are bounded.
+
+  Also checks that heads do not mix.
+  """
   name = feature_map.info.name
-
-  @jax.jit
-  def features(variables, x, stats):
-    return [
-      (
-        feature_map.apply(variables, x, side=side, stats=stats),
-        feature_map.log_features(variables, x, side=side, stats=stats),
-      )
-      for side in ("query", "key")
-    ]
-
-  first = features(variables, x, stats)
-  for phi, out in first:
+  features = jax.jit(functools.partial(features_of_sides, feature_map))
+  # Fused exponents differ in their last bits.
+  assert_close = functools.partial(
+    chex.assert_trees_all_close, rtol=1e-4, atol=1e-6
+  )
+  of_sides = features(variables, x, stats)
+  for phi, out in of_sides:
     chex.assert_tree_all_finite(phi, custom_message=f"{name}: features")
-    factor = 1.0 if out.factor is None else out.factor
-    chex.assert_trees_all_close(
-      jnp.broadcast_to(factor * jnp.exp(out.log_magnitude), phi.shape),
+    assert_close(
+      jnp.broadcast_to(multiply(out), phi.shape),
       phi,
-      # Fused exponents differ in their last bits.
-      rtol=1e-4,
-      atol=1e-6,
       custom_message=f"{name}: apply must be factor * exp(log_magnitude)",
     )
     require(
@@ -172,49 +187,37 @@ def check_features(feature_map, variables, x, stats) -> None:
         f"{name}: the factor must be bounded, is {top:.3g} at scale {scale}; "
         "sizes belong into log_magnitude.",
       )
-  _check_heads(name, features, first, variables, x, stats)
-
-
-def _check_heads(name, features, first, variables, x, stats) -> None:
-  """Heads do not mix, and one shared head equals copies of it."""
-  swap = lambda axis: lambda leaf: jnp.flip(leaf, axis)
-  swapped = features(
-    jax.tree.map(swap(0), variables),
-    swap(1)(x),
-    # Leaves of stats lead with [batch, heads].
-    jax.tree.map(swap(1), stats),
-  )
-  chex.assert_trees_all_close(
+  flip = lambda tree, axis: jax.tree.map(lambda x: jnp.flip(x, axis), tree)
+  # Leaves of variables lead with [heads], those of stats with [batch, heads].
+  swapped = features(flip(variables, 0), flip(x, 1), flip(stats, 1))
+  assert_close(
     [jnp.flip(phi, 1) for phi, _ in swapped],
-    [phi for phi, _ in first],
-    rtol=1e-4,
-    atol=1e-6,
+    [phi for phi, _ in of_sides],
     custom_message=f"{name}: a head must not depend on other heads",
   )
   shared = jax.tree.map(lambda leaf: leaf[:1], variables)
   copies = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), shared)
-  chex.assert_trees_all_close(
+  assert_close(
     [phi for phi, _ in features(shared, x, stats)],
     [phi for phi, _ in features(copies, x, stats)],
-    rtol=1e-4,
-    atol=1e-6,
     custom_message=f"{name}: num_heads=1 must equal copies of one head",
   )
 
 
-def check_gradients(feature_map, variables, x, stats) -> None:
-  """Finite gradients for x and params: at zero, at one, and far out."""
+def check_gradients(
+  feature_map: FeatureMap, variables: FeatureVariables, x: Array, stats: PyTree
+) -> None:
+  """Checks that gradients are finite at zero, at one and far out."""
 
-  def loss(params, x):
-    total = 0.0
-    for side in ("query", "key"):
+  def loss(params: PyTree, x: Array) -> Array:
+    total = jnp.float32(0.0)
+    for side in SIDES:
       out = feature_map.log_features(
         variables._replace(params=params), x, side=side, stats=stats
       )
       top = jax.lax.stop_gradient(jnp.max(out.log_magnitude))
       top = jnp.where(jnp.isfinite(top), top, 0.0)
-      factor = 1.0 if out.factor is None else out.factor
-      total += jnp.sum(factor * jnp.exp(out.log_magnitude - top))
+      total += jnp.sum(multiply(out, top))
     return total
 
   gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
@@ -225,8 +228,10 @@ def check_gradients(feature_map, variables, x, stats) -> None:
     )
 
 
-def check_query_features(feature_map, variables, x, stats) -> None:
-  """`Component.query_features` lack nothing but a factor of each token."""
+def check_query_features(
+  feature_map: FeatureMap, variables: FeatureVariables, x: Array, stats: PyTree
+) -> None:
+  """Checks that `query_features` lacks nothing but a factor of each token."""
   prepared = feature_map.prepare(variables, stats)
   heads_first = jnp.swapaxes(x, 0, 1)[None]
   whole, part = (
@@ -235,18 +240,19 @@ def check_query_features(feature_map, variables, x, stats) -> None:
     )
     for for_attention in (False, True)
   )
-  left_out = whole.log_magnitude - part.log_magnitude
+  token_factor = whole.log_magnitude - part.log_magnitude
+  expected = jnp.broadcast_to(token_factor[..., :1], token_factor.shape)
   chex.assert_trees_all_close(
-    (left_out, whole.factor),
-    (jnp.broadcast_to(left_out[..., :1], left_out.shape), part.factor),
+    (token_factor, whole.factor),
+    (expected, part.factor),
     rtol=1e-5,
     atol=1e-4,
     custom_message=f"{feature_map.info.name}: query_features",
   )
 
 
-def check_redraw(feature_map, variables) -> None:
-  """A new projection of the same shapes, the same params; or a refusal."""
+def check_redraw(feature_map: FeatureMap, variables: FeatureVariables) -> None:
+  """Checks that `redraw` keeps params and shapes, or refuses."""
   name, info = feature_map.info.name, feature_map.weight_matrix.info
   redraw = jax.jit(feature_map.redraw)
   if not info.redrawable:
@@ -272,8 +278,8 @@ def check_redraw(feature_map, variables) -> None:
     )
 
 
-def check_row_order(component, name) -> None:
-  """Feature f depends on row f mod M alone: row weights rely on it."""
+def check_row_order(component: Component, name: str) -> None:
+  """Checks that feature f depends on row f mod M only."""
   num_rows, head_dim = 3, 4
   if component.info.row_law != "gaussian":
     return
@@ -286,32 +292,29 @@ def check_row_order(component, name) -> None:
   rng = jax.random.key(0)
   rows = jax.random.normal(rng, (num_rows, head_dim))
   x = jax.random.normal(jax.random.key(1), (3, head_dim))
-  state = ComponentState(
-    component.init(rng, head_dim),
-    component.draw(rng, num_rows, head_dim),
-    component.solve(component.moments(x, x, None, None))
-    if component.needs_stats
-    else (),
-  )
+  stats = ()
+  if component.needs_stats:
+    stats = component.solve(component.moments(x, x, None, None))
+  params = component.init(rng, head_dim)
+  state = ComponentState(params, component.draw(rng, num_rows, head_dim), stats)
 
-  def features(rows):
-    out = component.log_features(x, WeightSample(rows), "query", state)
-    factor = 1.0 if out.factor is None else out.factor
-    return (factor * jnp.exp(out.log_magnitude))[0]
+  def features(rows: Array) -> Array:
+    sample = WeightSample(rows)
+    return multiply(component.log_features(x, sample, "query", state))[0]
 
-  moved = jnp.any(jax.jit(jax.jacobian(features))(rows) != 0.0, axis=-1)
-  size = moved.shape[0]
-  own = jnp.arange(size)[:, None] % num_rows == jnp.arange(num_rows)[None, :]
+  depends = jnp.any(jax.jit(jax.jacobian(features))(rows) != 0.0, axis=-1)
+  index = jnp.arange(depends.shape[0])[:, None]
+  allowed = index % num_rows == jnp.arange(num_rows)[None, :]
   require(
-    not bool((moved & ~own).any()),
+    not bool((depends & ~allowed).any()),
     f"{name}: features must have the row axis innermost (feature f from row "
     "f mod M): row weights are tiled in that order.",
   )
 
 
-def check_learner(feature_map, name) -> None:
-  """Every parameter has a gradient, at the start or after one step."""
-  init = jax.jit(lambda rng: feature_map.init(rng, head_dim=4))
+def check_learner(feature_map: FeatureMap, name: str) -> None:
+  """Checks that every parameter has a gradient, at the latest after a step."""
+  init = jax.jit(functools.partial(feature_map.init, head_dim=4))
   variables = init(jax.random.key(0))
   require(
     bool(jax.tree.leaves(variables.params)),
@@ -322,7 +325,7 @@ def check_learner(feature_map, name) -> None:
 
   @jax.jit
   @jax.grad
-  def gradient(params):
+  def gradient(params: PyTree) -> Array:
     current = variables._replace(params=params)
     phi = feature_map.apply(current, x, side="query", stats=stats)
     return jnp.sum(phi * jax.random.normal(jax.random.key(2), phi.shape))
@@ -331,19 +334,20 @@ def check_learner(feature_map, name) -> None:
   stepped = jax.tree.map(lambda p, g: p - 0.1 * g, variables.params, first)
   second = gradient(stepped)
   chex.assert_tree_all_finite((first, second), custom_message=name)
+  is_zero = jax.tree.map(
+    lambda one, two: not bool(jnp.any(one != 0.0) | jnp.any(two != 0.0)),
+    first,
+    second,
+  )
   stuck = [
     jax.tree_util.keystr(path)
-    for (path, one), two in zip(
-      jax.tree_util.tree_leaves_with_path(first),
-      jax.tree.leaves(second),
-      strict=True,
-    )
-    if not bool(jnp.any(one != 0.0) | jnp.any(two != 0.0))
+    for path, zero in jax.tree_util.tree_leaves_with_path(is_zero)
+    if zero
   ]
   require(not stuck, f"{name}: parameters without any gradient: {stuck}.")
 
 
 def _equal(tree: Any, other: Any) -> bool:
-  """Whether two trees hold the same numbers."""
+  """Returns whether two trees hold the same numbers."""
   same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), tree, other)
   return all(jax.tree.leaves(same))
