@@ -30,7 +30,25 @@ def linformer(query, key, value, **kwargs):
   )
 
 
+def with_defaults(baseline):
+  """A baseline with its default options and, if any, new parameters."""
+
+  def attend(query, key, value, **kwargs):
+    params = {}
+    if baseline.init_params:
+      params = baseline.init_params(
+        jax.random.key(1), num_heads=HEADS, max_len=40
+      )
+    return baseline.attend(query, key, value, **params, **kwargs)
+
+  return attend
+
+
+# Every baseline, with smaller options than its defaults where they are named.
 ATTENDS = {
+  name: with_defaults(baseline)
+  for name, baseline in baselines.BASELINES.items()
+} | {
   "softmax": sf.exact_attention,
   "gaussian": functools.partial(sf.exact_attention, kernel="gaussian"),
   "linformer": linformer,
