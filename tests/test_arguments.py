@@ -66,12 +66,12 @@ def test_empty_arrays_are_those_of_jax(operations, name, size, is_causal):
     assert jnp.isfinite(gradient).all()
 
 
-def test_no_heads(operations):
+def test_attention_without_heads_is_empty(operations):
   x = jnp.ones((2, 3, 0, HEAD_DIM))
   assert operations["spectral"](x, x, x).shape == x.shape
 
 
-def test_no_keys_leave_the_state(operations, x):
+def test_state_is_kept_without_keys(operations, x):
   attend = operations["spectral"]
   _, state = attend(x, x, x, return_state=True)
   none = x[:, :0]
@@ -84,7 +84,7 @@ def test_no_keys_leave_the_state(operations, x):
   np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_examples_to_decode(variables):
+def test_decode_step_of_an_empty_batch(variables):
   maps = {"feature_map": FM, "variables": variables}
   sizes = {"num_heads": HEADS, "head_dim": HEAD_DIM}
   state = sf.init_state(FM, variables, batch_size=0, **sizes)
@@ -95,7 +95,7 @@ def test_no_examples_to_decode(variables):
     sf.init_state(FM, variables, batch_size=-1, **sizes)
 
 
-def test_no_values(operations, x):
+def test_values_without_channels(operations, x):
   out, state = operations["spectral"](x, x, x[..., :0], return_state=True)
   assert out.shape == (2, 7, HEADS, 0)
   assert state.kv.shape == (2, HEADS, 16, 0)
@@ -131,7 +131,7 @@ def test_a_computed_scale_ignores_padding(operations, x):
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), np.ones(2)])
-def test_scales_that_are_none(operations, x, scale):
+def test_wrong_scales_are_refused(operations, x, scale):
   with pytest.raises(ValueError, match="scale must be"):
     operations["spectral"](x, x, x, scale=scale)
 
@@ -143,7 +143,7 @@ def test_a_traced_switch_is_refused(operations, x, name):
 
 
 @pytest.mark.parametrize("name", ["spectral", "linear", "exact"])
-def test_lists_and_numpy(operations, x, name):
+def test_lists_and_numpy_arrays_are_converted(operations, x, name):
   attend, host = operations[name], np.asarray(x)
   mask = np.arange(7)[None] < np.array([[4], [7]])
   ids = np.broadcast_to(np.arange(7) // 3, (2, 7))
@@ -161,7 +161,9 @@ def test_lists_and_numpy(operations, x, name):
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("name", ["spectral", "linear", "exact"])
-def test_arrays_that_are_not_float(operations, x, name, place, dtype):
+def test_arrays_that_are_not_float_are_refused(
+  operations, x, name, place, dtype
+):
   arrays = [x, x, x]
   arrays[place] = x.astype(dtype)
   which = ("query", "key", "value")[place]
@@ -184,7 +186,7 @@ def test_baselines_refuse_ints(x, name):
   "dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn"]
 )
 @pytest.mark.parametrize("name", ["spectral", "linear", "exact"])
-def test_floats_of_any_size(operations, x, name, dtype):
+def test_float_dtypes_of_any_size_work(operations, x, name, dtype):
   out = operations[name](*(3 * [jnp.abs(x).astype(dtype)]))
   expected = operations[name](*(3 * [jnp.abs(x)]))
   assert out.dtype == dtype
@@ -193,7 +195,7 @@ def test_floats_of_any_size(operations, x, name, dtype):
   )
 
 
-def test_masks_that_are_not_bool_or_int(operations, x):
+def test_masks_and_ids_of_wrong_dtype_are_refused(operations, x):
   with pytest.raises(ValueError, match="key_mask must be boolean"):
     operations["spectral"](x, x, x, key_mask=np.ones((2, 7), np.float32))
   for name in ("spectral", "exact"):
@@ -201,7 +203,7 @@ def test_masks_that_are_not_bool_or_int(operations, x):
       operations[name](x, x, x, segment_ids=np.ones((2, 7), np.float32))
 
 
-def test_axes_that_are_missing(operations, variables, x):
+def test_missing_axes_are_refused(operations, variables, x):
   for name in operations:
     with pytest.raises(ValueError, match="must have 4 axes"):
       operations[name](x[0], x, x)
@@ -214,7 +216,7 @@ def test_axes_that_are_missing(operations, variables, x):
     )
 
 
-def test_variables_of_other_forms(variables, x):
+def test_variables_may_be_mappings_or_pairs(variables, x):
   attend = lambda variables: sf.spectral_attention(
     x, x, x, feature_map=FM, variables=variables
   )
@@ -231,7 +233,7 @@ def test_variables_of_other_forms(variables, x):
       attend(other)
 
 
-def test_sizes_of_numpy(variables, x):
+def test_numpy_integers_are_sizes(variables, x):
   state = sf.init_state(
     FM,
     variables,
@@ -247,7 +249,7 @@ def test_sizes_of_numpy(variables, x):
   fm.init(jax.random.key(0), head_dim=np.int64(8))
 
 
-def test_statistics_of_others_are_refused(x):
+def test_stats_of_another_map_are_refused(x):
   fm = sf.feature_map("oprf", "orf", num_features=16)
   variables = fm.init(jax.random.key(1), head_dim=HEAD_DIM)
   attend = lambda stats: sf.spectral_attention(
@@ -267,7 +269,7 @@ def test_statistics_of_others_are_refused(x):
       attend(stats)
 
 
-def test_states_of_others_are_refused(variables, x):
+def test_states_of_another_map_are_refused(variables, x):
   sizes = {"batch_size": 2, "num_heads": HEADS, "head_dim": HEAD_DIM}
   signed = sf.feature_map("trigrf", "orf", num_features=8)
   other = signed.init(jax.random.key(1), head_dim=HEAD_DIM)
@@ -342,7 +344,7 @@ def test_causal_segments_of_two_lengths(variables):
   np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_queries_put_to_a_state(variables, x):
+def test_attend_state_equals_attention(variables, x):
   maps = {"feature_map": FM, "variables": variables}
   grouped = jnp.concatenate([x, 2 * x], axis=2)
   expected, state = sf.spectral_attention(
@@ -373,7 +375,7 @@ def test_grouped_queries_of_exact_attention(x):
     assert np.array_equal(attend(query, x, x), attend(query, each, each))
 
 
-def test_debug_infs(x, variables):
+def test_debug_infs_reports_nothing(x, variables):
   mask = jnp.arange(7)[None] < jnp.array([[4], [7]])
   with jax.debug_infs(True):
     sf.exact_attention(x, x, x, key_mask=mask)

@@ -21,7 +21,7 @@ def build(component, matrix="orf", num_features=32, **kwargs):
   return fm, fm.init(jax.random.key(7), head_dim=8, num_heads=2)
 
 
-def make(length=20, keys=None, scale=1.0, batch=2, dtype=jnp.float32):
+def draw_inputs(length=20, keys=None, scale=1.0, batch=2, dtype=jnp.float32):
   """Random query, key, value."""
   rngs = jax.random.split(jax.random.key(5), 3)
   keys = keys or length
@@ -65,7 +65,7 @@ def naive64(component, w, query, key, value, rho=None, visible=None):
 @pytest.mark.quick_every(4)
 def test_stabilised_equals_naive_float64(component, case):
   fm, variables = build(component, **CONSTANT.get(component, {}))
-  query, key, value = make(keys=None if case == "causal" else 13)
+  query, key, value = draw_inputs(keys=None if case == "causal" else 13)
   visible, kwargs = None, {}
   if case == "causal":
     kwargs["is_causal"] = True
@@ -89,7 +89,7 @@ def test_stabilised_equals_naive_float64(component, case):
 def test_large_norms_stay_accurate(component):
   # |x|^2 about 200: one shift for all features would underflow to NaN.
   fm, variables = build(component, num_features=256)
-  query, key, value = make(scale=8.4)
+  query, key, value = draw_inputs(scale=8.4)
   x, y = query * 8**-0.25, key * 8**-0.25
   assert 150 < float(jnp.mean(jnp.sum(x**2, -1))) < 250
   stats = rho = None
@@ -109,7 +109,7 @@ def test_large_norms_stay_accurate(component):
 @pytest.mark.quick_every(3)
 def test_gradients_equal_those_of_the_plain_formula(component):
   fm, variables = build(component)
-  query, key, value = make(scale=0.5)
+  query, key, value = draw_inputs(scale=0.5)
   x, y = query * 8**-0.25, key * 8**-0.25
   stats = fm.calibrate(variables, x, y)
 
@@ -136,7 +136,7 @@ def test_gradients_equal_those_of_the_plain_formula(component):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.quick_every(3)
 def test_more_features_approach_exact_attention(component, is_causal):
-  query, key, value = make(scale=0.5)
+  query, key, value = draw_inputs(scale=0.5)
   exact = sf.exact_attention(query, key, value, is_causal=is_causal)
   errors = []
   for num_features in (32, 8192):
@@ -158,7 +158,7 @@ def test_more_features_approach_exact_attention(component, is_causal):
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_gaussian_kernel_is_gaussian_attention(component):
-  query, key, value = make(scale=0.5)
+  query, key, value = draw_inputs(scale=0.5)
   fm, variables = build(
     component, "iid", 8192, kernel="gaussian", **CONSTANT.get(component, {})
   )
@@ -176,7 +176,7 @@ def test_gaussian_kernel_is_gaussian_attention(component):
 @pytest.mark.quick_every(3)
 def test_padding_has_no_influence(component, poison):
   fm, variables = build(component)
-  query, key, value = make()
+  query, key, value = draw_inputs()
   mask = jnp.arange(20)[None, :] < jnp.array([[13], [20]])
   hidden = ~mask[:, :, None, None]
 
@@ -212,7 +212,7 @@ def test_padding_has_no_influence(component, poison):
 
 def test_query_mask_keeps_padded_queries_out():
   fm, variables = build("oprf")
-  query, key, value = make(20, keys=7)
+  query, key, value = draw_inputs(20, keys=7)
   mask = jnp.arange(20)[None, :] < jnp.array([[13], [20]])
 
   def run(fill):
@@ -232,7 +232,7 @@ def test_query_mask_keeps_padded_queries_out():
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_batch_neighbours_have_no_influence(component):
   fm, variables = build(component)
-  query, key, value = make()
+  query, key, value = draw_inputs()
   kwargs = {"feature_map": fm, "variables": variables}
   both = sf.spectral_attention(query, key, value, **kwargs)
   alone = sf.spectral_attention(query[:1], key[:1], value[:1], **kwargs)
@@ -244,7 +244,7 @@ def test_batch_neighbours_have_no_influence(component):
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_future_has_no_influence(component):
   fm, variables = build(component, **CONSTANT.get(component, {}))
-  query, key, value = make()
+  query, key, value = draw_inputs()
   run = lambda *qkv: sf.spectral_attention(
     *qkv, feature_map=fm, variables=variables, is_causal=True, chunk_size=8
   )
@@ -258,7 +258,7 @@ def test_the_future_has_no_influence(component):
 
 def test_causal_statistics_of_the_whole_sequence_are_refused():
   fm, variables = build("oprf")
-  query, key, value = make()
+  query, key, value = draw_inputs()
   kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
   with pytest.raises(ValueError, match="'ema', 'learned' or 'constant'"):
     sf.spectral_attention(query, key, value, **kwargs)
@@ -277,10 +277,10 @@ def test_causal_statistics_of_the_whole_sequence_are_refused():
 )
 @pytest.mark.parametrize("keys", [8, 5])
 @pytest.mark.quick_every(5)
-def test_queries_do_not_know_of_each_other(component, matrix, keys):
+def test_queries_do_not_depend_on_each_other(component, matrix, keys):
   # As in a decoder's cross-attention, of the same length as its keys or not.
   fm, variables = build(component, matrix)
-  query, key, value = make(8, keys=keys)
+  query, key, value = draw_inputs(8, keys=keys)
   kwargs = {"feature_map": fm, "variables": variables}
   attend = lambda query: sf.spectral_attention(query, key, value, **kwargs)
   out = attend(query)
@@ -293,10 +293,10 @@ def test_queries_do_not_know_of_each_other(component, matrix, keys):
   )
 
 
-def test_grouped_and_masked_queries_do_not_know_of_each_other():
+def test_grouped_and_masked_queries_do_not_depend_on_each_other():
   fm, variables = build("oprf")
   shared = jax.tree.map(lambda leaf: leaf[:1], variables)
-  query, key, value = make(8)
+  query, key, value = draw_inputs(8)
   attend = lambda query, mask: sf.spectral_attention(
     query,
     key[:, :, :1],
@@ -315,7 +315,7 @@ def test_grouped_and_masked_queries_do_not_know_of_each_other():
 def test_weights_are_positive_if_the_map_says_so():
   # Statistics of keys alone do not know the least coordinate of a query.
   fm, variables = build("poisrf_plus", "iid")
-  query, key, _ = make()
+  query, key, _ = draw_inputs()
   weights = sf.implied_attention_weights(
     4.0 * query, key, feature_map=fm, variables=variables
   )
@@ -323,10 +323,10 @@ def test_weights_are_positive_if_the_map_says_so():
   assert not fm.info.positive
 
 
-def test_a_state_needs_stats_of_its_own():
+def test_states_need_explicit_stats():
   # The next call's statistics would be others.
   fm, variables = build("oprf")
-  query, key, value = make()
+  query, key, value = draw_inputs()
   kwargs = {"feature_map": fm, "variables": variables, "return_state": True}
   with pytest.raises(ValueError, match="a state with component 'oprf'"):
     sf.spectral_attention(query, key, value, **kwargs)
@@ -342,7 +342,7 @@ def test_a_state_needs_stats_of_its_own():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_nan_at_any_scale(component, scale, dtype):
   fm, variables = build(component)
-  arrays = make(scale=scale, dtype=dtype)
+  arrays = draw_inputs(scale=scale, dtype=dtype)
 
   def loss(*qkv):
     out = sf.spectral_attention(*qkv, feature_map=fm, variables=variables)
@@ -358,7 +358,7 @@ def test_shared_projection_equals_equal_heads():
   fm, _ = build("posrf")
   shared = fm.init(jax.random.key(1), head_dim=8)
   copied = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), shared)
-  arrays = make()
+  arrays = draw_inputs()
   outs = [
     sf.spectral_attention(*arrays, feature_map=fm, variables=v)
     for v in (shared, copied)
@@ -376,7 +376,7 @@ def test_feature_map_is_a_static_argument_that_never_recompiles():
       query, query, query, feature_map=feature_map, variables=variables
     )
 
-  query, *_ = make()
+  query, *_ = draw_inputs()
   for _ in range(3):
     fm, variables = build("oprf", statistics="constant")
     attend(query, variables, feature_map=fm)
@@ -385,7 +385,7 @@ def test_feature_map_is_a_static_argument_that_never_recompiles():
 
 def test_implied_weights_reproduce_the_output():
   fm, variables = build("oprf")
-  query, key, value = make()
+  query, key, value = draw_inputs()
   kwargs = {"feature_map": fm, "variables": variables}
   weights = sf.implied_attention_weights(query, key, **kwargs)
   out = sf.spectral_attention(query, key, value, **kwargs)
@@ -422,7 +422,7 @@ def test_size_errors():
   with pytest.raises(ValueError, match="head_dim must be a positive integer"):
     fm.init(jax.random.key(0), head_dim=0)
   fm, variables = build("posrf")
-  query, key, value = make()
+  query, key, value = draw_inputs()
   with pytest.raises(ValueError, match="made for head_dim=8"):
     sf.spectral_attention(
       query[..., :4],

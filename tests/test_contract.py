@@ -48,7 +48,7 @@ def share_programs():
   jax.clear_caches()
 
 
-def compose(component, matrix):
+def smallest_pair(component, matrix):
   """The pair with as few features as it accepts."""
   num_features = testing.smallest_num_features(
     component, matrix, head_dim=HEAD_DIM
@@ -58,7 +58,7 @@ def compose(component, matrix):
 
 def build(component_name, matrix_name):
   """The pair of these names, default options."""
-  return compose(
+  return smallest_pair(
     COMPONENTS.build(component_name), WEIGHT_MATRICES.build(matrix_name)
   )
 
@@ -322,7 +322,7 @@ def test_no_nan_at_any_scale(name):
 def test_no_nan_at_any_scale_with_options(name):
   matrix = WEIGHT_MATRICES.build(usual_matrix(name))
   for component in variants(COMPONENTS.build(name)):
-    check_scales(compose(component, matrix))
+    check_scales(smallest_pair(component, matrix))
 
 
 @pytest.mark.parametrize("name", ALL_COMPONENTS)

@@ -32,7 +32,7 @@ def draw():
 
 
 @functools.cache
-def built(component):
+def build(component):
   """A map of the component on the first matrix that fits, and variables."""
   matrix = dict(reversed(sf.list_feature_maps()))[component]
   component = COMPONENTS.build(component)
@@ -44,7 +44,7 @@ def built(component):
 
 def component_attention(component, x, real):
   """Attention, decoding where it is possible, and all of a map's methods."""
-  fm, variables = built(component)
+  fm, variables = build(component)
   maps = {"feature_map": fm, "variables": variables}
   stats = fm.calibrate(variables, x, x)
   found = [
@@ -67,7 +67,7 @@ def component_attention(component, x, real):
 
 
 def _posrf():
-  fm, variables = built("posrf")
+  fm, variables = build("posrf")
   return {"feature_map": fm, "variables": variables}
 
 
@@ -86,7 +86,7 @@ def _tokens():
 
 def _generate(x, real):
   del real
-  model = sf.nn.LanguageModel(feature_map=built("posrf")[0], **SIZES)
+  model = sf.nn.LanguageModel(feature_map=build("posrf")[0], **SIZES)
   tokens = _tokens()
   variables = model.init(jax.random.key(0), tokens)
   out = sf.nn.generate(model, variables, tokens, num_tokens=2)
@@ -95,7 +95,7 @@ def _generate(x, real):
 
 def _classify(x, real):
   model = sf.nn.Classifier(
-    num_classes=3, feature_map=built("posrf")[0], **SIZES
+    num_classes=3, feature_map=build("posrf")[0], **SIZES
   )
   args = _tokens(), jnp.sum(real, axis=1, dtype=jnp.int32)
   variables = model.init(jax.random.key(0), *args)
@@ -103,7 +103,7 @@ def _classify(x, real):
 
 
 def _translate(x, real):
-  model = sf.nn.Seq2Seq(feature_map=built("posrf")[0], **SIZES)
+  model = sf.nn.Seq2Seq(feature_map=build("posrf")[0], **SIZES)
   length = jnp.sum(real, axis=1, dtype=jnp.int32)
   args = _tokens(), length, _tokens()[:, :3]
   variables = model.init(jax.random.key(0), *args)
@@ -112,7 +112,7 @@ def _translate(x, real):
 
 def _encode(x, real):
   encoder = sf.nn.Encoder(
-    feature_map=built("oprf")[0], num_layers=1, head_dim=HEAD_DIM
+    feature_map=build("oprf")[0], num_layers=1, head_dim=HEAD_DIM
   )
   vectors = x.reshape(*x.shape[:2], -1)
   variables = encoder.init(jax.random.key(0), vectors, real)
@@ -281,5 +281,5 @@ SWITCHES = {
 def test_everywhere(switch, name):
   for component in sf.list_components():
     if name.endswith(component) or component in ("posrf", "oprf"):
-      built(component)  # outside of the switch, as users' variables are
+      build(component)  # outside of the switch, as users' variables are
   SWITCHES[switch](OPERATIONS[name])

@@ -8,7 +8,7 @@ import pytest
 import spectraformer_jax as sf
 
 
-def naive(query, key, value, kernel, visible):
+def loop_attention(query, key, value, kernel, visible):
   """One query and one key at a time, float64."""
   query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
   scale = query.shape[-1] ** -0.25
@@ -29,7 +29,7 @@ def naive(query, key, value, kernel, visible):
   return out
 
 
-def make(rng, batch=2, queries=5, keys=5, heads=2, dim=4, value_dim=3):
+def draw_inputs(rng, batch=2, queries=5, keys=5, heads=2, dim=4, value_dim=3):
   """Random query, key, value."""
   rngs = jax.random.split(rng, 3)
   return (
@@ -42,7 +42,7 @@ def make(rng, batch=2, queries=5, keys=5, heads=2, dim=4, value_dim=3):
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 @pytest.mark.parametrize("case", ["plain", "causal", "mask", "segments"])
 def test_equals_the_loop(rng, kernel, case):
-  query, key, value = make(rng)
+  query, key, value = draw_inputs(rng)
   visible = np.ones((2, 5, 5), bool)
   kwargs = {}
   if case == "causal":
@@ -57,28 +57,28 @@ def test_equals_the_loop(rng, kernel, case):
     kwargs["segment_ids"] = jnp.asarray(ids)
     visible = ids[:, :, None] == ids[:, None, :]
   out = sf.exact_attention(query, key, value, kernel=kernel, **kwargs)
-  expected = naive(query, key, value, kernel, visible)
+  expected = loop_attention(query, key, value, kernel, visible)
   np.testing.assert_allclose(out, expected, atol=2e-6)  # float32 sums
 
 
 def test_softmax_equals_jax_nn(rng):
-  query, key, value = make(rng, value_dim=4)
+  query, key, value = draw_inputs(rng, value_dim=4)
   out = sf.exact_attention(query, key, value, is_causal=True)
   expected = jax.nn.dot_product_attention(query, key, value, is_causal=True)
   np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 def test_cross_attention_with_a_pair_of_segment_ids(rng):
-  query, key, value = make(rng, queries=3)
+  query, key, value = draw_inputs(rng, queries=3)
   ids = (jnp.array([[0, 0, 1]] * 2), jnp.array([[0, 1, 1, 1, 0]] * 2))
   out = sf.exact_attention(query, key, value, segment_ids=ids)
   visible = np.asarray(ids[0])[:, :, None] == np.asarray(ids[1])[:, None, :]
-  expected = naive(query, key, value, "softmax", visible)
+  expected = loop_attention(query, key, value, "softmax", visible)
   np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 def test_scale_and_dtype(rng):
-  query, key, value = make(rng)
+  query, key, value = draw_inputs(rng)
   out = sf.exact_attention(query, key, value, scale=0.25)
   expected = sf.exact_attention(query * 0.5, key, value)  # 1/sqrt(4) = 0.5
   np.testing.assert_allclose(out, expected, atol=2e-6)
@@ -87,7 +87,7 @@ def test_scale_and_dtype(rng):
 
 
 def test_no_visible_key_has_zero_gradient(rng):
-  query, key, value = make(rng)
+  query, key, value = draw_inputs(rng)
   mask = jnp.zeros((2, 5), bool)
   grads = jax.grad(
     lambda *qkv: sf.exact_attention(*qkv, key_mask=mask).sum(), (0, 1, 2)

@@ -19,7 +19,7 @@ def words(keys):
   return tuple(map(int, np.ravel([jax.random.key_data(key) for key in keys])))
 
 
-def test_every_seed_has_keys_of_its_own():
+def test_seeds_give_different_keys():
   found = [words(run_keys(seed)) for seed in SEEDS]
   for one, two in itertools.combinations(range(len(SEEDS)), 2):
     # Not only all four together: each of parameters, projections, dropout and
@@ -29,7 +29,7 @@ def test_every_seed_has_keys_of_its_own():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 5, 2**31, WORD - 1])
-def test_seeds_of_one_word_give_the_keys_they_gave(seed):
+def test_seeds_below_2_32_give_the_keys_of_jax(seed):
   before = jax.random.split(jax.random.key(np.uint32(seed)), 4)
   assert words(run_keys(seed)) == words(before)
 
@@ -44,7 +44,7 @@ def test_keys_do_not_depend_on_x64():
     )
 
 
-def test_every_stream_is_another():
+def test_streams_differ():
   draw = lambda *args: seeds.make_generator(*args).bytes(8)
   streams = [*itertools.product(SEEDS, range(3)), (1, 5), (2, 5)]
   assert len({draw(*stream) for stream in streams}) == len(streams)
@@ -58,7 +58,7 @@ def test_orders_of_large_seeds_differ():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, None, "1"])
-def test_what_is_no_seed(seed):
+def test_wrong_seeds_are_refused(seed):
   right = "below 2\\*\\*64" if seed == 2**64 else "an integer >= 0"
   with pytest.raises(ValueError, match=f"seed must be {right}, got"):
     run_keys(seed)

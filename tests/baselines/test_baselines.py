@@ -14,7 +14,7 @@ LENGTH, HEADS, HEAD_DIM = 12, 2, 4
 REAL = np.array([12, 7, 1])
 
 
-def inputs(length=LENGTH, dtype=jnp.float32):
+def draw_inputs(length=LENGTH, dtype=jnp.float32):
   """Normal query, key and value, and a ragged mask."""
   shape = (3, 3, length, HEADS, HEAD_DIM)
   mask = jnp.arange(length)[None] < REAL[:, None]
@@ -79,8 +79,8 @@ def fill(array, mask, poison):
 @every
 @pytest.mark.parametrize("poison", [jnp.nan, 1e4])
 @pytest.mark.quick_every(3)
-def test_what_padding_holds_changes_nothing(name, poison):
-  *qkv, mask = inputs()
+def test_content_of_padding_changes_nothing(name, poison):
+  *qkv, mask = draw_inputs()
   # Those that take a mask of keys alone cannot know which queries are padding.
   of_keys = name in ("softmax", "gaussian", "linformer")
 
@@ -105,8 +105,8 @@ def test_what_padding_holds_changes_nothing(name, poison):
 
 @every
 @pytest.mark.quick_every(3)
-def test_how_much_padding_there_is_changes_nothing(name):
-  *qkv, mask = inputs()
+def test_amount_of_padding_changes_nothing(name):
+  *qkv, mask = draw_inputs()
   out = ATTENDS[name](*qkv, key_mask=mask)
   pad = ((0, 0), (0, 7), (0, 0), (0, 0))
   longer = ATTENDS[name](
@@ -121,7 +121,7 @@ def test_how_much_padding_there_is_changes_nothing(name):
 @every
 @pytest.mark.quick_every(3)
 def test_batch_neighbours_change_nothing(name):
-  *qkv, mask = inputs()
+  *qkv, mask = draw_inputs()
   out = ATTENDS[name](*qkv, key_mask=mask)
   loud = [a.at[0].multiply(30.0) for a in qkv]
   with_loud = ATTENDS[name](*loud, key_mask=mask)
@@ -133,7 +133,7 @@ def test_batch_neighbours_change_nothing(name):
 @every
 @pytest.mark.quick_every(3)
 def test_a_row_without_keys_gives_zeros_and_no_nan(name):
-  *qkv, mask = inputs()
+  *qkv, mask = draw_inputs()
   mask = mask.at[1].set(False)
   run = lambda *qkv: ATTENDS[name](*qkv, key_mask=mask)
   np.testing.assert_array_equal(run(*qkv)[1], 0.0)
@@ -144,7 +144,7 @@ def test_a_row_without_keys_gives_zeros_and_no_nan(name):
 @every
 @pytest.mark.quick_every(3)
 def test_output_has_the_dtype_of_value(name):
-  *qkv, mask = inputs(dtype=jnp.bfloat16)
+  *qkv, mask = draw_inputs(dtype=jnp.bfloat16)
   out = ATTENDS[name](*qkv, key_mask=mask)
   assert out.dtype == jnp.bfloat16 and out.shape == qkv[2].shape
   full = ATTENDS[name](*(a.astype(jnp.float32) for a in qkv), key_mask=mask)
@@ -158,7 +158,7 @@ def test_output_has_the_dtype_of_value(name):
 @pytest.mark.parametrize("block_size", [12, 16])
 @pytest.mark.quick_every(3)
 def test_local_with_one_block_is_exact(block_size, is_causal):
-  *qkv, mask = inputs()
+  *qkv, mask = draw_inputs()
   kwargs = {"key_mask": mask, "is_causal": is_causal}
   out = baselines.local_attention(*qkv, block_size=block_size, **kwargs)
   exact = fill(sf.exact_attention(*qkv, **kwargs), mask, 0.0)
@@ -169,7 +169,7 @@ def test_local_with_one_block_is_exact(block_size, is_causal):
 @pytest.mark.parametrize("neighbours", [0, 1, 9])
 @pytest.mark.quick_every(4)
 def test_local_sees_its_blocks_and_no_others(neighbours, is_causal):
-  q, k, v, _ = inputs(length=11)
+  q, k, v, _ = draw_inputs(length=11)
   block = np.arange(11) // 3
   sees = np.abs(block[:, None] - block[None]) <= neighbours
   if is_causal:
@@ -186,14 +186,14 @@ def test_local_sees_its_blocks_and_no_others(neighbours, is_causal):
 
 
 def test_linformer_with_identity_is_exact():
-  q, k, v, _ = inputs()
+  q, k, v, _ = draw_inputs()
   identity = jnp.tile(jnp.eye(LENGTH, 20)[None], (HEADS, 1, 1))
   out = baselines.linformer_attention(q, k, v, key_projection=identity)
   np.testing.assert_allclose(out, sf.exact_attention(q, k, v), atol=1e-6)
 
 
 def test_linformer_uses_both_projections():
-  q, k, v, _ = inputs()
+  q, k, v, _ = draw_inputs()
   params = baselines.linformer_projections(
     jax.random.key(1),
     num_heads=HEADS,
@@ -214,7 +214,7 @@ def test_linformer_uses_both_projections():
 @pytest.mark.parametrize("num_landmarks", [12, 17])
 @pytest.mark.quick_every(2)
 def test_nystromformer_with_all_landmarks_is_exact(num_landmarks):
-  *qkv, mask = inputs()
+  *qkv, mask = draw_inputs()
   # Keys that are far apart, so that the inverse converges.
   qkv[0] = qkv[1] = 4.0 * qkv[1]
   out = baselines.nystromformer_attention(
@@ -227,7 +227,7 @@ def test_nystromformer_with_all_landmarks_is_exact(num_landmarks):
 
 @pytest.mark.slow
 def test_nystromformer_landmarks_are_means_of_real_segments():
-  q, k, v, mask = inputs()
+  q, k, v, mask = draw_inputs()
   out = baselines.nystromformer_attention(
     q, k, v, num_landmarks=3, iterations=30, key_mask=mask
   )
@@ -256,7 +256,7 @@ def gaussian_sums(q, k, v):
 @pytest.mark.parametrize("num_landmarks", [24, 30])
 @pytest.mark.quick_every(2)
 def test_skyformer_with_all_landmarks_is_exact(num_landmarks):
-  q, k, v, _ = inputs()
+  q, k, v, _ = draw_inputs()
   q, k = 2.0 * q, 2.0 * k
   out = baselines.skyformer_attention(
     q,
@@ -271,7 +271,7 @@ def test_skyformer_with_all_landmarks_is_exact(num_landmarks):
 
 @pytest.mark.slow
 def test_skyformer_gets_better_with_landmarks():
-  q, k, v, _ = inputs()
+  q, k, v, _ = draw_inputs()
   attend = jax.jit(
     baselines.skyformer_attention, static_argnames="num_landmarks"
   )
@@ -305,7 +305,7 @@ def test_skyformer_gets_better_with_landmarks():
   ],
 )
 def test_errors(attend, kwargs, words):
-  q, k, v, _ = inputs()
+  q, k, v, _ = draw_inputs()
   with pytest.raises(ValueError, match=words):
     attend(q, k, v, **kwargs)
 
@@ -321,8 +321,8 @@ def test_options_are_checked_by_name():
 
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
-def test_a_sequence_of_nothing_stays_nothing(name):
-  *empty, mask = inputs(length=0)
+def test_empty_sequences_give_empty_outputs(name):
+  *empty, mask = draw_inputs(length=0)
   attend = (
     linformer if name == "linformer" else baselines.BASELINES[name].attend
   )

@@ -79,7 +79,7 @@ def test_zero_vectors_have_kernel_zero(order):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.quick_every(2)
-def test_queries_that_meet_no_key_give_zeros(is_causal):
+def test_queries_without_a_positive_product_give_zeros(is_causal):
   # Without W and epsilon, disjoint supports have all products zero.
   fm = build("relu", "none", None, rows="none", epsilon=0.0)
   variables = fm.init(jax.random.key(0), head_dim=2)

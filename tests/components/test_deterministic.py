@@ -14,13 +14,13 @@ from tests.components.helpers import (
 )
 
 
-def exact(name, **kwargs):
+def build_exact(name, **kwargs):
   """A map without rows, and its variables for 2 heads of 4."""
   fm = build(name, "none", None, **kwargs)
   return fm, fm.init(jax.random.key(0), head_dim=4, num_heads=2)
 
 
-def inputs(num_queries=7, num_keys=7, scale=1.0):
+def draw_inputs(num_queries=7, num_keys=7, scale=1.0):
   """Query, key and value, ``[1, L, 2, 4]``."""
   rngs = jax.random.split(jax.random.key(3), 3)
   return tuple(
@@ -56,8 +56,10 @@ def expected_weights(name, query, key):
 @pytest.mark.parametrize("name", ["elu1", "cosformer", "taylor2"])
 @pytest.mark.parametrize("scale", [0.3, 1.0, 20.0])
 def test_attention_is_that_of_the_exact_kernel(name, scale):
-  fm, variables = exact(name, **(COSFORMER if name == "cosformer" else {}))
-  query, key, _ = inputs(9, 6, scale)
+  fm, variables = build_exact(
+    name, **(COSFORMER if name == "cosformer" else {})
+  )
+  query, key, _ = draw_inputs(9, 6, scale)
   weights = sf.implied_attention_weights(
     query, key, feature_map=fm, variables=variables
   )
@@ -68,7 +70,7 @@ def test_attention_is_that_of_the_exact_kernel(name, scale):
 
 @pytest.mark.parametrize("name", ["elu1", "cosformer", "taylor2"])
 def test_features_multiply_to_the_kernel(name):
-  fm, variables = exact(name)
+  fm, variables = build_exact(name)
   x, y = (jnp.asarray(PAIRS[:, side, None, None, :]) for side in (0, 1))
   one = fm.init(jax.random.key(0), head_dim=4)
   phi = fm.apply(one, x, side="query")
@@ -83,7 +85,7 @@ def test_features_multiply_to_the_kernel(name):
 
 
 def test_elu1_is_positive_however_negative_the_input():
-  fm, variables = exact("elu1")
+  fm, variables = build_exact("elu1")
   x = jnp.full((1, 3, 2, 4), -1e4)
   log_phi = fm.log_features(variables, x, side="key")
   assert fm.info.positive and log_phi.factor is None
@@ -96,7 +98,7 @@ def test_elu1_is_positive_however_negative_the_input():
 
 
 def test_taylor2_normalizers_are_at_least_half_the_keys():
-  fm, variables = exact("taylor2")
+  fm, variables = build_exact("taylor2")
   x, y = jax.random.normal(jax.random.key(1), (2, 500, 4))
   assert float(fm.kernel(variables, x, y).min()) >= 0.5
   opposite = jnp.array([1.0, 0.0, 0.0, 0.0])
@@ -106,8 +108,8 @@ def test_taylor2_normalizers_are_at_least_half_the_keys():
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.quick_every(2)
 def test_cosformer_knows_positions(is_causal):
-  fm, variables = exact("cosformer", max_length=10, epsilon=0.05)
-  query, key, value = inputs()
+  fm, variables = build_exact("cosformer", max_length=10, epsilon=0.05)
+  query, key, value = draw_inputs()
   kwargs = {
     "feature_map": fm,
     "variables": variables,
@@ -139,8 +141,8 @@ def test_cosformer_knows_positions(is_causal):
 
 
 def test_cosformer_decodes_one_token_at_a_time():
-  fm, variables = exact("cosformer", max_length=10)
-  arrays = inputs()
+  fm, variables = build_exact("cosformer", max_length=10)
+  arrays = draw_inputs()
   kwargs = {"feature_map": fm, "variables": variables}
   whole = sf.spectral_attention(*arrays, is_causal=True, **kwargs)
   state = sf.init_state(batch_size=1, num_heads=2, head_dim=4, **kwargs)
@@ -151,8 +153,8 @@ def test_cosformer_decodes_one_token_at_a_time():
 
 
 def test_cosformer_refuses_longer_sequences():
-  fm, variables = exact("cosformer", max_length=6)
-  query, key, value = inputs()
+  fm, variables = build_exact("cosformer", max_length=6)
+  query, key, value = draw_inputs()
   words = "max_length=6, got a sequence of length 7"
   with pytest.raises(ValueError, match=words):
     fm.apply(variables, query, side="query")

@@ -32,7 +32,7 @@ NAMES = ["poisrf", "geomrf", "poisrf_plus", "geomrf_plus"]
 PLUS = NAMES[2:]
 
 
-def data(num_queries=7, num_keys=5, scale=0.5, seed=0):
+def draw_data(num_queries=7, num_keys=5, scale=0.5, seed=0):
   """Queries and keys with unequal coordinates and means."""
   generator = np.random.default_rng(seed)
   spread = scale * np.array([0.5, 1.0, 1.5, 0.8])
@@ -93,7 +93,7 @@ def test_plus_stays_unbiased_where_running_minima_are_no_bounds(name):
 @pytest.mark.quick_every(6)
 def test_plus_is_positive_with_statistics_of_its_data(name, scale):
   fm = build(name, num_features=64)
-  query, key = data(scale=scale)
+  query, key = draw_data(scale=scale)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
   stats = calibrate(fm, query, key)
   for side, x in (("query", query), ("key", key)):
@@ -109,7 +109,7 @@ def test_plus_is_positive_with_statistics_of_its_data(name, scale):
 def test_signs_are_those_of_the_product(name):
   # Against the formula as it is written, in float64.
   fm = build(name, num_features=200)
-  query, key = data()
+  query, key = draw_data()
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
   stats = calibrate(fm, query, key)
   query[0, 1] = 0.0  # 0^0 is 1.
@@ -132,7 +132,7 @@ def test_signs_are_those_of_the_product(name):
 
 
 def test_the_rate_minimises_the_mean_log_second_moment():
-  query, key = data(50, 40)
+  query, key = draw_data(50, 40)
   fm = build("poisrf")
   rate = float(calibrate(fm, query, key)["component"]["rate"][0, 0])
   product = np.square(query[:, None].astype(float) * key[None].astype(float))
@@ -230,7 +230,7 @@ def test_stored_uniforms_keep_their_bits_in_bfloat16(matrix):
 def test_statistics_honour_masks_and_unequal_lengths(name):
   fm = build(name)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
-  query, key = (jnp.asarray(x)[None, :, None, :] for x in data(7, 5))
+  query, key = (jnp.asarray(x)[None, :, None, :] for x in draw_data(7, 5))
   query_mask = jnp.arange(7)[None, :] < 4
   key_mask = jnp.arange(5)[None, :] < 3
   poison = lambda x, mask: jnp.where(mask[:, :, None, None], x, -1e9)

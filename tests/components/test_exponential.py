@@ -250,7 +250,7 @@ ANTITHETIC = ("antithetic", "orf_antithetic", "orf_sqrtd_anti", "mm_anti")
 
 @pytest.mark.parametrize("matrix", ANTITHETIC)
 @pytest.mark.parametrize("name", ["posrf_hyp", "oprf_hyp", "trigrf", "hrf"])
-def test_rows_that_are_there_twice_are_warned_of_once(name, matrix, recwarn):
+def test_repeated_rows_warn_once(name, matrix, recwarn):
   with pytest.warns(UserWarning, match=f"^{name}-{matrix} has the variance"):
     sf.feature_map(name, matrix, num_features=19)
   sf.feature_map(name, matrix, num_features=19)
@@ -262,7 +262,7 @@ def test_rows_that_are_there_twice_are_warned_of_once(name, matrix, recwarn):
 @pytest.mark.parametrize(
   "name", [n for n in sf.list_components() if build_component(n).info.even]
 )
-def test_even_components_make_the_same_of_a_row_and_its_negative(name):
+def test_even_components_map_a_row_and_its_negative_alike(name):
   component = build_component(name)
   w, x, y = jax.random.normal(jax.random.key(0), (3, 5, 4))
   params = component.init(jax.random.key(1), 4)

@@ -26,7 +26,7 @@ WITH_OPTIONS = (
 )
 
 
-def make(length=12, keys=None, batch=2, heads=2, dtype=jnp.float32):
+def draw_inputs(length=12, keys=None, batch=2, heads=2, dtype=jnp.float32):
   """Random query, key, value; keys on other scales than queries."""
   rngs = jax.random.split(jax.random.key(5), 3)
   keys = keys or length
@@ -97,7 +97,7 @@ def features64(case, x, w, side, stats):
 def test_large_norms_stay_accurate(case):
   # T11: |x|^2 about 200, float32 against the naive formula in float64.
   fm = build_case(case, 128, "orf")
-  query, key, value = make(length=20, batch=1, heads=1)
+  query, key, value = draw_inputs(length=20, batch=1, heads=1)
   x, y = (
     a * jnp.sqrt(200.0 / jnp.mean(jnp.sum(a**2, -1))) for a in (query, key)
   )
@@ -134,7 +134,9 @@ def test_no_nan_at_any_scale(case, dtype):
   # One example per scale: examples do not see each other.
   scales = jnp.asarray([0.0, 1e-3, 1.0, 10.0, 30.0])
   fm = build_case(case, 8, "orf")
-  query, key, value = make(length=6, keys=5, batch=len(scales), dtype=dtype)
+  query, key, value = draw_inputs(
+    length=6, keys=5, batch=len(scales), dtype=dtype
+  )
   query, key = (
     (x * scales[:, None, None, None]).astype(dtype) for x in (query, key)
   )
@@ -175,7 +177,7 @@ def test_no_nan_at_any_scale(case, dtype):
 def test_padding_and_neighbours_do_not_matter(case):
   # T6, T7, T9, T10: hidden keys, other examples, T != S.
   fm = build_case(case, 16, "orf")
-  query, key, value = make(length=9, keys=7)
+  query, key, value = draw_inputs(length=9, keys=7)
   variables = fm.init(jax.random.key(7), head_dim=HEAD_DIM, num_heads=2)
   attend = lambda q, k, v, **kwargs: sf.spectral_attention(
     q, k, v, feature_map=fm, variables=variables, **kwargs
@@ -203,7 +205,7 @@ def test_padding_and_neighbours_do_not_matter(case):
 )
 @pytest.mark.quick_every(6)
 def test_causal_sources_of_statistics(case):
-  query, _, value = make()
+  query, _, value = draw_inputs()
   component = case_component(case)
   if component.needs_stats:
     fm = build_case(case)

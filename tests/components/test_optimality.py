@@ -231,7 +231,7 @@ def relative_variance(name, scale):
   return per_row * component.feature_dim(64, 32) / 64
 
 
-def test_what_tables_say_of_the_least_variance():
+def test_tables_name_the_component_of_least_variance():
   unequal = 0.3 * np.exp(0.8 * np.random.default_rng(1).normal(size=32))
   typical = {
     label: {

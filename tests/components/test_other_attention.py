@@ -52,14 +52,14 @@ STATS = ("poisrf", "poisrf_gaussian", "geomrf", "poisrf_plus", "geomrf_plus")
 
 
 @functools.cache
-def make(case):
+def build_case(case):
   """The map of a case and variables for 2 heads of 8."""
   name, matrix, num_features, kwargs = CASES[case]
   fm = build(name, matrix, num_features, **kwargs)
   return fm, fm.init(jax.random.key(0), head_dim=8, num_heads=2)
 
 
-def inputs(num_queries=9, num_keys=9):
+def draw_inputs(num_queries=9, num_keys=9):
   """Query, key and value ``[2, L, 2, 8]``."""
   rngs = jax.random.split(jax.random.key(1), 3)
   lengths = (num_queries, num_keys, num_keys)
@@ -73,7 +73,7 @@ def inputs(num_queries=9, num_keys=9):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.quick_every(12)
 def test_no_nan_at_any_scale(case, dtype):
-  fm, variables = make(case)
+  fm, variables = build_case(case)
 
   @jax.jit
   def run(scale, params, *arrays):
@@ -91,7 +91,7 @@ def test_no_nan_at_any_scale(case, dtype):
       params, *scaled, value.astype(dtype)
     )
 
-  query, key, value = inputs(9, 6)
+  query, key, value = draw_inputs(9, 6)
   # A zero and the smallest numbers among the others, too.
   query = query.at[:, 0, :, 0].set(0.0).at[:, 1, :, 1].set(1e-38)
   for scale in (0.0, 1e-3, 1.0, 10.0, 30.0):
@@ -104,8 +104,8 @@ def test_no_nan_at_any_scale(case, dtype):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.quick_every(10)
 def test_the_future_has_no_influence(case):
-  fm, variables = make(case)
-  arrays = inputs()
+  fm, variables = build_case(case)
+  arrays = draw_inputs()
   stats = fm.calibrate(variables, *arrays[:2]) if case in STATS else None
   run = lambda *arrays: sf.spectral_attention(
     *arrays,
@@ -128,8 +128,8 @@ def test_the_future_has_no_influence(case):
 def test_attention_is_that_of_the_features(case):
   # T != S, a mask, and naive float64 sums of the features themselves, whose
   # statistics are those of the visible keys.
-  fm, variables = make(case)
-  query, key, value = inputs(9, 6)
+  fm, variables = build_case(case)
+  query, key, value = draw_inputs(9, 6)
   mask = jnp.arange(6)[None, :] < jnp.array([[4], [6]])
   x, y = (a * 8**-0.25 for a in (query, key))
   given = None
@@ -167,7 +167,7 @@ def test_many_features_approach_exact_attention(name):
   matrix, kwargs = "iid", {}
   if name == "hrf":
     kwargs = {"num_mixing_rows": 2}
-  query, key, value = (0.4 * a for a in inputs())
+  query, key, value = (0.4 * a for a in draw_inputs())
   exact = sf.exact_attention(query, key, value)
   errors = []
   for num_features in (16, 4096):

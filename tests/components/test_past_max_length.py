@@ -36,12 +36,12 @@ def decode(jit):
   return x, jnp.concatenate(outs, axis=1)
 
 
-def test_decoding_on_is_an_error_where_the_length_is_known():
+def test_decoding_past_max_length_is_an_error_if_it_is_known():
   with pytest.raises(ValueError, match="max_length=4, got a sequence of len"):
     decode(jit=False)
 
 
-def test_decoding_on_gives_nan_where_the_length_is_traced():
+def test_decoding_past_max_length_gives_nan_if_it_is_traced():
   x, out = decode(jit=True)
   assert bool(jnp.isnan(out[:, LONGEST:]).all())
   fm, variables = build()
@@ -52,7 +52,7 @@ def test_decoding_on_gives_nan_where_the_length_is_traced():
   np.testing.assert_allclose(out[:, :LONGEST], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_piece_after_a_state_counts_what_came_before():
+def test_length_of_a_state_counts_for_max_length():
   fm, variables = build()
   x = jnp.ones((1, 3, 2, 4))
   attend = lambda **kwargs: sf.spectral_attention(

@@ -203,7 +203,7 @@ def test_a_layer_keeps_its_statistics_where_all_is_padding():
   )
 
 
-def test_moments_of_earlier_versions_are_refused_in_words():
+def test_moments_of_earlier_versions_are_refused():
   query, key = examples(batch=2)
   fm = build_case("oprf", statistics="ema")
   variables = fm.init(jax.random.key(0), head_dim=4)

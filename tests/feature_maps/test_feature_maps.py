@@ -11,7 +11,7 @@ from tests.statistics import PAIRS, estimates, standard_scores
 HEAD_DIM = PAIRS.shape[-1]
 
 
-def calibrated(fm):
+def calibrate_on_pairs(fm):
   """Stats of the pairs themselves, or None."""
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
   points = [jnp.asarray(PAIRS[None, :, side, None, :]) for side in (0, 1)]
@@ -36,7 +36,7 @@ def test_unbiased(component, kernel, matrix):
     component, matrix, num_features=16, component_kwargs={"kernel": kernel}
   )
   samples = estimates(
-    fm, jax.random.key(1), PAIRS, 20_000, stats=calibrated(fm)
+    fm, jax.random.key(1), PAIRS, 20_000, stats=calibrate_on_pairs(fm)
   )
   scores = standard_scores(samples, kernel_values(fm))
   assert np.all(np.abs(scores) < 4.0), scores
@@ -84,7 +84,7 @@ def test_variances_follow_the_formulas():
 def test_optimal_a_beats_its_neighbours():
   # Mean over pairs of log E Z^2 as a function of A, in float64.
   fm = sf.feature_map("oprf", "iid", num_features=4)
-  rho = float(calibrated(fm)["component"]["rho"][0, 0])
+  rho = float(calibrate_on_pairs(fm)["component"]["rho"][0, 0])
   optimum = (1.0 - 1.0 / rho) / 8.0
   x, y = PAIRS[:, None, 0].astype(float), PAIRS[None, :, 1].astype(float)
   pair_square = np.sum((x + y) ** 2, -1)
