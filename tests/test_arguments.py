@@ -24,7 +24,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def operations(variables):
-  """Each public function of query, key and value."""
+  """Every public function of query, key and value."""
   maps = {"feature_map": FM, "variables": variables}
   return {
     "spectral": lambda *a, **k: sf.spectral_attention(*a, **maps, **k),

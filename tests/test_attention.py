@@ -14,7 +14,7 @@ CONSTANT = {"oprf": {"statistics": "constant"}}
 
 
 def build(component, matrix="orf", num_features=32, **kwargs):
-  """A map and variables for 2 heads of 8."""
+  """Builds a map, and its variables for 2 heads of 8."""
   fm = sf.feature_map(
     component, matrix, num_features=num_features, component_kwargs=kwargs
   )
@@ -22,7 +22,7 @@ def build(component, matrix="orf", num_features=32, **kwargs):
 
 
 def draw_inputs(length=20, keys=None, scale=1.0, batch=2, dtype=jnp.float32):
-  """Random query, key, value."""
+  """Draws query, key and value."""
   rngs = jax.random.split(jax.random.key(5), 3)
   keys = keys or length
   return tuple(
@@ -32,7 +32,7 @@ def draw_inputs(length=20, keys=None, scale=1.0, batch=2, dtype=jnp.float32):
 
 
 def naive64(component, w, query, key, value, rho=None, visible=None):
-  """The textbook formula in float64, without any shift."""
+  """Computes attention as in the papers, in float64 and unstabilised."""
   query, key, value, w = (
     np.asarray(a, np.float64) for a in (query, key, value, w)
   )

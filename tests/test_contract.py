@@ -34,9 +34,9 @@ SCALES = (0.0, 1e-3, 1.0, 10.0, 30.0)
 
 @pytest.fixture(autouse=True, scope="module")
 def share_programs():
-  """Programs here are many and run once: shared, then forgotten.
+  """Caches all programs on disk, and frees them after this file.
 
-  Pairs share most programs, which are too small to be cached otherwise.
+  Pairs share most programs, which are otherwise too small to be cached.
   Thousands of programs in memory at once would crash the process.
   """
   update = jax.config.update
@@ -49,7 +49,7 @@ def share_programs():
 
 
 def smallest_pair(component, matrix):
-  """The pair with as few features as it accepts."""
+  """Builds the pair with as few features as it accepts."""
   num_features = testing.smallest_num_features(
     component, matrix, head_dim=HEAD_DIM
   )
@@ -57,26 +57,26 @@ def smallest_pair(component, matrix):
 
 
 def build(component_name, matrix_name):
-  """The pair of these names, default options."""
+  """Builds the pair of these names with default options."""
   return smallest_pair(
     COMPONENTS.build(component_name), WEIGHT_MATRICES.build(matrix_name)
   )
 
 
 def usual_matrix(component_name):
-  """The matrix orf where it fits, else the first that does."""
+  """Returns "orf" if it fits, else the first matrix that does."""
   fitting = [matrix for name, matrix in PAIRS if name == component_name]
   return "orf" if "orf" in fitting else fitting[0]
 
 
 def usual_component(matrix_name):
-  """The component posrf or trigrf where they fit, else the first that does."""
+  """Returns "posrf" or "trigrf" if they fit, else the first that does."""
   fitting = [name for name, matrix in PAIRS if matrix == matrix_name]
   return next((n for n in ("posrf", "trigrf") if n in fitting), fitting[0])
 
 
 def draw_inputs(seed, num_queries, num_keys, batch=BATCH):
-  """Normal query, key, value."""
+  """Draws query, key and value."""
   rngs = jax.random.split(jax.random.key(seed), 3)
   shapes = (
     (batch, num_queries, HEADS, HEAD_DIM),
@@ -90,7 +90,7 @@ def draw_inputs(seed, num_queries, num_keys, batch=BATCH):
 
 
 def forward_backward(feature_map, variables, query, key, value, **kwargs):
-  """Output, and gradients of a loss for params, query, key and value."""
+  """Returns the output, and gradients for params, query, key and value."""
 
   def loss(params, query, key, value):
     out = sf.spectral_attention(
@@ -135,7 +135,7 @@ def test_weight_matrix_contract(name):
 
 
 def covering_pairs(per_entry=3):
-  """Pairs that meet every matrix and every component `per_entry` times."""
+  """Returns pairs that cover each matrix and component `per_entry` times."""
   chosen = set()
   for side, names in ((1, ALL_MATRICES), (0, ALL_COMPONENTS)):
     for index, name in enumerate(names):
@@ -151,7 +151,7 @@ def covering_pairs(per_entry=3):
 
 
 def check_pair(component_name, matrix_name):
-  """Attends forwards and backwards, both ways; the past ignores the future."""
+  """Checks that values and gradients are finite and causality holds."""
   feature_map = build(component_name, matrix_name)
   component = feature_map.component
   init = functools.partial(feature_map.init, head_dim=HEAD_DIM, num_heads=HEADS)
@@ -252,7 +252,7 @@ def test_every_entry_is_in_a_pair():
 
 @functools.cache
 def masked_run(feature_map, dtype):
-  """The jitted call with masks that the battery shares: one compilation."""
+  """Returns a jitted call with masks, which many tests share."""
   variables = feature_map.init(
     jax.random.key(0), head_dim=HEAD_DIM, num_heads=HEADS
   )
@@ -272,7 +272,7 @@ def masked_run(feature_map, dtype):
 
 
 def masks(num_queries=QUERIES, num_keys=KEYS, visible=None):
-  """Masks [B, T] and [B, S] that show the first `visible` positions."""
+  """Returns masks [B, T] and [B, S], True at the first `visible` positions."""
   return [
     jnp.broadcast_to(jnp.arange(length)[None, :] < (visible or length), shape)
     for length, shape in (
@@ -283,7 +283,7 @@ def masks(num_queries=QUERIES, num_keys=KEYS, visible=None):
 
 
 def check_scales(feature_map, dtypes=(jnp.float32, jnp.bfloat16)):
-  """Finite values and gradients at every scale of queries and keys."""
+  """Checks values and gradients for NaN at every scale."""
   query, key, value = draw_inputs(1, QUERIES, KEYS)
   for dtype in dtypes:
     for scale in SCALES:
@@ -297,7 +297,7 @@ def check_scales(feature_map, dtypes=(jnp.float32, jnp.bfloat16)):
 
 
 def variants(component):
-  """The component with each single option changed that all maps may have."""
+  """Yields the component with one of its common options changed."""
   choices = {
     "kernel": tuple(KERNELS),
     "statistics": ("batch", "constant", "ema", "learned"),

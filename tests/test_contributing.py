@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md tells the truth: its examples run, its paths exist."""
+"""The examples of CONTRIBUTING.md run, and the paths it names exist."""
 
 import re
 

@@ -1,6 +1,6 @@
 """Every public operation and every component under each of JAX's switches.
 
-Components come from the registry, so new ones are taken by themselves.
+Components come from the registry, so that new ones are included.
 """
 
 import functools
@@ -24,7 +24,7 @@ BATCH, LENGTH, HEADS, HEAD_DIM = 2, 9, 2, 8
 
 
 def draw():
-  """Queries, keys or values; and which positions are real."""
+  """Returns random vectors ``[B, T, N, H]`` and which positions are real."""
   shape = (BATCH, LENGTH, HEADS, HEAD_DIM)
   x = 0.5 * jax.random.normal(jax.random.key(0), shape, jnp.float32)
   real = jnp.arange(LENGTH)[None] < jnp.array([[5], [LENGTH]])
@@ -33,7 +33,7 @@ def draw():
 
 @functools.cache
 def build(component):
-  """A map of the component on the first matrix that fits, and variables."""
+  """Builds a map of the component on the first matrix that fits."""
   matrix = dict(reversed(sf.list_feature_maps()))[component]
   component = COMPONENTS.build(component)
   matrix = WEIGHT_MATRICES.build(matrix)
@@ -43,11 +43,11 @@ def build(component):
 
 
 def component_attention(component, x, real):
-  """Attention, decoding where it is possible, and all of a map's methods."""
+  """Calls attention, decoding if possible, and all of a map's methods."""
   fm, variables = build(component)
   maps = {"feature_map": fm, "variables": variables}
   stats = fm.calibrate(variables, x, x)
-  found = [
+  outputs = [
     sf.spectral_attention(x, x, x, key_mask=real, query_mask=real, **maps),
     fm.apply(variables, x, side="query", stats=stats),
     fm.kernel(variables, x, x, stats=stats)
@@ -60,10 +60,10 @@ def component_attention(component, x, real):
       x, x, x, is_causal=True, return_state=True, **maps
     )
     one = x[:, :1]
-    found += [out]
+    outputs += [out]
     if fm.component.longest is None:
-      found += [sf.decode_step(state, one, one, one, **maps)[0]]
-  return found
+      outputs += [sf.decode_step(state, one, one, one, **maps)[0]]
+  return outputs
 
 
 def _posrf():

@@ -13,7 +13,7 @@ SIZES = {"vocab_size": 16, "max_len": 200, "num_layers": 1, "head_dim": 8}
 
 
 def check(function, args, batch, length, atol=1e-6):
-  """An exported program equals the jitted one."""
+  """Checks that an exported program equals the jitted one."""
   shapes = [
     jax.ShapeDtypeStruct((batch, length, *x.shape[2:])[: x.ndim], x.dtype)
     for x in args

@@ -9,7 +9,7 @@ import spectraformer_jax as sf
 
 
 def loop_attention(query, key, value, kernel, visible):
-  """One query and one key at a time, float64."""
+  """Computes attention in float64, one query and one key at a time."""
   query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
   scale = query.shape[-1] ** -0.25
   out = np.zeros((*query.shape[:3], value.shape[-1]))
@@ -30,7 +30,7 @@ def loop_attention(query, key, value, kernel, visible):
 
 
 def draw_inputs(rng, batch=2, queries=5, keys=5, heads=2, dim=4, value_dim=3):
-  """Random query, key, value."""
+  """Draws query, key and value."""
   rngs = jax.random.split(rng, 3)
   return (
     jax.random.normal(rngs[0], (batch, queries, heads, dim)),

@@ -24,12 +24,12 @@ RNG = jax.eval_shape(lambda: jax.random.key(0))
 
 
 def lower(function, *args):
-  """Lowers for all platforms; raises where one has no rule."""
+  """Lowers for all platforms; raises if an operation has no rule on one."""
   jax.jit(function).trace(*args).lower(lowering_platforms=PLATFORMS)
 
 
 def build(component="posrf", matrix="orf"):
-  """A map, its `init`, and the shapes of its variables."""
+  """Returns a map, its `init`, and the shapes of its variables."""
   component = COMPONENTS.build(component)
   matrix = WEIGHT_MATRICES.build(matrix)
   rows = testing.smallest_num_features(component, matrix, head_dim=HEAD_DIM)
@@ -39,7 +39,7 @@ def build(component="posrf", matrix="orf"):
 
 
 def partner(component=None, matrix=None):
-  """The missing half of a pair, the simplest that fits."""
+  """Returns the simplest partner that fits a component or a matrix."""
   for c, m in (
     (component or "posrf", matrix or "orf"),
     *sf.list_feature_maps(),
@@ -51,7 +51,7 @@ def partner(component=None, matrix=None):
 
 
 def floats(tree):
-  """Sum of the float leaves: something to differentiate."""
+  """Returns the sum of all float leaves, to differentiate."""
   return sum(
     jnp.sum(x.astype(jnp.float32))
     for x in jax.tree.leaves(tree)

@@ -1,6 +1,6 @@
 """Attention inside `jax.shard_map`, and on meshes with Explicit axes.
 
-Eight virtual devices are those of a process of its own, which runs this file.
+A process of its own, which runs this file, has eight virtual devices.
 """
 
 import functools
@@ -47,7 +47,7 @@ MASKS = {"key_mask", "segment_ids"}
 
 
 def attention_of(name):
-  """A function of x: attention of the case."""
+  """Returns the attention of a case, as a function of x."""
   operation, kwargs = name.split()[0], dict(CASES[name])
   if operation in BASELINES:
     attend = BASELINES[operation].attend
@@ -69,7 +69,7 @@ def attention_of(name):
 
 
 def relative(got, expected):
-  """The largest difference, relative to the largest number."""
+  """Returns the largest difference, relative to the largest number."""
   got, expected = np.asarray(got), np.asarray(expected)
   return float(np.abs(got - expected).max() / np.abs(expected).max())
 
@@ -81,44 +81,44 @@ def collectives(compiled):
 
 
 def on_mesh(name, kind):
-  """Differences, sharding and collectives of values and gradients."""
+  """Measures values and gradients on a mesh: errors, sharding, collectives."""
   mesh = jax.make_mesh((4, 2), ("b", "h"), axis_types=2 * (AxisType[kind],))
   attention = attention_of(name)
   gradient = jax.grad(lambda x: jnp.sum(attention(x) ** 2))
   x = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, HEADS, HEAD_DIM))
   sharding = NamedSharding(mesh, P("b", None, "h", None))
   placed = jax.device_put(x, sharding)
-  found = []
+  results = []
   for function in (attention, gradient):
     compiled = jax.jit(function).lower(placed).compile()
     out = compiled(placed)
-    found.append(
+    results.append(
       {
         "difference": relative(out, jax.jit(function)(x)),
         "same_sharding": out.sharding.is_equivalent_to(sharding, 4),
         "collectives": collectives(compiled),
       }
     )
-  return found
+  return results
 
 
 def in_shard_map(name):
-  """Differences of values and gradients inside `jax.shard_map`."""
+  """Measures errors of values and gradients inside `jax.shard_map`."""
   mesh = jax.make_mesh((4,), ("b",), axis_types=(AxisType.Auto,))
   attention = attention_of(name)
   gradient = jax.grad(lambda x: jnp.sum(attention(x) ** 2))
   x = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, HEADS, HEAD_DIM))
-  found = []
+  results = []
   for function in (attention, gradient):
     inside = jax.shard_map(
       function, mesh=mesh, in_specs=P("b"), out_specs=P("b")
     )
-    found.append(relative(jax.jit(inside)(x), jax.jit(function)(x)))
-  return found
+    results.append(relative(jax.jit(inside)(x), jax.jit(function)(x)))
+  return results
 
 
 def models_in_shard_map():
-  """Differences of a classifier, its gradients, and generated tokens."""
+  """Measures errors of a classifier, its gradients, and generated tokens."""
   mesh = jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,))
   fm = sf.feature_map("posrf", "orf", num_features=16)
   sizes = {"vocab_size": 16, "max_len": 24, "num_layers": 1, "head_dim": 8}
@@ -166,7 +166,7 @@ def models_in_shard_map():
 
 
 def sequence_parallel():
-  """Differences on an Explicit mesh, of arrays that lie on it or not."""
+  """Measures errors on an Explicit mesh, for arrays on it and off it."""
   mesh = jax.make_mesh((2, 4), ("b", "s"), axis_types=2 * (AxisType.Explicit,))
   fm = sf.feature_map("oprf", "orf", num_features=16)
   maps = {
@@ -182,18 +182,18 @@ def sequence_parallel():
   plain = jax.grad(
     lambda x: jnp.sum(sf.spectral_attention(x, x, x, **maps) ** 2)
   )
-  found = {}
+  results = {}
   for name, spec in {"none": None, "s": P(None, "s"), "b": P("b", "s")}.items():
     y = x if spec is None else jax.device_put(x, NamedSharding(mesh, spec))
-    found[name] = [
+    results[name] = [
       relative(attention(y), expected),
       relative(jax.jit(gradient)(y), plain(x)),
     ]
-  return found
+  return results
 
 
 def models_on_mesh():
-  """Differences of models, and of gradients of their parameters."""
+  """Measures errors of models and of their parameters' gradients."""
   mesh = jax.make_mesh((4, 2), ("b", "h"), axis_types=2 * (AxisType.Explicit,))
   fm = sf.feature_map("posrf", "orf", num_features=16)
   sizes = {"vocab_size": 16, "max_len": 24, "num_layers": 1, "head_dim": 8}
@@ -205,7 +205,7 @@ def models_on_mesh():
     "pairs": (sf.nn.DualClassifier(num_classes=3, feature_map=fm, **sizes), 4),
     "seq2seq": (sf.nn.Seq2Seq(feature_map=fm, **sizes), 3),
   }
-  found = {}
+  results = {}
   for name, (model, count) in models.items():
     args = (tokens, length, tokens, length)[:count]
     variables = model.init(jax.random.key(1), *args)
@@ -223,8 +223,8 @@ def models_on_mesh():
       )
       expected = jax.jit(function)(first, *args)
       worst = max(jax.tree.leaves(jax.tree.map(relative, got, expected)))
-      found.setdefault(name, []).append(worst)
-  return found
+      results.setdefault(name, []).append(worst)
+  return results
 
 
 def refusal():
@@ -240,8 +240,8 @@ def refusal():
 
 
 @pytest.fixture(scope="module")
-def found():
-  """What the process of eight devices found."""
+def measured():
+  """The differences that a process with eight devices measured."""
   env = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     "PYTHONPATH": os.getcwd(),
@@ -259,41 +259,41 @@ def found():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_inside_shard_map(found, name):
-  assert max(found["shard_map"][name]) < 1e-5
+def test_inside_shard_map(measured, name):
+  assert max(measured["shard_map"][name]) < 1e-5
 
 
 @pytest.mark.slow
-def test_models_inside_shard_map(found):
-  assert found["models"]["gradients"] < 1e-5
-  assert found["models"]["tokens"]
+def test_models_inside_shard_map(measured):
+  assert measured["models"]["gradients"] < 1e-5
+  assert measured["models"]["tokens"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 @pytest.mark.parametrize("name", CASES)
-def test_examples_and_heads_divided_over_a_mesh(found, name, kind):
-  for result in found[kind][name]:
+def test_examples_and_heads_divided_over_a_mesh(measured, name, kind):
+  for result in measured[kind][name]:
     assert result["difference"] < 1e-5
     assert result["same_sharding"]
     assert not result["collectives"]
 
 
 @pytest.mark.slow
-def test_sequence_parallel_on_explicit_axes(found):
-  for name, differences in found["sequence_parallel"].items():
+def test_sequence_parallel_on_explicit_axes(measured):
+  for name, differences in measured["sequence_parallel"].items():
     assert max(differences) < 1e-5, name
 
 
 @pytest.mark.slow
-def test_models_on_explicit_axes(found):
-  for name, differences in found["models_on_mesh"].items():
+def test_models_on_explicit_axes(measured):
+  for name, differences in measured["models_on_mesh"].items():
     assert max(differences) < 1e-4, name
 
 
 @pytest.mark.slow
-def test_a_divided_length_is_refused(found):
-  assert "sequence_parallel_attention" in found["refusal"]
+def test_a_divided_length_is_refused(measured):
+  assert "sequence_parallel_attention" in measured["refusal"]
 
 
 def test_loops_take_the_types_of_shard_map():

@@ -1,4 +1,4 @@
-"""Seeds: below 2**64 all differ, below 2**32 nothing has changed."""
+"""Seeds below 2**64 differ; below 2**32 they give the keys of JAX."""
 
 import itertools
 
@@ -20,12 +20,12 @@ def words(keys):
 
 
 def test_seeds_give_different_keys():
-  found = [words(run_keys(seed)) for seed in SEEDS]
+  keys_of_seeds = [words(run_keys(seed)) for seed in SEEDS]
   for one, two in itertools.combinations(range(len(SEEDS)), 2):
     # Not only all four together: each of parameters, projections, dropout and
     # redraws differs.
     for i in range(0, 8, 2):
-      assert found[one][i : i + 2] != found[two][i : i + 2]
+      assert keys_of_seeds[one][i : i + 2] != keys_of_seeds[two][i : i + 2]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 5, 2**31, WORD - 1])

@@ -31,7 +31,7 @@ CASES = {
 
 
 def case(component, is_causal, groups):
-  """The largest relative differences, and the collectives of the program."""
+  """Returns the largest relative differences, and the collectives used."""
   matrix, rows = ("none", None) if component == "cosformer" else ("orf", ROWS)
   kwargs = {"max_length": LENGTH} if component == "cosformer" else None
   fm = sf.feature_map(

@@ -1,4 +1,4 @@
-"""Attentions of others: exact in their limits, and padding stays out."""
+"""Baselines: exact in their limits, and independent of padding."""
 
 import functools
 
@@ -15,7 +15,7 @@ REAL = np.array([12, 7, 1])
 
 
 def draw_inputs(length=LENGTH, dtype=jnp.float32):
-  """Normal query, key and value, and a ragged mask."""
+  """Draws query, key and value, and returns a ragged mask."""
   shape = (3, 3, length, HEADS, HEAD_DIM)
   mask = jnp.arange(length)[None] < REAL[:, None]
   return *jax.random.normal(jax.random.key(0), shape).astype(dtype), mask
@@ -66,13 +66,13 @@ ATTENDS = {
     baselines.skyformer_attention, num_landmarks=6
   ),
 }
-# One program each instead of one for every operation: quicker here.
+# Jitted, because one program for each is quicker than op-by-op.
 ATTENDS = {name: jax.jit(attend) for name, attend in ATTENDS.items()}
 every = pytest.mark.parametrize("name", ATTENDS)
 
 
 def fill(array, mask, poison):
-  """`array` with its padding replaced."""
+  """Replaces the padding of an array."""
   return jnp.where(mask[:, :, None, None], array, poison)
 
 
@@ -81,7 +81,7 @@ def fill(array, mask, poison):
 @pytest.mark.quick_every(3)
 def test_content_of_padding_changes_nothing(name, poison):
   *qkv, mask = draw_inputs()
-  # Those that take a mask of keys alone cannot know which queries are padding.
+  # Without a mask of queries, padded queries have outputs.
   of_keys = name in ("softmax", "gaussian", "linformer")
 
   @jax.jit
@@ -246,7 +246,7 @@ def test_nystromformer_landmarks_are_means_of_real_segments():
 
 
 def gaussian_sums(q, k, v):
-  """``C(Q, K) V``, not normalised."""
+  """Computes ``C(Q, K) V``, not normalised."""
   x, y = (np.asarray(a, np.float64) / HEAD_DIM**0.25 for a in (q, k))
   difference = x[:, :, None] - y[:, None]
   weights = np.exp(-0.5 * np.sum(difference**2, axis=-1))

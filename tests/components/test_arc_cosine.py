@@ -159,7 +159,7 @@ def test_errors(name, matrix, num_features, kwargs, words):
 
 
 def decimal_sine(x, cosine=False):
-  """Of a Decimal, by its own series."""
+  """Computes the sine (or cosine) of a Decimal, by its series."""
   total, term, n = Decimal(0), Decimal(1) if cosine else x, 0
   while abs(term) > Decimal(10) ** -75:
     total += term
@@ -169,7 +169,7 @@ def decimal_sine(x, cosine=False):
 
 
 def golden(degrees, order):
-  """Mean of relu(w.x)^n relu(w.y)^n for unit vectors, to 60 digits."""
+  """Computes E relu(w.x)^n relu(w.y)^n of unit vectors, to 60 digits."""
   with localcontext() as context:
     context.prec = 80
     pi = Decimal(
@@ -198,8 +198,8 @@ def test_moments_keep_their_digits_near_opposite_vectors(order):
     exact = Decimal(float(np.arctan2(wide[1], wide[0]))) * 180
     exact /= Decimal(float(np.pi))
     expected = golden(exact, order) * float(np.hypot(*wide)) ** order
-    found = float(jnp.exp(log_arc_cosine(x, y, order)))
-    np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=degrees)
+    value = float(jnp.exp(log_arc_cosine(x, y, order)))
+    np.testing.assert_allclose(value, expected, rtol=2e-4, err_msg=degrees)
   assert float(log_arc_cosine(x, -x, order)) == -np.inf
   grad = jax.grad(lambda x: jnp.exp(log_arc_cosine(x, -x, order)))(x)
   assert bool(jnp.isfinite(grad).all())

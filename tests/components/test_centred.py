@@ -18,7 +18,7 @@ from tests.statistics import PAIRS, estimates, standard_scores
 
 
 def lifted(shift=0.0):
-  """Queries and keys ``[1, L, 1, H]``, moved by `shift`."""
+  """Returns queries and keys ``[1, L, 1, H]``, moved by `shift`."""
   return tuple(jnp.asarray(x + shift)[None, :, None, :] for x in draw_data())
 
 
@@ -146,7 +146,7 @@ def test_learned_centres_start_at_the_base_and_train():
 
 
 class NoKernel(Component):
-  """Stands for the maps of other kernels."""
+  """A map of another kernel."""
 
   info = PosRF().info
 

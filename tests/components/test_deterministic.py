@@ -15,13 +15,13 @@ from tests.components.helpers import (
 
 
 def build_exact(name, **kwargs):
-  """A map without rows, and its variables for 2 heads of 4."""
+  """Builds a map without rows, and its variables for 2 heads of 4."""
   fm = build(name, "none", None, **kwargs)
   return fm, fm.init(jax.random.key(0), head_dim=4, num_heads=2)
 
 
 def draw_inputs(num_queries=7, num_keys=7, scale=1.0):
-  """Query, key and value, ``[1, L, 2, 4]``."""
+  """Draws query, key and value ``[1, L, 2, 4]``."""
   rngs = jax.random.split(jax.random.key(3), 3)
   return tuple(
     scale * jax.random.normal(rng, (1, length, 2, 4))
@@ -30,7 +30,7 @@ def draw_inputs(num_queries=7, num_keys=7, scale=1.0):
 
 
 def elu1(x):
-  """In float64, on unscaled vectors."""
+  """Computes elu(x) + 1 in float64, of unscaled vectors."""
   return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
 
 
@@ -38,7 +38,7 @@ COSFORMER = {"max_length": 10, "epsilon": 0.02}
 
 
 def expected_weights(name, query, key):
-  """T x S weights of the kernel as the papers write it, in float64."""
+  """Computes the T x S weights as in the papers, in float64."""
   q, k = (np.moveaxis(np.asarray(a, np.float64), 2, 1) for a in (query, key))
   dot = lambda a, b: a @ np.swapaxes(b, -1, -2)
   if name == "elu1":

@@ -33,7 +33,7 @@ PLUS = NAMES[2:]
 
 
 def draw_data(num_queries=7, num_keys=5, scale=0.5, seed=0):
-  """Queries and keys with unequal coordinates and means."""
+  """Draws queries and keys with unequal coordinates and means."""
   generator = np.random.default_rng(seed)
   spread = scale * np.array([0.5, 1.0, 1.5, 0.8])
   draw = lambda n, mean: mean + spread * generator.normal(size=(n, HEAD_DIM))
@@ -341,9 +341,9 @@ def test_errors():
 
 
 def reference_attention(fm, query, key, value, uniform, own):
-  """Attention ``[T, V]`` by the formulas as they are written, in float64.
+  """Computes attention ``[T, V]`` as in the paper, in float64.
 
-  Degrees and parameters are those that the component found in float32.
+  Degrees and parameters are the component's, computed in float32.
   """
   counts = np.float64(jax.jit(fm.component.degrees)(uniform, own))
   own = {name: np.float64(leaf) for name, leaf in own.items()}
@@ -424,7 +424,7 @@ def test_no_query_has_negative_weights(name, kernel):
 
 
 def relative_bias(law, parameter, product):
-  """Of one coordinate's kernel, over all the uniforms that are stored."""
+  """Returns the relative bias of one coordinate, from all stored uniforms."""
   bits = jnp.arange(2**stored_uniforms.NUM_BITS, dtype=jnp.int32)
   counts_of = poisson_degrees if law == "poisson" else geometric_degrees
   counts = jax.lax.map(

@@ -29,7 +29,7 @@ DENSE = ["saderf", "perdim", "sderf", "aderf", "asderf"]
 
 
 def kernel_values(kernel, pairs=PAIRS):
-  """Exact kernels of pairs, in float64."""
+  """Returns the exact kernels of pairs, in float64."""
   x, y = pairs[:, 0].astype(np.float64), pairs[:, 1].astype(np.float64)
   if kernel == "softmax":
     return np.exp(np.sum(x * y, -1))
@@ -284,7 +284,7 @@ def test_even_components_map_a_row_and_its_negative_alike(name):
 
 
 def fixed_norm_bias(a, x, y):
-  """Relative bias of rows of norm sqrt(H), from the series of 0F1."""
+  """Returns the relative bias of rows of norm sqrt(H), by the 0F1 series."""
   head_dim = x.shape[-1]
   t = np.sum((x + y) ** 2, axis=-1)
   argument = head_dim * (1.0 - 4.0 * a) * t / 4.0

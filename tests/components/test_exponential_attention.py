@@ -27,7 +27,7 @@ WITH_OPTIONS = (
 
 
 def draw_inputs(length=12, keys=None, batch=2, heads=2, dtype=jnp.float32):
-  """Random query, key, value; keys on other scales than queries."""
+  """Draws query, key and value; keys have other scales than queries."""
   rngs = jax.random.split(jax.random.key(5), 3)
   keys = keys or length
   query, key, value = (
@@ -39,7 +39,7 @@ def draw_inputs(length=12, keys=None, batch=2, heads=2, dtype=jnp.float32):
 
 
 def features64(case, x, w, side, stats):
-  """Features ``[T, F]`` of a positive map in float64, unshifted."""
+  """Computes features ``[T, F]`` of a positive map, in float64."""
   hyperbolic = "hyp" in case
   head_dim = x.shape[-1]
   factor = np.zeros(len(x))
@@ -227,7 +227,7 @@ def test_causal_sources_of_statistics(case):
 
 
 def changed_past(fm, variables, x, value, stats):
-  """Largest change of earlier outputs when the last token changes (T8)."""
+  """Returns the largest change of outputs before a token that changes."""
   other = x.at[:, -1].multiply(-3.0)
   outs = [
     sf.spectral_attention(

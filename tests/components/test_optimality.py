@@ -18,7 +18,7 @@ from tests.components.helpers import (
 
 
 def objective(query_map, key_map, a, query, key):
-  """Mean over all pairs of log E Z^2, in float64; `a` is ``[H]``."""
+  """Returns the mean of log E Z^2 over all pairs, float64; `a` is ``[H]``."""
   x, y = query @ query_map.T, key @ key_map.T
   pair_square = np.mean((x[:, None] + y[None, :]) ** 2, axis=(0, 1))
   return np.sum(
@@ -31,7 +31,7 @@ def objective(query_map, key_map, a, query, key):
 
 
 def closed_form(case, query, key):
-  """G and a ``[H]`` in float64, from the component."""
+  """Returns the component's G and a ``[H]``, in float64."""
   parameters = calibrated_state(case_component(case), query, key).stats
   rho = np.asarray(parameters["rho"], np.float64)
   head_dim = query.shape[-1]
@@ -40,7 +40,7 @@ def closed_form(case, query, key):
 
 
 def perturbed_map(case, query_map, rng, size):
-  """A neighbour of G in the family of the case."""
+  """Perturbs G within the family of the case."""
   noise = size * rng.normal(size=query_map.shape)
   if case == "oprf":
     return query_map
@@ -80,7 +80,7 @@ def test_closed_form_beats_100_perturbations(case, head_dim):
 
 
 def structured(kind, head_dim=8):
-  """Queries and keys of a kind that favours one component or another."""
+  """Draws queries and keys that favour some components over others."""
   rng = np.random.default_rng(1)
   x, y = 0.5 * rng.normal(size=(2, 128, head_dim))
   scales = np.diag(np.geomspace(1.5, 0.1, head_dim))
@@ -217,7 +217,7 @@ def test_rounding_does_not_choose_the_features(case, num_tokens):
 
 
 def relative_variance(name, scale):
-  """Typical relative variance per feature of one row, own statistics."""
+  """Returns the median relative variance of one feature at a scale."""
   x, y = np.random.default_rng(0).normal(size=(2, 60, 32)) * scale
   x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
   component = COMPONENTS.build(name)

@@ -53,14 +53,14 @@ STATS = ("poisrf", "poisrf_gaussian", "geomrf", "poisrf_plus", "geomrf_plus")
 
 @functools.cache
 def build_case(case):
-  """The map of a case and variables for 2 heads of 8."""
+  """Builds the map of a case, and its variables for 2 heads of 8."""
   name, matrix, num_features, kwargs = CASES[case]
   fm = build(name, matrix, num_features, **kwargs)
   return fm, fm.init(jax.random.key(0), head_dim=8, num_heads=2)
 
 
 def draw_inputs(num_queries=9, num_keys=9):
-  """Query, key and value ``[2, L, 2, 8]``."""
+  """Draws query, key and value ``[2, L, 2, 8]``."""
   rngs = jax.random.split(jax.random.key(1), 3)
   lengths = (num_queries, num_keys, num_keys)
   return tuple(

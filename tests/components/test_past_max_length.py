@@ -21,7 +21,7 @@ def build():
 
 
 def decode(jit):
-  """Outputs of one token after the other, two more than it can map."""
+  """Decodes token by token, two tokens past the longest sequence."""
   fm, variables = build()
   x = jax.random.normal(jax.random.key(1), (LONGEST + 2, 1, 1, 2, 4))
   state = sf.init_state(fm, variables, batch_size=1, num_heads=2, head_dim=4)

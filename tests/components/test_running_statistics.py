@@ -14,7 +14,7 @@ CASES = ("oprf", "oprf_hyp", "saderf", "perdim", "sderf", "aderf", "asderf")
 
 
 def examples(batch=9, length=7, head_dim=4, offset=0.0, seed=0):
-  """Queries and keys ``[B, T, 1, H]`` of unlike means and spreads."""
+  """Draws queries and keys ``[B, T, 1, H]`` of unlike means and spreads."""
   rng = np.random.default_rng(seed)
   out = []
   for mean in (0.3, -0.2):
@@ -27,7 +27,7 @@ def examples(batch=9, length=7, head_dim=4, offset=0.0, seed=0):
 
 
 def averaged_stats(fm, query, key, **masks):
-  """Stats of all examples in common, of the one head."""
+  """Returns the stats from moments averaged over examples, of one head."""
   variables = fm.init(jax.random.key(0), head_dim=query.shape[-1])
   mean, counts = fm.mean_moments(variables, query, key, **masks)
   assert bool(counts)
@@ -36,7 +36,7 @@ def averaged_stats(fm, query, key, **masks):
 
 
 def pooled_moments(component, query, key, centres=(0.0, 0.0)):
-  """Moments about common centres, computed from all vectors in float64."""
+  """Computes moments of all vectors about shared centres, in float64."""
   x, y = (
     np.asarray(z[:, :, 0], np.float64) - c
     for z, c in zip((query, key), centres, strict=True)
@@ -88,7 +88,7 @@ def test_products_of_means_are_averaged_as_products(case):
 
 
 def mean_log_second_moment(component, stats, query, key):
-  """Over all examples and pairs; stats of each example, or of all."""
+  """Returns the mean of log E Z^2 over all examples and pairs."""
   state = lambda stats: ComponentState({}, {}, stats)
   one = lambda stats, x, y: jnp.mean(
     component.log_second_moment(x[:, None], y[None, :], state(stats))
@@ -172,12 +172,12 @@ def test_examples_without_visible_tokens_do_not_count(case):
   fm = build_case(case, statistics="ema")
   mask = jnp.ones(query.shape[:2], bool).at[2].set(False)
   hidden = averaged_stats(fm, query, key, key_mask=mask, query_mask=mask)
-  keep = jnp.array([0, 1, 3])
-  expected = averaged_stats(fm, query[keep], key[keep])
-  for found, right in zip(
-    jax.tree.leaves(hidden), jax.tree.leaves(expected), strict=True
+  others = jnp.array([0, 1, 3])
+  shown = averaged_stats(fm, query[others], key[others])
+  for got, expected in zip(
+    jax.tree.leaves(hidden), jax.tree.leaves(shown), strict=True
   ):
-    np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_keeps_its_statistics_where_all_is_padding():

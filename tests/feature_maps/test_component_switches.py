@@ -21,7 +21,7 @@ SWITCHES = {
 
 
 def one_pair_of_each():
-  """Pairs in which every component and every matrix is once."""
+  """Returns pairs that cover every component and every matrix."""
   components = {}
   for name, matrix in PAIRS:
     if components.get(name) != "orf":
@@ -42,7 +42,7 @@ def build(component, matrix):
 
 
 def work(fm, variables, x):
-  """All that a map computes of x ``[B, T, N, H]``."""
+  """Computes stats, features and moments of x ``[B, T, N, H]``."""
   stats = fm.calibrate(variables, x, x) if fm.info.needs_stats else None
   features = [
     fm.log_features(variables, x, side=side, stats=stats)

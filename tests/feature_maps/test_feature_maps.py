@@ -12,14 +12,14 @@ HEAD_DIM = PAIRS.shape[-1]
 
 
 def calibrate_on_pairs(fm):
-  """Stats of the pairs themselves, or None."""
+  """Returns the stats of the test pairs, or None."""
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
   points = [jnp.asarray(PAIRS[None, :, side, None, :]) for side in (0, 1)]
   return fm.calibrate(variables, *points) or None
 
 
 def kernel_values(fm):
-  """The exact kernel at the pairs."""
+  """Returns the exact kernel of the test pairs."""
   return np.asarray(
     fm.kernel(
       fm.init(jax.random.key(0), head_dim=HEAD_DIM), PAIRS[:, 0], PAIRS[:, 1]

@@ -1,4 +1,4 @@
-"""What an optimiser may move: not the projections."""
+"""The mask of leaves that an optimiser may update."""
 
 import flax.serialization
 import jax
@@ -15,14 +15,14 @@ X = jax.random.normal(jax.random.key(0), (2, 6, 1, 4))
 
 
 def loss(variables, dense):
-  """Of attention on random inputs, times a dense layer."""
+  """Computes a loss of attention on random inputs and a dense layer."""
   kwargs = {"feature_map": FM, "variables": variables}
   out = sf.spectral_attention(X, X, X, **kwargs)
   return jnp.mean(jnp.square(out * dense - 1.0))
 
 
 def train(optimizer, steps=300):
-  """Variables before and after."""
+  """Trains, and returns the variables before and after."""
   before = {
     "attention": FM.init(jax.random.key(1), head_dim=4),
     "dense": jnp.ones((1, 1, 1, 4)),
@@ -42,7 +42,7 @@ def train(optimizer, steps=300):
 
 
 def size(variables):
-  """The norm of W."""
+  """Returns the norm of W."""
   return float(jnp.linalg.norm(variables["attention"].projection["rows"]["w"]))
 
 
