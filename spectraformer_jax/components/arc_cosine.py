@@ -119,7 +119,6 @@ class ArcCosine(base.Component):
       estimates=f"arc-cosine kernel of order {self.order}",
       formula=("[w.x > 0]", "relu(w.x)", "relu(w.x)^2")[self.order],
       positive=True,
-      features="M",
       variance=f"K_{2 * self.order} / K_{self.order}^2 - 1",
       cost="M comparisons and products",
       good_for="attention without exponentials, at low variance",

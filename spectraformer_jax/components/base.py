@@ -57,8 +57,8 @@ class ComponentInfo:
   estimates: str
   formula: str
   positive: bool
-  features: str
   source: str
+  features: str = "M"
   variance: str = ""
   cost: str = "F exponentials"
   good_for: str = ""

@@ -143,7 +143,6 @@ class SADERF(DenseExponential):
     estimates="softmax or Gaussian kernel",
     formula="(1-4A)^(H/4) exp(A|w|^2 + sqrt(1-4A) w.x' - |x'|^2/2), x' = psi x",
     positive=True,
-    features="M",
     variance=(
       "prod (1-4a)(1-8a)^(-1/2) exp(2(1-4a)/(1-8a)(x'+y')^2 - x'^2 - y'^2)"
       " / K^2 - 1"

@@ -240,7 +240,6 @@ class PoisRF(Discrete):
     estimates="softmax or Gaussian kernel",
     formula="exp(lam H/2) prod_l x_l^n_l lam^(-n_l/2), n_l ~ Poisson(lam)",
     positive=False,
-    features="M",
     variance="exp(lam H + sum_l x_l^2 y_l^2/lam) / K^2 - 1",
     cost="H logarithms, a second projection for the signs, M exponentials",
     good_for="kernel estimates at small norms",
@@ -353,7 +352,6 @@ class GeomRF(Discrete):
       "P(n_l = n) = p (1-p)^n"
     ),
     positive=False,
-    features="M",
     variance="p^-H prod_l I_0(2|x_l y_l|/sqrt(1-p)) / K^2 - 1",
     cost="H logarithms, a second projection for the signs, M exponentials",
     good_for="kernel estimates at unit variance: less variance than posrf and "

@@ -163,7 +163,6 @@ class Maclaurin(base.Component):
       estimates=f"{series}, up to degree {self.max_degree}",
       formula="sqrt(a_N/p_N) prod_{j <= N} r_j.x",
       positive=False,
-      features="M",
       variance="sum_n a_n^2/p_n v^n / K^2 - 1",
       cost=f"{self.max_degree} projections",
       good_for="other power series of x.y than the exponential",

@@ -183,7 +183,6 @@ class OPRF(OptimalPositive):
     estimates="softmax or Gaussian kernel",
     formula="(1-4A)^(H/4) exp(A|w|^2 + sqrt(1-4A) w.x - |x|^2/2)",
     positive=True,
-    features="M",
     variance=(
       "(1-4A)^H (1-8A)^(-H/2) exp(2(1-4A)/(1-8A)|x+y|^2 - |x|^2 - |y|^2)"
       " / K^2 - 1"

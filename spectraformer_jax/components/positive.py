@@ -52,7 +52,6 @@ class PosRF(base.KernelComponent):
     estimates="softmax or Gaussian kernel",
     formula="exp(w.x - |x|^2/2)",
     positive=True,
-    features="M",
     variance="exp|x+y|^2 - 1",
     good_for="stable attention without statistics, causal or not",
     avoid="large norms: oprf has far less variance at the same cost",

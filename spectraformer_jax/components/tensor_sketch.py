@@ -75,7 +75,6 @@ class TensorSketch(base.Component):
       estimates=f"(x.y)^{self.degree}",
       formula="circular convolution of the count sketches of x",
       positive=False,
-      features="M",
       cost=f"{self.degree} projections and {self.degree + 1} FFTs of size M",
       good_for="polynomial kernels of known, low degree",
       avoid="odd degrees in attention: weights are then negative",
