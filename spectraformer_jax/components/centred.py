@@ -87,8 +87,10 @@ class Centred(Component):
         "neither the softmax nor the Gaussian kernel."
       )
     of_base = getattr(self.base, "statistics", None)
-    statistics = self.statistics or of_base or "batch"
-    object.__setattr__(self, "statistics", statistics)
+    statistics = self.statistics
+    if statistics is None:
+      statistics = of_base or "batch"
+      object.__setattr__(self, "statistics", statistics)
     check_statistics(statistics)
     if of_base not in (None, statistics):
       raise ValueError(
