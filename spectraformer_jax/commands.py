@@ -1,47 +1,104 @@
-"""``python -m package command ...``: one module for each command."""
+"""``python -m PACKAGE COMMAND ...``: one module for each command."""
 
-import importlib.util
+import argparse
+import ast
+import importlib
 import io
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
-USER_ERROR = 2
+from typing_extensions import override
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser of a command's flags; mistakes become a ValueError of one line.
+
+  Args:
+    program: the package and the command: "spectraformer_jax.study sweep".
+    description: for ``--help``, shown as it is.
+  """
+
+  def __init__(self, program: str, description: str | None):
+    super().__init__(
+      prog=f"python -m {program}",
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+
+  @override
+  def error(self, message: str) -> NoReturn:
+    raise ValueError(f"{message}; see --help.")
 
 
 def run(
-  package: str, commands: Sequence[str], usage: str, argv: Sequence[str]
+  package: str,
+  commands: Mapping[str, tuple[str, str]],
+  argv: Sequence[str],
 ) -> int:
-  """Runs a command; what is wrong with it is told in one line.
+  """Runs a command; reports user errors in one line.
 
   Args:
-    package: its modules of the commands' names have ``main(argv)``, which
-      returns an exit status or None.
-    commands: their names.
-    usage: printed on request and after a mistake.
+    package: what follows ``python -m``.
+    commands: name -> module, whose ``main(argv)`` returns an exit status or
+      None, and what the command does, for ``--help``.
     argv: command and its arguments.
 
   Returns:
-    The exit status.
+    The exit status: 0, 2 for a user error, 130 for Ctrl-C, or the command's.
 
   Example:
-    >>> run("spectraformer_jax.data", ["check"], "usage: check TASK", ["-h"])
-    usage: check TASK
+    >>> run("some.package", {"check": ("some.module", "checks it")}, ["-h"])
+    usage: python -m some.package COMMAND ...
+    <BLANKLINE>
+      check          checks it
+    <BLANKLINE>
+    Each command has --help.
     0
   """
   if not argv or argv[0] in ("-h", "--help"):
-    print(usage)
+    print(f"usage: python -m {package} COMMAND ...\n")
+    for name, (_, purpose) in commands.items():
+      print(f"  {name:14} {purpose}")
+    print("\nEach command has --help.")
     return 0 if argv else USER_ERROR
   command, *rest = argv
-  module = f"{package}.{command}"
-  if command not in commands or not importlib.util.find_spec(module):
-    print(f"error: unknown command {command!r}.\n{usage}", file=sys.stderr)
-    return USER_ERROR
-  # A name of a file or a text that the terminal cannot show is no mistake.
+  # Prints names of files that the terminal cannot show, escaped.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")
   try:
+    if command not in commands:
+      raise ValueError(
+        f"unknown command {command!r}; there are {', '.join(commands)}."
+      )
+    module, _ = commands[command]
     return importlib.import_module(module).main(rest) or 0
   except (OSError, ValueError) as error:
     message = " ".join(str(error).split("\n"))
     print(f"error: {message}", file=sys.stderr)
     return USER_ERROR
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on from here.", file=sys.stderr)
+    return INTERRUPTED
+
+
+def as_typed(program: str, argv: Sequence[str]) -> str:
+  """Returns the command line to type; arguments as for `Parser`."""
+  return f"python -m {program} {shlex.join(argv)}"
+
+
+def parse_literal(text: str) -> Any:
+  """Returns the Python literal that the text is, or else the text.
+
+  Example:
+    >>> [parse_literal(text) for text in ("1e-3", "true", "cosine")]
+    [0.001, 'true', 'cosine']
+  """
+  try:
+    return ast.literal_eval(text)
+  except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+    return text

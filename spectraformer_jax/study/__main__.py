@@ -1,61 +1,29 @@
-"""``python -m spectraformer_jax.study {approximation,...} ...``."""
+"""``python -m spectraformer_jax.study COMMAND ...``."""
 
-import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 
-from spectraformer_jax.study.approximation import command as approximation
-from spectraformer_jax.study.sweep import command as sweep
-from spectraformer_jax.study.sweep import plots, table
+from spectraformer_jax import commands
 
-# Name of a command -> module with add_arguments(parser) and run(args); the
-# first line of its docstring is its help.
+PACKAGE = "spectraformer_jax.study"
 COMMANDS = {
-  "approximation": approximation,
-  "sweep": sweep,
-  "table": table,
-  "plot": plots,
+  "approximation": (
+    f"{PACKAGE}.approximation.command",
+    "measures how well feature maps approximate attention",
+  ),
+  "sweep": (
+    f"{PACKAGE}.sweep.command",
+    "trains tasks x attentions x seeds, resumable",
+  ),
+  "table": (f"{PACKAGE}.sweep.table", "writes the table of a sweep"),
+  "plot": (f"{PACKAGE}.sweep.plots", "draws the pictures of a sweep"),
 }
-USER_ERROR, INTERRUPTED = 2, 130
 
 
-def make_parser() -> argparse.ArgumentParser:
-  """The parser of all commands."""
-  parser = argparse.ArgumentParser(
-    prog="python -m spectraformer_jax.study",
-    description="Measures and compares attention kernels.",
-  )
-  commands = parser.add_subparsers(
-    dest="command", metavar="COMMAND", required=True
-  )
-  for name, module in COMMANDS.items():
-    command = commands.add_parser(
-      name,
-      help=module.__doc__.splitlines()[0],
-      description=module.__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(command)
-    command.set_defaults(run=module.run)
-  return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command; what is wrong with it is told in one line."""
-  argv = sys.argv[1:] if argv is None else list(argv)
-  args = make_parser().parse_args(argv)
-  # For reports: what gives the same again.
-  args.typed = shlex.join(["python", "-m", "spectraformer_jax.study", *argv])
-  try:
-    return args.run(args) or 0
-  except (OSError, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return USER_ERROR
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on from here.", file=sys.stderr)
-    return INTERRUPTED
+def main(argv: Sequence[str]) -> int:
+  """Runs a command."""
+  return commands.run(PACKAGE, COMMANDS, argv)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(main(sys.argv[1:]))

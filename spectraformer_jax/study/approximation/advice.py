@@ -4,6 +4,7 @@ import math
 
 from spectraformer_jax.components import build_component
 from spectraformer_jax.study.approximation.pair_spec import split_options
+from spectraformer_jax.study.approximation.results import Measurement
 from spectraformer_jax.study.approximation.settings import (
   Setting,
   beats_uniform,
@@ -11,73 +12,65 @@ from spectraformer_jax.study.approximation.settings import (
   told_apart,
 )
 
-# Extrapolating the fit further than this says nothing.
+# The fitted power of M is not extrapolated further than this.
 MOST_FEATURES = 1_000_000
-# Ratios of times nearer to one are within what single calls scatter.
+# Ratios of times nearer to one are within the scatter of single calls.
 SAME_TIME = 1.25
 
 
 def advise(setting: Setting) -> str:
-  """What to use, or what not to expect.
+  """Returns the pair to use, or why to use none.
 
   The sentence is about this setting's inputs and sizes and nothing else.
   """
-  best = setting.best()
-  uniform = f"uniform attention ({setting.uniform_error:.3g})"
-  found = f"{with_size(best)} (error {with_interval(best)}{_other(best)})"
-  if best["error"] >= setting.uniform_error:
+  best, uniform_error = setting.best(), setting.uniform_error
+  uniform = f"uniform attention ({uniform_error:.3g})"
+  size = best.key.num_features
+  found = best.pair if size is None else f"{best.pair} with M = {size}"
+  component = build_component(*split_options(best.key.component))
+  is_other = getattr(component, "kernel", None) != best.key.target
+  remark = "; its kernel is another one" if is_other else ""
+  found += f" (error {with_interval(best)}{remark})"
+  if beats_uniform(best):
     return (
-      f"Every pair is worse than {uniform}, which ignores queries and keys; "
-      f"the least bad is {found}: use exact attention or smaller queries and "
-      f"keys{_needed(setting, best.pair)}."
+      f"Use {found}, {over_uniform(best):.2g} of the error of {uniform}"
+      f"{_ties(setting, best)}{_speed(best)}."
     )
-  if not beats_uniform(best):
-    return (
-      f"No pair is clearly better than {uniform}, which ignores queries and "
-      f"keys; the least error is that of {found}: use exact attention or "
-      f"smaller queries and keys{_needed(setting, best.pair)}."
-    )
-  share = over_uniform(best)
+  verdict, least = "No pair is clearly better", "the least error is that of"
+  if best.figures.error >= uniform_error:
+    verdict, least = "Every pair is worse", "the least bad is"
   return (
-    f"Use {found}, {share:.2g} of the error of {uniform}{_ties(setting, best)}"
-    f"{_speed(best)}."
+    f"{verdict} than {uniform}, which ignores queries and keys; {least} {found}"
+    ": use exact attention or smaller queries and keys"
+    f"{_needed(setting, best.pair)}."
   )
 
 
-def with_size(row) -> str:
-  """A pair and its number of features."""
-  size = row.num_features
-  return row.pair if size is None else f"{row.pair} with M = {size}"
-
-
-def half_width(row) -> float | None:
+def half_width(row: Measurement) -> float | None:
   """Half of the error's confidence interval; None without one."""
-  half = row["error_ci"]
-  # What does not depend on the draw varies by rounding all the same.
-  return half if half and half > 1e-6 * row["error"] else None
+  half = row.figures.error_ci
+  # Errors that do not depend on the draw still vary by rounding.
+  return half if half and half > 1e-6 * row.figures.error else None
 
 
-def with_interval(row) -> str:
-  """The error and its confidence interval."""
+def with_interval(row: Measurement) -> str:
+  """Formats the error and its confidence interval."""
   half = half_width(row)
-  return f"{row['error']:.3g}" + ("" if half is None else f" ± {half:.1g}")
+  interval = "" if half is None else f" ± {half:.1g}"
+  return f"{row.figures.error:.3g}{interval}"
 
 
-def _other(row) -> str:
-  """A remark on maps that estimate another kernel than was asked for."""
-  component = build_component(*split_options(row.key["component"]))
-  if getattr(component, "kernel", None) == row.key["target"]:
-    return ""
-  return "; its kernel is another one"
+def _ties(setting: Setting, best: Measurement) -> str:
+  """Names other pairs whose errors do not differ significantly from the best.
 
-
-def _ties(setting, best) -> str:
-  """Other pairs that the draws do not tell from the best."""
+  Pairs that do not beat uniform attention are left out: their errors may
+  scatter too much to differ from anything.
+  """
   others = [
     row.pair
     for row in setting.ranking()
     if row.pair != best.pair
-    and beats_uniform(row)  # or its draws scatter so that nothing can be told
+    and beats_uniform(row)
     and not told_apart(row, best)
   ]
   if not others:
@@ -86,26 +79,25 @@ def _ties(setting, best) -> str:
   return f"; these draws do not tell {shown} from it"
 
 
-def _speed(best) -> str:
-  """How its time compares with that of exact attention."""
-  ratio = best["exact_ms"] / best["ms"]
-  if max(ratio, 1.0 / ratio) < SAME_TIME:
+def _speed(best: Measurement) -> str:
+  """Compares the time with that of exact attention."""
+  ratio = best.figures.exact_ms / best.figures.ms
+  if 1.0 / SAME_TIME < ratio < SAME_TIME:
     return "; it takes about as long as exact attention"
-  if ratio < 1.0:
-    return (
-      f"; but exact attention is {1.0 / ratio:.2g} times as fast at this length"
-    )
-  return f"; it is {ratio:.2g} times as fast as exact attention"
+  if ratio > 1.0:
+    return f"; it is {ratio:.2g} times as fast as exact attention"
+  return (
+    f"; but exact attention is {1 / ratio:.2g} times as fast at this length"
+  )
 
 
-def _needed(setting, pair) -> str:
-  """How many features the fit would ask for to be as good as uniform."""
+def _needed(setting: Setting, pair: str) -> str:
+  """Extrapolates the fit to the M that is as good as uniform attention."""
   fit = setting.slope(pair)
   if fit is None or fit.slope >= 0.0 or not setting.uniform_error:
     return ""
   log_size = (math.log(setting.uniform_error) - fit.intercept) / fit.slope
-  largest = max(setting.sizes)
-  if not math.log(largest) < log_size < math.log(MOST_FEATURES):
+  if not math.log(max(setting.sizes)) < log_size < math.log(MOST_FEATURES):
     return ""
   size = float(f"{math.exp(log_size):.1g}")
   return (

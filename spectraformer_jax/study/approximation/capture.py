@@ -1,6 +1,6 @@
-"""What the attention layers of a trained model see."""
+"""Captures the inputs of a trained model's attention layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ PROJECTIONS = ("query", "key", "value")
 def capture(
   model: linen.Module, variables: Mapping[str, Any], *args: Any
 ) -> list[Inputs]:
-  """Queries, keys, values and masks of every `SpectralSelfAttention`.
+  """Captures queries, keys, values and masks of `SpectralSelfAttention` layers.
 
   Args:
-    model: any module that has such layers in it.
-    variables: its variables.
-    *args: what it is called with.
+    model: any module with such layers.
+    variables: of the model.
+    *args: arguments of the model's call.
 
   Returns:
     One `Inputs` for each call of a layer, in order; a layer is named by its
@@ -45,7 +45,12 @@ def capture(
   """
   calls = []
 
-  def intercept(call, args, kwargs, context):
+  def intercept(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: linen.module.InterceptorContext,
+  ) -> Any:
     module = context.module
     if context.method_name != "__call__":
       return call(*args, **kwargs)
@@ -58,7 +63,7 @@ def capture(
     if is_part and module.name in PROJECTIONS:
       calls[-1][module.name] = out
       if module.parent.rotary and module.name != "value":
-        # What attention is given is turned after the projection.
+        # The layer rotates its projections before attention.
         calls[-1][module.name] = rotate(out, jnp.arange(out.shape[1]))
     return out
 
@@ -72,7 +77,7 @@ def capture(
 
 
 def _layer_name(path: tuple[str, ...]) -> str:
-  """A path without what all layers share."""
+  """A path without the parts that all layers share."""
   parts = [part for part in path if part not in ("encoder", "attention")]
   return "/".join(parts) or "attention"
 
@@ -80,17 +85,17 @@ def _layer_name(path: tuple[str, ...]) -> str:
 def capture_workdir(
   workdir: Path, *, split: str, examples: int, step: str
 ) -> list[Inputs]:
-  """What the layers of a trained run see on the first examples of a split.
+  """Captures the layers' inputs on the first examples of a split.
 
   Args:
     workdir: of `train.py`.
     split: "train", "dev" or "test".
-    examples: how many.
+    examples: number of examples.
     step: "best" (by dev accuracy), "last", or a step that was kept.
 
   Raises:
-    ValueError: the workdir holds no run, no such checkpoint, or was trained on
-      other data than the task has now.
+    ValueError: the workdir holds no run or no such checkpoint, or the task's
+      data have changed since training.
   """
   config = run_folder.stored_config(workdir)
   (dataset,) = load_data(config, [split]).values()

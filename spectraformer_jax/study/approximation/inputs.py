@@ -1,4 +1,4 @@
-"""Queries, keys and values to measure on: random ones, or those of a file."""
+"""Queries, keys and values to measure on, random or from a file."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spectraformer_jax import checks
 
@@ -16,15 +17,15 @@ ARRAYS = ("query", "key", "value", "key_mask", "query_mask")
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """What one attention layer sees, before ``1/sqrt(H)``.
+  """The inputs of one attention layer, before ``1/sqrt(H)``.
 
   Attributes:
     name: for tables: "random", "layer_0".
     query: ``[B, T, N, H]`` float32.
     key: ``[B, S, N, H]`` float32.
     value: ``[B, S, N, V]`` float32.
-    key_mask: ``[B, S]`` bool: keys that may be seen.
-    query_mask: ``[B, T]`` bool: queries whose outputs count.
+    key_mask: ``[B, S]`` bool, True at visible keys.
+    query_mask: ``[B, T]`` bool, True at queries whose outputs count.
   """
 
   name: str
@@ -41,7 +42,7 @@ class Inputs:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Changes if any number or shape does."""
+    """A hash of all numbers and shapes."""
     digest = hashlib.sha256()
     for name in ARRAYS:
       array = getattr(self, name)
@@ -50,11 +51,10 @@ class Inputs:
     return digest.hexdigest()[:12]
 
   def cropped(self, length: int | None) -> "Inputs":
-    """The first `length` positions; None for all.
+    """Returns the first `length` positions; None for all.
 
     Raises:
-      ValueError: there are fewer, queries and keys differ in number, or a
-        sequence has no visible key there.
+      ValueError: there are fewer positions, or not as many queries as keys.
     """
     if length is None or length == self.length == self.query.shape[1]:
       return self
@@ -73,14 +73,22 @@ class Inputs:
     )
 
 
-def make_inputs(name, query, key, value, key_mask=None, query_mask=None):
-  """`Inputs` from arrays of any float dtype; without masks all counts.
+def make_inputs(
+  name: str,
+  query: ArrayLike,
+  key: ArrayLike,
+  value: ArrayLike,
+  key_mask: np.ndarray | None = None,
+  query_mask: np.ndarray | None = None,
+) -> Inputs:
+  """Makes `Inputs` from arrays of any float dtype.
 
-  Queries take the mask of keys where T == S and they have none themselves.
+  Without a key mask all keys are visible. Without a query mask, queries take
+  the mask of keys if T == S; else all queries count.
 
   Raises:
-    ValueError: shapes or masks that do not agree, numbers that are not finite,
-      or a sequence without a visible key or query; `name` is in the message.
+    ValueError: shapes or masks do not agree, numbers are not finite, or a
+      sequence has no visible key or query; the message has `name`.
 
   Example:
     >>> x = np.ones((1, 5, 2, 4))
@@ -116,7 +124,7 @@ def make_inputs(name, query, key, value, key_mask=None, query_mask=None):
 def random_inputs(
   *, batch: int, length: int, num_heads: int, head_dim: int, seed: int
 ) -> Inputs:
-  """Independent standard normal q, k and v.
+  """Draws independent standard normal q, k and v.
 
   Example:
     >>> random_inputs(
@@ -128,10 +136,10 @@ def random_inputs(
 
 
 def read_npz(path: Path) -> list[Inputs]:
-  """Inputs of a file written by `numpy.savez`; nothing is unpickled.
+  """Reads a file that `numpy.savez` wrote; unpickles nothing.
 
-  One layer: arrays query, key and value, or q, k and v, perhaps key_mask and
-  query_mask. Many layers: the same after a prefix, "layer_0/query".
+  One layer has the arrays query, key and value, or q, k and v, and perhaps
+  key_mask and query_mask. Many layers have a prefix each: "layer_0/query".
 
   Raises:
     ValueError: the file is not an npz of such arrays.
@@ -164,8 +172,8 @@ def read_npz(path: Path) -> list[Inputs]:
   return [make_inputs(name or path.stem, **layers[name]) for name in names]
 
 
-def _natural(name: str) -> list:
-  """Sorts layer_10 behind layer_9."""
+def _natural(name: str) -> list[tuple[bool, int | str]]:
+  """A key that sorts layer_10 behind layer_9."""
   parts = re.split(r"(\d+)", name)
   return [
     (part.isdigit(), int(part or 0) if part.isdigit() else part)
@@ -174,7 +182,7 @@ def _natural(name: str) -> list:
 
 
 def write_npz(path: Path, layers: list[Inputs]) -> None:
-  """Writes what `read_npz` reads."""
+  """Writes a file for `read_npz`."""
   np.savez(
     path,
     **{

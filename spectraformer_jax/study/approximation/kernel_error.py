@@ -1,11 +1,14 @@
 """How far products of features are from the kernel they estimate."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.components import ComponentState
+from spectraformer_jax.components import Component, ComponentState
+from spectraformer_jax.components.base import LogFeatures
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.vmap_heads import (
   lead_with_batch,
@@ -15,9 +18,9 @@ from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
 
 def has_kernel(feature_map: FeatureMap) -> bool:
-  """Whether one kernel of two vectors is what the map estimates.
+  """Whether the map estimates a fixed kernel of two vectors.
 
-  Not so for learnt matrices, nor where features depend on the position.
+  Maps with learnt matrices do not, nor maps that depend on the position.
   """
   learnable = feature_map.weight_matrix.info.learnable
   return not (learnable or feature_map.component.info.positional)
@@ -31,21 +34,21 @@ def kernel_ratios(
   y: Array,
   stats: PyTree,
 ) -> Array:
-  """Estimate over kernel, for all pairs of points.
+  """Returns estimate over kernel, for all pairs of points.
 
-  Computed in the log domain: the estimate and the kernel may each be outside
-  of float32 where their ratio is not.
+  Computes in the log domain, since the estimate and the kernel may each
+  overflow float32 where their ratio does not.
 
   Args:
-    feature_map: for which `has_kernel` holds.
+    feature_map: one with a kernel; see `has_kernel`.
     variables: from `init`.
     x: queries ``[B, T, N, H]`` float32, scaled.
     y: keys ``[B, S, N, H]`` float32, scaled.
     stats: from `calibrate`.
 
   Returns:
-    ``[B, N, T, S]`` float32: infinite where an estimate is too large for it,
-    NaN where the kernel is zero.
+    ``[B, N, T, S]`` float32: infinite where a ratio overflows, NaN where the
+    kernel is zero.
   """
   component = feature_map.component
   log_kernel, sign = _over_heads(
@@ -55,7 +58,7 @@ def kernel_ratios(
   psi = feature_map.log_features(variables, y, side="key", stats=stats)
   psi = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 1, 2), psi)
 
-  def one_query(inputs):
+  def one_query(inputs: tuple[LogFeatures, Array]) -> Array:
     phi, log_kernel = inputs  # [B, N, F], [B, N, S]
     log_size = phi.log_magnitude[:, :, None] + psi.log_magnitude
     terms = jnp.exp(log_size - log_kernel[..., None])
@@ -73,7 +76,7 @@ def kernel_ratios(
     ),
   )
   ratios = sign * jnp.moveaxis(ratios, 0, 2)
-  # A sum of infinite terms of both signs is no number, but no accuracy either.
+  # Infinite terms of both signs add up to NaN: the estimate is useless.
   ratios = jnp.where(jnp.isnan(ratios), jnp.inf, ratios)
   return jnp.where(sign == 0.0, jnp.nan, ratios)
 
@@ -86,17 +89,17 @@ def independent_rows_mse(
   y: Array,
   stats: PyTree,
 ) -> Array:
-  """The relative mean squared error if the rows of W were independent.
+  """Returns the relative mean squared error for independent rows of W.
 
-  The closed form of `Component.log_second_moment`. Arguments and result as in
-  `kernel_ratios`.
+  Takes the closed form of `Component.log_second_moment`. Arguments and shape of
+  the result are those of `kernel_ratios`.
 
   Raises:
     NotImplementedError: no formula is known.
   """
   component = feature_map.component
 
-  def log_ratio(state, x, y):
+  def log_ratio(state: ComponentState, x: Array, y: Array) -> Array:
     second = component.log_second_moment(x[:, None], y[None], state)
     return second - 2.0 * _log_kernel(component, state, x, y)[0]
 
@@ -104,8 +107,10 @@ def independent_rows_mse(
   return jnp.expm1(log_ratios) / feature_map.num_features
 
 
-def _log_kernel(component, state, x, y):
-  """Logarithm of the kernel's size, and its sign: ``[T, S]`` each."""
+def _log_kernel(
+  component: Component, state: ComponentState, x: Array, y: Array
+) -> tuple[Array, Array]:
+  """Returns log |kernel| and the kernel's sign, ``[T, S]`` each."""
   x, y = x[:, None], y[None]
   name = getattr(component, "kernel", None)
   if name == "softmax":
@@ -118,18 +123,29 @@ def _log_kernel(component, state, x, y):
   return log, jnp.ones_like(log)
 
 
-def _over_heads(function):
-  """Maps function(state, x ``[T, H]``, y ``[S, H]``) -> ``[T, S]`` over heads.
+def _over_heads(
+  function: Callable[[ComponentState, Array, Array], Any],
+) -> Callable[[FeatureVariables, Array, Array, PyTree], Any]:
+  """Maps a function of one head over examples and heads.
 
-  The result takes variables, x ``[B, T, N, H]``, y and stats.
+  Args:
+    function: of the state, x ``[T, H]`` and y ``[S, H]``; returns ``[T, S]``.
+
+  Returns:
+    A function of variables, x ``[B, T, N, H]``, y ``[B, S, N, H]`` and stats,
+    which returns ``[B, N, T, S]``.
   """
 
-  def one_head(variables, stats, x, y):
+  def one_head(
+    variables: FeatureVariables, stats: PyTree, x: Array, y: Array
+  ) -> Any:
     params, random = (tree.get("component", {}) for tree in variables)
     stats = stats.get("component", ())
     return function(ComponentState(params, random, stats), x, y)
 
-  def mapped(variables, x, y, stats):
+  def mapped(
+    variables: FeatureVariables, x: Array, y: Array, stats: PyTree
+  ) -> Any:
     x, y = jnp.swapaxes(x, 1, 2), jnp.swapaxes(y, 1, 2)
     return over_examples_and_heads(one_head)(
       lead_with_batch(variables), stats or {}, x, y

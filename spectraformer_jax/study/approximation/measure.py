@@ -1,8 +1,10 @@
-"""One row of the table: a pair at one size, on one set of inputs."""
+"""Measures a pair at one size, on one set of inputs."""
 
+import contextlib
 import functools
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,7 @@ from spectraformer_jax.study.approximation.kernel_error import (
   independent_rows_mse,
   kernel_ratios,
 )
+from spectraformer_jax.study.approximation.results import Figures
 from spectraformer_jax.typing import Array, FeatureVariables
 
 # Calls of a reference that are timed; a pair is timed at each draw.
@@ -29,7 +32,7 @@ CONFIDENCE = 0.95
 
 
 class Options(NamedTuple):
-  """How to measure.
+  """Settings of a measurement.
 
   Attributes:
     draws: of W, independent.
@@ -48,14 +51,13 @@ class Options(NamedTuple):
 
 
 class Reference(NamedTuple):
-  """What a pair is compared with, on one set of scaled inputs.
+  """Exact and uniform attention, on one set of scaled inputs.
 
   Attributes:
-    exact: exact attention ``[B, T, N, V]`` float64, zero at queries that do
-      not count.
-    uniform_error: of the answer that ignores queries and keys.
+    exact: exact attention ``[B, T, N, V]`` float64, zero at masked queries.
+    uniform_error: error of uniform attention, which ignores queries and keys.
     ms: time of a call of exact attention.
-    temp_mib: memory it plans beside arguments and result.
+    temp_mib: memory that exact attention plans beside arguments and result.
   """
 
   exact: np.ndarray
@@ -65,13 +67,13 @@ class Reference(NamedTuple):
 
 
 class Program(NamedTuple):
-  """A pair that is compiled and drawn, for inputs of one shape.
+  """A compiled pair with its draws, for inputs of one shape.
 
   Attributes:
     feature_map: of the pair.
     draws: variables, one for each draw of W.
-    compiled: of variables, query, key, value, key_mask and query_mask.
-    compile_s: how long it took.
+    compiled: function of variables, query, key, value, key_mask, query_mask.
+    compile_s: seconds that compilation took.
   """
 
   feature_map: FeatureMap
@@ -80,40 +82,37 @@ class Program(NamedTuple):
   compile_s: float
 
 
-def arrays_of(inputs: Inputs, scale: float) -> tuple[Array, ...]:
+def arrays_of(inputs: Inputs, scale: float) -> tuple[Array, Array, Array]:
   """Query, key and value on the device, query and key times `scale`."""
-  scaled = (inputs.query * scale, inputs.key * scale, inputs.value)
-  return tuple(jnp.asarray(array, jnp.float32) for array in scaled)
+  query, key = inputs.query * scale, inputs.key * scale
+  as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
+  return as_float(query), as_float(key), as_float(inputs.value)
 
 
 def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
-  """Exact attention and uniform attention of these inputs."""
+  """Computes exact attention and uniform attention of these inputs."""
   query, key, value = arrays_of(inputs, scale)
-  kwargs = {
-    "key_mask": jnp.asarray(inputs.key_mask),
-    "is_causal": options.is_causal,
-  }
-  exact = sf.exact_attention(
-    *(query, key, value), kernel=options.target, **kwargs
+  exact_attention = functools.partial(
+    sf.exact_attention,
+    key_mask=jnp.asarray(inputs.key_mask),
+    is_causal=options.is_causal,
   )
+  exact = exact_attention(query, key, value, kernel=options.target)
   # All scores are equal where queries are zero.
-  uniform = sf.exact_attention(jnp.zeros_like(query), key, value, **kwargs)
-  exact, uniform = (
-    counted(np.asarray(out, np.float64), inputs) for out in (exact, uniform)
-  )
+  uniform = exact_attention(jnp.zeros_like(query), key, value)
+  exact, uniform = counted(exact, inputs), counted(uniform, inputs)
   if not exact.any():
     raise ValueError(
       f"inputs {inputs.name!r}: exact attention gives zeros, so there is no "
       "relative error."
     )
-  # Jax's own attention, since the exact one above is written for accuracy.
-  visible = jnp.asarray(inputs.key_mask)[:, None, None, :]
-  attend = jax.jit(
-    lambda *qkv: jax.nn.dot_product_attention(
-      *qkv, mask=visible, is_causal=options.is_causal
-    )
+  # Times JAX's own attention: the exact one above is written for accuracy.
+  attend = functools.partial(
+    jax.nn.dot_product_attention,
+    mask=jnp.asarray(inputs.key_mask)[:, None, None, :],
+    is_causal=options.is_causal,
   )
-  compiled = attend.lower(query, key, value).compile()
+  compiled = jax.jit(attend).lower(query, key, value).compile()
   compiled(query, key, value)
   times = [_timed(compiled, query, key, value)[1] for _ in range(REPEATS)]
   return Reference(
@@ -124,9 +123,10 @@ def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
   )
 
 
-def counted(out: np.ndarray, inputs: Inputs) -> np.ndarray:
-  """Outputs ``[B, T, N, V]`` with zeros at queries that do not count."""
-  return np.where(inputs.query_mask[:, :, None, None], out, 0.0)
+def counted(out: Array, inputs: Inputs) -> np.ndarray:
+  """Outputs ``[B, T, N, V]`` in float64, with zeros at masked queries."""
+  mask = inputs.query_mask[:, :, None, None]
+  return np.where(mask, np.asarray(out, np.float64), 0.0)
 
 
 def relative_error(out: np.ndarray, exact: np.ndarray) -> float:
@@ -142,7 +142,7 @@ def relative_error(out: np.ndarray, exact: np.ndarray) -> float:
 def prepare(
   feature_map: FeatureMap, inputs: Inputs, options: Options
 ) -> Program:
-  """Compiles attention for inputs of this shape, and draws."""
+  """Compiles attention for inputs of this shape, and draws W."""
   _, _, num_heads, head_dim = inputs.query.shape
   init = functools.partial(
     feature_map.init, head_dim=head_dim, num_heads=num_heads
@@ -152,16 +152,25 @@ def prepare(
   rng = make_key(options.seed)
   draws = [init(jax.random.fold_in(rng, i)) for i in range(options.draws)]
 
-  def attend(variables, query, key, value, key_mask, query_mask):
+  def attend(
+    variables: FeatureVariables,
+    query: Array,
+    key: Array,
+    value: Array,
+    key_mask: Array,
+    query_mask: Array,
+  ) -> Array:
     stats = None
     if not options.is_causal:
-      root = split_scale(None, head_dim)
+      sqrt_scale = split_scale(None, head_dim)
       masks = key_mask, query_mask
       stats = statistics_of(
-        feature_map, variables, None, query, key, *masks, root
+        feature_map, variables, None, query, key, *masks, sqrt_scale
       )
     return sf.spectral_attention(
-      *(query, key, value),
+      query,
+      key,
+      value,
       feature_map=feature_map,
       variables=variables,
       stats=stats,
@@ -183,102 +192,88 @@ def measure(
   scale: float,
   reference: Reference,
   options: Options,
-) -> dict[str, float | None]:
-  """All figures of a row; None where one does not exist."""
+) -> Figures:
+  """Measures all figures of a pair."""
   arrays = *arrays_of(inputs, scale), inputs.key_mask, inputs.query_mask
   arrays = jax.block_until_ready(jax.device_put(arrays))
   program.compiled(program.draws[0], *arrays)
   outputs, times = [], []
   for variables in program.draws:
     out, ms = _timed(program.compiled, variables, *arrays)
-    outputs.append(counted(np.asarray(out, np.float64), inputs))
+    outputs.append(counted(out, inputs))
     times.append(ms)
-  return {
-    **attention_figures(outputs, reference),
+  return attention_figures(outputs, reference)._replace(
     **kernel_figures(program, inputs, scale, options),
-    "ms": statistics.median(times),
-    "exact_ms": reference.ms,
-    "temp_mib": temp_mib(program.compiled),
-    "exact_temp_mib": reference.temp_mib,
-    "compile_s": program.compile_s,
-  }
+    ms=statistics.median(times),
+    exact_ms=reference.ms,
+    temp_mib=temp_mib(program.compiled),
+    exact_temp_mib=reference.temp_mib,
+    compile_s=program.compile_s,
+  )
 
 
 def attention_figures(
   outputs: list[np.ndarray], reference: Reference
-) -> dict[str, float | None]:
-  """Error of outputs, one for each draw, and the share that draws make.
+) -> Figures:
+  """Measures the error of outputs, one for each draw, and its variance.
 
-  The mean square over draws is that of the mean output, which more draws would
-  not change, and the variance about it; both are unbiased estimates, so the
-  first may come out below zero.
+  The mean square over draws is the square of the bias, which more draws would
+  not change, plus the variance. Both estimates are unbiased, so the square may
+  come out below zero.
   """
   errors = [relative_error(out, reference.exact) for out in outputs]
-  mean, half, std = summarise(errors)
   variance = bias2 = None
   if len(outputs) > 1:
     norm2 = np.sum(reference.exact**2)
     variance = float(np.sum(np.var(outputs, axis=0, ddof=1)) / norm2)
     bias2 = float(np.mean(np.square(errors))) - variance
-  return {
-    "error": mean,
-    "error_ci": half,
-    "error_std": std,
-    "uniform_error": reference.uniform_error,
-    "output_variance": variance,
-    "output_bias2": bias2,
-  }
+  return Figures(*summarise(errors), reference.uniform_error, variance, bias2)
 
 
 def kernel_figures(
   program: Program, inputs: Inputs, scale: float, options: Options
 ) -> dict[str, float | None]:
-  """Bias and squared error of the kernel, relative to it."""
-  names = ("kernel_bias", "kernel_bias_ci", "kernel_mse", "kernel_mse_ci")
-  names += ("kernel_mse_median", "kernel_mse_iid", "kernel_mse_iid_median")
-  figures: dict[str, float | None] = dict.fromkeys(names)
+  """Measures bias and squared error of the kernel, relative to the kernel.
+
+  Returns figures by name; none for a map without a fixed kernel.
+  """
   fm = program.feature_map
   if not has_kernel(fm):
-    return figures
-  root = inputs.query.shape[-1] ** -0.25
+    return {}
+  sqrt_scale = inputs.query.shape[-1] ** -0.25
   query, key, _ = arrays_of(inputs, scale)
-  query, key = query * root, key * root
+  query, key = query * sqrt_scale, key * sqrt_scale
   stats = ()
   if fm.info.needs_stats:
     masks = {"key_mask": inputs.key_mask, "query_mask": inputs.query_mask}
     stats = fm.calibrate(program.draws[0], query, key, **masks)
   rng = np.random.default_rng(options.seed)
-  x, y = (
-    _pick(rng, array, mask, options.points)
-    for array, mask in ((query, inputs.query_mask), (key, inputs.key_mask))
-  )
-  off = np.stack(
-    [
-      np.asarray(kernel_ratios(fm, variables, x, y, stats), np.float64) - 1.0
-      for variables in program.draws
-    ]
-  )
+  x = _pick(rng, query, inputs.query_mask, options.points)
+  y = _pick(rng, key, inputs.key_mask, options.points)
+  ratios = [kernel_ratios(fm, draw, x, y, stats) for draw in program.draws]
+  off = np.stack([np.asarray(ratio, np.float64) - 1.0 for ratio in ratios])
   off = off.reshape(len(off), -1)
   off = off[:, ~np.isnan(off).any(axis=0)]  # where the kernel is not zero
   if not off.size:
-    return figures
-  bias, bias_half, _ = summarise(off.mean(axis=1))
-  mse, mse_half, _ = summarise(np.square(off).mean(axis=1))
-  median = float(np.median(np.square(off).mean(axis=0)))
-  values = [bias, bias_half, mse, mse_half, median]
-  try:
+    return {}
+  figures = {"kernel_mse_median": float(np.median(np.square(off).mean(axis=0)))}
+  for name, sample in (("bias", off), ("mse", np.square(off))):
+    mean, half, _ = summarise(sample.mean(axis=1))
+    figures |= {f"kernel_{name}": mean, f"kernel_{name}_ci": half}
+  with contextlib.suppress(NotImplementedError):
     iid = independent_rows_mse(fm, program.draws[0], x, y, stats)
     iid = np.asarray(iid, np.float64)
-    values += [float(iid.mean()), float(np.median(iid))]
-  except NotImplementedError:
-    values += [None, None]
-  return dict(zip(names, values, strict=True))
+    figures["kernel_mse_iid"] = float(iid.mean())
+    figures["kernel_mse_iid_median"] = float(np.median(iid))
+  return figures
 
 
-def summarise(sample) -> tuple[float, float | None, float | None]:
-  """Mean, half width of its confidence interval, and standard deviation.
+def summarise(
+  sample: Sequence[float] | np.ndarray,
+) -> tuple[float, float | None, float | None]:
+  """Returns the mean, half of its confidence interval, and the deviation.
 
-  The interval is Student's; it has no width for a single number.
+  The interval is Student's; a single number has no interval and no deviation.
 
   Example:
     >>> mean, half, std = summarise([1.0, 2.0, 3.0])
@@ -294,22 +289,27 @@ def summarise(sample) -> tuple[float, float | None, float | None]:
   return mean, float(quantile * std / count**0.5), std
 
 
-def temp_mib(compiled) -> float:
-  """Memory a program plans beside its arguments and results, in MiB."""
+def temp_mib(compiled: Any) -> float:
+  """Memory that a program plans beside its arguments and results, in MiB."""
   return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
-def _timed(function, *args):
-  """The result of a call and its time in milliseconds."""
+def _timed(
+  function: Callable[..., Array], *args: Array | FeatureVariables
+) -> tuple[Array, float]:
+  """Returns the result of a call and its time in milliseconds."""
   start = time.perf_counter()
   out = jax.block_until_ready(function(*args))
   return out, 1e3 * (time.perf_counter() - start)
 
 
-def _pick(rng, x: Array, mask: np.ndarray, count: int) -> Array:
-  """`count` visible positions of each example, ``[B, count, N, H]``.
+def _pick(
+  rng: np.random.Generator, x: Array, mask: np.ndarray, count: int
+) -> Array:
+  """Draws `count` visible positions of each example: ``[B, count, N, H]``.
 
-  Fewer where the example with most has fewer; one with less repeats some.
+  If every example has fewer, as many as the longest has. Shorter examples
+  repeat positions.
   """
   count = min(count, int(mask.sum(axis=1).max()))
   indices = np.stack(

@@ -1,12 +1,12 @@
-"""Pairs as they are typed: "oprf-orf", "posrf(kernel=gaussian)-rom_hybrid"."""
+"""Pairs as text: "oprf-orf", "posrf(kernel=gaussian)-rom_hybrid"."""
 
-import ast
 import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import spectraformer_jax as sf
+from spectraformer_jax.commands import parse_literal
 from spectraformer_jax.components import build_component
 from spectraformer_jax.feature_maps.compose import mismatch
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
@@ -29,11 +29,11 @@ class Pair:
 
   @property
   def name(self) -> str:
-    """As it is typed."""
+    """The pair as text."""
     return f"{self.component}-{self.matrix}"
 
   def build(self, num_features: int | None) -> FeatureMap:
-    """The feature map; ValueError if a name or option is unknown."""
+    """Builds the feature map; ValueError if a name or option is unknown."""
     component, component_kwargs = split_options(self.component)
     matrix, matrix_kwargs = split_options(self.matrix)
     return sf.feature_map(
@@ -46,17 +46,16 @@ class Pair:
 
   @property
   def has_rows(self) -> bool:
-    """Whether there is a number of features to choose."""
-    return build_component(*split_options(self.component)).info.row_law != (
-      "none"
-    )
+    """Whether the map takes a number of features."""
+    component = build_component(*split_options(self.component))
+    return component.info.row_law != "none"
 
 
 def split_options(text: str) -> tuple[str, dict[str, Any]]:
-  """A name and its options.
+  """Splits a name from its options.
 
   Raises:
-    ValueError: options that are not of the form (name=value, ...).
+    ValueError: options are not of the form (name=value, ...).
 
   Example:
     >>> split_options("rom_hybrid(norms=chi, num_factors=2)")
@@ -71,23 +70,15 @@ def split_options(text: str) -> tuple[str, dict[str, Any]]:
     option, equals, value = (part.strip() for part in item.partition("="))
     if not (option and equals and value):
       raise ValueError(f"{text!r}: options are written (option=value, ...).")
-    options[option] = _literal(value)
+    options[option] = parse_literal(value)
   return name, options
 
 
-def _literal(text: str) -> Any:
-  """A Python literal, or the text itself."""
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
-
-
 def parse_pair(text: str) -> Pair:
-  """A pair from its text.
+  """Reads a pair.
 
   Raises:
-    ValueError: not of the form component-matrix.
+    ValueError: the text is not of the form component-matrix.
 
   Example:
     >>> parse_pair("oprf-orf")
@@ -103,24 +94,24 @@ def parse_pair(text: str) -> Pair:
 
 
 def all_pairs(components: Sequence[str], matrices: Sequence[str]) -> list[Pair]:
-  """Every component with every matrix that it goes with.
+  """Pairs every component with every matrix that it can use.
 
   Raises:
-    ValueError: a name or option is unknown, or nothing goes together.
+    ValueError: a name or option is unknown, or there is no such pair.
 
   Example:
     >>> [pair.name for pair in all_pairs(["posrf", "relu"], ["orf", "none"])]
     ['posrf-orf', 'relu-orf']
   """
-  found = []
+  pairs = []
   for component in components:
     f = build_component(*split_options(component))
     for matrix in matrices:
       if mismatch(f, WEIGHT_MATRICES.build(*split_options(matrix))) is None:
-        found.append(Pair(component, matrix))
-  if not found:
+        pairs.append(Pair(component, matrix))
+  if not pairs:
     raise ValueError(
       f"no component of {', '.join(components)} goes with a matrix of "
       f"{', '.join(matrices)}."
     )
-  return found
+  return pairs

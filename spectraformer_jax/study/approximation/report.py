@@ -9,6 +9,7 @@ from rich.table import Table
 
 from spectraformer_jax.study.approximation.advice import advise, half_width
 from spectraformer_jax.study.approximation.settings import Setting, over_uniform
+from spectraformer_jax.train.run.run_folder import environment, write_text
 
 UNIFORM = "uniform attention"
 # Columns that a narrow terminal has no room for.
@@ -25,53 +26,63 @@ arguments and results.
 """
 
 
-def lines(setting: Setting) -> tuple[list[str], list[list[str]]]:
-  """Header and cells of the table of a setting, least error first."""
-  sizes = setting.sizes
-  header = ["", "pair", *(f"M={size}" for size in sizes), "±", "/ uniform"]
-  header += ["slope", "kernel MSE", "ms", "MiB"]
-  exact = setting.rows[0]
-  blank = [""] * len(sizes)
+def lines(setting: Setting) -> list[dict[str, str]]:
+  """Returns the lines of a setting's table, least error first.
+
+  Each line maps headings to cells.
+  """
+  columns = {size: f"M={size}" for size in setting.sizes}
+  headings = ["", "pair", *columns.values(), "±", "/ uniform"]
+  headings += ["slope", "kernel MSE", "ms", "MiB"]
+  blank = dict.fromkeys(headings, "")
+  exact = setting.rows[0].figures
   table = [
-    ["", "exact attention", *blank, "", "", "", ""]
-    + [_figure(exact["exact_ms"]), _figure(exact["exact_temp_mib"])]
+    blank
+    | {"pair": "exact attention", "ms": _figure(exact.exact_ms)}
+    | {"MiB": _figure(exact.exact_temp_mib)}
   ]
-  trivial = ["", UNIFORM, *([_figure(setting.uniform_error)] * len(sizes))]
-  trivial += ["", "1", "", "", "", ""]
-  place = 0
+  uniform = _figure(setting.uniform_error)
+  uniform = (
+    blank
+    | {"pair": UNIFORM, "/ uniform": "1"}
+    | dict.fromkeys(columns.values(), uniform)
+  )
   for place, row in enumerate(setting.ranking(), 1):
-    if trivial and not row["error"] < setting.uniform_error:
-      table.append(trivial)
-      trivial = None
-    by_size = {r.num_features: r["error"] for r in setting.of_pair(row.pair)}
-    without_size = by_size.get(None)
+    is_below = not row.figures.error < setting.uniform_error
+    if is_below and uniform not in table:
+      table.append(uniform)
+    errors = {
+      other.key.num_features: other.figures.error
+      for other in setting.of_pair(row.pair)
+    }
+    fit = setting.slope(row.pair)
+    slope = "-" if fit is None else f"{fit.slope:.2f}"
+    if fit and fit.standard_error is not None:
+      slope += f" ± {fit.standard_error:.2f}"
     table.append(
-      [str(place), row.pair]
-      + [_figure(by_size.get(size, without_size)) for size in sizes]
-      + [_figure(half_width(row), 1)]
-      + [_figure(over_uniform(row), 2)]
-      + [_slope(setting.slope(row.pair)), _figure(row["kernel_mse_median"])]
-      + [_figure(row["ms"]), _figure(row["temp_mib"])]
+      {"": str(place), "pair": row.pair}
+      | {columns[s]: _figure(errors.get(s, errors.get(None))) for s in columns}
+      | {"±": _figure(half_width(row), 1)}
+      | {"/ uniform": _figure(over_uniform(row), 2), "slope": slope}
+      | {"kernel MSE": _figure(row.figures.kernel_mse_median)}
+      | {"ms": _figure(row.figures.ms), "MiB": _figure(row.figures.temp_mib)}
     )
-  if trivial:
-    table.append(trivial)
-  return header, table
+  return table if uniform in table else [*table, uniform]
 
 
 def print_setting(setting: Setting, console: Console) -> None:
   """Prints the table and the advice."""
-  header, rows = lines(setting)
-  if console.width < WIDE:
-    keep = [i for i, name in enumerate(header) if name not in IN_REPORT_ONLY]
-    header, *rows = ([cells[i] for i in keep] for cells in (header, *rows))
+  rows = lines(setting)
   table = Table(title=setting.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-  for name in header:
-    left = name == "pair"
-    table.add_column(name, justify="left" if left else "right", no_wrap=True)
-  below = False
+  is_narrow = console.width < WIDE
+  shown = [n for n in rows[0] if not (is_narrow and n in IN_REPORT_ONLY)]
+  for name in shown:
+    justify = "left" if name == "pair" else "right"
+    table.add_column(name, justify=justify, no_wrap=True)
+  style = ""
   for row in rows:
-    below = below or row[1] == UNIFORM
-    table.add_row(*row, style="dim" if below else "")
+    style = "dim" if row["pair"] == UNIFORM else style
+    table.add_row(*(row[name] for name in shown), style=style)
   console.print(table)
   console.print(advise(setting), highlight=False)
   console.print()
@@ -89,21 +100,18 @@ def write(
 
   Args:
     path: of the Markdown file.
-    settings: all that was measured.
+    settings: all settings with their measurements.
     pictures: files in the same folder.
-    command: what was typed.
-    skipped: what was left out, and why.
+    command: the command line.
+    skipped: sizes that were left out, and why.
   """
-  # Here, because it brings in all of training for the versions it lists.
-  from spectraformer_jax.train.run.run_folder import environment, write_text
-
   env = environment(command)
   devices = env["devices"]
   text = ["# Approximation of attention", "", "```", command, "```", ""]
   text += [
     f"spectraformer_jax {env['spectraformer_jax']}, revision "
     f"{env['git_revision'] or 'unknown'}, jax {env['jax']}, {env['platform']}, "
-    f"{len(devices)} x {devices[0]}, {settings[0].rows[0].key['draws']} draws.",
+    f"{len(devices)} x {devices[0]}, {settings[0].rows[0].key.draws} draws.",
     "",
     NOTES,
   ]
@@ -111,30 +119,23 @@ def write(
     text += ["Left out:", "", *(f"- {line}" for line in skipped), ""]
   for setting in settings:
     text += [f"## {setting.title}", "", advise(setting), ""]
-    text += [*markdown(*lines(setting)), ""]
+    text += [*markdown(lines(setting)), ""]
   for picture in pictures:
     text += [f"![{picture.stem.replace('_', ' ')}]({picture.name})", ""]
   write_text(path, "\n".join(text))
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-  """Lines of a Markdown table; the second column is text, others figures.
+def markdown(rows: Sequence[dict[str, str]]) -> list[str]:
+  """Returns the lines of a Markdown table; its column "pair" is text.
 
   Example:
-    >>> markdown(["", "pair"], [["1", "oprf-orf"]])
+    >>> markdown([{"": "1", "pair": "oprf-orf"}])
     ['|  | pair |', '|--:|---|', '| 1 | oprf-orf |']
   """
-  rule = "|" + "|".join("---" if i == 1 else "--:" for i in range(len(header)))
-  lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-  return [lines[0], f"{rule}|", *lines[1:]]
+  rule = "|".join("---" if name == "pair" else "--:" for name in rows[0])
+  line = lambda cells: f"| {' | '.join(cells)} |"
+  return [line(rows[0]), f"|{rule}|", *(line(row.values()) for row in rows)]
 
 
 def _figure(value: float | None, digits: int = 3) -> str:
   return "-" if value is None else f"{value:.{digits}g}"
-
-
-def _slope(fit) -> str:
-  if fit is None:
-    return "-"
-  error = fit.standard_error
-  return f"{fit.slope:.2f}" + (f" ± {error:.2f}" if error is not None else "")

@@ -1,66 +1,91 @@
-"""Rows of measurements in a CSV file that a killed run can go on with."""
+"""Measurements in a CSV file, which a killed run continues with."""
 
 import csv
-import dataclasses
-from collections.abc import Mapping
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# What a row was measured on: rows that agree in all of it are the same.
-KEYS = {
-  "inputs": str,
-  "fingerprint": str,
-  "length": int,
-  "scale": float,
-  "component": str,
-  "matrix": str,
-  "num_features": int,
-  "is_causal": str,
-  "target": str,
-  "draws": int,
-  "seed": int,
-  "points": int,
-}
-FIGURES = (
-  *("error", "error_ci", "error_std", "uniform_error"),
-  *("output_variance", "output_bias2"),
-  *("kernel_bias", "kernel_bias_ci", "kernel_mse", "kernel_mse_ci"),
-  *("kernel_mse_median", "kernel_mse_iid", "kernel_mse_iid_median"),
-  *("ms", "exact_ms", "temp_mib", "exact_temp_mib", "compile_s"),
-)
-COLUMNS = (*KEYS, *FIGURES, "device")
+from spectraformer_jax.train.run.run_folder import write_text
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A line of the table.
+class Key(NamedTuple):
+  """What was measured, on which inputs; equal keys are the same measurement.
 
   Attributes:
-    key: values of `KEYS`; num_features is None for a map without rows.
-    figures: values of `FIGURES`; None where one does not exist.
-    device: what it was measured on.
+    inputs, fingerprint, length: of the inputs; see `inputs.Inputs`.
+    scale: of queries and keys.
+    component, matrix: of the pair, as they are typed.
+    num_features: M; None for a map without rows.
+    is_causal, target, draws, seed, points: see `measure.Options`.
   """
 
-  key: Mapping[str, Any]
-  figures: Mapping[str, float | None]
+  inputs: str
+  fingerprint: str
+  length: int
+  scale: float
+  component: str
+  matrix: str
+  num_features: int | None
+  is_causal: bool
+  target: str
+  draws: int
+  seed: int
+  points: int
+
+
+class Figures(NamedTuple):
+  """The figures of a measurement; docs/study.md says what they mean.
+
+  None: of one draw there is no interval and no variance; of maps without a
+  fixed kernel there are no kernel figures.
+  """
+
+  error: float
+  error_ci: float | None
+  error_std: float | None
+  uniform_error: float
+  output_variance: float | None
+  output_bias2: float | None
+  kernel_bias: float | None = None
+  kernel_bias_ci: float | None = None
+  kernel_mse: float | None = None
+  kernel_mse_ci: float | None = None
+  kernel_mse_median: float | None = None
+  kernel_mse_iid: float | None = None
+  kernel_mse_iid_median: float | None = None
+  ms: float = math.nan
+  exact_ms: float = math.nan
+  temp_mib: float = math.nan
+  exact_temp_mib: float = math.nan
+  compile_s: float = math.nan
+
+
+class Measurement(NamedTuple):
+  """A line of the CSV file.
+
+  Attributes:
+    key: what was measured.
+    figures: what came out.
+    device: that it was measured on.
+  """
+
+  key: Key
+  figures: Figures
   device: str
 
   @property
   def pair(self) -> str:
     """Component and matrix, as they are typed."""
-    return f"{self.key['component']}-{self.key['matrix']}"
+    return f"{self.key.component}-{self.key.matrix}"
 
-  @property
-  def num_features(self) -> int | None:
-    """M."""
-    return self.key["num_features"]
 
-  def __getitem__(self, figure: str) -> float | None:
-    return self.figures[figure]
+COLUMNS = (*Key._fields, *Figures._fields, "device")
+_READ_KEY = (str, str, int, float, str, str, int, "True".__eq__)
+_READ_KEY += (str, int, int, int)
 
 
 class Results:
-  """The rows of a CSV file; what is added is on disk at once.
+  """The measurements of a CSV file; added ones are on disk at once.
 
   Args:
     path: need not exist. A last line that a kill has cut short is dropped.
@@ -71,63 +96,41 @@ class Results:
 
   def __init__(self, path: Path):
     self._path = path
-    self._rows: dict[tuple, Row] = {}
-    complete = True
-    if path.exists():
-      with path.open(newline="") as file:
-        reader = csv.reader(file)
-        header = tuple(next(reader, ()))
-        if header and header != COLUMNS:
-          raise ValueError(
-            f"{str(path)!r} is not a table of this command and version; use "
-            "another --out."
-          )
-        for cells in reader:
-          if len(cells) < len(COLUMNS):
-            complete = False
-            continue
-          self._keep(_parse(dict(zip(COLUMNS, cells, strict=True))))
-    if not self._rows or not complete:
-      self._rewrite()
+    self._found: dict[Key, Measurement] = {}
+    text = path.read_text() if path.exists() else ""
+    text = text[: text.rfind("\n") + 1] or ",".join(COLUMNS) + "\n"
+    header, *lines = csv.reader(text.splitlines())
+    if tuple(header) != COLUMNS:
+      raise ValueError(
+        f"{str(path)!r} is not a table of this command and version; use "
+        "another --out."
+      )
+    for line in lines:
+      measurement = _parse(line)
+      self._found[measurement.key] = measurement
+    write_text(path, text)
 
-  def find(self, key: Mapping[str, Any]) -> Row | None:
-    """The row measured on this, if there is one."""
-    return self._rows.get(_identity(key))
+  def find(self, key: Key) -> Measurement | None:
+    """Returns the measurement with this key, if there is one."""
+    return self._found.get(key)
 
-  def add(self, row: Row) -> None:
-    """Appends a row."""
-    self._keep(row)
+  def add(self, measurement: Measurement) -> None:
+    """Appends a measurement to the file."""
+    self._found[measurement.key] = measurement
+    key, figures, device = measurement
+    # Keys in full, since they identify the line; figures with six digits.
+    shown = [None if x is None else f"{x:.6g}" for x in figures]
     with self._path.open("a", newline="") as file:
-      csv.writer(file, lineterminator="\n").writerow(_cells(row))
-
-  def _keep(self, row):
-    self._rows[_identity(row.key)] = row
-
-  def _rewrite(self):
-    partial = self._path.with_name(f".{self._path.name}.partial")
-    with partial.open("w", newline="") as file:
-      writer = csv.writer(file, lineterminator="\n")
-      writer.writerow(COLUMNS)
-      writer.writerows(map(_cells, self._rows.values()))
-    partial.replace(self._path)
+      csv.writer(file, lineterminator="\n").writerow([*key, *shown, device])
 
 
-def _identity(key: Mapping[str, Any]) -> tuple:
-  return tuple(key[name] for name in KEYS)
-
-
-def _cells(row: Row) -> list[Any]:
-  # What identifies a row is written in full, figures with six digits.
-  values = [row.key[name] for name in KEYS]
-  figures = [row.figures[name] for name in FIGURES]
-  values += [None if x is None else f"{x:.6g}" for x in figures]
-  return ["" if x is None else x for x in values] + [row.device]
-
-
-def _parse(cells: Mapping[str, str]) -> Row:
-  read = lambda kind, text: kind(text) if text else None
-  return Row(
-    {name: read(kind, cells[name]) for name, kind in KEYS.items()},
-    {name: read(float, cells[name]) for name in FIGURES},
-    cells["device"],
-  )
+def _parse(line: list[str]) -> Measurement:
+  """Reads a line of the file."""
+  *cells, device = line
+  count = len(Key._fields)
+  key: list[Any] = [
+    read(cell) if cell else None
+    for read, cell in zip(_READ_KEY, cells[:count], strict=True)
+  ]
+  figures = [float(cell) if cell else None for cell in cells[count:]]
+  return Measurement(Key._make(key), Figures._make(figures), device)

@@ -1,10 +1,10 @@
-"""What a person sees while a sweep runs: a live table, or a line per event."""
+"""Shows a person how a sweep goes: a live table, or a line per event."""
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,14 +21,14 @@ RECENT = 6
 class Board:
   """Counts cells and shows them; a context manager.
 
-  On a terminal it is one table on stderr that is drawn anew; elsewhere a line
-  per event.
+  On a terminal it draws one table on stderr; elsewhere it prints a line per
+  event.
 
   Args:
-    cells: all of this process's share.
+    cells: all cells of this process's share.
     folder: of the sweep.
-    jobs: how many run side by side.
-    live: whether to draw the table; None means if stderr is a terminal.
+    jobs: number of cells that run side by side.
+    live: whether to draw the table; None: if stderr is a terminal.
   """
 
   def __init__(
@@ -41,73 +41,70 @@ class Board:
   ):
     self.folder, self._jobs = folder, jobs
     self._waiting = {cell.name: cell for cell in cells}
+    self._elsewhere: set[str] = set()  # waiting for another process
     self._running: dict[str, tuple[Cell, float]] = {}
     self._finished: dict[str, tuple[Cell, dict[str, Any]]] = {}
     self._failed: dict[str, str] = {}
-    self._elsewhere: set[str] = set()  # of those that wait
     self._live = None
     if sys.stderr.isatty() if live is None else live:
+      console = Console(stderr=True)
       self._live = Live(
-        console=Console(stderr=True),
-        auto_refresh=False,
-        vertical_overflow="visible",
+        console=console, auto_refresh=False, vertical_overflow="visible"
       )
 
   @property
   def failed(self) -> Mapping[str, str]:
-    """Name of each failed cell -> why."""
+    """Name of each failed cell -> reason."""
     return self._failed
 
-  def __enter__(self) -> "Board":
+  def __enter__(self) -> Self:
     if self._live:
       self._live.start()
     return self
 
-  def __exit__(self, *exc_info: Any) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     if self._live:
       self.refresh()
       self._live.stop()
 
   def skip(self, cell: Cell, result: dict[str, Any]) -> None:
-    """The cell had finished before."""
-    del self._waiting[cell.name]
+    """Counts a cell that had finished before."""
+    self._leave(cell)
     self._finished[cell.name] = (cell, result)
 
   def run_elsewhere(self, cell: Cell) -> None:
-    """Another process runs the cell; it waits until that has ended."""
+    """Marks a waiting cell as running in another process."""
+    is_new = cell.name not in self._elsewhere
     self._leave(cell)
     self._waiting[cell.name] = cell
-    if cell.name not in self._elsewhere:
-      self._elsewhere.add(cell.name)
-      self._line(f"{cell.name}: another process runs it")
+    self._elsewhere.add(cell.name)
+    if is_new:
+      self._print(f"{cell.name}: another process runs it")
 
   def start(self, cell: Cell) -> None:
-    """The cell has begun; does nothing if it is known to."""
+    """Marks a cell as running; does nothing if it is marked already."""
     if cell.name in self._running:
       return
     self._leave(cell)
-    self._elsewhere.discard(cell.name)
     self._running[cell.name] = (cell, time.monotonic())
-    self._line(f"{cell.name}: started")
+    self._print(f"{cell.name}: started")
 
   def finish(self, cell: Cell, result: dict[str, Any]) -> None:
-    """The cell has its result."""
-    self._leave(cell)
-    self._elsewhere.discard(cell.name)
-    self._finished[cell.name] = (cell, result)
-    self._line(f"{cell.name}: test {result['test/accuracy']:.4f}")
+    """Marks a cell as finished."""
+    self.skip(cell, result)
+    self._print(f"{cell.name}: test {result['test/accuracy']:.4f}")
 
-  def fail(self, cell: Cell, why: str) -> None:
-    """The cell ended without a result."""
+  def fail(self, cell: Cell, reason: str) -> None:
+    """Marks a cell as ended without a result."""
     self._leave(cell)
-    self._elsewhere.discard(cell.name)
-    self._failed[cell.name] = why
-    self._line(f"{cell.name}: FAILED: {why}")
+    self._failed[cell.name] = reason
+    self._print(f"{cell.name}: FAILED: {reason}")
 
   def _leave(self, cell: Cell) -> None:
-    """Takes the cell out of those that wait or run."""
+    """Takes the cell out of the waiting and the running ones."""
     self._waiting.pop(cell.name, None)
     self._running.pop(cell.name, None)
+    self._elsewhere.discard(cell.name)
 
   def refresh(self) -> None:
     """Draws the table anew."""
@@ -115,7 +112,7 @@ class Board:
       self._live.update(self._table(), refresh=True)
 
   def summary(self) -> str:
-    """One line of counts, and the time left if it can be told."""
+    """Returns one line of counts, with the time left if it is known."""
     counts = (
       f"{len(self._finished)} finished, {len(self._running)} running, "
       f"{len(self._waiting)} waiting, {len(self._failed)} failed"
@@ -124,58 +121,62 @@ class Board:
     return counts if left is None else f"{counts}, ETA {duration(left)}"
 
   def seconds_left(self) -> float | None:
-    """From the cells that have finished, those of the same task first."""
-    seconds: dict[str, list[float]] = {}
-    for cell, result in self._finished.values():
-      took = result["train_seconds"] + (result["compile_seconds"] or 0.0)
-      seconds.setdefault(cell.task, []).append(took)
+    """Estimates the time left; None before the first cell has finished.
+
+    A cell is taken to need the mean time of its task, or of all tasks if none
+    of its own has finished.
+    """
     if not (self._waiting or self._running):
       return 0.0
+    seconds: dict[str, list[float]] = {}
+    for cell, result in self._finished.values():
+      needed = result["train_seconds"] + (result["compile_seconds"] or 0.0)
+      seconds.setdefault(cell.task, []).append(needed)
     if not seconds:
       return None
     means = {task: sum(x) / len(x) for task, x in seconds.items()}
     overall = sum(means.values()) / len(means)
     left = [means.get(cell.task, overall) for cell in self._waiting.values()]
-    for cell, since in self._running.values():
-      took = time.monotonic() - since
-      left.append(max(0.0, means.get(cell.task, overall) - took))
+    for cell, start in self._running.values():
+      passed = time.monotonic() - start
+      left.append(max(0.0, means.get(cell.task, overall) - passed))
     return max(sum(left) / self._jobs, *left)
 
-  def _line(self, text: str) -> None:
-    """An event; the table shows it already."""
+  def _print(self, event: str) -> None:
+    """Prints an event, unless the live table shows it."""
     if not self._live:
-      print(f"{text}  ({self.summary()})", file=sys.stderr, flush=True)
+      print(f"{event}  ({self.summary()})", file=sys.stderr, flush=True)
 
   def _table(self) -> Group:
-    """Running cells, then the latest that ended."""
+    """Makes the table: running cells, then the latest that ended."""
     table = Table("cell", "state", "step", "dev", "test", box=None)
-    for cell, since in self._running.values():
+    for cell, start in self._running.values():
       rows = read_rows(self.folder / cell.name)
       dev = [row["dev/accuracy"] for row in rows if "dev/accuracy" in row]
       table.add_row(
         cell.name,
-        duration(time.monotonic() - since),
+        duration(time.monotonic() - start),
         str(rows[-1]["step"]) if rows else "-",
         f"{dev[-1]:.3f}" if dev else "-",
-        "",
       )
     for name in sorted(self._elsewhere):
-      table.add_row(name, "in another process", "", "", "")
+      table.add_row(name, "in another process")
     for name, (_, result) in list(self._finished.items())[-RECENT:]:
-      accuracy = (
+      table.add_row(
+        name,
+        "finished",
+        str(result["step"]),
         f"{result['dev/accuracy_best']:.3f}",
         f"{result['test/accuracy']:.3f}",
+        style="green",
       )
-      table.add_row(
-        name, "finished", str(result["step"]), *accuracy, style="green"
-      )
-    for name, why in list(self._failed.items())[-RECENT:]:
-      table.add_row(name, f"failed: {why}", "", "", "", style="red")
+    for name, reason in list(self._failed.items())[-RECENT:]:
+      table.add_row(name, f"failed: {reason}", style="red")
     return Group(table, Text(self.summary()))
 
 
 def duration(seconds: float) -> str:
-  """Hours, minutes and seconds.
+  """Formats hours, minutes and seconds.
 
   Example:
     >>> duration(59.6), duration(3700)

@@ -5,7 +5,6 @@ A sweep file (``configs/sweeps/*.py``) has a ``get_sweep()`` that returns a
 ``<task>/<attention>/seed<seed>``.
 """
 
-import ast
 import dataclasses
 import itertools
 import json
@@ -18,23 +17,24 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spectraformer_jax import list_components
+from spectraformer_jax.commands import parse_literal
 from spectraformer_jax.nn.attention import ATTENTIONS
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.train import config as train_config
 
-CELL = "cell.json"
+# Files in the folder of a cell.
+CELL, LOG = "cell.json", "log.txt"
 _BASELINES = tuple(name for name in ATTENTIONS if name != "spectral")
-LOG = "log.txt"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What to run.
+  """The runs of a sweep.
 
   Attributes:
     tasks: label -> experiment, ``"configs/listops.py:quick"``.
     attentions: names (a pair, "oprf-orf", or a baseline, "softmax"), or label
-      -> overrides; a label that is a name selects it.
+      -> overrides; a label that is a name selects that attention.
     seeds: of training.
     overrides: of every cell, dotted key -> value.
     task_overrides: label of a task -> overrides; they win over `overrides`.
@@ -53,14 +53,14 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One run.
+  """One training run of a sweep.
 
   Attributes:
     task: label.
     attention: label.
     seed: of training.
-    experiment: file and variant of its config.
-    overrides: all of them, those of attention and seed included.
+    experiment: file and variant of the config.
+    overrides: of the config; those of attention and seed included.
   """
 
   task: str
@@ -71,56 +71,56 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """``task/attention/seed0``: its folder."""
+    """``task/attention/seed0``: the cell's folder below the sweep's."""
     return f"{self.task}/{self.attention}/seed{self.seed}"
 
   def config(self) -> ConfigDict:
-    """The config, locked and checked.
+    """Returns the config, locked and checked.
 
     Raises:
       ValueError: no such experiment, or an unknown key or wrong value.
     """
-    config = load_experiment(self.experiment)
+    config = _load_experiment(self.experiment)
     for path, value in self.overrides.items():
-      override(config, path, value)
+      _override(config, path, value)
     train_config.validate(config)
     return config.lock()
 
   def command(self, workdir: Path) -> str:
-    """What to type to get this run alone."""
+    """Returns the command line that repeats this run alone."""
     flags = [f"--config={self.experiment}"]
     flags += [f"--config.{path}={v}" for path, v in self.overrides.items()]
     return shlex.join(["python", "train.py", *flags, f"--workdir={workdir}"])
 
   def to_json(self) -> str:
-    """For `cell_from_json`."""
+    """Returns text for `cell_from_json`."""
     return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def cell_from_json(text: str) -> Cell:
-  """The cell that `Cell.to_json` wrote."""
+  """Returns the cell that `Cell.to_json` wrote."""
   return Cell(**json.loads(text))
 
 
 def expand(sweep: Sweep) -> list[Cell]:
-  """All cells, the first seed of everything first.
+  """Returns all cells; seed by seed, so that every attention starts early.
 
   Raises:
-    ValueError: a label that cannot be a folder, or overrides of a task that the
-      sweep does not have.
+    ValueError: a label cannot be the name of a folder, two cells have one name,
+      or there are overrides of a task that the sweep does not have.
 
   Example:
     >>> cells = expand(Sweep({"digits": "configs/digits.py"}, ["oprf-orf"]))
     >>> [cell.name for cell in cells]
     ['digits/oprf-orf/seed0']
   """
-  unknown = [task for task in sweep.task_overrides if task not in sweep.tasks]
-  if unknown:
-    raise ValueError(
-      f"task_overrides of {unknown[0]!r}, which is no task of this sweep: "
-      f"{', '.join(sweep.tasks)}."
-    )
-  cells = []
+  for task in sweep.task_overrides:
+    if task not in sweep.tasks:
+      raise ValueError(
+        f"task_overrides of {task!r}, which is no task of this sweep: "
+        f"{', '.join(sweep.tasks)}."
+      )
+  cells: dict[str, Cell] = {}
   for seed, (task, experiment), (attention, selected) in itertools.product(
     sweep.seeds, sweep.tasks.items(), list(_attentions(sweep))
   ):
@@ -133,16 +133,15 @@ def expand(sweep: Sweep) -> list[Cell]:
       **selected,
       "train.seed": seed,
     }
-    cells.append(Cell(task, attention, seed, experiment, overrides))
-  names = [cell.name for cell in cells]
-  twice = {name for name in names if names.count(name) > 1}
-  if twice:
-    raise ValueError(f"cell {min(twice)!r} is there twice.")
-  return cells
+    cell = Cell(task, attention, seed, experiment, overrides)
+    if cell.name in cells:
+      raise ValueError(f"cell {cell.name!r} is there twice.")
+    cells[cell.name] = cell
+  return list(cells.values())
 
 
 def _attentions(sweep: Sweep) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Label and overrides of each attention and combination of `vary`."""
+  """Yields label and overrides of each attention and combination of `vary`."""
   named = sweep.attentions
   if not isinstance(named, Mapping):
     named = {name: {} for name in named}
@@ -151,7 +150,10 @@ def _attentions(sweep: Sweep) -> Iterator[tuple[str, dict[str, Any]]]:
     suffix = "".join(f",{k.split('.')[-1]}={v}" for k, v in varied.items())
     for label, overrides in named.items():
       selected = select(label)
-      if not selected and not any(map(_selects, overrides)):
+      if not selected and not any(
+        path == "model.attention" or path.startswith("feature_map.")
+        for path in overrides
+      ):
         raise ValueError(
           f"{label!r} is no pair and no baseline, and has no override that "
           f"selects one.{nearest(label, [*_BASELINES, *list_components()])}"
@@ -159,13 +161,8 @@ def _attentions(sweep: Sweep) -> Iterator[tuple[str, dict[str, Any]]]:
       yield label + suffix, {**selected, **varied, **overrides}
 
 
-def _selects(path: str) -> bool:
-  """Whether a key chooses an attention."""
-  return path == "model.attention" or path.startswith("feature_map.")
-
-
 def select(attention: str) -> dict[str, Any]:
-  """The overrides that choose an attention by name; none for another label.
+  """Returns the overrides that choose an attention; none for another label.
 
   Example:
     >>> select("softmax")
@@ -186,7 +183,7 @@ def select(attention: str) -> dict[str, Any]:
 
 
 def load_sweep(path: str | Path) -> Sweep:
-  """The sweep of a file.
+  """Returns the sweep of a file.
 
   Raises:
     ValueError: no such file, or one without ``get_sweep``.
@@ -199,46 +196,31 @@ def load_sweep(path: str | Path) -> Sweep:
   return names["get_sweep"]()
 
 
-def load_experiment(experiment: str) -> ConfigDict:
-  """The config of ``configs/X.py[:variant]``, unlocked.
-
-  Raises:
-    ValueError: no such file, or an unknown variant.
-  """
+def _load_experiment(experiment: str) -> ConfigDict:
+  """Returns the config of ``configs/X.py[:variant]``, unlocked."""
   path, _, variant = experiment.partition(":")
   if not Path(path).is_file():
     raise ValueError(f"There is no config file {path!r}.")
   return runpy.run_path(path)["get_config"](variant or None)
 
 
-def override(config: ConfigDict, path: str, value: Any) -> None:
-  """Sets a dotted key; new keys in the open sections only.
-
-  Raises:
-    ValueError: an unknown key, or a value of another type.
-  """
+def _override(config: ConfigDict, path: str, value: Any) -> None:
+  """Sets a dotted key; ValueError for an unknown key or another type."""
   train_config.check_key(path)
   if train_config.is_none(path, value):
     value = None
-  *parents, last = path.split(".")
-  for parent in parents:
-    config = config[parent]
   try:
-    config[last] = value
+    config.update_from_flattened_dict({path: value})
   except TypeError as error:
     raise ValueError(f"config.{path}={value!r}: {error}") from error
 
 
 def parse_value(text: str) -> Any:
-  """A Python literal, or else the text itself.
+  """Returns the Python literal or truth value that the text is, or the text.
 
   Example:
     >>> [parse_value(text) for text in ("1e-3", "true", "cosine")]
     [0.001, True, 'cosine']
   """
-  if text.lower() in ("true", "false"):
-    return text.lower() == "true"
-  try:
-    return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    return text
+  truth = {"true": True, "false": False}
+  return truth.get(text.lower(), parse_literal(text))

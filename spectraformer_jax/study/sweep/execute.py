@@ -13,18 +13,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spectraformer_jax.study.sweep import cells as spec
 from spectraformer_jax.study.sweep.board import Board
-from spectraformer_jax.study.sweep.cells import Cell
+from spectraformer_jax.study.sweep.cells import CELL, LOG, Cell
 from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train.devices.host_memory import HUGE_PAGES
 from spectraformer_jax.train.run import run_folder
 from spectraformer_jax.train.run.lock import in_use
-from spectraformer_jax.train.run.writers import (
-  finished_result,
-  read_rows,
-  result_row,
-)
+from spectraformer_jax.train.run.writers import finished_result
 
 POLL_SECONDS = 0.5
 
@@ -37,7 +32,7 @@ class Outcome(NamedTuple):
 
   Attributes:
     status: exit status; None if another process holds the workdir.
-    last_line: of its log.
+    last_line: of the process's log.
   """
 
   status: int | None
@@ -45,46 +40,42 @@ class Outcome(NamedTuple):
 
 
 def cell_command(workdir: Path, cpus: str) -> list[str]:
-  """The command that trains the cell of `workdir` on these cores."""
+  """Returns the command that trains the cell of `workdir` on these cores."""
   module = "spectraformer_jax.study.sweep.run_cell"
   return [sys.executable, "-m", module, str(workdir), cpus]
 
 
 def train_cell(
-  workdir: Path, cpus: str, stop: Any, command: Command, cwd: Path
+  workdir: Path,
+  cpus: str,
+  is_stopped: Callable[[], bool],
+  command: Command,
+  cwd: Path,
 ) -> Outcome:
   """Runs the process of a cell to its end.
 
   Args:
-    workdir: holds the cell's description; the log is written there.
+    workdir: holds the cell's description; gets the log.
     cpus: the cores to stay on, comma-separated; empty for all.
-    stop: an event; once it is set, the process is told to save and stop.
+    is_stopped: once it returns True, the process is told to save and stop.
     command: makes the process's command.
     cwd: the folder that the sweep was started in.
   """
-  if stop.is_set() or in_use(workdir):
+  if is_stopped() or in_use(workdir):
     return Outcome(None)
-  cell = spec.cell_from_json((workdir / spec.CELL).read_text())
-  result = result_row(read_rows(workdir))
-  # A result of fewer steps is one to go on from.
-  if result and result.get("num_steps") in (
-    None,
-    cell.overrides.get("train.num_steps", result.get("num_steps")),
-  ):
-    return Outcome(0)  # another process has finished it
-  path = workdir / spec.LOG
+  path = workdir / LOG
   with path.open("a") as log:
     process = subprocess.Popen(
       command(workdir, cpus),
       stdout=log,
       stderr=subprocess.STDOUT,
-      stdin=subprocess.PIPE,  # its end tells the cell that the sweep has died
+      stdin=subprocess.PIPE,  # closes when this process ends: the cell stops
       env={**HUGE_PAGES, **os.environ},
       cwd=cwd,
     )
   with process:
     while process.poll() is None:
-      if stop.is_set():
+      if is_stopped():
         process.terminate()
       with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(POLL_SECONDS)
@@ -93,18 +84,18 @@ def train_cell(
   return Outcome(process.returncode, last)
 
 
-# Puts the cell of a workdir in the queue of the workers.
+# Queues the cell of a workdir for the workers.
 Submit = Callable[[Path], Future[Outcome]]
 
 
 @contextlib.contextmanager
 def threads(jobs: int, command: Command = cell_command) -> Iterator[Submit]:
-  """Workers on this machine, each with its share of the cores.
+  """Starts workers on this machine, each with its share of the cores.
 
-  Cells that run when the block is left by an exception save and stop.
+  An exception that leaves the block makes running cells save and stop.
 
   Args:
-    jobs: how many cells run side by side.
+    jobs: number of cells that run side by side.
     command: makes the command of a cell's process.
   """
   stop, cwd = threading.Event(), Path.cwd()
@@ -115,7 +106,7 @@ def threads(jobs: int, command: Command = cell_command) -> Iterator[Submit]:
   def train(workdir: Path) -> Outcome:
     cpus = shares.get()
     try:
-      return train_cell(workdir, cpus, stop, command, cwd)
+      return train_cell(workdir, cpus, stop.is_set, command, cwd)
     finally:
       shares.put(cpus)
 
@@ -131,7 +122,7 @@ def threads(jobs: int, command: Command = cell_command) -> Iterator[Submit]:
 def dask_workers(
   address: str, command: Command = cell_command
 ) -> Iterator[Submit]:
-  """Workers of a Dask scheduler, on machines that share the sweep's folder.
+  """Uses the workers of a Dask scheduler, on machines that share the folder.
 
   A cell whose worker dies is given to another one and resumes there.
 
@@ -140,7 +131,7 @@ def dask_workers(
     command: makes the command of a cell's process.
 
   Raises:
-    ValueError: the package is not installed.
+    ValueError: the package `distributed` is not installed.
     OSError: no scheduler answers.
   """
   try:
@@ -155,7 +146,7 @@ def dask_workers(
     executor = client.get_executor(pure=False)
     try:
       yield lambda workdir: executor.submit(
-        train_cell, workdir, "", stop, command, cwd
+        train_cell, workdir, "", stop.is_set, command, cwd
       )
     except BaseException:
       stop.set()
@@ -165,7 +156,7 @@ def dask_workers(
 
 
 def share_of_cpus(slot: int, jobs: int) -> str:
-  """Cores of the slot, comma-separated; empty for all of them."""
+  """Returns the slot's cores, comma-separated; empty for all of them."""
   if jobs == 1 or not hasattr(os, "sched_getaffinity"):
     return ""
   cpus = sorted(os.sched_getaffinity(0))
@@ -184,21 +175,21 @@ def run_cells(
   """Runs the cells that have not finished.
 
   Args:
-    cells: in this order.
+    cells: in the order in which they start.
     folder: of the sweep; cells' folders are below it.
-    workers: `threads` or `dask_workers`.
-    jobs: how many run side by side, for the estimate of the time left.
+    workers: from `threads` or `dask_workers`.
+    jobs: number of cells that run side by side, for the estimate of time left.
     live: see `Board`.
 
   Returns:
-    Name of each cell that failed -> why.
+    Name of each cell that failed -> reason.
   """
   folder = folder.absolute()
   board = Board(cells, folder, jobs=jobs, live=live)
   with board, workers as submit:
-    waiting = [cell for cell in cells if _prepare(cell, folder, board)]
-    while waiting:
-      # What another process runs is waited for, after all that is free.
+    waiting = cells
+    while waiting := [c for c in waiting if _prepare(c, folder, board)]:
+      # Cells of other processes are looked at again after all free cells.
       busy = [cell for cell in waiting if in_use(folder / cell.name)]
       for cell in busy:
         board.run_elsewhere(cell)
@@ -217,14 +208,14 @@ def run_cells(
 def _as_completed(
   futures: dict[Future[Outcome], Cell], folder: Path, board: Board
 ) -> Iterator[Future[Outcome]]:
-  """Each future as its cell ends; shows those that run in the meantime."""
+  """Yields each future as its cell ends; shows the running cells meanwhile."""
   pending = set(futures)
   while pending:
     done, pending = wait(
       pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED
     )
     for future in pending:
-      # A Dask future does not tell that it runs; the lock of its cell does.
+      # A Dask future does not tell whether it runs; the lock of its cell does.
       if future.running() or in_use(folder / futures[future].name):
         board.start(futures[future])
     # In the order of the sweep, however many ended at once.
@@ -233,34 +224,33 @@ def _as_completed(
 
 
 def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
-  """Whether the cell is to run; describes it in its folder if so."""
+  """Whether the cell has to run; if so, writes its description."""
   workdir = folder / cell.name
   try:
     run_folder.check_config(workdir, train_config.to_dict(cell.config()))
     result = result_of(cell, workdir)
+    if result and result.get("diverged"):
+      raise ValueError(result["diverged"])
   except ValueError as error:
     board.fail(cell, str(error))
-    return False
-  if result and result.get("diverged"):
-    board.fail(cell, result["diverged"])
     return False
   if result:
     board.skip(cell, result)
     return False
-  run_folder.write_text(workdir / spec.CELL, cell.to_json() + "\n")
+  run_folder.write_text(workdir / CELL, cell.to_json() + "\n")
   return True
 
 
 def result_of(cell: Cell, workdir: Path) -> dict[str, Any] | None:
-  """The last row of a cell that has finished, else None."""
+  """Returns the last row of metrics of a finished cell, else None."""
   return finished_result(workdir, cell.config().train.num_steps)
 
 
 def _conclude(cell: Cell, future: Future[Outcome], board: Board) -> bool:
-  """Shows how a cell ended; False if another process has taken it."""
+  """Shows how a cell ended; False if another process runs it."""
   try:
     status, last_line = future.result()
-  except Exception as error:  # a worker that died once too often, say
+  except Exception as error:  # such as a Dask task whose workers kept dying
     board.fail(cell, f"{type(error).__name__}: {error}")
     return True
   if status is None:
@@ -270,6 +260,6 @@ def _conclude(cell: Cell, future: Future[Outcome], board: Board) -> bool:
   if result and status == 0:
     board.finish(cell, result)
     return True
-  why = f"signal {-status}" if status < 0 else f"status {status}"
-  board.fail(cell, f"{why}: {last_line}" if last_line else why)
+  reason = f"signal {-status}" if status < 0 else f"status {status}"
+  board.fail(cell, f"{reason}: {last_line}" if last_line else reason)
   return True

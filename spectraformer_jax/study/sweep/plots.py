@@ -1,84 +1,62 @@
 """Pictures of a sweep: heat maps, costs with Pareto fronts, learning curves.
 
-python -m spectraformer_jax.study plot runs/s --out=docs/results/s
+  python -m spectraformer_jax.study plot runs/s --out=docs/results/s
+
+Folders and archives are given as to `table`.
 """
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from spectraformer_jax import list_components, list_weight_matrices
-from spectraformer_jax.study.sweep import runs as cell_runs
-from spectraformer_jax.study.sweep.runs import Run, Spread
-from spectraformer_jax.train.run.writers import read_rows
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without its yellow, which is faint on white; with the
-# line styles there are 28 looks that any colour vision tells apart.
-COLOURS = (
-  *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
-  *("#E69F00", "#56B4E9", "#000000"),
+from spectraformer_jax import (
+  commands,
+  list_components,
+  list_weight_matrices,
 )
+from spectraformer_jax.study import figures
+from spectraformer_jax.study.sweep.comparison import Comparison, Entry, compare
+from spectraformer_jax.study.sweep.runs import read_runs, time_unit
+
+# With the line styles there are 28 looks.
+COLOURS = (figures.BLUE, figures.VERMILION, figures.GREEN, figures.PURPLE)
+COLOURS += (figures.ORANGE, figures.SKY, figures.BLACK)
 STYLES = ("-", "--", ":", "-.")
-FRONT, REST = COLOURS[1], COLOURS[0]
+FRONT, REST = figures.VERMILION, figures.BLUE
 LABEL_SIZE = 7.5
 INCHES_PER_LABEL = 0.16
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the command's arguments."""
-  parser.add_argument("folder", nargs="+", help="of the sweep")
-  parser.add_argument("--out", required=True, help="folder of the pictures")
-
-
-def run(args: argparse.Namespace) -> int:
+def main(argv: Sequence[str]) -> None:
   """Runs the command."""
-  runs, _ = cell_runs.read_runs(args.folder)
-  out = Path(args.out)
+  parser = commands.Parser("spectraformer_jax.study plot", __doc__)
+  parser.add_argument("folder", nargs="+", help="of the sweep, or its archive")
+  parser.add_argument("--out", required=True, help="folder of the pictures")
+  args = parser.parse_args(argv)
+  runs, _ = read_runs(args.folder)
+  comparison, out = compare(runs), Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
-  tasks, attentions = cell_runs.labels(runs)
-  for task in tasks:
+  for task in comparison.tasks:
     for name, figure in (
-      (f"heatmap-{task}.png", heat_map(runs, task)),
-      (f"time-{task}.png", costs(runs, task, *_time(runs))),
-      (
-        f"memory-{task}.png",
-        costs(runs, task, lambda r: r.peak_bytes / 1e9, "peak memory, GB"),
-      ),
-      (f"curves-{task}.png", curves(runs, task, attentions)),
+      ("heatmap", heat_map(comparison, task)),
+      ("time", times(comparison, task)),
+      ("memory", memory(comparison, task)),
+      ("curves", curves(comparison, task)),
     ):
       if figure is not None:
-        figure.savefig(out / name)
-        print(out / name)
-  return 0
+        path = out / f"{name}-{task}.png"
+        figure.savefig(path)
+        print(path)
 
 
-def _time(runs: Sequence[Run]) -> tuple[Callable[[Run], float], str]:
-  """Training time in the unit that the table takes."""
-  if max(run.seconds for run in runs) > 3600:
-    return lambda run: run.seconds / 3600, "training time, hours"
-  return lambda run: run.seconds / 60, "training time, minutes"
-
-
-def _figure(width: float, height: float):
-  """A figure that needs no display."""
-  # Here, because it takes a second.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
-  FigureCanvasAgg(figure)
-  return figure
-
-
-def _accuracies(runs: Sequence[Run], task: str) -> dict[str, Spread]:
-  """Test accuracy of each attention on the task."""
-  return {
-    attention: Spread(tuple(run.accuracy for run in found))
-    for (name, attention), found in cell_runs.group(runs).items()
-    if name == task
-  }
+def _entries(comparison: Comparison, task: str) -> dict[str, Entry]:
+  """Attention -> entry of the task, in the order of the names."""
+  entries = (comparison.entries.get((n, task)) for n in comparison.attentions)
+  return {e.attention: e for e in sorted(filter(None, entries))}
 
 
 def pair_of(attention: str) -> tuple[str, str] | None:
@@ -93,11 +71,11 @@ def pair_of(attention: str) -> tuple[str, str] | None:
   return (component, matrix) if known else None
 
 
-def heat_map(runs: Sequence[Run], task: str) -> Any:
+def heat_map(comparison: Comparison, task: str) -> Figure | None:
   """Accuracy by component and matrix, as in the paper; None without pairs."""
   pairs = {
-    pair: spread
-    for attention, spread in _accuracies(runs, task).items()
+    pair: entry
+    for attention, entry in _entries(comparison, task).items()
     if (pair := pair_of(attention))
   }
   if not pairs:
@@ -105,40 +83,41 @@ def heat_map(runs: Sequence[Run], task: str) -> Any:
   components = sorted({component for component, _ in pairs})
   matrices = sorted({matrix for _, matrix in pairs})
   grid = [
-    [pairs[c, m].mean if (c, m) in pairs else math.nan for m in matrices]
+    [pairs[c, m].accuracy if (c, m) in pairs else math.nan for m in matrices]
     for c in components
   ]
-  figure = _figure(2.6 + 1.0 * len(matrices), 1.6 + 0.55 * len(components))
+  figure = figures.new_figure(
+    2.6 + 1.0 * len(matrices), 1.6 + 0.55 * len(components)
+  )
   axes = figure.subplots()
-  axes.set_facecolor("#dddddd")  # no such cell
+  axes.set_facecolor("#dddddd")  # pairs that the sweep lacks
   image = axes.imshow(grid, cmap="cividis", aspect="auto")
   axes.set_xticks(range(len(matrices)), matrices, rotation=30, ha="right")
   axes.set_yticks(range(len(components)), components)
   axes.set(xlabel="weight matrix", ylabel="component function")
   figure.suptitle(f"{task}: test accuracy, %", fontsize=10)
   axes.spines[:].set_visible(False)
-  for (component, matrix), spread in pairs.items():
-    dark = image.norm(spread.mean) < 0.5
-    sd = "" if spread.sd is None else f"\n± {spread.sd:.2f}"
+  for (component, matrix), entry in pairs.items():
+    sd = "" if entry.accuracy_sd is None else f"\n± {entry.accuracy_sd:.2f}"
     axes.text(
       matrices.index(matrix),
       components.index(component),
-      f"{spread.mean:.2f}{sd}",
+      f"{entry.accuracy:.2f}{sd}",
       ha="center",
       va="center",
       fontsize=8,
-      color="white" if dark else "black",
+      color="white" if image.norm(entry.accuracy) < 0.5 else "black",
     )
   figure.colorbar(image)
   return figure
 
 
-def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
-  """Names that no other beats in both, cheapest first.
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+  """Returns the names that no other beats in both, cheapest first.
 
   Args:
-    points: name -> (cost, accuracy); accuracies that differ by less than
-      rounding are equal.
+    points: name -> (cost, accuracy); accuracies that differ by rounding alone
+      are equal.
 
   Example:
     >>> pareto_front({"a": (1.0, 5.0), "b": (2.0, 4.0), "c": (3.0, 6.0)})
@@ -152,22 +131,35 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
   return front
 
 
-def costs(
-  runs: Sequence[Run], task: str, cost: Callable[[Run], float], label: str
-) -> Any:
-  """Accuracy against a cost, means over seeds, with the Pareto front."""
-  grouped = cell_runs.group(runs)
-  spreads = _accuracies(runs, task)
+def times(comparison: Comparison, task: str) -> Figure:
+  """Accuracy against training time, in the unit of the table."""
+  symbol, seconds = time_unit(comparison.runs)
+  unit = {"h": "hours", "min": "minutes"}[symbol]
+  entries = _entries(comparison, task)
+  return _costs(
+    entries,
+    {name: entry.seconds / seconds for name, entry in entries.items()},
+    f"training time, {unit}",
+  )
+
+
+def memory(comparison: Comparison, task: str) -> Figure:
+  """Accuracy against peak memory."""
+  entries = _entries(comparison, task)
+  gigabytes = {name: entry.peak_bytes / 1e9 for name, entry in entries.items()}
+  return _costs(entries, gigabytes, "peak memory, GB")
+
+
+def _costs(
+  entries: Mapping[str, Entry], cost: Mapping[str, float], label: str
+) -> Figure:
+  """Accuracy against the cost of each attention, with the Pareto front."""
   points = {
-    name: (
-      Spread(tuple(map(cost, grouped[task, name]))).mean,
-      spread.mean,
-    )
-    for name, spread in spreads.items()
+    name: (cost[name], entry.accuracy) for name, entry in entries.items()
   }
   front = pareto_front(points)
-  figure = _figure(7.5, max(4.0, 1.2 + INCHES_PER_LABEL * len(points)))
-  axes = figure.subplots()
+  colours = {name: FRONT if name in front else REST for name in points}
+  figure, axes = _labelled_figure(7.5, len(points))
   corners = [points[name] for name in front]
   # The best for at most this cost: a staircase.
   axes.step(*zip(*corners, strict=True), where="post", color=FRONT, lw=1.2)
@@ -175,37 +167,37 @@ def costs(
     axes.errorbar(
       x,
       y,
-      yerr=spreads[name].sd or 0.0,
+      yerr=entries[name].accuracy_sd or 0.0,
       fmt="o" if pair_of(name) else "s",
-      color=FRONT if name in front else REST,
+      color=colours[name],
       ms=5,
       elinewidth=0.8,
       zorder=3,
     )
   axes.set_xscale("log")
-  _plain_log_ticks(axes, [x for x, _ in points.values()])
+  _plain_log_ticks(axes, list(cost.values()))
   axes.set(xlabel=label, ylabel="test accuracy, %")
+  task = next(iter(entries.values())).task
   figure.suptitle(
     f"{task} (circles: pairs, squares: baselines; orange: Pareto front; "
     "bars: standard deviation over seeds)",
     fontsize=8,
   )
-  axes.grid(alpha=0.3)
-  axes.spines[["top", "right"]].set_visible(False)
+  figures.open_frame(axes)
   margin_labels(
-    axes,
-    [
-      (x, y, name, FRONT if name in front else REST, "-")
-      for name, (x, y) in points.items()
-    ],
+    axes, [(*point, name, colours[name], "-") for name, point in points.items()]
   )
   return figure
 
 
-def _plain_log_ticks(axes, values: Sequence[float]) -> None:
-  """Some ticks as plain numbers: a decade's powers alone may be none."""
-  from matplotlib import ticker
+def _labelled_figure(width: float, labels: int) -> tuple[Figure, Axes]:
+  """A figure high enough for that many labels in the margin."""
+  figure = figures.new_figure(width, max(4.0, 1.2 + INCHES_PER_LABEL * labels))
+  return figure, figure.subplots()
 
+
+def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
+  """Sets ticks with plain numbers; there may be no power of ten in range."""
   low, high = math.log10(min(values)), math.log10(max(values))
   if high - low < 0.05:  # all but equal: give them room
     low, high = low - 0.05, high + 0.05
@@ -218,55 +210,46 @@ def _plain_log_ticks(axes, values: Sequence[float]) -> None:
   axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def curves(runs: Sequence[Run], task: str, attentions: Sequence[str]) -> Any:
+def curves(comparison: Comparison, task: str) -> Figure:
   """Dev accuracy against the step: mean over seeds, band from least to most."""
-  grouped = cell_runs.group(runs)
-  found = [name for name in attentions if (task, name) in grouped]
-  figure = _figure(8.0, max(4.0, 1.2 + INCHES_PER_LABEL * len(found)))
-  axes = figure.subplots()
+  found = [n for n in comparison.attentions if (n, task) in comparison.entries]
+  figure, axes = _labelled_figure(8.0, len(found))
   ends = []
   for name in found:
     # By place among all attentions: the same look in every task.
-    i = attentions.index(name)
-    look = {
-      "color": COLOURS[i % len(COLOURS)],
-      "ls": STYLES[i // len(COLOURS) % len(STYLES)],
-    }
+    i = comparison.attentions.index(name)
+    colour = COLOURS[i % len(COLOURS)]
+    style = STYLES[i // len(COLOURS) % len(STYLES)]
     by_step: dict[int, list[float]] = {}
-    for run in grouped[task, name]:
-      for row in read_rows(run.folder):
+    for run in comparison.runs:
+      for row in run.rows if (run.attention, run.task) == (name, task) else ():
         if "dev/accuracy" in row:
           by_step.setdefault(row["step"], []).append(100 * row["dev/accuracy"])
     steps = sorted(by_step)
     means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
-    axes.plot(steps, means, lw=1.3, **look)
-    axes.fill_between(
-      steps,
-      [min(by_step[step]) for step in steps],
-      [max(by_step[step]) for step in steps],
-      color=look["color"],
-      alpha=0.1,
-      lw=0,
+    axes.plot(steps, means, lw=1.3, color=colour, ls=style)
+    least, most = (
+      [limit(by_step[step]) for step in steps] for limit in (min, max)
     )
-    ends.append((steps[-1], means[-1], name, *look.values()))
+    axes.fill_between(steps, least, most, color=colour, alpha=0.1, lw=0)
+    ends.append((steps[-1], means[-1], name, colour, style))
   axes.set(xlabel="step", ylabel="dev accuracy, %")
   figure.suptitle(
     f"{task} (mean over seeds; band: least to most of them)", fontsize=8
   )
   axes.margins(x=0.02)
-  axes.grid(alpha=0.3)
-  axes.spines[["top", "right"]].set_visible(False)
+  figures.open_frame(axes)
   margin_labels(axes, ends)
   return figure
 
 
 def margin_labels(
-  axes, points: Sequence[tuple[float, float, str, str, str]]
+  axes: Axes, points: Sequence[tuple[float, float, str, str, str]]
 ) -> None:
-  """Names the points in a column on the right, each by a thin line.
+  """Names the points in a column on the right, each joined by a thin line.
 
-  In order of height and at least a line apart, so no two overlap however close
-  the points are.
+  Labels are in order of height and at least a line apart, so no two overlap
+  however close the points are.
 
   Args:
     axes: limits must be final.
@@ -302,7 +285,7 @@ def margin_labels(
 
 
 def spread_out(heights: Sequence[float], gap: float) -> list[float]:
-  """Sorted heights moved to be at least `gap` apart, around 0 to 1.
+  """Moves sorted heights, from 0 to 1, at least `gap` apart.
 
   Example:
     >>> [round(y, 2) for y in spread_out([0.5, 0.5, 0.9], 0.1)]
@@ -311,7 +294,7 @@ def spread_out(heights: Sequence[float], gap: float) -> list[float]:
   places: list[float] = []
   for height in heights:
     places.append(max([height, *(y + gap for y in places[-1:])]))
-  # What was pushed out at the top comes back down, as far as there is room.
+  # Heights pushed out at the top come back down, as far as there is room.
   ceiling = max(1.0, gap * (len(places) - 1))
   for i in reversed(range(len(places))):
     places[i] = min(places[i], ceiling)

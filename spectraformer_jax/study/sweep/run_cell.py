@@ -1,4 +1,4 @@
-"""Trains one cell in a process of its own: its memory, its crash."""
+"""Trains one cell in a process of its own, with its own memory and crashes."""
 
 import logging as python_logging
 import os
@@ -15,13 +15,13 @@ FAILED = 1
 
 
 def stop_with_the_sweep() -> None:
-  """Ends this process as SIGTERM does when the other end of stdin is gone.
+  """Sends SIGTERM to this process once the other end of stdin closes.
 
-  The sweep never writes to it, so however the sweep ends, a kill included, its
-  cells save what they have and stop.
+  The sweep never writes to stdin, so however the sweep ends, a kill included,
+  its cells save their state and stop.
   """
 
-  def watch():
+  def watch() -> None:
     os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -29,7 +29,7 @@ def stop_with_the_sweep() -> None:
 
 
 def main(workdir: str, cpus: str) -> int:
-  """Trains the cell that `workdir` describes.
+  """Trains the cell that `workdir` describes; returns an exit status.
 
   Args:
     workdir: holds the cell's description.
@@ -43,7 +43,7 @@ def main(workdir: str, cpus: str) -> int:
 
   keep_freed_memory()
   logging.set_verbosity(logging.INFO)
-  # Checkpointing has much to say; of others only warnings.
+  # Of other packages, warnings alone: checkpointing logs a lot.
   logging.get_absl_handler().addFilter(
     lambda record: (
       record.levelno > python_logging.INFO
@@ -55,11 +55,10 @@ def main(workdir: str, cpus: str) -> int:
     cell = cell_from_json((folder / CELL).read_text())
     command = cell.command(folder)
     result = train_and_evaluate(cell.config(), folder, command=command)
+    if result.get("diverged"):
+      raise ValueError(result["diverged"])
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
-    return FAILED
-  if result.get("diverged"):
-    print(f"error: {result['diverged']}", file=sys.stderr)
     return FAILED
   return 0
 

@@ -1,18 +1,19 @@
-"""What a sweep's folders hold: figures per cell, means over seeds, tests.
+"""Finished runs of a sweep: read from its folder, grouped, compared over seeds.
 
-Only ``config.json`` and ``metrics.jsonl`` of each cell are read, so results can
-be kept, and tables made again, without checkpoints.
+Only ``config.json`` and ``metrics.jsonl`` of each cell are read, so tables can
+be made again without checkpoints.
 """
 
+import contextlib
 import csv
-import dataclasses
 import functools
-import importlib.resources
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -21,28 +22,32 @@ from spectraformer_jax.train.run import run_folder
 from spectraformer_jax.train.run.writers import read_rows, result_row
 
 LEVEL = 0.05
-BETTER, WORSE, EQUAL, UNKNOWN = "better", "worse", "not significant", "-"
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
   """A finished cell.
 
   Attributes:
-    task, attention, seed: its labels.
-    folder: its workdir.
-    result: the last row of its metrics.
-    config, data, environment: of config.json; the environment is the last one.
+    task, attention, seed: the cell's labels.
+    source: folder or archive that the run was read from.
+    rows: the run's metrics; the last row holds its result.
+    config, data: as config.json holds them.
+    environment: versions and devices of the run's last start.
   """
 
   task: str
   attention: str
   seed: int
-  folder: Path
-  result: Mapping[str, Any]
+  source: Path
+  rows: list[dict[str, Any]]
   config: Mapping[str, Any]
   data: Mapping[str, Any]
   environment: Mapping[str, Any]
+
+  @property
+  def result(self) -> Mapping[str, Any]:
+    """The last row of the metrics."""
+    return self.rows[-1]
 
   @property
   def accuracy(self) -> float:
@@ -50,43 +55,33 @@ class Run:
     return 100.0 * self.result["test/accuracy"]
 
   @property
+  def sampling_error(self) -> float:
+    """Standard error of the accuracy for this number of test examples."""
+    share = self.accuracy / 100.0
+    count = self.data["test"]["num_examples"]
+    return 100.0 * math.sqrt(share * (1.0 - share) / count)
+
+  @property
   def seconds(self) -> float:
-    """Spent training, without compilation and evaluation."""
+    """Time of training, without compilation and evaluation."""
     return self.result["train_seconds"]
 
   @property
   def peak_bytes(self) -> int:
-    """Of the device where it reports that, else of the process."""
+    """Peak memory of the device; of the process if the device tells none."""
     device = self.result["peak_device_bytes"]
     return self.result["peak_memory_bytes"] if device is None else device
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
-  """Mean and sample standard deviation (None of one value)."""
-
-  values: tuple[float, ...]
-
-  @property
-  def mean(self) -> float:
-    """The mean."""
-    return statistics.fmean(self.values)
-
-  @property
-  def sd(self) -> float | None:
-    """With n - 1."""
-    return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
   """An attention against the reference on one task.
 
   Attributes:
-    points: of test accuracy, positive if it is better than the reference.
-    half_width: of the 95 % confidence interval; None where there is none.
+    points: difference in test accuracy, positive if better than the reference.
+    half_width: half of the 95 % confidence interval; None if `welch` gives
+      none.
     p: of Welch's t-test over seeds, after Holm's correction; None as above.
-    verdict: BETTER, WORSE, EQUAL or, with fewer than two seeds, UNKNOWN.
+    verdict: "better", "worse", "not significant", or "-" where p is None.
   """
 
   points: float
@@ -95,121 +90,173 @@ class Difference:
   verdict: str
 
 
-def read_runs(folders: Iterable[Path | str]) -> tuple[list[Run], list[str]]:
-  """All cells below the folders of one sweep.
+class Published(NamedTuple):
+  """The authors' figures of an attention on one task; not measured here.
+
+  Attributes:
+    accuracy, accuracy_sd: mean and standard deviation, in per cent.
+    hours: time of training.
+    gigabytes: memory.
+  """
+
+  accuracy: float
+  accuracy_sd: float
+  hours: float
+  gigabytes: float
+
+
+def read_runs(sources: Iterable[Path | str]) -> tuple[list[Run], list[str]]:
+  """Reads all cells of one sweep.
 
   Args:
-    folders: several if its shards were run on several machines.
+    sources: folders of the sweep, or tar archives of such folders; several if
+      shards ran on several machines.
 
   Returns:
-    The finished ones and the names of the others, both in order of their names.
+    The finished runs and the names of unfinished cells, both sorted by name.
 
   Raises:
-    ValueError: no finished cell, or the same one in two folders.
+    ValueError: no cell has finished, a cell has finished in two of the sources,
+      or a file is no tar archive.
   """
-  runs, unfinished = {}, set()
-  for folder in map(Path, folders):
-    for path in sorted(folder.glob("*/*/seed*")):
-      name = str(path.relative_to(folder))
-      result, stored = result_row(read_rows(path)), run_folder.read_config(path)
-      if result is None or stored is None:
-        unfinished |= {name} if (path / CELL).exists() else set()
-        continue
-      if name in runs:
-        raise ValueError(f"{path} and {runs[name].folder} are the same cell.")
-      task, attention, seed = path.parts[-3:]
-      runs[name] = Run(
-        task,
-        attention,
-        int(seed.removeprefix("seed")),
-        path,
-        result,
-        stored["config"],
-        stored["data"],
-        stored["environments"][-1],
-      )
+  sources = list(map(Path, sources))
+  runs: dict[str, Run] = {}
+  unfinished: set[str] = set()
+  for source in sources:
+    with _as_folder(source) as folder:
+      for path in sorted(folder.glob("*/*/seed*")):
+        name = str(path.relative_to(folder))
+        run = _read_run(path, source)
+        if run is None:
+          unfinished |= {name} if (path / CELL).exists() else set()
+        elif name in runs:
+          raise ValueError(
+            f"{name} of {runs[name].source} and of {source} are the same cell."
+          )
+        else:
+          runs[name] = run
   if not runs:
-    raise ValueError(f"no finished cell in {', '.join(map(str, folders))}.")
+    raise ValueError(f"no finished cell in {', '.join(map(str, sources))}.")
   return [runs[name] for name in sorted(runs)], sorted(unfinished - set(runs))
 
 
+@contextlib.contextmanager
+def _as_folder(source: Path) -> Iterator[Path]:
+  """Yields a folder as it is, and an archive unpacked until the block ends."""
+  if not source.is_file():
+    yield source
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      with tarfile.open(source) as archive:
+        archive.extractall(folder, filter="data")
+    except tarfile.TarError as error:
+      raise ValueError(
+        f"{str(source)!r} is no folder and no tar archive: {error}."
+      ) from None
+    yield Path(folder)
+
+
+def _read_run(path: Path, source: Path) -> Run | None:
+  """Reads the run in a cell's folder; None if it has not finished."""
+  rows, stored = read_rows(path), run_folder.read_config(path)
+  if result_row(rows) is None or stored is None:
+    return None
+  task, attention, seed = path.parts[-3:]
+  return Run(
+    task,
+    attention,
+    int(seed.removeprefix("seed")),
+    source,
+    rows,
+    stored["config"],
+    stored["data"],
+    stored["environments"][-1],
+  )
+
+
 def group(runs: Iterable[Run]) -> dict[tuple[str, str], list[Run]]:
-  """Runs by (task, attention)."""
-  grouped: dict[tuple[str, str], list[Run]] = {}
+  """Groups runs by (attention, task)."""
+  groups: dict[tuple[str, str], list[Run]] = {}
   for run in runs:
-    grouped.setdefault((run.task, run.attention), []).append(run)
-  return grouped
+    groups.setdefault((run.attention, run.task), []).append(run)
+  return groups
 
 
-def labels(runs: Iterable[Run]) -> tuple[list[str], list[str]]:
-  """Tasks (those of the paper in its order first) and attentions, best first.
+def labels(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+  """Returns the tasks, and the attentions with the best first.
 
-  Best: by the mean over tasks, those with fewer tasks last.
+  Tasks of the paper come first, in its order. Attentions are sorted by the
+  number of tasks that they have, then by mean accuracy over them.
   """
-  grouped = group(runs)
+  means: dict[str, list[float]] = {}
+  for (attention, _), seeds in group(runs).items():
+    mean = statistics.fmean(run.accuracy for run in seeds)
+    means.setdefault(attention, []).append(mean)
   order = list(dict.fromkeys(task for _, task in paper_figures()))
-  tasks = sorted({task for task, _ in grouped})
+  tasks = sorted({run.task for run in runs})
   tasks.sort(key=lambda t: order.index(t) if t in order else len(order))
+  rank = lambda name: (-len(means[name]), -statistics.fmean(means[name]), name)
+  return tasks, sorted(means, key=rank)
 
-  def rank(attention):
-    means = [
-      Spread(tuple(r.accuracy for r in found)).mean
-      for (_, name), found in grouped.items()
-      if name == attention
-    ]
-    return -len(means), -statistics.fmean(means), attention
 
-  return tasks, sorted({name for _, name in grouped}, key=rank)
+def time_unit(runs: Iterable[Run]) -> tuple[str, int]:
+  """Symbol and seconds of the unit for training times: "h" or "min"."""
+  return ("h", 3600) if max(r.seconds for r in runs) > 3600 else ("min", 60)
 
 
 def differences(
   runs: Iterable[Run], reference: str
 ) -> dict[tuple[str, str], Difference]:
-  """Every attention against one, over seeds, task by task.
+  """Compares every attention with the reference, task by task.
 
-  Welch's t-test, two-sided; Holm's correction over the attentions of a task.
-  Seeds vary initialisation, projections, dropout and order. What varies with
-  the choice of test examples is not in it.
+  Welch's t-test over seeds, two-sided; Holm's correction over the attentions of
+  a task. Seeds vary initialisation, projections, dropout and order of the
+  training examples; they do not vary the test examples.
 
   Args:
-    runs: finished cells.
+    runs: finished runs.
     reference: label of an attention.
+
+  Returns:
+    (attention, task) -> difference, for tasks that the reference has.
   """
-  grouped = group(runs)
-  found: dict[tuple[str, str], Difference] = {}
-  for task in {task for task, _ in grouped}:
-    if (task, reference) not in grouped:
+  accuracies = {
+    key: [run.accuracy for run in seeds] for key, seeds in group(runs).items()
+  }
+  result: dict[tuple[str, str], Difference] = {}
+  for base_name, task in list(accuracies):
+    if base_name != reference:
       continue
-    base = [run.accuracy for run in grouped[task, reference]]
-    tested = {}
-    for (other, attention), rows in grouped.items():
-      if other == task and attention != reference:
-        tested[attention] = welch([run.accuracy for run in rows], base)
-    ps = {name: p for name, (_, _, p) in tested.items() if p is not None}
-    corrected = holm(ps)
-    for name, (points, half_width, _) in tested.items():
+    tests = {
+      name: welch(values, accuracies[reference, task])
+      for (name, other), values in accuracies.items()
+      if other == task and name != reference
+    }
+    corrected = holm({n: p for n, (_, _, p) in tests.items() if p is not None})
+    for name, (points, half_width, _) in tests.items():
       p = corrected.get(name)
-      verdict = UNKNOWN if p is None else EQUAL
+      verdict = "-" if p is None else "not significant"
       if p is not None and p < LEVEL:
-        verdict = BETTER if points > 0 else WORSE
-      found[task, name] = Difference(points, half_width, p, verdict)
-  return found
+        verdict = "better" if points > 0 else "worse"
+      result[name, task] = Difference(points, half_width, p, verdict)
+  return result
 
 
 def welch(
   one: Sequence[float], two: Sequence[float]
 ) -> tuple[float, float | None, float | None]:
-  """Difference of means, half of its 95 % interval, and p.
+  """Returns the difference of means, half of its 95 % interval, and p.
 
-  The last two are None if either has one value, or if neither varies: then no
-  scale is known to measure the difference by.
+  Interval and p are None if either sample has one value, or if neither varies:
+  then there is no scale to measure the difference by.
 
   Example:
     >>> points, half_width, p = welch([1.0, 2.0, 3.0], [11.0, 12.0, 13.0])
     >>> points, round(half_width, 2), p < 0.001
     (-10.0, 2.27, True)
   """
-  # Rounded: the sum's last bits are no difference.
+  # Rounded, so that equal means of floats differ by zero.
   points = round(statistics.fmean(one) - statistics.fmean(two), 9) + 0.0
   if min(len(one), len(two)) < 2 or len(set(one)) == len(set(two)) == 1:
     return points, None, None
@@ -220,7 +267,7 @@ def welch(
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:
-  """Holm's step-down correction of p-values.
+  """Applies Holm's step-down correction to p-values.
 
   Example:
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
@@ -233,32 +280,22 @@ def holm(ps: Mapping[str, float]) -> dict[str, float]:
   return corrected
 
 
-def test_set_error(run: Run) -> float:
-  """Standard error of its accuracy from the size of the test set, in points."""
-  share = run.accuracy / 100.0
-  count = run.data["test"]["num_examples"]
-  return 100.0 * math.sqrt(share * (1.0 - share) / count)
-
-
 @functools.cache
-def paper_figures() -> dict[tuple[str, str], dict[str, Any]]:
-  """The authors' own figures by (attention, task); not measured here.
+def paper_figures() -> dict[tuple[str, str], Published]:
+  """The authors' own figures by (attention, task).
 
   The table "Algorithms" in the README of
   https://github.com/cruiseresearchgroup/spectraformer, read in October 2025's
-  version: accuracy and its standard deviation in per cent, hours, gigabytes.
+  version.
 
   Example:
-    >>> paper_figures()["oprf-orf", "listops"]["accuracy"]
+    >>> paper_figures()["oprf-orf", "listops"].accuracy
     38.05
   """
-  path = importlib.resources.files(__package__) / "paper.csv"
-  with path.open() as file:
+  with Path(__file__).with_name("paper.csv").open() as file:
     return {
-      (row["attention"], row["task"]): {
-        name: text if name == "paper_name" else float(text)
-        for name, text in row.items()
-        if name not in ("attention", "task")
-      }
+      (row["attention"], row["task"]): Published(
+        *(float(row[name]) for name in Published._fields)
+      )
       for row in csv.DictReader(file)
     }

@@ -6,7 +6,7 @@ import pytest
 from spectraformer_jax.study.__main__ import main
 from spectraformer_jax.study.approximation import command as approximation
 from spectraformer_jax.study.approximation.measure import Reference
-from tests.study.approximation.rows import row
+from tests.study.approximation.helpers import row
 
 SMALL = [
   "approximation",

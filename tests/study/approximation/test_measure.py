@@ -47,17 +47,17 @@ def posrf(toy):
 @pytest.mark.slow
 def test_kernel_mse_is_that_of_the_closed_form(posrf):
   for row in posrf.values():
-    standard_error = row["kernel_mse_ci"] / distributions.t.ppf(0.975, 149)
-    off = row["kernel_mse"] - row["kernel_mse_iid"]
+    standard_error = row.kernel_mse_ci / distributions.t.ppf(0.975, 149)
+    off = row.kernel_mse - row.kernel_mse_iid
     assert abs(off) < 3.5 * standard_error
-    assert standard_error < 0.15 * row["kernel_mse_iid"]  # it could be seen
+    assert standard_error < 0.15 * row.kernel_mse_iid  # it could be seen
 
 
 @pytest.mark.slow
 def test_kernel_is_unbiased(posrf):
   for row in posrf.values():
-    assert abs(row["kernel_bias"]) < 1.8 * row["kernel_bias_ci"]
-    assert row["kernel_bias_ci"] < 0.1
+    assert abs(row.kernel_bias) < 1.8 * row.kernel_bias_ci
+    assert row.kernel_bias_ci < 0.1
 
 
 def test_errors_fall_like_one_over_root_m(posrf):
@@ -67,7 +67,7 @@ def test_errors_fall_like_one_over_root_m(posrf):
     ("error", 0.5, 0.08),
     ("output_variance", 1.0, 0.16),
   ):
-    values = np.log([row[name] for row in posrf.values()])
+    values = np.log([getattr(row, name) for row in posrf.values()])
     slope = distributions.linregress(sizes, values).slope
     assert slope == pytest.approx(-power, abs=tolerance), name
 
@@ -76,9 +76,9 @@ def test_error_is_made_by_the_draws_alone_where_rows_are_many(posrf):
   row = posrf[256]
   # The mean square is variance plus squared bias; a ratio of unbiased sums has
   # a bias of order 1/M, far below its standard deviation of order M^-1/2.
-  square = row["error"] ** 2 + row["error_std"] ** 2 * 149 / 150
-  assert row["output_variance"] + row["output_bias2"] == pytest.approx(square)
-  assert abs(row["output_bias2"]) < 0.1 * row["output_variance"]
+  square = row.error ** 2 + row.error_std ** 2 * 149 / 150
+  assert row.output_variance + row.output_bias2 == pytest.approx(square)
+  assert abs(row.output_bias2) < 0.1 * row.output_variance
 
 
 def test_variance_and_bias_of_outputs():
@@ -87,12 +87,12 @@ def test_variance_and_bias_of_outputs():
   # Off by (1, 0) always, and by 2 up or down in the other number.
   outputs = [exact + [1.0, 2.0 * sign] for sign in (1, -1)]
   row = lib.attention_figures(outputs, reference)
-  assert row["error"] == pytest.approx(5**0.5 / 5)
-  assert row["error_std"] == pytest.approx(0.0)
-  assert row["output_variance"] == pytest.approx(8 / 25)  # 2^2 * 2 / (2 - 1)
-  assert row["output_bias2"] == pytest.approx(5 / 25 - 8 / 25)
+  assert row.error == pytest.approx(5**0.5 / 5)
+  assert row.error_std == pytest.approx(0.0)
+  assert row.output_variance == pytest.approx(8 / 25)  # 2^2 * 2 / (2 - 1)
+  assert row.output_bias2 == pytest.approx(5 / 25 - 8 / 25)
   single = lib.attention_figures(outputs[:1], reference)
-  assert single["error_ci"] is None and single["output_variance"] is None
+  assert single.error_ci is None and single.output_variance is None
 
 
 def test_uniform_error_by_hand():
@@ -149,7 +149,8 @@ def test_padding_counts_nowhere(toy):
     for x in (masked, filled)
   ]
   for name in ("error", "uniform_error", "kernel_mse", "kernel_mse_iid"):
-    assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5), name
+    values = [getattr(row, name) for row in rows]
+    assert values[0] == pytest.approx(values[1], rel=1e-5), name
 
 
 @pytest.mark.parametrize(

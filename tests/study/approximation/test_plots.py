@@ -3,7 +3,7 @@ from matplotlib.figure import Figure
 
 from spectraformer_jax.study.approximation import plots
 from spectraformer_jax.study.approximation.settings import settings_of
-from tests.study.approximation.rows import row
+from tests.study.approximation.helpers import row
 
 ALL = ["error_vs_features.png", "error_vs_scale.png", "heat_map.png"]
 

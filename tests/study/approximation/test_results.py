@@ -1,7 +1,7 @@
 import pytest
 
 from spectraformer_jax.study.approximation.results import Results
-from tests.study.approximation.rows import row
+from tests.study.approximation.helpers import row
 
 
 def test_rows_come_back(tmp_path):

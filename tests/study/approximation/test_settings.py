@@ -6,7 +6,7 @@ from spectraformer_jax.study.approximation.settings import (
   settings_of,
   told_apart,
 )
-from tests.study.approximation.rows import row
+from tests.study.approximation.helpers import row
 
 
 def setting(*rows):
@@ -52,23 +52,20 @@ def test_ranking_is_by_the_most_features():
 
 def test_uniform_attention_stands_where_its_error_ranks_it():
   found = setting(row("a-x", error=0.5), row("b-x", error=0.9))
-  _, table = lines(found)
-  assert [cells[1] for cells in table] == [
+  assert [line["pair"] for line in lines(found)] == [
     "exact attention",
     "a-x",
     "uniform attention",
     "b-x",
   ]
-  header, table = lines(setting(row("b-x", error=0.5)))
-  assert [cells[1] for cells in table][-1] == "uniform attention"
-  assert {len(cells) for cells in table} == {len(header)}
+  table = lines(setting(row("b-x", error=0.5)))
+  assert table[-1]["pair"] == "uniform attention"
+  assert {tuple(line) for line in table} == {tuple(table[0])}
 
 
 def test_rounding_is_no_confidence_interval():
   found = setting(row("cosformer-none", error=0.5, error_ci=2e-16), row())
-  header, table = lines(found)
-  column = header.index("±")
-  shown = {cells[1]: cells[column] for cells in table}
+  shown = {line["pair"]: line["±"] for line in lines(found)}
   assert shown["cosformer-none"] == "-" and shown["posrf-iid"] == "0.01"
   assert "±" not in advice.with_interval(found.rows[0])
 
@@ -119,4 +116,4 @@ def test_advice_where_the_draws_do_not_tell():
 def test_advice_where_uniform_attention_is_exact():
   found = setting(row(uniform_error=0.0), row("oprf-orf", uniform_error=0.0))
   assert advice.advise(found).startswith("Every pair is worse")
-  assert len(lines(found)[1]) == 4
+  assert len(lines(found)) == 4

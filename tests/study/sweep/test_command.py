@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from spectraformer_jax import commands
 from spectraformer_jax.study import __main__ as study
 from spectraformer_jax.study.sweep import cells as spec
 from spectraformer_jax.study.sweep import command as sweep
@@ -94,7 +95,7 @@ def test_shards_are_all_cells_each_once():
 def test_a_wrong_flag_is_told_in_one_line(flags, words, tmp_path, capsys):
   base = ["sweep", f"--out={tmp_path}", "--tasks=digits"]
   base += ["--attentions", "softmax", "local"]
-  assert study.main(base + flags) == study.USER_ERROR
+  assert study.main(base + flags) == commands.USER_ERROR
   (line,) = capsys.readouterr().err.splitlines()
   assert re.search(words, line)
   assert not list(tmp_path.iterdir())
@@ -122,8 +123,8 @@ def test_flags_change_what_the_file_says(tmp_path, capsys):
     "    {'softmax': {}, 'local': {'model.attention_kwargs.block_size': 8}},\n"
     "    task_overrides={'d': {'optim.lr': 0.5}, 'e': {}})\n"
   )
-  args = study.make_parser().parse_args(
-    ["sweep", str(file), "--out=x", "--tasks=d", "--attentions=local"]
+  args = sweep.make_parser().parse_args(
+    [str(file), "--out=x", "--tasks=d", "--attentions=local"]
     + "--seeds 1 2 --set optim.lr=0.25 --vary model.num_heads=1,2".split()
   )
   cells = expand(sweep.make_sweep(args))
@@ -139,5 +140,5 @@ def test_flags_change_what_the_file_says(tmp_path, capsys):
   status = study.main(["sweep", str(file), f"--out={tmp_path}", "--list"])
   assert status == 0
   assert capsys.readouterr().out.splitlines()[0] == "to do     d/softmax/seed0"
-  assert study.main(["sweep", "--out=x"]) == study.USER_ERROR
+  assert study.main(["sweep", "--out=x"]) == commands.USER_ERROR
   assert "give a sweep file" in capsys.readouterr().err

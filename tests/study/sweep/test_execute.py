@@ -12,8 +12,9 @@ import time
 
 import pytest
 
+from spectraformer_jax import commands
 from spectraformer_jax.study.sweep import cells as spec
-from spectraformer_jax.study.sweep import command, execute
+from spectraformer_jax.study.sweep import execute
 from spectraformer_jax.study.sweep.board import Board
 from spectraformer_jax.study.sweep.cells import Sweep, expand
 from spectraformer_jax.study.sweep.execute import (
@@ -296,7 +297,7 @@ def test_a_killed_sweep_goes_on_and_finishes(tmp_path):
       time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=limit)
-  assert process.returncode == command.INTERRUPTED, err
+  assert process.returncode == commands.INTERRUPTED, err
   assert result_row(read_rows(workdir)) is None
   steps = read_rows(workdir)[-1]["step"]
   assert steps >= 40

@@ -9,8 +9,9 @@ from matplotlib.text import Annotation
 
 from spectraformer_jax.study import __main__ as study
 from spectraformer_jax.study.sweep import plots
-from spectraformer_jax.study.sweep import runs as cell_runs
-from tests.study.sweep.made_up import write_run, write_sweep
+from spectraformer_jax.study.sweep.comparison import compare
+from spectraformer_jax.study.sweep.runs import read_runs
+from tests.study.sweep.helpers import write_run, write_sweep
 
 ATTENTIONS = [
   *("oprf-orf", "posrf-orf", "oprf-fastfood_learnable", "posrf-mm"),
@@ -19,12 +20,12 @@ ATTENTIONS = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def comparison(tmp_path_factory):
   folder = tmp_path_factory.mktemp("sweep")
   write_sweep(folder, ATTENTIONS)
   # Two that lie on top of each other.
   write_sweep(folder, ["skyformer"], tasks=("listops",))
-  return cell_runs.read_runs([folder])[0]
+  return compare(read_runs([folder])[0])
 
 
 def texts(axes):
@@ -54,8 +55,8 @@ def test_heights_are_apart_and_in_order():
   assert plots.spread_out([0.1, 0.6], 0.1) == [0.1, 0.6]
 
 
-def test_heat_map_has_each_pair_once_with_its_figure(runs):
-  figure = plots.heat_map(runs, "listops")
+def test_heat_map_has_each_pair_once_with_its_figure(comparison):
+  figure = plots.heat_map(comparison, "listops")
   axes = figure.axes[0]
   assert sorted(texts(axes)) == sorted(
     f"{40.2 + 2 * i:.2f}\n± 0.20" for i in range(4)
@@ -64,14 +65,12 @@ def test_heat_map_has_each_pair_once_with_its_figure(runs):
   assert columns == ["fastfood_learnable", "mm", "orf"]
   image = axes.images[0].get_array()
   assert image.shape == (2, 3) and np.ma.count_masked(image) == 2
-  assert (
-    plots.heat_map([r for r in runs if "-" not in r.attention], "x") is None
-  )
+  baselines = [run for run in comparison.runs if "-" not in run.attention]
+  assert plots.heat_map(compare(baselines), "listops") is None
 
 
-def test_costs_name_every_attention_and_mark_the_front(runs):
-  seconds, label = plots._time(runs)
-  axes = plots.costs(runs, "listops", seconds, label).axes[0]
+def test_costs_name_every_attention_and_mark_the_front(comparison):
+  axes = plots.times(comparison, "listops").axes[0]
   assert axes.get_xlabel() == "training time, minutes"
   assert sorted(texts(axes)) == sorted([*ATTENTIONS, "skyformer"])
   colours = {t.get_text(): t.get_color() for t in axes.texts}
@@ -81,11 +80,11 @@ def test_costs_name_every_attention_and_mark_the_front(runs):
   assert front == set(ATTENTIONS)
 
 
-def test_curves_look_the_same_in_every_task_and_differ_in_one(runs):
-  order = cell_runs.labels(runs)[1]
+def test_curves_look_the_same_in_every_task_and_differ_in_one(comparison):
+  order = comparison.attentions
   looks = []
   for task in ("listops", "digits"):
-    axes = plots.curves(runs, task, order).axes[0]
+    axes = plots.curves(comparison, task).axes[0]
     looks.append(
       {
         text.get_text(): (line.get_color(), line.get_linestyle())
@@ -102,14 +101,13 @@ def test_curves_look_the_same_in_every_task_and_differ_in_one(runs):
   assert len(set(looks[0].values())) == len(ATTENTIONS) + 1
 
 
-def test_no_two_texts_overlap_and_none_is_cut_off(runs):
-  order = cell_runs.labels(runs)[1]
+def test_no_two_texts_overlap_and_none_is_cut_off(comparison):
   for figure in (
-    plots.heat_map(runs, "listops"),
-    plots.costs(runs, "listops", *plots._time(runs)),
-    plots.curves(runs, "listops", order),
+    plots.heat_map(comparison, "listops"),
+    plots.times(comparison, "listops"),
+    plots.curves(comparison, "listops"),
   ):
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     axes = figure.axes[0]
     ticks = [
       tick

@@ -10,11 +10,11 @@ from scipy import stats
 
 from spectraformer_jax.study import __main__ as study
 from spectraformer_jax.study.sweep import runs as cell_runs
-from tests.study.sweep.made_up import write_run, write_sweep
+from tests.study.sweep.helpers import write_run, write_sweep
 
 
-def make(folder, *flags):
-  """Runs the command; its Markdown and the rows of its CSV."""
+def write_table(folder, *flags):
+  """Runs the command; returns its Markdown, rows of its CSV, and its folder."""
   out = folder / "tables"
   status = study.main(["table", str(folder / "s"), f"--out={out}", *flags])
   assert status == 0
@@ -33,7 +33,7 @@ def row(markdown, label):
 
 def test_means_deviations_and_costs(tmp_path):
   write_sweep(tmp_path / "s", ["softmax", "oprf-orf", "local"])
-  markdown, rows, _ = make(tmp_path)
+  markdown, rows, _ = write_table(tmp_path)
   cells = row(markdown, "oprf-orf")
   assert cells["listops %"] == "42.20 (0.20) +"
   assert cells["digits %"] == "72.20 (0.20) +"
@@ -54,7 +54,7 @@ def test_means_deviations_and_costs(tmp_path):
 
 def test_the_authors_figures_are_marked_and_only_where_they_exist(tmp_path):
   write_sweep(tmp_path / "s", ["softmax", "oprf-orf", "local"])
-  markdown, rows, out = make(tmp_path)
+  markdown, rows, out = write_table(tmp_path)
   assert row(markdown, "oprf-orf")["listops %†"] == "38.05 (0.78)"
   assert row(markdown, "local")["listops %†"] == "-"
   assert "digits %†" not in row(markdown, "local")
@@ -70,7 +70,7 @@ def test_the_authors_means_stand_beside_ours_for_all_five_tasks(tmp_path):
     hours = {"train_seconds": 7200.0}
     write_run(tmp_path / "s", task, "softmax", 0, 0.5, **hours)
     write_run(tmp_path / "s", task, "local", 0, 0.5, **hours)
-  markdown, *_ = make(tmp_path)
+  markdown, *_ = write_table(tmp_path)
   cells = row(markdown, "softmax")
   assert list(cells)[2::2][:5] == [f"{task} %" for task in tasks]
   assert (cells["mean %"], cells["mean %†"]) == ("50.00", "56.82")
@@ -87,7 +87,7 @@ def test_figures_of_the_paper_are_complete():
   assert len(pairs) == 18
   # The means of the authors' own row for OPRF-OR.
   mean = lambda name: np.mean(
-    [f[name] for (a, _), f in figures.items() if a == "oprf-orf"]
+    [getattr(f, name) for (a, _), f in figures.items() if a == "oprf-orf"]
   )
   assert mean("accuracy") == pytest.approx(56.07, abs=0.006)
   assert mean("hours") == pytest.approx(1.39, abs=0.006)
@@ -104,7 +104,7 @@ def test_significance_is_welch_with_holm(tmp_path):
   for attention, accuracies in values.items():
     for seed, accuracy in enumerate(accuracies):
       write_run(tmp_path / "s", "digits", attention, seed, accuracy)
-  markdown, rows, _ = make(tmp_path)
+  markdown, rows, _ = write_table(tmp_path)
   found = {r["attention"]: r for r in rows}
   assert found["a-b"]["verdict"] == "not significant"
   assert found["c-d"]["verdict"] == "better"
@@ -123,7 +123,7 @@ def test_one_seed_and_equal_values_are_no_evidence(tmp_path):
   write_run(tmp_path / "s", "digits", "one-seed", 0, 0.9)
   write_run(tmp_path / "s", "digits", "no-spread", 0, 0.9)
   write_run(tmp_path / "s", "digits", "no-spread", 1, 0.9)
-  markdown, rows, _ = make(tmp_path)
+  markdown, rows, _ = write_table(tmp_path)
   assert {r["verdict"] for r in rows} == {"", "-"}
   assert cell_runs.welch([10.1, 10.3], [10.3, 10.1 - 1e-14])[0] == 0.0
   assert row(markdown, "one-seed")["digits %"] == "90.00 (-)"
@@ -136,7 +136,7 @@ def test_missing_and_unfinished_cells_are_told(tmp_path):
   waiting = tmp_path / "s/digits/local/seed1"
   waiting.mkdir()
   (waiting / "cell.json").write_text("{}")
-  markdown, *_ = make(tmp_path)
+  markdown, *_ = write_table(tmp_path)
   assert row(markdown, "local")["listops %"] == "-"
   assert row(markdown, "local")["mean %"] == "-"
   assert "Not finished: digits/local/seed1." in markdown
@@ -158,7 +158,7 @@ def test_shards_of_two_machines_are_one_sweep(tmp_path, capsys):
 
 def test_latex_has_as_many_cells_in_each_row(tmp_path):
   write_sweep(tmp_path / "s", ["softmax", "oprf-fastfood_learnable"])
-  *_, out = make(tmp_path)
+  *_, out = write_table(tmp_path)
   lines = (out / "table.tex").read_text().splitlines()
   body = [line for line in lines if line.endswith(r"\\")]
   assert len(body) == 3 and len({line.count("&") for line in body}) == 1
@@ -172,7 +172,7 @@ def test_provenance_and_costs_of_a_device(tmp_path):
   write_run(
     tmp_path / "s", "digits", "local", 0, 0.5, peak_device_bytes=2 * 10**9
   )
-  markdown, *_ = make(tmp_path, "--command=python -m x")
+  markdown, *_ = write_table(tmp_path, "--command=python -m x")
   assert row(markdown, "local")["digits GB"] == "2.00"
   assert "peak of the device" in markdown
   assert "git_revision: abc" in markdown and "devices: 1 x cpu" in markdown
@@ -195,7 +195,7 @@ def test_errors(tmp_path, capsys):
 
 def test_cells_are_listed_one_by_one(tmp_path):
   write_sweep(tmp_path / "s", ["softmax", "local"])
-  *_, out = make(tmp_path)
+  *_, out = write_table(tmp_path)
   with (out / "cells.csv").open() as file:
     rows = list(csv.DictReader(file))
   assert len(rows) == 12

@@ -1,0 +1,20 @@
+"""What the pictures of both studies share: colours, figures, frames."""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow, which is faint on white. Any
+# colour vision tells these colours apart.
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, ORANGE, BLACK = "#56B4E9", "#E69F00", "#000000"
+
+
+def new_figure(width: float, height: float) -> Figure:
+  """An empty figure of that many inches, which needs no display."""
+  return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def open_frame(axes: Axes) -> None:
+  """Draws a grid, and no frame at the top and on the right."""
+  axes.grid(alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
