@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     description: for ``--help``, shown as it is.
   """
 
-  def __init__(self, program: str, description: str | None):
+  def __init__(self, program: str, description: str | None) -> None:
     super().__init__(
       prog=f"python -m {program}",
       description=description,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from spectraformer_jax import data
 from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained, rotate
 from spectraformer_jax.study.approximation.inputs import Inputs, make_inputs
+from spectraformer_jax.train.config import to_dict
 from spectraformer_jax.train.loop import load_data
 from spectraformer_jax.train.run import describe, run_folder
 from spectraformer_jax.train.step.steps import model_inputs
@@ -59,10 +60,11 @@ def capture(
       calls.append({"name": _layer_name(module.path), "key_mask": mask})
       return call(*args, **kwargs)
     out = call(*args, **kwargs)
-    is_part = isinstance(module.parent, SpectralSelfAttention)
+    layer = module.parent
+    is_part = isinstance(layer, SpectralSelfAttention)
     if is_part and module.name in PROJECTIONS:
       calls[-1][module.name] = out
-      if module.parent.rotary and module.name != "value":
+      if layer.rotary and module.name != "value":
         # The layer rotates its projections before attention.
         calls[-1][module.name] = rotate(out, jnp.arange(out.shape[1]))
     return out
@@ -110,7 +112,7 @@ def capture_workdir(
     examples,
     seed=0,
     train=False,
-    pad_to_multiple=config.task.pad_to_multiple,
+    pad_to_multiple=to_dict(config)["task"]["pad_to_multiple"],
   )
   model, variables = load_pretrained(workdir, step=step)
   return capture(model, variables, *model_inputs(next(batches)))

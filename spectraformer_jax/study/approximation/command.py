@@ -22,40 +22,22 @@ from typing import NamedTuple
 
 import jax
 from rich.console import Console
-from rich.progress import (
-  BarColumn,
-  MofNCompleteColumn,
-  Progress,
-  TextColumn,
-  TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from spectraformer_jax import commands
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.kernels import KERNELS
 from spectraformer_jax.seeds import check_seed
-from spectraformer_jax.study.approximation import plots, report
-from spectraformer_jax.study.approximation.inputs import (
-  Inputs,
-  random_inputs,
-  read_npz,
-)
-from spectraformer_jax.study.approximation.measure import (
-  Options,
+from spectraformer_jax.study.approximation import inputs as layers_of
+from spectraformer_jax.study.approximation import (
   measure,
-  prepare,
-  refer,
+  pair_spec,
+  plots,
+  report,
+  results,
 )
-from spectraformer_jax.study.approximation.pair_spec import (
-  Pair,
-  all_pairs,
-  parse_pair,
-)
-from spectraformer_jax.study.approximation.results import (
-  Key,
-  Measurement,
-  Results,
-)
+from spectraformer_jax.study.approximation.inputs import Inputs
+from spectraformer_jax.study.approximation.pair_spec import Pair
 from spectraformer_jax.study.approximation.settings import settings_of
 
 PROGRAM = "spectraformer_jax.study approximation"
@@ -78,7 +60,7 @@ class Case(NamedTuple):
 
   pair: Pair
   inputs: Inputs
-  key: Key
+  key: results.Key
 
 
 def make_parser() -> commands.Parser:
@@ -131,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
   """Measures what is missing, then writes the report and the pictures."""
   args = make_parser().parse_args(argv)
   _check(args)
-  options = Options(args.draws, args.seed, args.causal, args.target)
+  options = measure.Options(args.draws, args.seed, args.causal, args.target)
   console = Console()
   cases, skipped = _plan(args, _pairs(args), _layers(args), options)
   for line in skipped:
@@ -139,8 +121,8 @@ def main(argv: Sequence[str]) -> None:
   if not cases:
     raise ValueError("nothing is left to measure.")
   args.out.mkdir(parents=True, exist_ok=True)
-  results = Results(args.out / RESULTS)
-  settings = settings_of(_measure_all(cases, results, options, console))
+  stored = results.Results(args.out / RESULTS)
+  settings = settings_of(_measure_all(cases, stored, options, console))
   for setting in settings:
     report.print_setting(setting, console)
   pictures = plots.draw(settings, args.out)
@@ -188,10 +170,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
   """The chosen pairs, each once; ValueError if one is unknown."""
-  pairs = [parse_pair(text) for text in args.pairs]
+  pairs = [pair_spec.parse_pair(text) for text in args.pairs]
   if args.components:
-    pairs += all_pairs(args.components, args.matrices)
-  pairs = list(dict.fromkeys(pairs or map(parse_pair, PAIRS)))
+    pairs += pair_spec.all_pairs(args.components, args.matrices)
+  pairs = list(dict.fromkeys(pairs or map(pair_spec.parse_pair, PAIRS)))
   for pair in pairs:
     # Names and options are wrong or right whatever the size.
     pair.build(max(args.num_features) if pair.has_rows else None)
@@ -203,9 +185,11 @@ def _layers(args: argparse.Namespace) -> list[Inputs]:
   if args.inputs is None:
     length = max(args.lengths or (1024,))
     shape = {"batch": args.batch, "length": length, "num_heads": args.heads}
-    return [random_inputs(**shape, head_dim=args.head_dim, seed=args.seed)]
+    return [
+      layers_of.random_inputs(**shape, head_dim=args.head_dim, seed=args.seed)
+    ]
   if args.inputs.is_file():
-    return read_npz(args.inputs)
+    return layers_of.read_npz(args.inputs)
   # Imported here: it loads Flax and the data pipeline.
   from spectraformer_jax.study.approximation.capture import capture_workdir
 
@@ -218,15 +202,14 @@ def _plan(
   args: argparse.Namespace,
   pairs: list[Pair],
   layers: list[Inputs],
-  options: Options,
+  options: measure.Options,
 ) -> tuple[list[Case], list[str]]:
   """All cases, and the sizes of pairs that are impossible, with reasons."""
   scales = args.scales or ((1.0,) if args.inputs else SCALES)
-  # Without repeated values.
-  sizes, scales, lengths = (
-    tuple(dict.fromkeys(given))
-    for given in (args.num_features, scales, args.lengths or (None,))
-  )
+  # Values that are typed twice count once.
+  scales = list(dict.fromkeys(scales))
+  sizes = list(dict.fromkeys(args.num_features))
+  lengths = list(dict.fromkeys(args.lengths or (None,)))
   cropped = [layer.cropped(n) for n in lengths for layer in layers]
   longest = max(cropped, key=lambda inputs: inputs.query.shape[1])
   cases, skipped = [], []
@@ -238,7 +221,7 @@ def _plan(
         continue
       for inputs in cropped:
         for scale in scales:
-          key = Key(
+          key = results.Key(
             inputs.name,
             inputs.fingerprint,
             inputs.length,
@@ -257,7 +240,7 @@ def _plan(
 
 
 def _misfit(
-  pair: Pair, size: int | None, inputs: Inputs, options: Options
+  pair: Pair, size: int | None, inputs: Inputs, options: measure.Options
 ) -> str | None:
   """Why this size is impossible; None if it is possible. Compiles nothing."""
   try:
@@ -282,23 +265,20 @@ def _misfit(
 
 
 def _measure_all(
-  cases: list[Case], results: Results, options: Options, console: Console
-) -> list[Measurement]:
-  """Measures the cases that `results` lacks, under a progress bar."""
-  missing = [case for case in cases if not results.find(case.key)]
+  cases: list[Case],
+  stored: results.Results,
+  options: measure.Options,
+  console: Console,
+) -> list[results.Measurement]:
+  """Measures the cases that `stored` lacks, under a progress bar."""
+  missing = [case for case in cases if not stored.find(case.key)]
   if len(missing) < len(cases):
     console.print(
       f"{len(cases) - len(missing)} of {len(cases)} rows are there already"
     )
   device = jax.devices()[0].device_kind
   references, programs = {}, {}
-  columns = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeRemainingColumn(),
-  )
-  with Progress(*columns, console=console) as progress:
+  with Progress(console=console) as progress:
     task = progress.add_task("measuring", total=len(missing))
     for pair, inputs, key in missing:
       name = f"{pair.name} M={key.num_features}"
@@ -306,13 +286,13 @@ def _measure_all(
       shapes = inputs.query.shape, inputs.key.shape, inputs.value.shape
       if (name, shapes) not in programs:  # only the latest is kept
         fm = pair.build(key.num_features)
-        programs = {(name, shapes): prepare(fm, inputs, options)}
+        programs = {(name, shapes): measure.prepare(fm, inputs, options)}
       setting = key.fingerprint, key.scale
       if setting not in references:
-        references[setting] = refer(inputs, key.scale, options)
-      figures = measure(
+        references[setting] = measure.refer(inputs, key.scale, options)
+      figures = measure.measure(
         programs[name, shapes], inputs, key.scale, references[setting], options
       )
-      results.add(Measurement(key, figures, device))
+      stored.add(results.Measurement(key, figures, device))
       progress.advance(task)
-  return [row for row in (results.find(case.key) for case in cases) if row]
+  return [row for row in (stored.find(case.key) for case in cases) if row]

@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.components import Component, ComponentState
-from spectraformer_jax.components.base import LogFeatures
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.vmap_heads import (
   lead_with_batch,
   over_examples_and_heads,
 )
-from spectraformer_jax.typing import Array, FeatureVariables, PyTree
+from spectraformer_jax.typing import (
+  Array,
+  FeatureVariables,
+  LogFeatures,
+  PyTree,
+)
 
 
 def has_kernel(feature_map: FeatureMap) -> bool:
@@ -97,14 +101,16 @@ def independent_rows_mse(
   Raises:
     NotImplementedError: no formula is known.
   """
-  component = feature_map.component
+  component, num_rows = feature_map.component, feature_map.num_features
+  if num_rows is None:
+    raise NotImplementedError("the map has no rows")
 
   def log_ratio(state: ComponentState, x: Array, y: Array) -> Array:
     second = component.log_second_moment(x[:, None], y[None], state)
     return second - 2.0 * _log_kernel(component, state, x, y)[0]
 
   log_ratios = _over_heads(log_ratio)(variables, x, y, stats)
-  return jnp.expm1(log_ratios) / feature_map.num_features
+  return jnp.expm1(log_ratios) / num_rows
 
 
 def _log_kernel(

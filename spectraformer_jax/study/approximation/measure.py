@@ -245,8 +245,13 @@ def kernel_figures(
   query, key = query * sqrt_scale, key * sqrt_scale
   stats = ()
   if fm.info.needs_stats:
-    masks = {"key_mask": inputs.key_mask, "query_mask": inputs.query_mask}
-    stats = fm.calibrate(program.draws[0], query, key, **masks)
+    stats = fm.calibrate(
+      program.draws[0],
+      query,
+      key,
+      key_mask=jnp.asarray(inputs.key_mask),
+      query_mask=jnp.asarray(inputs.query_mask),
+    )
   rng = np.random.default_rng(options.seed)
   x = _pick(rng, query, inputs.query_mask, options.points)
   y = _pick(rng, key, inputs.key_mask, options.points)

@@ -82,11 +82,11 @@ def _draw_features(group: list[Setting]) -> Figure | None:
   for axes, setting in zip(panels, group, strict=True):
     for pair, style in _styles(group).items():
       rows, colour = setting.of_pair(pair), style["color"]
-      if rows[0].key.num_features is None:
+      sizes = [size for row in rows if (size := row.key.num_features)]
+      if not sizes:
         error = rows[0].figures.error
         axes.axhline(error, label=pair, color=colour, ls=":", lw=1.5)
         continue
-      sizes = [row.key.num_features for row in rows]
       fit = setting.slope(pair)
       label = pair
       if fit:
@@ -142,7 +142,7 @@ def _draw_heat_maps(group: list[Setting]) -> Figure | None:
       place = components.index(pair.component), matrices.index(pair.matrix)
       ratios[place] = over_uniform(setting.largest(name))
     # Blue is better than uniform attention, red worse, whatever the spread.
-    image = axes.imshow(
+    axes.imshow(
       np.log10(np.maximum(ratios, LEAST)),
       cmap="RdBu_r",
       vmin=-1.0,
@@ -162,9 +162,11 @@ def _draw_heat_maps(group: list[Setting]) -> Figure | None:
     axes.set_title(
       f"scale {setting.scale:g}, M = {_largest_sizes(setting)}", fontsize=10
     )
+  image = panels[0].images[0]
   bar = figure.colorbar(image, ax=panels, shrink=0.8, extend="both")
   bar.set_ticks(
-    np.log10([0.1, 0.3, 1, 3, 10]), labels=["0.1", "0.3", "1", "3", "10"]
+    np.log10([0.1, 0.3, 1, 3, 10]).tolist(),
+    labels=["0.1", "0.3", "1", "3", "10"],
   )
   return figure
 

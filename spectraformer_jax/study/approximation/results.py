@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ class Results:
     ValueError: the file is something else.
   """
 
-  def __init__(self, path: Path):
+  def __init__(self, path: Path) -> None:
     self._path = path
     self._found: dict[Key, Measurement] = {}
     text = path.read_text() if path.exists() else ""
@@ -109,6 +110,9 @@ class Results:
       measurement = _parse(line)
       self._found[measurement.key] = measurement
     write_text(path, text)
+
+  def __iter__(self) -> Iterator[Measurement]:
+    return iter(self._found.values())
 
   def find(self, key: Key) -> Measurement | None:
     """Returns the measurement with this key, if there is one."""

@@ -88,9 +88,9 @@ class Setting(NamedTuple):
     ]
     if len(points) < 2:
       return None
-    fit = distributions.linregress(*np.log(np.asarray(points)).T)
-    error = float(fit.stderr) if len(points) > 2 else None
-    return Slope(float(fit.slope), error, float(fit.intercept))
+    x, y = np.log(np.asarray(points)).T
+    slope, intercept, _, _, error = distributions.linregress(x, y)
+    return Slope(slope, error if len(points) > 2 else None, intercept)
 
 
 def settings_of(rows: Sequence[Measurement]) -> list[Setting]:

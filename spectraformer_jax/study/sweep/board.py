@@ -38,7 +38,7 @@ class Board:
     *,
     jobs: int,
     live: bool | None = None,
-  ):
+  ) -> None:
     self.folder, self._jobs = folder, jobs
     self._waiting = {cell.name: cell for cell in cells}
     self._elsewhere: set[str] = set()  # waiting for another process

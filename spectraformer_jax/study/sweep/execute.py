@@ -243,7 +243,8 @@ def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
 
 def result_of(cell: Cell, workdir: Path) -> dict[str, Any] | None:
   """Returns the last row of metrics of a finished cell, else None."""
-  return finished_result(workdir, cell.config().train.num_steps)
+  config = train_config.to_dict(cell.config())
+  return finished_result(workdir, config["train"]["num_steps"])
 
 
 def _conclude(cell: Cell, future: Future[Outcome], board: Board) -> bool:

@@ -6,7 +6,8 @@ Folders and archives are given as to `table`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import ticker
@@ -20,7 +21,7 @@ from spectraformer_jax import (
 )
 from spectraformer_jax.study import figures
 from spectraformer_jax.study.sweep.comparison import Comparison, Entry, compare
-from spectraformer_jax.study.sweep.runs import read_runs, time_unit
+from spectraformer_jax.study.sweep.runs import Run, group, read_runs, time_unit
 
 # With the line styles there are 28 looks.
 COLOURS = (figures.BLUE, figures.VERMILION, figures.GREEN, figures.PURPLE)
@@ -97,6 +98,8 @@ def heat_map(comparison: Comparison, task: str) -> Figure | None:
   axes.set(xlabel="weight matrix", ylabel="component function")
   figure.suptitle(f"{task}: test accuracy, %", fontsize=10)
   axes.spines[:].set_visible(False)
+  accuracies = [entry.accuracy for entry in pairs.values()]
+  middle = (min(accuracies) + max(accuracies)) / 2
   for (component, matrix), entry in pairs.items():
     sd = "" if entry.accuracy_sd is None else f"\n± {entry.accuracy_sd:.2f}"
     axes.text(
@@ -106,7 +109,7 @@ def heat_map(comparison: Comparison, task: str) -> Figure | None:
       ha="center",
       va="center",
       fontsize=8,
-      color="white" if image.norm(entry.accuracy) < 0.5 else "black",
+      color="white" if entry.accuracy <= middle else "black",
     )
   figure.colorbar(image)
   return figure
@@ -133,29 +136,26 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def times(comparison: Comparison, task: str) -> Figure:
   """Accuracy against training time, in the unit of the table."""
-  symbol, seconds = time_unit(comparison.runs)
-  unit = {"h": "hours", "min": "minutes"}[symbol]
-  entries = _entries(comparison, task)
-  return _costs(
-    entries,
-    {name: entry.seconds / seconds for name, entry in entries.items()},
-    f"training time, {unit}",
-  )
+  symbol, unit = time_unit(comparison.runs)
+  label = {"h": "hours", "min": "minutes"}[symbol]
+  seconds_of = lambda run: run.seconds / unit
+  return _costs(comparison, task, seconds_of, f"training time, {label}")
 
 
 def memory(comparison: Comparison, task: str) -> Figure:
   """Accuracy against peak memory."""
-  entries = _entries(comparison, task)
-  gigabytes = {name: entry.peak_bytes / 1e9 for name, entry in entries.items()}
-  return _costs(entries, gigabytes, "peak memory, GB")
+  gigabytes_of = lambda run: run.peak_bytes / 1e9
+  return _costs(comparison, task, gigabytes_of, "peak memory, GB")
 
 
 def _costs(
-  entries: Mapping[str, Entry], cost: Mapping[str, float], label: str
+  comparison: Comparison, task: str, cost: Callable[[Run], float], label: str
 ) -> Figure:
-  """Accuracy against the cost of each attention, with the Pareto front."""
+  """Accuracy against the mean cost of each attention, with the Pareto front."""
+  entries, groups = _entries(comparison, task), group(comparison.runs)
   points = {
-    name: (cost[name], entry.accuracy) for name, entry in entries.items()
+    name: (statistics.fmean(map(cost, groups[name, task])), entry.accuracy)
+    for name, entry in entries.items()
   }
   front = pareto_front(points)
   colours = {name: FRONT if name in front else REST for name in points}
@@ -175,18 +175,16 @@ def _costs(
       zorder=3,
     )
   axes.set_xscale("log")
-  _plain_log_ticks(axes, list(cost.values()))
+  _plain_log_ticks(axes, [x for x, _ in points.values()])
   axes.set(xlabel=label, ylabel="test accuracy, %")
-  task = next(iter(entries.values())).task
   figure.suptitle(
     f"{task} (circles: pairs, squares: baselines; orange: Pareto front; "
     "bars: standard deviation over seeds)",
     fontsize=8,
   )
   figures.open_frame(axes)
-  margin_labels(
-    axes, [(*point, name, colours[name], "-") for name, point in points.items()]
-  )
+  labels = [(*points[name], name, colours[name], "-") for name in points]
+  margin_labels(figure, axes, labels)
   return figure
 
 
@@ -239,12 +237,14 @@ def curves(comparison: Comparison, task: str) -> Figure:
   )
   axes.margins(x=0.02)
   figures.open_frame(axes)
-  margin_labels(axes, ends)
+  margin_labels(figure, axes, ends)
   return figure
 
 
 def margin_labels(
-  axes: Axes, points: Sequence[tuple[float, float, str, str, str]]
+  figure: Figure,
+  axes: Axes,
+  points: Sequence[tuple[float, float, str, str, str]],
 ) -> None:
   """Names the points in a column on the right, each joined by a thin line.
 
@@ -252,14 +252,15 @@ def margin_labels(
   however close the points are.
 
   Args:
-    axes: limits must be final.
+    figure: of the axes; gets no more axes.
+    axes: with their final limits.
     points: x, y, text, colour, line style.
   """
   points = sorted(points, key=lambda point: point[1])
   low, high = axes.get_ylim()
   axes.set_ylim(low, high)
   heights = [(y - low) / (high - low) for _, y, *_ in points]
-  axes_inches = 0.8 * axes.figure.get_size_inches()[1]
+  axes_inches = 0.8 * figure.get_figheight()
   places = spread_out(heights, INCHES_PER_LABEL / axes_inches)
   for (x, y, text, colour, style), place in zip(points, places, strict=True):
     axes.annotate(

@@ -119,10 +119,10 @@ def read_runs(sources: Iterable[Path | str]) -> tuple[list[Run], list[str]]:
     ValueError: no cell has finished, a cell has finished in two of the sources,
       or a file is no tar archive.
   """
-  sources = list(map(Path, sources))
+  paths = list(map(Path, sources))
   runs: dict[str, Run] = {}
   unfinished: set[str] = set()
-  for source in sources:
+  for source in paths:
     with _as_folder(source) as folder:
       for path in sorted(folder.glob("*/*/seed*")):
         name = str(path.relative_to(folder))
@@ -136,7 +136,7 @@ def read_runs(sources: Iterable[Path | str]) -> tuple[list[Run], list[str]]:
         else:
           runs[name] = run
   if not runs:
-    raise ValueError(f"no finished cell in {', '.join(map(str, sources))}.")
+    raise ValueError(f"no finished cell in {', '.join(map(str, paths))}.")
   return [runs[name] for name in sorted(runs)], sorted(unfinished - set(runs))
 
 
@@ -263,7 +263,7 @@ def welch(
   test = stats.ttest_ind(one, two, equal_var=False)
   interval = test.confidence_interval(1.0 - LEVEL)
   half_width = float(interval.high - interval.low) / 2.0
-  return points, half_width, float(test.pvalue)
+  return points, half_width, float(test[1])
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:

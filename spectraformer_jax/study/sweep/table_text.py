@@ -3,7 +3,7 @@
 import csv
 import io
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from spectraformer_jax.study.sweep.comparison import Comparison, Entry
@@ -182,7 +182,7 @@ def _provenance(comparison: Comparison) -> list[str]:
 
 
 def markdown_table(
-  headings: Sequence[str], rows: Iterable[Sequence[str]]
+  headings: Collection[str], rows: Iterable[Collection[str]]
 ) -> list[str]:
   """Lines of a table with text in its first column and figures in others."""
   line = lambda cells: f"| {' | '.join(cells)} |"
@@ -218,7 +218,7 @@ def _escape_latex(text: str) -> str:
 def entries_csv(comparison: Comparison) -> str:
   """A row for each task and attention, figures in full; then the means."""
   own = Entry._fields[:-2]
-  rows = [
+  rows: list[dict[str, Any]] = [
     {name: getattr(entry, name) for name in own}
     | {"against": comparison.against}
     | {

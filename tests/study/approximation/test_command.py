@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from spectraformer_jax.study.__main__ import main
-from spectraformer_jax.study.approximation import command as approximation
-from spectraformer_jax.study.approximation.measure import Reference
+from spectraformer_jax.study.approximation import measure as lib
 from tests.study.approximation.helpers import row
 
 SMALL = [
@@ -75,13 +74,11 @@ def counted(monkeypatch):
     asked.append((program, inputs.length, scale))
     return row().figures
 
-  monkeypatch.setattr(approximation, "measure", measure)
-  monkeypatch.setattr(
-    approximation, "prepare", lambda fm, *_: (fm.info.name, fm.num_features)
-  )
-  monkeypatch.setattr(
-    approximation, "refer", lambda *_: Reference(np.ones(1), 0.8, 1.0, 1.0)
-  )
+  prepare = lambda fm, *_: (fm.info.name, fm.num_features)
+  refer = lambda *_: lib.Reference(np.ones(1), 0.8, 1.0, 1.0)
+  monkeypatch.setattr(lib, "measure", measure)
+  monkeypatch.setattr(lib, "prepare", prepare)
+  monkeypatch.setattr(lib, "refer", refer)
   return asked
 
 

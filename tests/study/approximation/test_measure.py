@@ -76,7 +76,7 @@ def test_error_is_made_by_the_draws_alone_where_rows_are_many(posrf):
   row = posrf[256]
   # The mean square is variance plus squared bias; a ratio of unbiased sums has
   # a bias of order 1/M, far below its standard deviation of order M^-1/2.
-  square = row.error ** 2 + row.error_std ** 2 * 149 / 150
+  square = row.error**2 + row.error_std**2 * 149 / 150
   assert row.output_variance + row.output_bias2 == pytest.approx(square)
   assert abs(row.output_bias2) < 0.1 * row.output_variance
 

@@ -1,6 +1,9 @@
 import pytest
 
+from spectraformer_jax.study.approximation import advice, report
 from spectraformer_jax.study.approximation.results import Results
+from spectraformer_jax.study.approximation.settings import settings_of
+from tests.code_blocks import ROOT
 from tests.study.approximation.helpers import row
 
 
@@ -38,3 +41,17 @@ def test_another_table_is_refused(tmp_path):
   path.write_text("a,b\n1,2\n")
   with pytest.raises(ValueError, match="is not a table of this command"):
     Results(path)
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+  path = tmp_path / "results.csv"
+  committed = ROOT / "docs/study"
+  path.write_bytes((committed / "results.csv").read_bytes())
+  settings = settings_of(list(Results(path)))
+  assert path.read_bytes() == (committed / "results.csv").read_bytes()
+  text = (committed / "report.md").read_text()
+  assert len(settings) == 4
+  for setting in settings:
+    table = "\n".join(report.markdown(report.lines(setting)))
+    section = f"## {setting.title}\n\n{advice.advise(setting)}\n\n{table}\n"
+    assert section in text
