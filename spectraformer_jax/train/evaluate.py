@@ -1,6 +1,5 @@
 """Loss and accuracy of a checkpoint, on any number of devices."""
 
-import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax import data
+from spectraformer_jax import commands, data
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.nn.pretrained import find_step
 from spectraformer_jax.train.devices import parallel
@@ -91,10 +90,9 @@ def evaluate(
 
 def main(argv: Sequence[str]) -> None:
   """Prints the result as one JSON object."""
-  parser = argparse.ArgumentParser(
-    prog="python -m spectraformer_jax.train evaluate",
-    description="Prints loss and accuracy of a checkpoint as a JSON object.",
-    allow_abbrev=False,
+  parser = commands.Parser(
+    "spectraformer_jax.train evaluate",
+    "Prints loss and accuracy of a checkpoint as a JSON object.",
   )
   parser.add_argument("--workdir", required=True)
   parser.add_argument(

@@ -1,6 +1,5 @@
 """Classes and their probabilities for inputs that a user gives."""
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spectraformer_jax import commands
 from spectraformer_jax.data.formats.listops_text import CLOSE, encode
 from spectraformer_jax.data.words import hash_words
 from spectraformer_jax.nn import Classifier, DualClassifier, load_pretrained
@@ -231,15 +231,12 @@ def _check(ids: np.ndarray, facts: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Prints label and probabilities of each input, a JSON object a line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m spectraformer_jax.train predict",
-    description=(
-      "Prints the label and the probabilities of all labels for each input, as "
-      "a JSON object a line. Inputs are lines of text (two with a tab between "
-      "for a task of pairs), of ids with spaces between for a task without "
-      "text, or an .npz with tokens [n, T] and length [n]."
-    ),
-    allow_abbrev=False,
+  parser = commands.Parser(
+    "spectraformer_jax.train predict",
+    "Prints the label and the probabilities of all labels for each input, as\n"
+    "a JSON object a line. Inputs are lines of text (two with a tab between\n"
+    "for a task of pairs), of ids with spaces between for a task without\n"
+    "text, or an .npz with tokens [n, T] and length [n].",
   )
   parser.add_argument(
     "input", nargs="?", default="-", help="a file, or - for standard input"

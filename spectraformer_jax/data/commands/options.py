@@ -1,20 +1,12 @@
 """Options of a task on the command line."""
 
-import argparse
-import ast
 from collections.abc import Sequence
 from typing import Any
 
-
-class Parser(argparse.ArgumentParser):
-  """A parser whose complaints are a ValueError, told in one line."""
-
-  def error(self, message):
-    """Raises what argparse would print with its usage."""
-    raise ValueError(f"{message}; see --help.")
+from spectraformer_jax.commands import Parser, parse_literal
 
 
-def make_parser(command: str, description: str) -> argparse.ArgumentParser:
+def make_parser(command: str, description: str) -> Parser:
   """A parser with the options that all commands share.
 
   Args:
@@ -22,12 +14,9 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     description: what it does, for ``--help``.
   """
   parser = Parser(
-    prog=f"python -m spectraformer_jax.data {command}",
-    description=(
-      f"{description} Options of the task itself are given as --name=value: "
-      "--data_dir=DIR, --val=lra, --tokenizer=no_close and the like."
-    ),
-    allow_abbrev=False,
+    f"spectraformer_jax.data {command}",
+    f"{description}\n\nOptions of the task itself are given as --name=value: "
+    "--data_dir=DIR,\n--val=lra, --tokenizer=no_close and the like.",
   )
   parser.add_argument("--cache_dir", help="root of the token cache")
   parser.add_argument("--seed", type=int, default=0)
@@ -49,13 +38,5 @@ def parse_options(rest: Sequence[str]) -> dict[str, Any]:
         f"options must be written --name=value, got {argument!r}."
       )
     name = name[2:].replace("-", "_")
-    options[name] = text if name == "data_dir" else _value(text)
+    options[name] = text if name == "data_dir" else parse_literal(text)
   return options
-
-
-def _value(text: str) -> Any:
-  """A number where the text is one."""
-  try:
-    return ast.literal_eval(text)
-  except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
-    return text

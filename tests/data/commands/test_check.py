@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spectraformer_jax import commands, data
+from spectraformer_jax import data
 from spectraformer_jax.data import __main__ as command
 from spectraformer_jax.data import find
 from spectraformer_jax.data.commands import lra_figures
@@ -198,13 +198,11 @@ def test_wrong_values_are_found_in_a_sample(run, tmp_path, monkeypatch):
   ) in out
 
 
-def test_commands(run, monkeypatch):
+def test_commands(run):
   assert run("--help")[0] == 0
   assert run()[0] == 2
   code, _, err = run("chekc")
   assert code == 2 and "unknown command 'chekc'" in err
-  monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
-  assert "unknown command 'fetch'" in run("fetch", "x")[2]
 
 
 def test_duplicates():
