@@ -30,7 +30,6 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
-from unittest import mock
 
 CSV = pathlib.Path(__file__).parent / "aot.csv"
 
@@ -109,15 +108,13 @@ def cases() -> list[Case]:
 
 def compile_case(case: Case) -> Row:
   """Compiles one case, in this process."""
-  import jax
-
   from benchmarks import hlo_cost
+  from spectraformer_jax.linear_attention import for_platform
 
   chip = case.target.split(":")[0]
   platform = "gpu" if chip == "h100" else "tpu"
   start = time.perf_counter()
-  # Chunk sizes are those of the backend that JAX runs on.
-  with mock.patch.object(jax, "default_backend", lambda: platform):
+  with for_platform(platform):
     if case.program.startswith("step"):
       compiled = _compile_step(case)
     else:

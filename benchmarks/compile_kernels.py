@@ -32,8 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spectraformer_jax as sf
-from spectraformer_jax.linear_attention import implementations
-from spectraformer_jax.linear_attention.pallas import implementation as pallas
+from spectraformer_jax.linear_attention import for_platform
 
 # What XLA would find out about the device; from the OpenXLA repository.
 H100 = pathlib.Path(__file__).parent / "h100.txtpb"
@@ -94,11 +93,6 @@ def compile_attention(
     heads: N.
   """
   platform = PLATFORMS[target]
-  kernels = pallas.Kernels(platform, is_elsewhere=True)
-  name = f"compiled_{platform}"
-  implementations.IMPLEMENTATIONS[name] = implementations.Implementation(
-    kernels.run, kernels.refuses
-  )
   feature_map = sf.feature_map(component, "orf", num_features=num_features)
 
   def attend(variables, query, key, value, key_mask):
@@ -110,7 +104,7 @@ def compile_attention(
       variables=variables,
       key_mask=key_mask,
       is_causal=is_causal,
-      implementation=name,
+      implementation=f"pallas_{platform}",
     )
 
   def loss(variables, *arrays):
@@ -127,7 +121,8 @@ def compile_attention(
   for function in (attend, jax.grad(loss, (1, 2, 3))):
     start = time.perf_counter()
     try:
-      compiled = _compile(function, (variables, x, x, x, mask), target)
+      with for_platform(platform):
+        compiled = _compile(function, (variables, x, x, x, mask), target)
     except Exception as error:  # Compilers raise all kinds.
       return Result(*row, None, None, None, f"{type(error).__name__}: {error}")
     seconds.append(time.perf_counter() - start)

@@ -21,7 +21,8 @@ from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
 from spectraformer_jax.linear_attention.api import AttendOptions, attend
 from spectraformer_jax.linear_attention.empty import attend_empty
 from spectraformer_jax.linear_attention.implementations import names_of
-from spectraformer_jax.linear_attention.state import Maps, State
+from spectraformer_jax.linear_attention.inputs import Maps
+from spectraformer_jax.linear_attention.state import State
 from spectraformer_jax.typing import (
   Array,
   FeatureVariables,
@@ -241,14 +242,14 @@ def _spectral_attention(
     )
     out, state = attend(
       maps_of(feature_map, sqrt_scale),
+      options,
       feature_map.prepare(variables, stats),
+      initial_state,
       query,
       key,
       value,
-      key_mask=key_mask,
-      segment_ids=segment_ids,
-      initial_state=initial_state,
-      options=options,
+      key_mask,
+      segment_ids,
     )
     longest = feature_map.component.longest
     if longest is not None and initial_state is not None:

@@ -20,7 +20,9 @@ from spectraformer_jax.checks import AttentionArrays
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.prepared import as_variables
 from spectraformer_jax.linear_attention.api import start
-from spectraformer_jax.linear_attention.state import LOWEST, State, power_of_two
+from spectraformer_jax.linear_attention.exponents import LOWEST, power_of_two
+from spectraformer_jax.linear_attention.inputs import Call, Inputs
+from spectraformer_jax.linear_attention.state import State
 from spectraformer_jax.linear_attention.xla import bidirectional, causal
 from spectraformer_jax.typing import Array, FeatureVariables, Mask, PyTree
 
@@ -161,25 +163,17 @@ def _on_auto_axes(
     index = jax.lax.axis_index(axis)
     is_signed = not feature_map.info.positive
     empty = start(maps, constants, key, value.shape[3], is_signed)
-    own = bidirectional.accumulate(
-      maps.key,
-      chunk_size,
-      constants,
-      empty._replace(length=index * key.shape[1]),
-      key,
-      value,
-      key_mask,
-    )
+    inputs = Inputs(query, key, value, key_mask, None)
+    empty = empty._replace(length=index * key.shape[1])
+    call = Call(maps, chunk_size, constants, empty, inputs, is_causal)
+    own = bidirectional.accumulate(call)
     state = _sum_over_devices(own, axis, index if is_causal else None)
     position = index * shape[1]
     if is_causal:
       state = state._replace(length=position)
-      inputs = (query, key, value, key_mask, None)
-      out, _ = causal.causal(maps, chunk_size, constants, state, *inputs)
+      out, _ = causal.causal(call._replace(state=state))
     else:
-      out = bidirectional.read(
-        maps.query, chunk_size, value.dtype, constants, state, query, position
-      )
+      out = bidirectional.read(call._replace(state=state), position)
     return out.reshape(*shape[:3], -1)
 
   divided = P(None, axis)

@@ -1,12 +1,12 @@
-"""Attention on features: a dot product, so sums over keys are all it needs.
+"""Attention whose weights are dot products of features, by sums over keys.
 
-`api` checks and chooses; `reference` is the quadratic oracle; `bidirectional`
-and `causal` map and sum chunk by chunk (`chunks`, `products`, `state`);
-`segments` does packed rows.
+Read `reference` first. `api` checks arguments, `implementations` chooses among
+`reference`, `xla` (the default) and `pallas`; `state` goes from call to call.
 """
 
 from spectraformer_jax.linear_attention.api import linear_attention
 from spectraformer_jax.linear_attention.implementations import IMPLEMENTATIONS
+from spectraformer_jax.linear_attention.platforms import for_platform
 from spectraformer_jax.linear_attention.state import State
 
-__all__ = ["IMPLEMENTATIONS", "State", "linear_attention"]
+__all__ = ["IMPLEMENTATIONS", "State", "for_platform", "linear_attention"]

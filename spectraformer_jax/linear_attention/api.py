@@ -1,4 +1,4 @@
-"""The public call, and what it shares with `spectral_attention`."""
+"""`linear_attention`, and `attend`, which it shares with spectral attention."""
 
 import dataclasses
 import functools
@@ -11,19 +11,24 @@ import jax.numpy as jnp
 from spectraformer_jax import checks, meshes
 from spectraformer_jax.linear_attention.empty import attend_empty
 from spectraformer_jax.linear_attention.implementations import (
-  first_that_runs,
   names_of,
+  run_first,
+)
+from spectraformer_jax.linear_attention.inputs import (
+  Call,
+  Inputs,
+  Maps,
+  PlainFeatures,
 )
 from spectraformer_jax.linear_attention.state import (
-  Maps,
   State,
   empty_state,
   with_rest,
 )
-from spectraformer_jax.typing import Array, LogFeatures, PyTree
+from spectraformer_jax.typing import Array, PyTree
 
 
-# What comes out is known from `return_state`.
+# `return_state` decides the type of the result.
 @overload
 def linear_attention(
   query_features: Array,
@@ -69,31 +74,33 @@ def linear_attention(
   chunk_size: int | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> Array | tuple[Array, State]:
-  r"""Normalized linear attention on features that exist already, O(T).
+  r"""Computes normalized linear attention on given features, in O(T).
 
   .. math::
     o_i = \frac{\phi_i \cdot \sum_j \psi_j v_j^\top}{\phi_i \cdot \sum_j \psi_j}
 
-  over the keys j that query i sees. Features should be non-negative; where a
-  signed map makes a normalizer cancel, `spectral_attention` guards it.
+  over the keys j that query i sees. Features should be non-negative:
+  `spectral_attention` guards normalizers of signed maps against cancellation,
+  this function does not.
 
   Args:
-    query_features: phi, ``[B, T, N, F]``, any float dtype; N may be a multiple
-      of the keys' heads (grouped-query attention).
+    query_features: phi, ``[B, T, N, F]``, of any float dtype; N may be a
+      multiple of the keys' heads (grouped-query attention).
     key_features: psi, ``[B, S, N, F]``.
     value: ``[B, S, N, V]``.
-    is_causal: query i sees keys 0..i: keys from T on are seen by nobody, and
-      queries from S on see all.
-    key_mask: ``[B, S]`` bool, True where a key may be seen. Hidden keys and
+    is_causal: query i sees keys 0..i. No query sees keys from T on, and queries
+      from S on see all keys.
+    key_mask: ``[B, S]`` bool, True where a key is visible. Hidden keys and
       values may hold anything, NaN included.
     segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
       ``([B, T], [B, S])``; a query sees keys of its own segment only.
-    initial_state: of an earlier call with `return_state`: its keys come first.
+    initial_state: the state of an earlier call with `return_state`, whose keys
+      come first.
     return_state: also return the state after all S keys.
-    chunk_size: positions in one chunk; None is a default for the backend.
-      Changes speed and memory, not the result.
+    chunk_size: positions in one chunk; None: the platform's default. It changes
+      speed and memory, not the result.
     implementation: "xla", "reference", "pallas_tpu", "pallas_gpu", a sequence
-      tried in order, or None for the best available. Changes speed, not the
+      tried in order, or None for the best available. It changes speed, not the
       result.
 
   Returns:
@@ -102,9 +109,9 @@ def linear_attention(
     `State`.
 
   Raises:
-    ValueError: shapes that do not agree, arrays that are not float, a mask over
-      query and key positions, a state of other sizes or together with segments,
-      or an implementation that is unknown or cannot run; the message says why.
+    ValueError: shapes do not agree, an array is not float, a mask has query and
+      key positions, a state has other sizes or comes with segments, or an
+      implementation is unknown or cannot run; the message says why.
 
   References:
     Katharopoulos et al., Transformers are RNNs, 2020, equations 5 and 9
@@ -141,43 +148,66 @@ def linear_attention(
       return_state=return_state,
       segment_ids=segment_ids,
     )
+  options = AttendOptions(
+    is_causal=is_causal,
+    return_state=return_state,
+    chunk_size=chunk_size,
+    implementation=names_of(implementation),
+    is_signed=False,
+  )
   out, state = _linear_attention(
+    options,
+    initial_state,
     query_features,
     key_features,
     value,
     key_mask,
     segment_ids,
-    initial_state,
-    options=AttendOptions(
-      is_causal=is_causal,
-      return_state=return_state,
-      chunk_size=chunk_size,
-      implementation=names_of(implementation),
-      is_signed=False,
-    ),
   )
   return (out, state) if return_state else out
 
 
+@dataclasses.dataclass(frozen=True)
+class AttendOptions:
+  """The static arguments of `attend`.
+
+  Attributes:
+    is_causal: see `linear_attention`.
+    return_state: see `linear_attention`.
+    chunk_size: see `linear_attention`.
+    implementation: names to try, in order.
+    is_signed: features can be negative: guard the normalizer.
+  """
+
+  is_causal: bool
+  return_state: bool
+  chunk_size: int | None
+  implementation: tuple[str, ...]
+  is_signed: bool
+
+
 @functools.partial(jax.jit, static_argnames=("options",))
 def _linear_attention(
-  query, key, value, key_mask, segment_ids, initial_state, *, options
-):
-  """`linear_attention` on checked arguments."""
+  options: AttendOptions,
+  initial_state: State | None,
+  query: Array,
+  key: Array,
+  value: Array,
+  key_mask: Array | None,
+  segment_ids: Array | tuple[Array, Array] | None,
+) -> tuple[Array, State | None]:
+  """Computes `linear_attention` of checked arguments."""
 
-  def on_one_device(query, key, value, constants, initial_state, masks):
-    key_mask, segment_ids = masks
-    return attend(
-      _PLAIN,
-      constants,
-      query,
-      key,
-      value,
-      key_mask=key_mask,
-      segment_ids=segment_ids,
-      initial_state=initial_state,
-      options=options,
-    )
+  def on_one_device(
+    query: Array,
+    key: Array,
+    value: Array,
+    constants: tuple,
+    initial_state: State | None,
+    masks: tuple,
+  ) -> tuple[Array, State | None]:
+    arrays = query, key, value, *masks
+    return attend(_PLAIN, options, constants, initial_state, *arrays)
 
   return meshes.on_shards(
     on_one_device,
@@ -190,62 +220,44 @@ def _linear_attention(
   )
 
 
-def _plain(constants: PyTree, x: Array, position: Array) -> LogFeatures:
-  """Features that exist already."""
+def _plain(constants: PyTree, x: Array, position: Array) -> PlainFeatures:
+  """Returns x as features."""
   del constants, position
-  return LogFeatures(None, x.astype(jnp.float32))
+  return PlainFeatures(x.astype(jnp.float32))
 
 
 _PLAIN = Maps(_plain, _plain)
-
-
-@dataclasses.dataclass(frozen=True)
-class AttendOptions:
-  """The static arguments of `attend`; see `linear_attention`.
-
-  Attributes:
-    is_signed: features can be negative: guard the normalizer.
-    is_causal, return_state, chunk_size, implementation: as there, with
-      implementation a tuple of names.
-  """
-
-  is_causal: bool
-  return_state: bool
-  chunk_size: int | None
-  implementation: tuple[str, ...]
-  is_signed: bool
 
 
 # Jitted, so that calls outside of jit are compiled once as well.
 @functools.partial(jax.jit, static_argnames=("maps", "options"))
 def attend(
   maps: Maps,
+  options: AttendOptions,
   constants: PyTree,
+  initial_state: State | None,
   query: Array,
   key: Array,
   value: Array,
-  *,
   key_mask: Array | None,
   segment_ids: Array | tuple[Array, Array] | None,
-  initial_state: State | None,
-  options: AttendOptions,
 ) -> tuple[Array, State | None]:
   """Maps and attends.
 
   Args:
     maps: feature maps of the two sides, static.
-    constants: what the maps need; takes gradients.
+    options: see `AttendOptions`.
+    constants: variables of the maps; they take gradients.
+    initial_state: see `linear_attention`.
     query: ``[B, T, N G, H]``: G queries share a key head.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     key_mask: see `linear_attention`.
     segment_ids: see `linear_attention`.
-    initial_state: see `linear_attention`.
-    options: the rest.
 
   Returns:
-    ``[B, T, N G, V]`` in value's dtype and the state after all keys (None
-    where segments leave no single one).
+    ``[B, T, N G, V]`` in value's dtype and, with `return_state`, the state
+    after all keys (else None).
   """
   checks.check_key_mask(key_mask, key)
   if options.chunk_size is not None:
@@ -257,53 +269,39 @@ def attend(
         "segment_ids cannot be combined with initial_state or return_state: "
         "a state is the sum of one row."
       )
-  batch, length, all_heads, _ = query.shape
-  heads, value_dim = key.shape[2], value.shape[3]
   if key_mask is not None:
-    visible = key_mask[:, :, None, None]
-    key, value = jnp.where(visible, key, 0), jnp.where(visible, value, 0)
-  if initial_state is None:
-    initial_state = start(maps, constants, key, value_dim, options.is_signed)
-    if options.return_state:
-      initial_state = with_rest(initial_state)
-  else:
-    of_maps = start(maps, constants, key, value_dim, options.is_signed)
-    _check_state(initial_state, of_maps)
-  run = first_that_runs(
-    options.implementation,
-    maps,
-    constants,
-    initial_state,
-    query.reshape(batch, length, heads, all_heads // heads, -1),
-    key,
-    value,
-    key_mask,
-    segment_ids,
-    is_causal=options.is_causal,
-    chunk=options.chunk_size,
+    is_visible = key_mask[:, :, None, None]
+    key, value = jnp.where(is_visible, key, 0), jnp.where(is_visible, value, 0)
+  batch, length, all_heads, _ = query.shape
+  heads, value_dim = value.shape[2:]
+  state = start(maps, constants, key, value_dim, options.is_signed)
+  if initial_state is not None:
+    _check_state(initial_state, state)
+    state = initial_state
+  elif options.return_state:
+    state = with_rest(state)
+  query = query.reshape(batch, length, heads, all_heads // heads, -1)
+  inputs = Inputs(query, key, value, key_mask, segment_ids)
+  call = Call(
+    maps, options.chunk_size, constants, state, inputs, options.is_causal
   )
-  out, state = run()
+  out, state = run_first(options.implementation, call)
   out = out.reshape(batch, length, all_heads, value_dim).astype(value.dtype)
   return out, state if options.return_state else None
 
 
 def start(
-  maps: Maps,
-  constants: PyTree,
-  key: Array,
-  value_dim: int,
-  is_signed: bool,
+  maps: Maps, constants: PyTree, key: Array, value_dim: int, is_signed: bool
 ) -> State:
-  """The state before any key, of the size that the maps need."""
-  batch, _, heads, dim = key.shape
-  one = jax.ShapeDtypeStruct((batch, heads, 1, dim), jnp.float32)
-  shapes = jax.eval_shape(maps.key, constants, one, 0)
-  sizes = [leaf.shape[-1] for leaf in jax.tree.leaves(shapes)]
-  exponent = shapes.log_magnitude
+  """Returns the state before any key, of the size that the maps need."""
+  batch, _, heads, head_dim = key.shape
+  token = jax.ShapeDtypeStruct((batch, heads, 1, head_dim), jnp.float32)
+  features = jax.eval_shape(maps.key, constants, token, 0)
+  exponent = features.log_magnitude
   return empty_state(
     batch,
     heads,
-    max(sizes),
+    max(leaf.shape[-1] for leaf in jax.tree.leaves(features)),
     value_dim,
     exponent_dim=1 if exponent is None else exponent.shape[-1],
     is_signed=is_signed,
@@ -311,7 +309,7 @@ def start(
 
 
 def _check_state(state: State, expected: State) -> None:
-  """ValueError unless the state is one of this map and these sizes."""
+  """Raises ValueError unless the state has this map's kind and sizes."""
   if not isinstance(state, State):
     raise ValueError(
       "initial_state must be a State, as init_state and return_state make it, "

@@ -1,14 +1,14 @@
-"""A backward pass of its own for a function that is differentiated in any way.
+"""A backward pass written by hand, in a function with all other derivatives.
 
-`jax.custom_vjp` would forbid forward mode, and take second derivatives of the
-backward pass, which reads what is known instead of computing it. Here JAX sees
-a linear map whose transpose is the cheap backward pass, and takes every other
-derivative of the plain function.
+`jax.custom_vjp` would forbid forward mode, and its second derivatives would be
+wrong: they would differentiate the backward pass, which reads saved results as
+if they were constants. Here JAX sees a linear map whose transpose is the
+backward pass, and takes every other derivative of the exact function.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,94 +19,96 @@ from jax.interpreters import ad, batching, mlir
 from spectraformer_jax.linear_attention import leaves
 from spectraformer_jax.typing import Array, PyTree
 
-# (what it depends on, linear arguments) -> results.
+# (arrays that the map depends on, linear arguments) -> results.
 LinearFn = Callable[[list[Array], list[Array]], list[Array]]
 
 
 def with_backward(
   forward: Callable[..., tuple[PyTree, PyTree]],
   backward: Callable[[tuple, PyTree, PyTree], tuple],
-  plain: Callable[..., PyTree],
-) -> Callable[..., PyTree]:
-  """A function that is computed by `forward` and transposed by `backward`.
+  exact: Callable[..., tuple[PyTree, PyTree]],
+) -> Callable[..., Any]:
+  """Returns a function that `forward` computes and `backward` transposes.
 
   Args:
-    forward: of the inputs, to the output and what the backward pass keeps.
-    backward: of the inputs, what was kept and the gradient of the output (None
-      for leaves that are not float), to gradients of the inputs, a tuple of
-      the same structure.
-    plain: the output as ordinary JAX, for forward mode and for derivatives of
-      higher order.
+    forward: takes the inputs; returns the output and what `backward` needs.
+    backward: takes the inputs, what `forward` saved, and the gradient of the
+      output (None for leaves that are not float); returns the gradients of the
+      inputs, a tuple of the same structure.
+    exact: does the same as `forward` in ordinary JAX, which differentiates its
+      output in forward mode and for derivatives of higher order.
   """
+  run = jax.custom_jvp(forward)
 
-  @jax.custom_jvp
-  def run(*inputs):
-    return forward(*inputs)
+  def rule(inputs: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    out, saved = run(*inputs)
+    tangents_, in_tree = jax.tree.flatten(tangents)
+    moves = [not isinstance(t, SymbolicZero) for t in tangents_]
+    depends, tree = jax.tree.flatten((inputs, out, saved))
 
-  @functools.partial(run.defjvp, symbolic_zeros=True)
-  def rule(inputs, tangents):
-    out, kept = run(*inputs)
-    tangents = jax.tree.leaves(tangents)
-    is_zero = lambda t: isinstance(t, SymbolicZero)
-    moves = [not is_zero(t) for t in tangents]
-    depends, tree = jax.tree.flatten((inputs, out, kept))
+    def of_moving(depends: list[Array]) -> tuple[Callable, list[Array]]:
+      """Returns the exact output, as a function of the inputs that move."""
+      flat = jax.tree.leaves(tree.unflatten(depends)[0])
 
-    def split(depends):
-      """Inputs, output, what was kept; and the inputs that move, a function."""
-      inputs, out, kept = tree.unflatten(depends)
-      flat, in_tree = jax.tree.flatten(inputs)
-      moving = [x for x, moved in zip(flat, moves, strict=True) if moved]
+      def function(moving: list[Array]) -> list[Array]:
+        merged = in_tree.unflatten(_merge(flat, moves, moving))
+        return leaves.floats(exact(*merged)[0])
 
-      def of_moving(moving):
-        new = iter(moving)
-        merged = (
-          next(new) if moved else x
-          for x, moved in zip(flat, moves, strict=True)
-        )
-        return leaves.floats(plain(*in_tree.unflatten(merged)))
+      return function, _select(flat, moves)
 
-      return inputs, out, kept, moving, of_moving
+    def push(depends: list[Array], tangents: list[Array]) -> list[Array]:
+      function, moving = of_moving(depends)
+      return jax.jvp(function, (moving,), (tangents,))[1]
 
-    def push(depends, tangents):
-      *_, moving, of_moving = split(depends)
-      return jax.jvp(of_moving, (moving,), (tangents,))[1]
+    def pull(depends: list[Array], gradients: list[Array]) -> list[Array]:
+      function, moving = of_moving(depends)
+      return jax.vjp(function, moving)[1](gradients)[0]
 
-    def pull(depends, gradients):
-      *_, moving, of_moving = split(depends)
-      return jax.vjp(of_moving, moving)[1](gradients)[0]
-
-    def cheap_pull(depends, gradients):
-      inputs, out, kept, *_ = split(depends)
-      gradient = leaves.with_floats(
-        jax.tree.map(lambda x: x if leaves.is_float(x) else None, out),
-        gradients,
-      )
-      pulled = backward(inputs, kept, gradient)
+    def fast_pull(depends: list[Array], gradients: list[Array]) -> list[Array]:
+      inputs, out, saved = tree.unflatten(depends)
+      gradient = leaves.only_floats(out, gradients)
+      pulled = backward(inputs, saved, gradient)
       pulled = jax.tree.structure(inputs).flatten_up_to(pulled)
-      return [d for d, moved in zip(pulled, moves, strict=True) if moved]
+      return _select(pulled, moves)
 
-    of_out = range(len(moves), len(moves) + len(jax.tree.leaves(out)))
+    first = len(moves)
+    of_out = range(first, first + len(jax.tree.leaves(out)))
     linear = _Linear(
       push,
       push,
-      cheap_pull,
+      fast_pull,
       pull,
-      [place for place, moved in enumerate(moves) if moved],
+      [place for place, is_moving in enumerate(moves) if is_moving],
       [place for place in of_out if leaves.is_float(depends[place])],
     )
-    tangents = [t for t, moved in zip(tangents, moves, strict=True) if moved]
-    tangents = iter(_linear_p.bind(*depends, *tangents, linear=linear))
+    moving = _select(tangents_, moves)
+    pushed = iter(_linear_p.bind(*depends, *moving, linear=linear))
     d_out = jax.tree.map(
-      lambda x: next(tangents) if leaves.is_float(x) else _no_tangent(x), out
+      lambda x: next(pushed) if leaves.is_float(x) else _no_tangent(x), out
     )
-    return (out, kept), (d_out, jax.tree.map(_no_tangent, kept))
+    return (out, saved), (d_out, jax.tree.map(_no_tangent, saved))
 
+  run.defjvp(rule, symbolic_zeros=True)
   return lambda *inputs: run(*inputs)[0]
 
 
 def _no_tangent(x: Array) -> SymbolicZero:
-  """The tangent of what does not move, or is taken not to."""
+  """Returns the tangent of an array that does not move."""
   return SymbolicZero(jax.typeof(x).to_tangent_aval())
+
+
+def _select(values: Sequence, wanted: list[bool]) -> list:
+  """Returns the wanted values."""
+  return [x for x, is_wanted in zip(values, wanted, strict=True) if is_wanted]
+
+
+def _merge(values: Sequence, wanted: list[bool], new: list) -> list:
+  """Returns all values, the wanted ones replaced by new ones."""
+  rest = iter(new)
+  return [
+    next(rest) if is_wanted else x
+    for x, is_wanted in zip(values, wanted, strict=True)
+  ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,12 +117,12 @@ class _Linear:
 
   Attributes:
     apply: the map as it is computed.
-    exact: the same map, to be differentiated by what it depends on.
+    exact: the same map, differentiable by the arrays that it depends on.
     apply_transposed: its transpose as it is computed.
-    exact_transposed: its transpose, to be differentiated.
+    exact_transposed: its transpose, differentiable likewise.
     arguments: which of the arrays that it depends on have the types of its
       linear arguments.
-    results: and which have those of its results.
+    results: which of them have the types of its results.
   """
 
   apply: LinearFn
@@ -130,13 +132,13 @@ class _Linear:
   arguments: list[int]
   results: list[int]
 
-  def parts(self, arrays: list) -> tuple[list, list]:
-    """What it depends on, and its linear arguments."""
+  def parts(self, arrays: Sequence) -> tuple[list, list]:
+    """Splits into arrays that the map depends on, and linear arguments."""
     count = len(arrays) - len(self.arguments)
-    return arrays[:count], arrays[count:]
+    return list(arrays[:count]), list(arrays[count:])
 
   def transposed(self) -> "_Linear":
-    """Its transpose."""
+    """Returns its transpose."""
     return _Linear(
       self.apply_transposed,
       self.exact_transposed,
@@ -147,13 +149,13 @@ class _Linear:
     )
 
   def over(self, axes: list[int | None]) -> "_Linear":
-    """The map of each of many, where what it depends on has these axes."""
-    many = lambda function: jax.vmap(function, in_axes=(axes, 0))
+    """Returns the map of a batch, given the axes of what it depends on."""
+    batched = lambda function: jax.vmap(function, in_axes=(axes, 0))
     return _Linear(
-      many(self.apply),
-      many(self.exact),
-      many(self.apply_transposed),
-      many(self.exact_transposed),
+      batched(self.apply),
+      batched(self.exact),
+      batched(self.apply_transposed),
+      batched(self.exact_transposed),
       self.arguments,
       self.results,
     )
@@ -164,42 +166,35 @@ _linear_p.multiple_results = True
 
 
 @_linear_p.def_impl
-def _compute(*arrays, linear: _Linear):
-  return linear.apply(*linear.parts(list(arrays)))
+def _compute(*arrays: Array, linear: _Linear) -> list[Array]:
+  return linear.apply(*linear.parts(arrays))
 
 
 mlir.register_lowering(_linear_p, mlir.lower_fun(_compute, True))
 
 
 @_linear_p.def_abstract_eval
-def _types(*types, linear: _Linear):
+def _types(*types: Any, linear: _Linear) -> list:
   return [types[place] for place in linear.results]
 
 
-def _push_forward(arrays, tangents, *, linear: _Linear):
-  """The derivative, by linear arguments and by what the map depends on."""
-  depends, arguments = linear.parts(list(arrays))
-  d_depends, d_arguments = linear.parts(list(tangents))
-  is_zero = lambda tangent: isinstance(tangent, ad.Zero)
+def _push_forward(
+  arrays: Sequence, tangents: Sequence, *, linear: _Linear
+) -> tuple[list[Array], list[Array] | None]:
+  """Differentiates by linear arguments and by what the map depends on."""
+  depends, arguments = linear.parts(arrays)
+  d_depends, d_arguments = linear.parts(tangents)
+  moves = [not isinstance(tangent, ad.Zero) for tangent in d_depends]
   total = None
-  if not all(map(is_zero, d_arguments)):
+  if not all(isinstance(tangent, ad.Zero) for tangent in d_arguments):
     d_arguments = map(ad.instantiate_zeros, d_arguments)
     total = _linear_p.bind(*depends, *d_arguments, linear=linear)
-  moves = [not is_zero(tangent) for tangent in d_depends]
   if any(moves):
 
-    def of_moving(moving):
-      new = iter(moving)
-      merged = [
-        next(new) if moved else x
-        for x, moved in zip(depends, moves, strict=True)
-      ]
-      return linear.exact(merged, arguments)
+    def of_moving(moving: list[Array]) -> list[Array]:
+      return linear.exact(_merge(depends, moves, moving), arguments)
 
-    moving, d_moving = (
-      [x for x, moved in zip(xs, moves, strict=True) if moved]
-      for xs in (depends, d_depends)
-    )
+    moving, d_moving = _select(depends, moves), _select(d_depends, moves)
     more = jax.jvp(of_moving, (moving,), (d_moving,))[1]
     total = more if total is None else list(map(jnp.add, total, more))
   return _linear_p.bind(*arrays, linear=linear), total
@@ -208,38 +203,49 @@ def _push_forward(arrays, tangents, *, linear: _Linear):
 ad.primitive_jvps[_linear_p] = _push_forward
 
 
-def _pull_back(gradients, *arrays, linear: _Linear):
-  """One application of the transpose."""
-  depends, arguments = linear.parts(list(arrays))
+def _pull_back(
+  gradients: Sequence, *arrays: Any, linear: _Linear
+) -> list[Array | None]:
+  """Applies the transpose."""
+  depends, arguments = linear.parts(arrays)
   pulled = _linear_p.bind(
     *depends,
     *map(ad.instantiate_zeros, gradients),
     linear=linear.transposed(),
   )
-  return [None] * len(depends) + [
-    d if ad.is_undefined_primal(x) else None
-    for x, d in zip(arguments, pulled, strict=True)
+  return [
+    *(None for _ in depends),
+    *(
+      d if ad.is_undefined_primal(x) else None
+      for x, d in zip(arguments, pulled, strict=True)
+    ),
   ]
 
 
 ad.primitive_transposes[_linear_p] = _pull_back
 
 
-def _over_axis(arrays, axes, *, linear: _Linear):
-  """Arrays whose types stand for others are mapped, the rest where they are."""
+def _over_axis(
+  arrays: Sequence[Array], axes: Sequence[int | None], *, linear: _Linear
+) -> tuple[list[Array], list[int]]:
+  """Batches the map.
+
+  Linear arguments, and the arrays whose types stand for those of arguments and
+  results, are batched in any case; the others where they are.
+  """
   (size,) = {
     x.shape[axis]
     for x, axis in zip(arrays, axes, strict=True)
     if axis is not None
   }
-  depends, _ = linear.parts(list(arrays))
-  mapped = {*linear.arguments, *linear.results}
-  mapped.update(range(len(depends), len(arrays)))
+  depends, _ = linear.parts(arrays)
+  batched = {*linear.arguments, *linear.results}
+  batched.update(range(len(depends), len(arrays)))
   arrays, axes = list(arrays), list(axes)
   for place, (x, axis) in enumerate(zip(arrays, axes, strict=True)):
     if axis is not None:
       arrays[place], axes[place] = jnp.moveaxis(x, axis, 0), 0
-    elif place in mapped:
+    elif place in batched:
       arrays[place], axes[place] = jnp.broadcast_to(x, (size, *x.shape)), 0
   linear = linear.over(axes[: len(depends)])
   outs = _linear_p.bind(*arrays, linear=linear)

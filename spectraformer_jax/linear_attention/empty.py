@@ -1,6 +1,7 @@
-"""No examples, queries, keys or values: arrays with an axis of size 0."""
+"""Attention on arrays with an axis of size 0."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from spectraformer_jax.typing import Array, PyTree
 
 
 def attend_empty(
-  attention: Callable,
+  attention: Callable[..., Any],
   query: Array,
   key: Array,
   value: Array,
@@ -19,23 +20,23 @@ def attend_empty(
   initial_state: State | None,
   return_state: bool,
   **others: PyTree,
-):
-  """Attends with one of what there is none of, and takes it away again.
+) -> Any:
+  """Attends with one zero on each axis of size 0, and cuts it off again.
 
   A query that sees no key gives zeros, and no key leaves the state as it was.
 
   Args:
-    attention: takes all that follows.
+    attention: takes all other arguments.
     query: ``[B, T, N, H]``.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     key_mask: ``[B, S]`` bool or None.
-    initial_state: or None.
+    initial_state: a state or None.
     return_state: also return the state.
-    **others: their axes of size 0 get one, too.
+    **others: trees of arrays whose axes of size 0 get a zero, too.
 
   Returns:
-    What `attention` returns.
+    The results of `attention`.
   """
   length = key.shape[1]
   if key_mask is None and not length:
@@ -50,7 +51,7 @@ def attend_empty(
   out, state = out if return_state else (out, None)
   batch, heads, value_dim = *key.shape[::2], value.shape[3]
   out = out[:batch, : query.shape[1], : query.shape[2], :value_dim]
-  if not return_state:
+  if state is None:
     return out
   before = 0 if initial_state is None else initial_state.length
   state = jax.tree.map(
@@ -65,7 +66,7 @@ def attend_empty(
 
 
 def _filled_state(state: State | None) -> State | None:
-  """`_filled`, where the last column of `rest` belongs to no value."""
+  """Fills a state; the last column of `rest` belongs to no value dim."""
   filled = jax.tree.map(_filled, state)
   if state is None or state.rest is None or state.kv.shape[-1]:
     return filled
@@ -74,7 +75,7 @@ def _filled_state(state: State | None) -> State | None:
 
 
 def _filled(x: Array) -> Array:
-  """One zero (False) on each axis of size 0."""
+  """Adds one zero (False) on each axis of size 0."""
   if 0 not in x.shape:
     return x
   return jnp.pad(x, [(0, int(size == 0)) for size in x.shape])

@@ -1,12 +1,13 @@
-"""Where arrays lie in memory, and when they are made, said to XLA.
+"""Hints to XLA: where arrays lie in memory, and when they are computed.
 
-What is best differs by platform; results do not. Layouts are said in programs
-of one device alone, or of one inside `jax.shard_map`: to the partitioner of
-others a layout is an operation of which it knows nothing, for which it gathers
-the whole array, and an exported program must not hold one.
+Which hint is fast depends on the platform; results do not. Layouts are given
+only in programs of one device, or of one device inside `jax.shard_map`: the
+partitioner of other programs does not know the operation and gathers the whole
+array. An exported program must not hold one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +17,36 @@ from jax.interpreters import ad, batching, mlir
 
 from spectraformer_jax.typing import Array
 
+Form = Callable[[Array], Array]
+
 
 def in_columns(x: Array) -> Array:
-  """x, on a TPU with the axis before the last contiguous.
+  """Returns x, on a TPU with the axis before the last contiguous.
 
-  A register holds 128 numbers of that axis: positions fill it, 32 dims of a
-  head do not, and what is one number a position need not be spread over it.
+  A TPU's register holds 128 numbers of the contiguous axis. Positions fill it;
+  the 32 dims of a head do not. To be dropped once ``benchmarks/aot.py`` shows
+  the same cycles without (docs/decisions/08-tpu-layouts.md).
   """
   return jax.lax.platform_dependent(x, tpu=_columns, default=_same)
 
 
 def turned(x: Array) -> Array:
-  """``[..., A, B] -> [..., B, A]``, on a CPU in memory too.
+  """Transposes the last two axes, on a CPU in memory too.
 
-  Without the barriers XLA makes it a part of the product before or after it.
-  Without the layouts it may turn nothing, and the product has an operand or a
-  result in columns, at which XLA aborts for small shapes.
+  Without the barriers XLA makes the transposition a part of the product before
+  or after it. Without the layouts it may leave x as it is in memory; the
+  product then reads or writes columns, at which XLA aborts for small shapes. To
+  be dropped with the products that need it, see `xla.products`.
   """
   return jax.lax.platform_dependent(x, cpu=_turned, default=_swap)
 
 
 def once(x: Array) -> Array:
-  """x, computed before its use: XLA would do it again for each feature.
+  """Returns x behind a barrier: XLA would compute it again for each feature.
 
-  Not on a TPU: it rounds what is stored for a product to bfloat16, which takes
-  longer there than to make it inside the product.
+  Not on a TPU, where XLA would round what it stores for a product to bfloat16,
+  which takes longer than to compute it inside the product
+  (docs/decisions/08-tpu-layouts.md).
   """
   return jax.lax.platform_dependent(
     x, tpu=_same, default=jax.lax.optimization_barrier
@@ -57,7 +63,7 @@ def _turned_in_memory(x: Array) -> Array:
 
 
 def _in_rows(x: Array) -> Array:
-  """x, computed before its use, the last axis contiguous."""
+  """Returns x behind a barrier, with the last axis contiguous."""
   row_major = Layout(tuple(range(x.ndim)))
   return jax.lax.optimization_barrier(with_layout_constraint(x, row_major))
 
@@ -78,31 +84,31 @@ def _turned(x: Array) -> Array:
   return _laid_out.bind(x, layout=_turned_in_memory, plain=_swap)
 
 
-# A linear function that is its own transpose, in two forms: `layout`, which
-# says where arrays lie, and `plain`.
+# A linear function that is its own transpose, in two forms: `layout` constrains
+# where arrays lie, `plain` does not.
 _laid_out = Primitive("laid_out")
 
 
 @_laid_out.def_impl
-def _impl(x: Array, *, layout: Callable, plain: Callable) -> Array:
+def _impl(x: Array, *, layout: Form, plain: Form) -> Array:
   del layout
   return plain(x)
 
 
 @_laid_out.def_abstract_eval
-def _abstract(x, *, layout: Callable, plain: Callable):
+def _abstract(x: Any, *, layout: Form, plain: Form) -> Any:
   del layout
   return x.update(shape=jax.eval_shape(plain, x).shape)
 
 
-def _lower(ctx, x, *, layout: Callable, plain: Callable):
-  """Either form, for the program that it becomes a part of."""
+def _lower(ctx: Any, x: Any, *, layout: Form, plain: Form) -> Sequence[Any]:
+  """Lowers the form that suits the program."""
   form = layout if _is_of_one_device(ctx.module_context) else plain
   return mlir.lower_fun(form, multiple_results=False)(ctx, x)
 
 
-def _is_of_one_device(module) -> bool:
-  """Whether nobody divides the program, and it is not for others."""
+def _is_of_one_device(module: Any) -> bool:
+  """Whether no partitioner divides the program, and it is not exported."""
   if module.lowering_parameters.for_export:
     return False
   axes = module.axis_context
@@ -111,8 +117,10 @@ def _is_of_one_device(module) -> bool:
   return getattr(axes, "num_devices", 1) == 1
 
 
-def _batched(operands, axes, **forms):
-  """Both forms take any leading axes."""
+def _batched(
+  operands: Sequence[Array], axes: Sequence[int], **forms: Form
+) -> tuple[Array, int]:
+  """Moves the batch axis to the front; both forms take any leading axes."""
   (x,), (axis,) = operands, axes
   return _laid_out.bind(jnp.moveaxis(x, axis, 0), **forms), 0
 

@@ -1,127 +1,206 @@
-"""The readable form: builds the T x S matrix. The oracle of the others."""
+"""Linear attention written for reading: the equation in chunks, and the matrix.
+
+`causal_in_chunks` is the algorithm of the fast engine without what makes it
+fast or safe: read it first. `attend` is ``implementation="reference"``, which
+forms the T x S matrix of weights. Tests compare the engine with both.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention.state import (
-  KEY_EXPONENT,
-  State,
-  normalise,
+from spectraformer_jax import checks
+from spectraformer_jax.linear_attention.exponents import KEY_EXPONENT
+from spectraformer_jax.linear_attention.inputs import (
+  Call,
+  Features,
+  PlainFeatures,
 )
-from spectraformer_jax.typing import Array, LogFeatures
+from spectraformer_jax.linear_attention.normalize import normalize
+from spectraformer_jax.linear_attention.state import State, join, part
+from spectraformer_jax.linear_attention.xla import chunks
+from spectraformer_jax.linear_attention.xla.blocks import Keys
+from spectraformer_jax.linear_attention.xla.chunks import Pass
+from spectraformer_jax.linear_attention.xla.products import EXACT
+from spectraformer_jax.typing import Array
 
 
-def attend(
-  query: LogFeatures,
-  key: LogFeatures,
-  value: Array,
-  visible: Array,
-  *,
-  state: State,
-  segments: tuple[Array, Array] | None = None,
+def causal_in_chunks(
+  phi: Array, psi: Array, value: Array, *, chunk_size: int
 ) -> Array:
-  """Attention with features that all exist, the quadratic way.
+  r"""Causal linear attention of one head, one chunk c after another.
+
+  .. math::
+    o_i = \frac{\phi_i \cdot S_{<c} + \sum_{j \in c, j \le i}
+      (\phi_i \cdot \psi_j) v_j}{\phi_i \cdot z_{<c} + \sum_{j \in c, j \le i}
+      \phi_i \cdot \psi_j}
+
+  where S_<c and z_<c are the sums of ``psi_j v_j^T`` and of ``psi_j`` over the
+  keys of earlier chunks.
+
+  Args:
+    phi: positive features of queries, ``[T, F]``.
+    psi: positive features of keys, ``[T, F]``; zeros hide a key.
+    value: ``[T, V]``.
+    chunk_size: C, which divides T.
+
+  Returns:
+    ``[T, V]``.
+  """
+  is_earlier = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))
+
+  def step(
+    sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]
+  ) -> tuple[tuple[Array, Array], Array]:
+    (S, z), (phi, psi, value) = sums, chunk
+    weights = jnp.where(is_earlier, phi @ psi.T, 0.0)
+    numerator = phi @ S + weights @ value
+    normalizer = phi @ z + weights.sum(axis=1)
+    sums = S + psi.T @ value, z + psi.sum(axis=0)
+    return sums, numerator / normalizer[:, None]
+
+  cut = lambda x: x.reshape(-1, chunk_size, x.shape[1])
+  S, z = jnp.zeros((psi.shape[1], value.shape[1])), jnp.zeros(psi.shape[1])
+  _, out = jax.lax.scan(step, (S, z), (cut(phi), cut(psi), cut(value)))
+  return out.reshape(value.shape)
+
+
+def attend(call: Call) -> tuple[Array, State]:
+  """Attends with all features and weights in memory; see `Implementation`."""
+  maps, _, constants, state, inputs, is_causal = call
+  query, key, value, key_mask, segment_ids = inputs
+  position, value = state.length, value.astype(jnp.float32)
+  is_visible = checks.visible_keys(query, key, is_causal, key_mask, segment_ids)
+  in_groups = jax.vmap(maps.query, in_axes=(None, 2, None), out_axes=2)
+  query = jnp.moveaxis(query, 1, 3)
+  key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+  # Queries that hold NaN give NaN, but no gradient of their own.
+  is_bad = ~jnp.all(jnp.isfinite(query), axis=-1, keepdims=True)
+  first = position if is_causal else jnp.zeros_like(position)
+  phi = in_groups(constants, jnp.where(is_bad, 0, query), first)
+  psi = maps.key(constants, key, position)
+  is_visible = is_visible[:, :, None]
+  out = _attend_features(phi, psi, value, is_visible, state, segment_ids)
+  out = jnp.where(is_bad, jnp.nan, out)
+  if key_mask is not None:
+    key_mask = key_mask[:, None, :, None]
+  keys, how = Keys(key, value, key_mask, position), Pass(maps, EXACT, 0)
+  after = chunks.add_keys(how, constants, join(state), keys)
+  after = after._replace(length=position + key.shape[2])
+  return jnp.moveaxis(out, 3, 1), part(after)
+
+
+def _attend_features(
+  query: Features,
+  key: Features,
+  value: Array,
+  is_visible: Array,
+  state: State,
+  segment_ids: tuple[Array, Array] | None,
+) -> Array:
+  """Attends on features, by the matrix of weights.
 
   Args:
     query: features ``[B, N, G, T, F]`` of G groups of queries.
     key: features ``[B, N, S, F]``.
     value: ``[B, N, S, V]`` float32.
-    visible: bool, broadcastable to ``[B, N, G, T, S]``.
+    is_visible: bool, broadcastable to ``[B, N, G, T, S]``.
     state: sums over keys that came before; every query sees them.
-    segments: ids ``[B, T]`` and ``[B, S]`` of packed rows; no state then.
+    segment_ids: of packed rows, ``[B, T]`` and ``[B, S]``; the state is empty
+      then.
 
   Returns:
     ``[B, N, G, T, V]`` float32.
   """
-  # Those too large for their features give NaN, and no gradient.
-  is_bad = False
+  # Features too large for float32 give NaN, and no gradient.
+  is_bad = jnp.zeros((), bool)
   for leaf in jax.tree.leaves(query):
     is_bad |= ~jnp.all(jnp.isfinite(leaf), axis=-1, keepdims=True)
   query = jax.tree.map(lambda leaf: jnp.where(is_bad, 0.0, leaf), query)
-  phi, psi, old = stabilise(
-    query, key, jnp.any(visible, (1, 2, 3)), state, segments
-  )
+  key_mask = jnp.any(is_visible, (1, 2, 3))
+  phi, psi, old = _scale(query, key, key_mask, state, segment_ids)
 
-  def weights(phi, psi):
+  def weights(phi: Array, psi: Array) -> Array:
     products = jnp.einsum("bngtf,bnsf->bngts", phi, psi, precision="highest")
-    return jnp.where(visible, products, 0.0)
+    return jnp.where(is_visible, products, 0.0)
 
-  def of_state(phi, sums):
+  def of_state(phi: Array, sums: Array) -> Array:
     sums = sums * (old if sums.ndim == 3 else old[..., None])
     return jnp.einsum("bngtf,bnf...->bngt...", phi, sums, precision="highest")
 
   seen = weights(phi, psi)
   numerator = jnp.einsum("bngts,bnsv->bngtv", seen, value, precision="highest")
   numerator += of_state(phi, state.kv)
-  normalizer = jnp.sum(seen, axis=-1) + of_state(phi, state.total)
+  normalizer = size = jnp.sum(seen, axis=-1) + of_state(phi, state.total)
   magnitude = None
   if state.magnitude is not None:
     magnitude = jnp.sum(weights(jnp.abs(phi), jnp.abs(psi)), axis=-1)
-    magnitude += of_state(jnp.abs(phi), state.magnitude)
-  out = normalise(numerator, normalizer, magnitude)
-  # A query whose visible keys have all underflowed does not see none.
-  size = normalizer if magnitude is None else magnitude
+    magnitude = size = magnitude + of_state(jnp.abs(phi), state.magnitude)
+  out = normalize(numerator, normalizer, magnitude)
+  # Visible keys whose weights have all underflowed are not the same as none.
   if query.factor is None:
-    is_bad |= (jnp.any(visible, axis=-1) & (size == 0.0))[..., None]
+    is_bad |= (jnp.any(is_visible, axis=-1) & (size == 0.0))[..., None]
   return jnp.where(is_bad, jnp.nan, out)
 
 
-def stabilise(
-  query: LogFeatures,
-  key: LogFeatures,
+def _scale(
+  query: Features,
+  key: Features,
   key_mask: Array,
   state: State,
-  segments: tuple[Array, Array] | None = None,
+  segment_ids: tuple[Array, Array] | None,
 ) -> tuple[Array, Array, Array]:
-  """Features of bounded size whose attention equals the naive one, exactly.
+  """Returns features of bounded size whose attention is exactly the same.
 
-  Each feature is shifted by its maximum over the visible keys of its example
-  and head (and segment), which the queries take back; then each query by its
-  own maximum.
-  Both cancel in the ratio, so no gradient flows through them. For a positive
-  map that is not causal every normalizer is at least 1.
+  Each feature is divided by its maximum over the visible keys of its example
+  and head (and segment), by which queries multiply; then each query is divided
+  by its own maximum. Both cancel in the ratio, so no gradient flows through
+  them. For a positive map that is not causal every normalizer is at least 1.
 
   Args:
-    query: log-features ``[B, N, G, T, F]``.
-    key: log-features ``[B, N, S, F]``.
+    query: features ``[B, N, G, T, F]``.
+    key: features ``[B, N, S, F]``.
     key_mask: ``[B, S]`` bool.
     state: earlier sums, with an exponent of their own.
-    segments: see `attend`.
+    segment_ids: see `_attend_features`.
 
   Returns:
-    query features, key features (0 where hidden), and the factor ``[B, N, F]``
-    that brings the sums of the state to the keys' shift.
+    phi, psi (0 where hidden), and the factor ``[B, N, F]`` by which the sums of
+    the state are brought to the scale of psi.
   """
-  if key.log_magnitude is None:
+  key_mask = key_mask[:, None, :, None]
+  if isinstance(query, PlainFeatures) and isinstance(key, PlainFeatures):
     one = jnp.ones_like(state.total[..., :1])
-    hidden = ~key_mask[:, None, :, None]
-    return query.factor, jnp.where(hidden, 0.0, key.factor), one
-  key_log = jnp.where(key_mask[:, None, :, None], key.log_magnitude, -jnp.inf)
+    return query.factor, jnp.where(key_mask, key.factor, 0.0), one
+  if query.log_magnitude is None or key.log_magnitude is None:
+    raise TypeError("the maps of queries and keys must be of one kind.")
+  key_log = jnp.where(key_mask, key.log_magnitude, -jnp.inf)
   earlier = state.exponent * math.log(2.0)
   shift = jnp.maximum(jnp.max(key_log, axis=2), earlier)
   of_queries = of_keys = shift = jax.lax.stop_gradient(shift)[:, :, None]
-  if segments is not None:
+  if segment_ids is not None:
     of_queries, of_keys = (
       jnp.maximum(jax.lax.stop_gradient(largest), earlier[:, :, None])
-      for largest in _max_in_segments(key_log, segments)
+      for largest in _max_in_segments(key_log, segment_ids)
     )
   query_log = query.log_magnitude + of_queries[:, :, None]
   top = jax.lax.stop_gradient(jnp.max(query_log, axis=-1, keepdims=True))
   phi = jnp.exp(query_log - top)
   psi = jnp.exp(key_log - of_keys)
-  if query.factor is not None:
+  if query.factor is not None and key.factor is not None:
     phi, psi = query.factor * phi, key.factor * psi
   return phi, psi, 2.0**-KEY_EXPONENT * jnp.exp(earlier - shift[:, :, 0])
 
 
-def _max_in_segments(x: Array, segments: tuple[Array, Array]):
-  """The largest of ``x [B, N, S, F]`` in the segment of each query and key."""
-  length = segments[0].shape[1]
-  ids = jnp.concatenate(segments, axis=1)
+def _max_in_segments(
+  x: Array, segment_ids: tuple[Array, Array]
+) -> tuple[Array, Array]:
+  """Returns the largest of ``x [B, N, S, F]`` for each query and each key."""
+  length = segment_ids[0].shape[1]
+  ids = jnp.concatenate(segment_ids, axis=1)
 
-  def of_example(x, ids):
+  def of_example(x: Array, ids: Array) -> Array:
     number = jnp.searchsorted(jnp.sort(ids), ids)
     largest = jax.ops.segment_max(
       jnp.swapaxes(x, 0, 1), number[length:], ids.size

@@ -1,49 +1,54 @@
 """Types inside `jax.shard_map`: over which mesh axes an array varies.
 
-A loop's carry, and what a custom derivative returns, must have the type of what
-it stands for. Arrays made inside vary over nothing, replicated ones neither, so
-those that meet in a loop are cast alike first. Outside of `jax.shard_map`
-nothing is done.
+A loop's carry must keep its type, and a custom derivative must have the type
+of its primal. Arrays made inside `jax.shard_map` and replicated arrays vary
+over no mesh axis, so all arrays that meet in a loop are cast to one type first.
+Outside of `jax.shard_map` these functions do nothing.
 """
+
+from typing import TypeVar
 
 import jax
 
-from spectraformer_jax.linear_attention.state import State
-from spectraformer_jax.typing import PyTree
+from spectraformer_jax.linear_attention.state import JoinedState
+from spectraformer_jax.typing import Array, PyTree
+
+Tree = TypeVar("Tree", bound=PyTree)
 
 
-def _axes(x) -> frozenset[str]:
-  """The mesh axes that x varies over."""
+def _axes(x: Array) -> frozenset[str]:
+  """Returns the mesh axes that x varies over."""
   return jax.typeof(x).manual_axis_type.varying
 
 
-def varying_like(tree: PyTree, *others: PyTree) -> PyTree:
-  """The tree, each leaf varying over all that any leaf here varies over.
+def varying_like(tree: Tree, *others: PyTree) -> Tree:
+  """Returns the tree, each leaf varying over every axis that any leaf does.
 
   Args:
-    tree: of arrays.
-    *others: more of them, which are not returned.
+    tree: arrays to cast.
+    *others: arrays that count, and are not returned.
   """
   leaves = jax.tree.leaves((tree, others))
   wanted = frozenset().union(*map(_axes, leaves))
   if not wanted:
     return tree
 
-  def cast(leaf):
+  def cast(leaf: Array) -> Array:
     missing = tuple(sorted(wanted - _axes(leaf)))
     return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
   return jax.tree.map(cast, tree)
 
 
-def alike(constants: PyTree, state: State, *arrays: PyTree) -> tuple:
-  """All inputs of a loop, cast alike; the state's length keeps its type.
+def alike(
+  constants: PyTree, state: JoinedState, arrays: Tree
+) -> tuple[PyTree, JoinedState, Tree]:
+  """Casts all inputs of a loop to vary alike, but for the state's length.
 
-  Nothing is summed into the length, so that what was the same on all devices
-  stays so.
+  The length is a sum of sizes, which stays the same on all devices.
   """
   length = state.length
-  constants, state, *arrays = varying_like(
-    (constants, state._replace(length=None), *arrays), length
+  constants, state, arrays = varying_like(
+    (constants, state._replace(length=None), arrays), length
   )
-  return constants, state._replace(length=length), *arrays
+  return constants, state._replace(length=length), arrays

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.linear_attention.engine_cases import build, make
+from tests.linear_attention.helpers import build, make
 
 LENGTH = 4
 

@@ -11,7 +11,7 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax.attention import _spectral_attention
-from tests.linear_attention.engine_cases import (
+from tests.linear_attention.helpers import (
   CAUSAL,
   assert_close,
   build,

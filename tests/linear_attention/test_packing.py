@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.linear_attention.engine_cases import assert_close, build, make, run
+from tests.linear_attention.helpers import assert_close, build, make, run
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

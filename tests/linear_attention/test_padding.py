@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 
 import spectraformer_jax as sf
-from tests.linear_attention.engine_cases import CAUSAL, make
+from tests.linear_attention.helpers import CAUSAL, make
 
 LENGTH = 12
 REAL = jnp.arange(LENGTH)[None] < jnp.array([[7], [12]])

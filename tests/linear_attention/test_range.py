@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.linear_attention.engine_cases import build, make
+from tests.linear_attention.helpers import build, make
 
 
 def attend(component, scale, is_causal, chunk_size=None):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.linear_attention.engine_cases import (
+from tests.linear_attention.helpers import (
   CAUSAL,
   assert_close,
   build,

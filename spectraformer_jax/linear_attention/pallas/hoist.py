@@ -1,38 +1,37 @@
-"""What a feature map computes from constants alone, taken out of the kernel.
+"""Splits a feature map into what depends on tokens and what does not.
 
-A Pallas kernel should do what differs from token to token, and can do little
-else: no decompositions, no reshapes of odd shapes. So the map is traced once,
-and cut where the token comes in. What comes before runs in plain XLA, with its
+A Pallas kernel should compute what differs from token to token, and can do
+little else: no decompositions, no reshapes of odd shapes. So the map is traced
+once and cut where the token enters. The part before runs in plain XLA, with its
 gradients; its results are arrays that the kernel keeps on chip.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
-from spectraformer_jax.linear_attention.state import Maps
+from spectraformer_jax.linear_attention.inputs import Maps
 from spectraformer_jax.typing import Array, PyTree
-
-Var = jax.extend.core.Var
 
 
 class PerToken(NamedTuple):
-  """What is left of a feature map: a function of constants and tokens.
+  """The part of a feature map that depends on tokens.
 
   Attributes:
-    function: of some constants of one head, and tokens ``[C, H]``, to
+    function: takes some constants of one head and tokens ``[C, H]``; returns
       log-features ``[C, F]``.
-    uses: which constants, in the order of its arguments.
+    uses: the places of these constants, in the order of its arguments.
   """
 
-  function: jax.extend.core.ClosedJaxpr
+  function: ClosedJaxpr
   uses: list[int]
 
   def __call__(self, constants: Sequence[Array], x: Array) -> Array:
-    """Log-features ``[C, F]`` of x ``[C, H]``, with constants ``[R, K]``."""
+    """Returns log-features ``[C, F]`` of x ``[C, H]``; constants ``[R, K]``."""
     shapes = [aval.shape for aval in self.function.in_avals[:-1]]
     arguments = [
       jnp.reshape(constants[use], shape)
@@ -45,7 +44,7 @@ class Hoisted(NamedTuple):
   """The feature maps of the two sides, cut in two.
 
   Attributes:
-    constants: what the first part computes for both sides,
+    constants: results of the first part for both sides,
       ``[B or 1, N or 1, R, K]`` float32.
     query: the second part for queries.
     key: the second part for keys.
@@ -62,11 +61,11 @@ def hoist(
   query: jax.ShapeDtypeStruct,
   key: jax.ShapeDtypeStruct,
 ) -> Hoisted | str:
-  """Cuts feature maps where they meet the tokens.
+  """Cuts feature maps where the tokens enter.
 
   Args:
     maps: with log-magnitudes alone.
-    constants: their variables; leaves lead with ``[B or 1, N or 1]``.
+    constants: variables of the maps; leaves lead with ``[B or 1, N or 1]``.
     query: shape and dtype of a chunk, ``[C, H]``.
     key: the same for keys.
 
@@ -75,35 +74,40 @@ def hoist(
   """
   leaves, tree = jax.tree.flatten(constants)
 
-  def of_one_head(leaves, query, key, position):
+  def of_one_head(
+    leaves: list[Array], query: Array, key: Array, position: Array
+  ) -> list[Array]:
     constants = tree.unflatten([leaf[None, None] for leaf in leaves])
     logs = (
       feature_map(constants, x[None, None], position).log_magnitude
       for feature_map, x in zip(maps, (query, key), strict=True)
     )
-    return [jnp.squeeze(log, (0, 1)) for log in logs]
+    return [jnp.squeeze(log, (0, 1)) for log in logs if log is not None]
 
   one_head = [jax.ShapeDtypeStruct(a.shape[2:], a.dtype) for a in leaves]
   traced = jax.make_jaxpr(of_one_head)(one_head, query, key, jnp.int32(0))
-  *inputs, query, key, position = traced.jaxpr.invars
+  *inputs, query_var, key_var, position = traced.jaxpr.invars
   # For each variable known without tokens: does it differ between examples,
   # and between heads?
-  differs = {var: (False, False) for var in traced.jaxpr.constvars}
+  differs: dict[Any, tuple[bool, bool]] = {
+    var: (False, False) for var in traced.jaxpr.constvars
+  }
   for var, leaf in zip(inputs, leaves, strict=True):
     differs[var] = leaf.shape[0] > 1, leaf.shape[1] > 1
   before, after, free = [], [], set()
   for equation in traced.eqns:
     used = _variables(equation.invars)
     if free.issuperset(used):
-      # Zeros and the like: cheaper to make on chip than to bring there.
+      # It needs no input (zeros, say): cheaper to make on chip than to load.
       before.append(equation)
       after.append(equation)
       free.update(equation.outvars)
     elif all(var in differs or var in free for var in used):
       before.append(equation)
       known = [differs[var] for var in used if var in differs]
-      either = [any(axis) for axis in zip(*known, strict=True)]
-      differs.update((var, tuple(either)) for var in equation.outvars)
+      examples, heads = (any(axis) for axis in zip(*known, strict=True))
+      for var in equation.outvars:
+        differs[var] = examples, heads
     else:
       after.append(equation)
   outputs = traced.jaxpr.outvars
@@ -111,7 +115,7 @@ def hoist(
   used = _variables(atom for equation in after for atom in equation.invars)
   if position in used:
     return "its features depend on positions"
-  wanted = [var for var in dict.fromkeys(used) if var in differs]
+  wanted: list[Any] = [var for var in dict.fromkeys(used) if var in differs]
   for var in wanted:
     if var.aval.dtype != jnp.float32 or len(var.aval.shape) > 2:
       return f"it needs a constant of type {var.aval.str_short()} on chip"
@@ -132,7 +136,7 @@ def hoist(
     for var, value in zip(unique, values, strict=True)
   ]
 
-  def per_token(token, output):
+  def per_token(token: Var, output: Var) -> PerToken:
     equations = _needed(after, [output])
     used = {v for equation in equations for v in _variables(equation.invars)}
     own = [var for var in wanted if var in used]
@@ -142,12 +146,12 @@ def hoist(
     )
 
   return Hoisted(
-    values, per_token(query, outputs[0]), per_token(key, outputs[1])
+    values, per_token(query_var, outputs[0]), per_token(key_var, outputs[1])
   )
 
 
-def primitives(equations: Sequence) -> set[str]:
-  """Names of all primitives, inner functions included."""
+def primitives(equations: Sequence[JaxprEqn]) -> set[str]:
+  """Returns the names of all primitives, inner functions included."""
   names = set()
   for equation in equations:
     inner = list(jax.extend.core.jaxprs_in_params(equation.params))
@@ -158,23 +162,25 @@ def primitives(equations: Sequence) -> set[str]:
   return names
 
 
-def _variables(atoms) -> list[Var]:
-  """Those that are not literals."""
+def _variables(atoms: Iterable[Any]) -> list[Var]:
+  """Returns the atoms that are not literals."""
   return [a for a in atoms if not isinstance(a, jax.extend.core.Literal)]
 
 
-def _needed(equations, outputs) -> list:
-  """Those that outputs depend on."""
-  wanted, kept = set(_variables(outputs)), []
+def _needed(
+  equations: Sequence[JaxprEqn], outputs: Sequence[Any]
+) -> list[JaxprEqn]:
+  """Returns the equations that the outputs depend on."""
+  wanted, needed = set(_variables(outputs)), []
   for equation in reversed(equations):
     if wanted.intersection(equation.outvars):
       wanted.update(_variables(equation.invars))
-      kept.append(equation)
-  return kept[::-1]
+      needed.append(equation)
+  return needed[::-1]
 
 
-def _first_equal(equations) -> dict[Var, Var]:
-  """For results computed before from the same inputs: the first of them."""
+def _first_equal(equations: Sequence[JaxprEqn]) -> dict[Var, Var]:
+  """Maps results that were computed before to the first of their equals."""
   first, results = {}, {}
   for equation in equations:
     if any(jax.extend.core.jaxprs_in_params(equation.params)):
@@ -190,22 +196,29 @@ def _first_equal(equations) -> dict[Var, Var]:
   return first
 
 
-def _function(jaxpr, equations, inputs, outputs):
-  """Part of a jaxpr."""
+def _function(
+  jaxpr: Jaxpr,
+  equations: Sequence[JaxprEqn],
+  inputs: Sequence[Var],
+  outputs: Sequence[Any],
+) -> ClosedJaxpr:
+  """Returns a part of a jaxpr."""
   part = jaxpr.replace(
     constvars=[], invars=inputs, outvars=outputs, eqns=equations
   )
-  return jax.extend.core.ClosedJaxpr(part, [])
+  return ClosedJaxpr(part, [])
 
 
 def _over_leading_axes(
-  function: Callable, leaves: Sequence[Array], differs: Sequence[tuple]
+  function: Callable[..., list[Array]],
+  leaves: Sequence[Array],
+  differs: Sequence[tuple[bool, bool]],
 ) -> list[Array]:
   """Maps over ``[B or 1, N or 1]``; a result leads with 1 where it is shared.
 
   Args:
-    function: of leaves without leading axes, to a list.
-    leaves: with them.
+    function: takes leaves without leading axes, returns a list.
+    leaves: with leading axes.
     differs: for each result, whether it differs along the two axes.
   """
   for axis in (1, 0):
@@ -226,6 +239,6 @@ def _over_leading_axes(
   ]
 
 
-def _two_axes(shape: tuple[int, ...]) -> tuple[int, int]:
-  """The shape with ones in front."""
+def _two_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Puts ones in front of the shape."""
   return (1,) * (2 - len(shape)) + shape

@@ -1,20 +1,23 @@
-"""A scan over the chunks of each head whose two directions are kernels.
+"""A scan over the chunks of each head, with one kernel for each direction.
 
-The gradient of a chunk is taken by differentiating its body inside the backward
-kernel, from the carry that the chunk has seen.
+The backward kernel differentiates the body of the scan at each chunk, from the
+carry that the chunk had.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.typing import Array, PyTree
 
-# (constants, carry, chunks of xs, mask [C, 1] or None) -> carry, chunks of ys;
-# arrays of two axes, of one head.
-Step = Callable[[list, PyTree, list, Array | None], tuple[PyTree, list]]
+# (constants, carry, chunks of xs, mask [C, 1] or None) -> carry, chunks of ys.
+# All arrays have two axes and belong to one head.
+Step = Callable[
+  [list[Array], PyTree, list[Array], Array | None], tuple[PyTree, list[Array]]
+]
 
 # What both platforms can do for each token. Elementary functions beyond these
 # may lower as well; they have not been tried.
@@ -25,116 +28,232 @@ PRIMITIVES = frozenset(
   ).split()
 )
 
-
-# The least that all units of both platforms take.
+# The smallest chunk that all units of both platforms take.
 SMALLEST_CHUNK = 16
 
 
+# An array, a ref of one in a kernel, its shape and dtype, or its block spec:
+# the records below hold trees of each.
+Leaf = Any
+
+
 class Sizes(NamedTuple):
-  """What decides whether the tiles of a kernel fit on chip.
+  """The sizes that decide whether the tiles of a kernel fit on chip.
 
   Attributes:
     length: the larger of T and S.
     head_dim: H.
     value_dim: V.
     feature_dim: F.
-    constants: shapes ``[R, K]`` of what a kernel keeps on chip, float32.
+    constants: shapes ``[R, K]`` of float32 arrays that a kernel keeps on chip.
     item_bytes: of a number in query, key and value.
-    is_causal: one kernel for queries and keys.
+    is_causal: one kernel reads queries and keys.
   """
 
   length: int
   head_dim: int
   value_dim: int
   feature_dim: int
-  constants: list[tuple[int, int]]
+  constants: list[tuple[int, ...]]
   item_bytes: int
   is_causal: bool
 
 
 class Tile(NamedTuple):
-  """What a kernel works on at a time: C positions, V or fewer values."""
+  """What a kernel works on at once.
 
-  chunk: int
+  Attributes:
+    chunk_size: positions, C.
+    value_dim: V, or the size of equal parts of it.
+  """
+
+  chunk_size: int
   value_dim: int
 
 
-class Calls(Protocol):
-  """The two kernels of a step, on one platform."""
+class ForwardInputs(NamedTuple):
+  """What the forward kernel reads.
 
-  def forward(
-    self,
-    constants: list[Array],
-    carry: PyTree,
-    xs: list[Array],
-    mask: Array | None,
-    *,
-    keeps: bool,
-  ) -> tuple[PyTree, list[Array], PyTree]:
-    """The last carry, ys, and, if it `keeps`, the carry before each chunk.
+  Attributes:
+    constants: ``[B or 1, N or 1, R, K]`` float32, the same for all chunks.
+    carry: the first one; leaves ``[B, N, R, K]`` float32.
+    xs: ``[B, N, T, K]``, T a multiple of the chunk size.
+    mask: ``[B, 1, T]`` float32 of 0 and 1, or None.
+  """
 
-    That of chunk c is ``[:, :, c]`` of leaves ``[B, N, T / C, R, K]``.
-    """
+  constants: list[Leaf]
+  carry: PyTree
+  xs: list[Leaf]
+  mask: Leaf | None
+
+
+class ForwardOutputs(NamedTuple):
+  """What the forward kernel writes.
+
+  Attributes:
+    last: the carry after the last chunk.
+    ys: ``[B, N, T, K]``.
+    saved: the carry before each chunk, leaves ``[B, N, T / C, R, K]``; [] where
+      none is saved.
+  """
+
+  last: PyTree
+  ys: list[Leaf]
+  saved: PyTree
+
+
+class BackwardInputs(NamedTuple):
+  """What the backward kernel reads.
+
+  Attributes:
+    constants: see `ForwardInputs`.
+    saved: see `ForwardOutputs`; leaves ``[B, N, R, K]`` are the same for all
+      chunks.
+    xs: see `ForwardInputs`.
+    mask: see `ForwardInputs`.
+    d_last: the gradient of the last carry.
+    d_ys: the gradient of ys.
+  """
+
+  constants: list[Leaf]
+  saved: PyTree
+  xs: list[Leaf]
+  mask: Leaf | None
+  d_last: PyTree
+  d_ys: list[Leaf]
+
+
+class BackwardOutputs(NamedTuple):
+  """What the backward kernel writes.
+
+  Attributes:
+    d_constants: gradients of the wanted constants, ``[B, N, R, K]``.
+    d_carry: the gradient of the first carry.
+    d_xs: gradients of xs.
+  """
+
+  d_constants: list[Leaf]
+  d_carry: PyTree
+  d_xs: list[Leaf]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+  """The two kernels of a step; each platform has a subclass.
+
+  Attributes:
+    step: the work on one chunk.
+    chunk_size: positions of a chunk, C.
+    interpret: see `pl.pallas_call`.
+  """
+
+  step: Step
+  chunk_size: int
+  interpret: Any = False
+
+  def forward(self, inputs: ForwardInputs, *, saves: bool) -> ForwardOutputs:
+    """Runs the step over all chunks, and saves the carries if asked to."""
+    raise NotImplementedError
 
   def backward(
-    self,
-    constants: list[Array],
-    wanted: list[bool],
-    kept: PyTree,
-    xs: list[Array],
-    mask: Array | None,
-    d_last: PyTree,
-    d_ys: list[Array],
-  ) -> tuple[list[Array], PyTree, list[Array]]:
-    """Gradients: of the wanted constants ``[B, N, R, K]``, of carry and xs.
+    self, inputs: BackwardInputs, wanted: list[bool]
+  ) -> BackwardOutputs:
+    """Computes gradients: of the wanted constants, of carry and xs."""
+    raise NotImplementedError
 
-    A `kept` with leaves ``[B, N, R, K]`` is the same for all chunks.
-    """
+  def forward_shapes(
+    self, inputs: ForwardInputs, saves: bool
+  ) -> ForwardOutputs:
+    """Returns shapes and dtypes of what `forward` returns."""
+    constants, carry, xs, mask = inputs
+    batch, heads, length, _ = xs[0].shape
+    shape = jax.ShapeDtypeStruct
+    in_chunk = lambda a: shape((self.chunk_size, a.shape[3]), a.dtype)
+    _, ys = jax.eval_shape(
+      self.step,
+      *jax.tree.map(lambda a: shape(a.shape[2:], a.dtype), (constants, carry)),
+      jax.tree.map(in_chunk, xs),
+      None if mask is None else shape((self.chunk_size, 1), jnp.bool_),
+    )
+    ys = [shape((batch, heads, length, y.shape[1]), y.dtype) for y in ys]
+    lead = batch, heads, length // self.chunk_size
+    saved = jax.tree.map(
+      lambda a: shape((*lead, *a.shape[2:]), a.dtype), carry if saves else []
+    )
+    return ForwardOutputs(carry, ys, saved)
+
+  def pull_back(
+    self, inputs: BackwardInputs, wanted: list[bool]
+  ) -> BackwardOutputs:
+    """Differentiates the step at one chunk, with blocks of one head."""
+
+    def of_wanted(
+      floats: list[Array], carry: PyTree, xs: list[Array]
+    ) -> tuple[PyTree, list[Array]]:
+      new = iter(floats)
+      constants = [
+        next(new) if is_wanted else constant
+        for is_wanted, constant in zip(wanted, inputs.constants, strict=True)
+      ]
+      return self.step(constants, carry, xs, inputs.mask)
+
+    floats = select(inputs.constants, wanted)
+    _, pull = jax.vjp(of_wanted, floats, inputs.saved, inputs.xs)
+    return BackwardOutputs(*pull((inputs.d_last, inputs.d_ys)))
+
+
+def backward_shapes(
+  inputs: BackwardInputs, wanted: list[bool]
+) -> BackwardOutputs:
+  """Returns shapes and dtypes of what `Calls.backward` returns."""
+  lead = inputs.xs[0].shape[:2]
+  d_constants = [
+    jax.ShapeDtypeStruct((*lead, *a.shape[2:]), a.dtype)
+    for a in select(inputs.constants, wanted)
+  ]
+  return BackwardOutputs(d_constants, inputs.d_last, inputs.xs)
 
 
 def scan(
-  calls: Calls,
-  constants: Sequence[Array],
-  carry: PyTree,
-  xs: Sequence[Array],
-  mask: Array | None,
-  *,
-  is_linear: bool,
+  calls: Calls, inputs: ForwardInputs, *, is_linear: bool
 ) -> tuple[PyTree, list[Array]]:
   """Runs a step over chunks, one example and head at a time.
 
-  Gradients flow to constants, carry and xs; those of constants that nobody
-  asks for (a projection that is not learnt) are not computed.
+  Gradients flow to constants, carry and xs. Those of constants that are not
+  differentiated (a projection that is not learned) are not computed.
 
   Args:
     calls: the kernels.
-    constants: ``[B or 1, N or 1, R, K]`` float32, the same for all chunks.
-    carry: leaves ``[B, N, R, K]`` float32.
-    xs: ``[B, N, T, K]``, T a multiple of the chunk size.
-    mask: ``[B, 1, T]`` float32 of 0 and 1, or None.
+    inputs: see `ForwardInputs`.
     is_linear: the gradient of a chunk is the same at the last carry as at the
-      one it has seen, so that none is kept. The first carry is then a constant:
-      it takes no gradient.
+      chunk's own, so that no carry is saved. The first carry takes no gradient
+      then.
 
   Returns:
     The last carry, and ys ``[B, N, T, K]``.
   """
 
   @jax.custom_vjp
-  def run(constants, carry, xs, mask):
-    return calls.forward(constants, carry, xs, mask, keeps=False)[:2]
+  def run(
+    constants: list[Array], carry: PyTree, xs: list[Array], mask: Array | None
+  ) -> tuple[PyTree, list[Array]]:
+    inputs = ForwardInputs(constants, carry, xs, mask)
+    return calls.forward(inputs, saves=False)[:2]
 
-  def forward(*primals):
-    inputs = jax.tree.map(lambda primal: primal.value, primals)
-    last, ys, kept = calls.forward(*inputs, keeps=not is_linear)
-    constants, _, xs, mask = inputs
-    # What is wanted is static, so it must not be a leaf: None is none.
+  def forward(
+    *primals: PyTree,
+  ) -> tuple[tuple[PyTree, list[Array]], tuple]:
+    inputs = ForwardInputs(*jax.tree.map(lambda primal: primal.value, primals))
+    last, ys, saved = calls.forward(inputs, saves=not is_linear)
+    # Which are wanted is static, so it must not be a leaf: None is none.
     wanted = [() if primal.perturbed else None for primal in primals[0]]
-    residuals = constants, wanted, last if is_linear else kept, xs, mask
-    return (last, ys), residuals
+    saved = last if is_linear else saved
+    return (last, ys), (inputs.constants, wanted, saved, inputs.xs, inputs.mask)
 
-  def backward(residuals, gradients):
-    constants, wanted, kept, xs, mask = residuals
+  def backward(
+    residuals: tuple, gradients: tuple[PyTree, list[Array]]
+  ) -> tuple[list[Array | None], PyTree, list[Array], None]:
+    constants, wanted, saved, xs, mask = residuals
     wanted = [w is not None for w in wanted]
     d_last, d_ys = _instantiate(gradients)
     if d_ys:
@@ -142,7 +261,7 @@ def scan(
       unused = jnp.all(d_ys[0] == 0.0, axis=-1, keepdims=True)
       xs = [jnp.where(unused, 0, xs[0]), *xs[1:]]
     d_wanted, d_carry, d_xs = calls.backward(
-      constants, wanted, kept, xs, mask, d_last, d_ys
+      BackwardInputs(constants, saved, xs, mask, d_last, d_ys), wanted
     )
     d_wanted = iter(d_wanted)
     d_constants = [
@@ -154,89 +273,31 @@ def scan(
     return d_constants, d_carry, d_xs, None
 
   run.defvjp(forward, backward, symbolic_zeros=True)
-  return run(list(constants), carry, list(xs), mask)
+  return run(*inputs)
 
 
-def pull_back(
-  step: Step, constants, wanted: list[bool], carry, xs, keep, gradients
-) -> tuple[list[Array], PyTree, list[Array]]:
-  """Gradients of one chunk for wanted constants, carry and xs."""
-
-  def of_wanted(floats, carry, xs):
-    new = iter(floats)
-    merged = [
-      next(new) if is_wanted else constant
-      for is_wanted, constant in zip(wanted, constants, strict=True)
-    ]
-    return step(merged, carry, xs, keep)
-
-  floats = [
-    c for c, is_wanted in zip(constants, wanted, strict=True) if is_wanted
-  ]
-  return jax.vjp(of_wanted, floats, carry, xs)[1](gradients)
-
-
-def outputs_of_forward(step: Step, chunk: int, inputs, *, keeps: bool):
-  """Shapes of the last carry, ys, and the carries kept.
-
-  Args:
-    step: the work on one chunk.
-    chunk: C.
-    inputs: constants, carry, xs and mask, as in `scan`.
-    keeps: whether there is one carry for each chunk.
-  """
-  constants, carry, xs, mask = inputs
-  batch, heads, length, _ = xs[0].shape
-  two_axes = lambda a: jax.ShapeDtypeStruct(a.shape[2:], a.dtype)
-  of_chunk = lambda a: jax.ShapeDtypeStruct((chunk, a.shape[3]), a.dtype)
-  keep = None
-  if mask is not None:
-    keep = jax.ShapeDtypeStruct((chunk, 1), jnp.bool_)
-  _, ys = jax.eval_shape(
-    step,
-    *jax.tree.map(two_axes, (constants, carry)),
-    jax.tree.map(of_chunk, xs),
-    keep,
-  )
-  ys = [
-    jax.ShapeDtypeStruct((batch, heads, length, y.shape[1]), y.dtype)
-    for y in ys
-  ]
-  kept = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(
-      (batch, heads, length // chunk, *a.shape[2:]), a.dtype
-    ),
-    carry if keeps else [],
-  )
-  return carry, ys, kept
-
-
-def outputs_of_backward(constants, wanted: list[bool], d_last, xs):
-  """Shapes of the gradients of wanted constants, carry and xs."""
-  lead = xs[0].shape[:2]
-  d_constants = [
-    jax.ShapeDtypeStruct((*lead, *a.shape[2:]), a.dtype)
-    for a, is_wanted in zip(constants, wanted, strict=True)
-    if is_wanted
-  ]
-  return d_constants, d_last, xs
-
-
-def call_on_trees(call: Callable, kernel, inputs, in_specs, outputs, out_specs):
-  """`pl.pallas_call` where a kernel takes a tree of inputs and one of outputs.
+def call_on_trees(
+  call: Callable,
+  kernel: Callable[[PyTree, PyTree], None],
+  inputs: PyTree,
+  in_specs: PyTree,
+  outputs: PyTree,
+  out_specs: PyTree,
+) -> PyTree:
+  """Calls a kernel that takes one tree of inputs and one of outputs.
 
   Args:
     call: `pl.pallas_call` with all other arguments.
-    kernel: of the two trees of refs.
+    kernel: takes the two trees of refs.
     inputs: a tree of arrays.
-    in_specs: that tree, of block specs.
+    in_specs: the tree of their block specs.
     outputs: a tree of shapes and dtypes.
-    out_specs: that tree, of block specs.
+    out_specs: the tree of their block specs.
   """
   inputs, in_tree = jax.tree.flatten(inputs)
   outputs, out_tree = jax.tree.flatten(outputs)
 
-  def flat_kernel(*refs):
+  def flat_kernel(*refs: Array) -> None:
     kernel(
       in_tree.unflatten(refs[: len(inputs)]),
       out_tree.unflatten(refs[len(inputs) :]),
@@ -252,11 +313,11 @@ def call_on_trees(call: Callable, kernel, inputs, in_specs, outputs, out_specs):
 
 
 def read(refs: PyTree) -> PyTree:
-  """The blocks of a tree of refs."""
+  """Reads the blocks of a tree of refs."""
   return jax.tree.map(lambda ref: ref[...], refs)
 
 
-def write(refs: PyTree, values: PyTree, index=...) -> None:
+def write(refs: PyTree, values: PyTree, index: Any = ...) -> None:
   """Writes the blocks, or entry `index` of them."""
   for ref, value in zip(
     jax.tree.leaves(refs), jax.tree.leaves(values), strict=True
@@ -264,8 +325,13 @@ def write(refs: PyTree, values: PyTree, index=...) -> None:
     ref[index] = value
 
 
+def select(values: list[Leaf], wanted: list[bool]) -> list[Leaf]:
+  """Returns the wanted ones."""
+  return [x for x, is_wanted in zip(values, wanted, strict=True) if is_wanted]
+
+
 def _instantiate(gradients: PyTree) -> PyTree:
-  """Zeros where a gradient is known to be zero."""
+  """Replaces symbolic zeros by arrays."""
   is_zero = lambda d: isinstance(d, jax.custom_derivatives.SymbolicZero)
   return jax.tree.map(
     lambda d: jnp.zeros(d.shape, d.dtype) if is_zero(d) else d,
@@ -275,6 +341,6 @@ def _instantiate(gradients: PyTree) -> PyTree:
 
 
 def _sum_shared(gradient: Array, like: Array) -> Array:
-  """The gradient of what examples or heads share."""
+  """Sums the gradient over examples or heads that share a constant."""
   axes = [axis for axis in (0, 1) if like.shape[axis] < gradient.shape[axis]]
   return jnp.sum(gradient, axis=axes, keepdims=True)

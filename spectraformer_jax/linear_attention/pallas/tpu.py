@@ -1,22 +1,37 @@
-"""A scan over the chunks of each head, as one TPU kernel in each direction.
+"""A scan over the chunks of each head, as one TPU kernel for each direction.
 
-The grid goes over examples, heads and chunks; chunks one after another, with
-the carry in an output block that stays on chip. The backward kernel walks the
-chunks from the last to the first and differentiates the body in place.
+The grid goes over examples, heads and, one after another, chunks; the carry is
+an output block that stays on chip. The backward kernel goes from the last chunk
+to the first and differentiates the body in place.
 """
 
-import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from typing_extensions import override
 
-from spectraformer_jax.linear_attention.pallas import scan as pallas_scan
-from spectraformer_jax.linear_attention.pallas.scan import read, write
-from spectraformer_jax.typing import Array
+from spectraformer_jax.linear_attention.pallas import scan
+from spectraformer_jax.linear_attention.pallas.scan import (
+  BackwardInputs,
+  BackwardOutputs,
+  ForwardInputs,
+  ForwardOutputs,
+  read,
+  write,
+)
+from spectraformer_jax.typing import Array, PyTree
+
+# The index of a chunk in the grid -> its place in the sequence.
+Order = Callable[[Array], Array]
+
+
+def _forwards(c: Array) -> Array:
+  return c
+
 
 # Positions in a chunk; rows of masks come in whole tiles of 128.
 CAUSAL_CHUNK = 256
@@ -24,19 +39,18 @@ BLOCK = 512
 LANES = 128
 # Two bfloat16 numbers share a register.
 SUBLANES = 16
-# What the compilers for v5e and v6e give to one kernel at least.
+# Bytes that the compilers for v5e and v6e give to one kernel at least.
 VMEM = 16 * 2**20
 
-PRIMITIVES = pallas_scan.PRIMITIVES | {"concatenate"}
+PRIMITIVES = scan.PRIMITIVES | {"concatenate"}
 
 
-def fit(sizes: pallas_scan.Sizes, asked: int | None) -> pallas_scan.Tile | str:
-  """The chunk asked for (None: a default), as the hardware can do it.
+def fit(sizes: scan.Sizes, chunk_size: int | None) -> scan.Tile | str:
+  """Returns a tile of `chunk_size` rounded up to what the hardware can do.
 
-  Returns:
-    A tile, or in words why none fits into VMEM.
+  None: a default. Where the tile does not fit into VMEM, the result says why.
   """
-  chunk = asked or (CAUSAL_CHUNK if sizes.is_causal else BLOCK)
+  chunk = chunk_size or (CAUSAL_CHUNK if sizes.is_causal else BLOCK)
   if sizes.length <= chunk:
     chunk = _round_up(sizes.length, SUBLANES)
   else:
@@ -47,19 +61,20 @@ def fit(sizes: pallas_scan.Sizes, asked: int | None) -> pallas_scan.Tile | str:
       f"the backward pass would take about {needed} bytes of VMEM of {VMEM}, "
       f"with chunks of {chunk} and {sizes}"
     )
-  return pallas_scan.Tile(chunk, sizes.value_dim)
+  return scan.Tile(chunk, sizes.value_dim)
 
 
 def _round_up(size: int, multiple: int) -> int:
-  """The next multiple."""
+  """Returns the next multiple."""
   return -(-size // multiple) * multiple
 
 
-def vmem_bytes(sizes: pallas_scan.Sizes, chunk: int) -> int:
-  """What the backward kernel takes; above what compilers were seen to use."""
-  tile = lambda rows, columns, item_bytes=4: (
-    _round_up(rows, SUBLANES) * _round_up(columns, LANES) * item_bytes
-  )
+def vmem_bytes(sizes: scan.Sizes, chunk: int) -> int:
+  """Returns bytes for the backward kernel; compilers were seen to use less."""
+
+  def tile(rows: int, columns: int, item_bytes: int = 4) -> int:
+    return _round_up(rows, SUBLANES) * _round_up(columns, LANES) * item_bytes
+
   features = sizes.feature_dim
   sums = tile(sizes.value_dim, features) + 2 * tile(1, features)
   inputs = max(sizes.head_dim, sizes.value_dim)
@@ -70,144 +85,127 @@ def vmem_bytes(sizes: pallas_scan.Sizes, chunk: int) -> int:
   temporary = 5 * tile(chunk, features)
   if sizes.is_causal:
     temporary += 3 * tile(chunk, chunk)
-  # While one block is worked on, the next one comes and the last one goes.
+  # Twice: the next block is read and the last one written meanwhile.
   return 2 * blocks + temporary
 
 
-@dataclasses.dataclass(frozen=True)
-class Calls:
-  """See `pallas_scan.Calls`.
+class Calls(scan.Calls):
+  """Kernels for Mosaic, on a grid of examples, heads and chunks."""
 
-  Attributes:
-    step: the work on one chunk.
-    chunk: its size.
-    interpret: as in `pl.pallas_call`.
-  """
-
-  step: pallas_scan.Step
-  chunk: int
-  interpret: Any = False
-
-  def forward(self, constants, carry, xs, mask, *, keeps):
-    """See `pallas_scan.Calls`."""
-    inputs = constants, carry, xs, mask
-    outputs = pallas_scan.outputs_of_forward(
-      self.step, self.chunk, inputs, keeps=keeps
-    )
-
-    def kernel(inputs, outputs):
-      constants, carry, xs, mask = inputs
-      last, ys, kept = outputs
-
+  @override
+  def forward(self, inputs: ForwardInputs, *, saves: bool) -> ForwardOutputs:
+    def kernel(inputs: ForwardInputs, outputs: ForwardOutputs) -> None:
       @pl.when(pl.program_id(2) == 0)
-      def _():
-        write(last, read(carry))
+      def _() -> None:
+        write(outputs.last, read(inputs.carry))
 
-      before = read(last)
-      if keeps:
-        write(kept, before)
-      after, out = self.step(read(constants), before, read(xs), _column(mask))
-      write(last, after)
-      write(ys, out)
+      constants, _, xs, mask = inputs
+      before = read(outputs.last)
+      if saves:
+        write(outputs.saved, before)
+      after, ys = self.step(read(constants), before, read(xs), _column(mask))
+      write(outputs.last, after)
+      write(outputs.ys, ys)
 
-    last, ys, kept = outputs
-    return self._call(
-      kernel,
-      inputs,
-      (
-        *jax.tree.map(_whole, (constants, carry)),
-        jax.tree.map(self._chunk_spec, xs),
-        self._mask_spec(mask),
-      ),
-      outputs,
-      (
-        jax.tree.map(_whole, last),
-        jax.tree.map(self._chunk_spec, ys),
-        jax.tree.map(_kept_spec, kept),
-      ),
-      xs[0].shape,
+    in_specs = ForwardInputs(
+      jax.tree.map(_whole, inputs.constants),
+      jax.tree.map(_whole, inputs.carry),
+      jax.tree.map(self._chunk_spec, inputs.xs),
+      self._mask_spec(inputs.mask),
     )
+    outputs = self.forward_shapes(inputs, saves)
+    out_specs = ForwardOutputs(
+      jax.tree.map(_whole, outputs.last),
+      jax.tree.map(self._chunk_spec, outputs.ys),
+      jax.tree.map(_saved_spec, outputs.saved),
+    )
+    return self._call(kernel, inputs, in_specs, outputs, out_specs)
 
-  def backward(self, constants, wanted, kept, xs, mask, d_last, d_ys):
-    """See `pallas_scan.Calls`."""
-    last_chunk = xs[0].shape[2] // self.chunk - 1
+  @override
+  def backward(
+    self, inputs: BackwardInputs, wanted: list[bool]
+  ) -> BackwardOutputs:
+    last_chunk = inputs.xs[0].shape[2] // self.chunk_size - 1
     order = lambda c: last_chunk - c
-    of_chunk = functools.partial(self._chunk_spec, order=order)
-    of_kept = functools.partial(_kept_or_whole, order=order)
+    in_chunks = functools.partial(self._chunk_spec, order=order)
 
-    def kernel(inputs, outputs):
-      constants, kept, xs, mask, d_last, d_ys = inputs
-      d_constants, d_carry, d_xs = outputs
+    def saved_spec(array: Array) -> pl.BlockSpec:
+      is_of_chunk = len(array.shape) == 5
+      return _saved_spec(array, order) if is_of_chunk else _whole(array)
 
+    def kernel(inputs: BackwardInputs, outputs: BackwardOutputs) -> None:
       @pl.when(pl.program_id(2) == 0)
-      def _():
-        write(d_carry, read(d_last))
-        for ref in d_constants:
+      def _() -> None:
+        write(outputs.d_carry, read(inputs.d_last))
+        for ref in outputs.d_constants:
           ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
-      more, d_before, d_chunk = pallas_scan.pull_back(
-        self.step,
-        read(constants),
-        wanted,
-        *(read(kept), read(xs), _column(mask)),
-        (read(d_carry), read(d_ys)),
+      block = read(inputs._replace(mask=None))._replace(
+        mask=_column(inputs.mask), d_last=read(outputs.d_carry)
       )
-      for ref, d in zip(d_constants, more, strict=True):
+      d_constants, d_before, d_xs = self.pull_back(block, wanted)
+      for ref, d in zip(outputs.d_constants, d_constants, strict=True):
         ref[...] += d
-      write(d_carry, d_before)
-      write(d_xs, d_chunk)
+      write(outputs.d_carry, d_before)
+      write(outputs.d_xs, d_xs)
 
-    outputs = pallas_scan.outputs_of_backward(constants, wanted, d_last, xs)
-    return self._call(
-      kernel,
-      (constants, kept, xs, mask, d_last, d_ys),
-      (
-        jax.tree.map(_whole, constants),
-        jax.tree.map(of_kept, kept),
-        jax.tree.map(of_chunk, xs),
-        self._mask_spec(mask, order),
-        jax.tree.map(_whole, d_last),
-        jax.tree.map(of_chunk, d_ys),
-      ),
-      outputs,
-      (
-        *jax.tree.map(_whole, outputs[:2]),
-        jax.tree.map(of_chunk, xs),
-      ),
-      xs[0].shape,
+    in_specs = BackwardInputs(
+      jax.tree.map(_whole, inputs.constants),
+      jax.tree.map(saved_spec, inputs.saved),
+      jax.tree.map(in_chunks, inputs.xs),
+      self._mask_spec(inputs.mask, order),
+      jax.tree.map(_whole, inputs.d_last),
+      jax.tree.map(in_chunks, inputs.d_ys),
     )
+    outputs = scan.backward_shapes(inputs, wanted)
+    out_specs = BackwardOutputs(
+      jax.tree.map(_whole, outputs.d_constants),
+      jax.tree.map(_whole, outputs.d_carry),
+      jax.tree.map(in_chunks, outputs.d_xs),
+    )
+    return self._call(kernel, inputs, in_specs, outputs, out_specs)
 
-  def _call(self, kernel, inputs, in_specs, outputs, out_specs, shape):
-    """Runs a kernel over examples, heads and chunks of ``[B, N, T, K]``."""
-    batch, heads, length, _ = shape
+  def _call(
+    self,
+    kernel: Callable[[PyTree, PyTree], None],
+    inputs: ForwardInputs | BackwardInputs,
+    in_specs: PyTree,
+    outputs: PyTree,
+    out_specs: PyTree,
+  ) -> PyTree:
+    """Runs a kernel over examples, heads and chunks."""
+    batch, heads, length, _ = inputs.xs[0].shape
     call = functools.partial(
       pl.pallas_call,
-      grid=(batch, heads, length // self.chunk),
+      grid=(batch, heads, length // self.chunk_size),
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary")
       ),
       interpret=self.interpret,
     )
-    return pallas_scan.call_on_trees(
+    return scan.call_on_trees(
       call, kernel, inputs, in_specs, outputs, out_specs
     )
 
-  def _chunk_spec(self, array, order=lambda c: c):
-    """Chunks of ``[B, N, T, K]``."""
+  def _chunk_spec(self, array: Array, order: Order = _forwards) -> pl.BlockSpec:
+    """Returns the spec of a chunk of ``[B, N, T, K]``."""
     return pl.BlockSpec(
-      (None, None, self.chunk, array.shape[3]),
+      (None, None, self.chunk_size, array.shape[3]),
       lambda b, n, c: (b, n, order(c), 0),
     )
 
-  def _mask_spec(self, mask, order=lambda c: c):
-    """Chunks of ``[B, 1, T]``, as rows."""
+  def _mask_spec(
+    self, mask: Array | None, order: Order = _forwards
+  ) -> pl.BlockSpec | None:
+    """Returns the spec of a chunk of ``[B, 1, T]``, as a row."""
     if mask is None:
       return None
-    return pl.BlockSpec((None, 1, self.chunk), lambda b, n, c: (b, 0, order(c)))
+    shape = (None, 1, self.chunk_size)
+    return pl.BlockSpec(shape, lambda b, n, c: (b, 0, order(c)))
 
 
-def _whole(array) -> pl.BlockSpec:
-  """All that belongs to a head, of ``[B or 1, N or 1, R, K]``."""
+def _whole(array: Array) -> pl.BlockSpec:
+  """Returns the spec of all that a head has of ``[B or 1, N or 1, R, K]``."""
   per_example, per_head = (size > 1 for size in array.shape[:2])
   return pl.BlockSpec(
     (None, None, *array.shape[2:]),
@@ -215,21 +213,16 @@ def _whole(array) -> pl.BlockSpec:
   )
 
 
-def _kept_spec(array, order=lambda c: c) -> pl.BlockSpec:
-  """One chunk's carry, of ``[B, N, count, R, K]``."""
+def _saved_spec(array: Array, order: Order = _forwards) -> pl.BlockSpec:
+  """Returns the spec of one chunk's carry, of ``[B, N, T / C, R, K]``."""
   return pl.BlockSpec(
     (None, None, None, *array.shape[3:]),
     lambda b, n, c: (b, n, order(c), 0, 0),
   )
 
 
-def _kept_or_whole(array, order) -> pl.BlockSpec:
-  """One for each chunk, or one for all."""
-  return _kept_spec(array, order) if array.ndim == 5 else _whole(array)
-
-
-def _column(mask) -> Array | None:
-  """A row ``[1, C]`` of 0 and 1 as bools ``[C, 1]``."""
+def _column(mask: Array | None) -> Array | None:
+  """Reads a row ``[1, C]`` of 0 and 1 as bools ``[C, 1]``."""
   if mask is None:
     return None
   # Mosaic transposes whole tiles of eight rows.

@@ -1,8 +1,15 @@
-"""Queries that see every key: feature map and sums in one pass.
+r"""Queries that see every key: feature map and sums in one pass.
 
-Sequences are cut into blocks. Features are made block by block and dropped
-again, in the backward pass as well: what stays between the two is query, key,
-value, the sums over keys and one exponent a query.
+With features phi of queries and psi of keys:
+
+.. math::
+  o_i = \frac{\phi_i \cdot S}{\phi_i \cdot z},
+  \quad S = \sum_j \psi_j v_j^\top, \quad z = \sum_j \psi_j
+
+`accumulate` makes S and z, which are one array (`chunks`), and `read` makes o.
+Both go through the sequence in blocks. Features are made block by block and
+dropped again, in the backward pass as well: saved in between are query, key,
+value, output, S and z, and two numbers a query.
 """
 
 import functools
@@ -11,303 +18,202 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention import derivatives, leaves
+from spectraformer_jax.linear_attention.inputs import Call
+from spectraformer_jax.linear_attention.platforms import current_platform
 from spectraformer_jax.linear_attention.state import (
-  FeatureFn,
-  Maps,
+  JoinedState,
+  Linear,
   State,
-  fixed,
-  joined,
-  parted,
+  join,
+  part,
+  rescale,
 )
 from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.linear_attention.xla import blocks, chunks
-from spectraformer_jax.linear_attention.xla.products import (
-  BACKWARD,
-  FORWARD,
-  PLAIN,
-  Products,
-)
+from spectraformer_jax.linear_attention.xla.blocks import Blocks
+from spectraformer_jax.linear_attention.xla.chunks import Pass, Saved
+from spectraformer_jax.linear_attention.xla.plan import plan_blocks
+from spectraformer_jax.linear_attention.xla.products import EXACT, FAST
 from spectraformer_jax.typing import Array, PyTree
 
-
-def bidirectional(
-  maps: Maps,
-  constants: PyTree,
-  state: State,
-  query: Array,
-  key: Array,
-  value: Array,
-  keep: Array | None,
-  *,
-  chunk: int | None,
-) -> tuple[Array, State]:
-  """Every query sees every visible key and the initial state.
-
-  Args:
-    maps: feature maps.
-    constants: their variables.
-    state: sums over keys that came before.
-    query: ``[B, T, N, G, H]``.
-    key: ``[B, S, N, H]``.
-    value: ``[B, S, N, V]``.
-    keep: bool ``[B, S]`` or None.
-    chunk: positions in a block; None for what is best.
-
-  Returns:
-    ``[B, T, N, G, V]`` of value's dtype and the state after all keys.
-  """
-  state = accumulate(maps.key, chunk, constants, state, key, value, keep)
-  out = read(maps.query, chunk, value.dtype, constants, state, query, 0)
-  return out, state
+# Key, value and key mask.
+_Keys = tuple[Array, Array, Array | None]
+# The gradients of a loop so far: of constants, key and value; and of constants,
+# sums and query.
+_KeyGradients = tuple[list[Array], Array, Array]
+_QueryGradients = tuple[tuple[list[Array], Linear], Array]
 
 
-def read(
-  query_map: FeatureFn,
-  chunk: int | None,
-  dtype: jnp.dtype,
-  constants: PyTree,
-  state: State,
-  query: Array,
-  position: Array,
-) -> Array:
-  """Every query sees the state, block by block.
-
-  Args:
-    query_map: the feature map of queries.
-    chunk: positions in a block; None for what is best.
-    dtype: of the output.
-    constants: variables of the map.
-    state: sums over all keys.
-    query: ``[B, T, N, G, H]``.
-    position: of the first query.
-
-  Returns:
-    ``[B, T, N, G, V]``.
-  """
+def accumulate(call: Call) -> State:
+  """Returns the state after all keys; queries are not used."""
+  inputs = call.inputs
+  cut = _cut(inputs.key, call.chunk_size)
+  how = Pass(call.maps, FAST, cut.size)
   run = derivatives.with_backward(
-    *(
-      functools.partial(function, query_map, chunk, dtype)
-      for function in (_read_forward, _read_backward, _read_plain)
-    )
+    functools.partial(_sum, cut, how),
+    functools.partial(_sum_backward, cut, how),
+    functools.partial(_sum, cut, how._replace(products=EXACT)),
   )
-  inputs = alike(constants, fixed(joined(state)), query)
-  return run(*inputs, jnp.asarray(position))
+  keys = inputs.key, inputs.value, inputs.key_mask
+  return part(run(*alike(call.constants, join(call.state), keys)))
 
 
-def _read_forward(query_map, chunk, dtype, *inputs):
-  """`read` of a state whose sums are joined, and what is kept."""
-  out, found = _read_blocks(query_map, chunk, dtype, FORWARD, *inputs)
-  return out, (out, found)
+def _sum(
+  cut: Blocks, how: Pass, constants: PyTree, state: JoinedState, keys: _Keys
+) -> tuple[JoinedState, Array]:
+  """Returns the state after all keys; the backward pass gets its exponent."""
+  start, length = state.length, keys[0].shape[1]
+  padded = blocks.pad_keys(*keys, cut.length)
 
-
-def _read_plain(query_map, chunk, dtype, *inputs):
-  return _read_blocks(query_map, chunk, dtype, PLAIN, *inputs)[0]
-
-
-def _read_blocks(
-  query_map,
-  chunk,
-  dtype,
-  products: Products,
-  constants,
-  state,
-  query,
-  position,
-):
-  """The output, and normalizers and largest exponents of each block."""
-  length = query.shape[1]
-  cut = blocks.best_cut(chunk, query.shape)
-  padded = blocks.pad(blocks.flat(query), cut.length)
-
-  def step(out, index):
+  def step(state: JoinedState, index: Array) -> tuple[JoinedState, None]:
     place = cut.place(index)
-    found = chunks.read(
-      query_map,
-      *cut.rows((constants, state), place),
-      cut.queries(padded, place),
-      position + place.position,
-      products=products,
-    )
-    return cut.write(out, found.out, place), found._replace(out=None)
-
-  out = blocks.empty_like(padded, state.kv.shape[-1] - 1, dtype)
-  out, found = jax.lax.scan(products.step(step), out, cut.indices())
-  return out[:, :length].reshape(*query.shape[:-1], -1), found
-
-
-def _read_backward(query_map, chunk, dtype, inputs, kept, gradient):
-  """Blocks are independent; what they say of the state is added up."""
-  del dtype
-  (constants, state, query, position), (out, every) = inputs, kept
-  length = query.shape[1]
-  cut = blocks.best_cut(chunk, query.shape)
-  padded, gradient, out = (
-    blocks.pad(blocks.flat(x), cut.length) for x in (query, gradient, out)
-  )
-
-  def step(carry, x):
-    total, d_query = carry
-    index, found = x
-    place = cut.place(index)
-    found = found._replace(out=cut.queries(out, place))
-    d_out = cut.queries(gradient, place).astype(jnp.float32)
-    queries, found = chunks.unless_unused(
-      cut.queries(padded, place), found, d_out
-    )
-    own_constants, own_state = cut.rows((constants, state), place)
-    _, pull = jax.vjp(
-      lambda floats, sums, queries: (
-        chunks.read(
-          query_map,
-          leaves.with_floats(own_constants, floats),
-          leaves.with_sums(own_state, sums),
-          queries,
-          position + place.position,
-          BACKWARD,
-          found,
-        ).out
-      ),
-      leaves.floats(own_constants),
-      leaves.sums(own_state),
-      queries,
-    )
-    *pulled, d_block = pull(d_out)
-    total = cut.add_to_rows(total, tuple(pulled), place)
-    return (total, cut.write(d_query, d_block, place)), None
-
-  zeros = jax.tree.map(
-    jnp.zeros_like, (leaves.floats(constants), leaves.sums(state))
-  )
-  carry = zeros, blocks.empty_like(padded)
-  ((d_floats, d_sums), d_query), _ = jax.lax.scan(
-    step, carry, (cut.indices(), every)
-  )
-  return (
-    leaves.gradient_of_constants(constants, d_floats),
-    leaves.gradient_of_state(state, d_sums),
-    d_query[:, :length].reshape(query.shape),
-    None,
-  )
-
-
-def _cut_keys(chunk: int | None, key, value, keep):
-  """The cut of keys, and keys, values and mask padded to it."""
-  cut = blocks.best_cut(chunk, key.shape)
-  if keep is None and cut.length != key.shape[1]:
-    keep = jnp.ones(key.shape[:2], bool)
-  return cut, tuple(blocks.pad(x, cut.length) for x in (key, value, keep))
-
-
-def accumulate(
-  key_map: FeatureFn,
-  chunk: int | None,
-  constants: PyTree,
-  state: State,
-  key: Array,
-  value: Array,
-  keep: Array | None,
-) -> State:
-  """The state after all keys, block by block.
-
-  Args:
-    key_map: the feature map of keys.
-    chunk: positions in a block; None for what is best.
-    constants: variables of the map.
-    state: sums over keys that came before.
-    key: ``[B, S, N, H]``.
-    value: ``[B, S, N, V]``.
-    keep: bool ``[B, S]`` or None.
-  """
-  run = derivatives.with_backward(
-    *(
-      functools.partial(function, key_map, chunk)
-      for function in (_sum_forward, _sum_backward, _sum_plain)
-    )
-  )
-  inputs = (constants, fixed(joined(state)), key, value, keep)
-  return parted(run(*alike(*inputs)))
-
-
-def _sum_forward(key_map, chunk, *inputs):
-  """`accumulate` with joined sums, and what is kept."""
-  state = _sum_blocks(key_map, chunk, FORWARD, *inputs)
-  return state, state.exponent
-
-
-def _sum_plain(key_map, chunk, *inputs):
-  return _sum_blocks(key_map, chunk, PLAIN, *inputs)
-
-
-def _sum_blocks(
-  key_map, chunk, products: Products, constants, state, key, value, keep
-):
-  length, start = key.shape[1], state.length
-  cut, padded = _cut_keys(chunk, key, value, keep)
-
-  def step(state, index):
-    place = cut.place(index)
-    own = chunks.add_keys(
-      key_map,
-      *cut.rows((constants, state), place),
-      *cut.keys(*padded, place, start),
-      products=products,
-    )
-    return cut.write_rows(state, own, place), None
-
-  state = jax.lax.scan(products.step(step), state, cut.indices())[0]
-  return state._replace(length=start + length)
-
-
-def _sum_backward(key_map, chunk, inputs, exponent, gradient):
-  """Each block contributes a sum of its own, so blocks are independent."""
-  constants, state, key, value, keep = inputs
-  length = key.shape[1]
-  cut, padded = _cut_keys(chunk, key, value, keep)
-  # Relative to the final exponent, the state enters and leaves linearly.
-  empty = jax.tree.map(jnp.zeros_like, state)._replace(exponent=exponent)
-
-  def step(carry, index):
-    total, d_key, d_value = carry
-    place = cut.place(index)
-    k, v, *where = cut.keys(*padded, place, state.length)
-    own_constants, own_empty, own_gradient = cut.rows(
-      (constants, empty, leaves.sums(gradient)), place
-    )
-    _, pull = jax.vjp(
-      lambda floats, k, v: leaves.sums(
-        chunks.add_keys(
-          key_map,
-          leaves.with_floats(own_constants, floats),
-          own_empty,
-          *(k, v, *where),
-          BACKWARD,
-          is_final=True,
-        )
-      ),
-      leaves.floats(own_constants),
-      k,
-      v,
-    )
-    d_floats, d_k, d_v = pull(own_gradient)
-    return (
-      cut.add_to_rows(total, d_floats, place),
-      cut.write(d_key, d_k, place),
-      cut.write(d_value, d_v, place),
+    block = cut.take_keys(*padded, place, start)
+    of_rows = cut.rows((constants, state), place)
+    return cut.write_rows(
+      state, chunks.add_keys(how, *of_rows, block), place
     ), None
 
+  state, _ = jax.lax.scan(how.products.checkpoint(step), state, cut.indices())
+  return state._replace(length=start + length), state.exponent
+
+
+def _sum_backward(
+  cut: Blocks,
+  how: Pass,
+  primals: tuple[PyTree, JoinedState, _Keys],
+  exponent: Array,
+  gradient: JoinedState,
+) -> tuple[PyTree, JoinedState, _Keys]:
+  """Returns the gradients of each block's own contribution to the sums.
+
+  Relative to the final exponent contributions are added without rescaling, so
+  blocks are independent.
+  """
+  constants, state, keys = primals
+  padded = blocks.pad_keys(*keys, cut.length)
+
+  def step(carry: _KeyGradients, index: Array) -> tuple[_KeyGradients, None]:
+    d_floats, d_key, d_value = carry
+    place = cut.place(index)
+    block = cut.take_keys(*padded, place, state.length)
+    of_rows = cut.rows((constants, exponent, gradient.linear), place)
+    d_rows, d_block_key, d_block_value = chunks.add_keys_vjp(
+      how, *of_rows[:2], block, of_rows[2]
+    )
+    d_floats = cut.add_to_rows(d_floats, d_rows, place)
+    d_key = cut.write(d_key, d_block_key, place)
+    return (d_floats, d_key, cut.write(d_value, d_block_value, place)), None
+
   zeros = jax.tree.map(jnp.zeros_like, leaves.floats(constants))
-  carry = zeros, *map(blocks.empty_like, padded[:2])
+  carry = zeros, blocks.empty_like(padded[0]), blocks.empty_like(padded[1])
   (d_floats, d_key, d_value), _ = jax.lax.scan(step, carry, cut.indices())
-  _, pull = jax.vjp(
-    lambda sums: leaves.sums(
-      chunks.rescale(leaves.with_sums(state, sums), exponent)
-    ),
-    leaves.sums(state),
-  )
+  rescaled = lambda linear: rescale(state.with_linear(linear), exponent).linear
+  (d_linear,) = jax.vjp(rescaled, state.linear)[1](gradient.linear)
+  length = keys[0].shape[1]
   return (
-    leaves.gradient_of_constants(constants, d_floats),
-    leaves.gradient_of_state(state, *pull(leaves.sums(gradient))),
-    d_key[:, :length],
-    d_value[:, :length],
+    leaves.only_floats(constants, d_floats),
+    leaves.no_gradient(state).with_linear(d_linear),
+    (d_key[:, :length], d_value[:, :length], None),
+  )
+
+
+def read(call: Call, position: Array) -> Array:
+  """Returns the outputs of queries that see the state, ``[B, T, N, G, V]``.
+
+  Args:
+    call: its state has all keys; the arrays of keys are not used.
+    position: of the first query.
+  """
+  query, dtype = call.inputs.query, call.inputs.value.dtype
+  cut = _cut(query, call.chunk_size)
+  how = Pass(call.maps, FAST, cut.size)
+  run = derivatives.with_backward(
+    functools.partial(_read, cut, dtype, how),
+    functools.partial(_read_backward, cut, how),
+    functools.partial(_read, cut, dtype, how._replace(products=EXACT)),
+  )
+  return run(*alike(call.constants, join(call.state), query), position)
+
+
+def _read(
+  cut: Blocks,
+  dtype: jnp.dtype,
+  how: Pass,
+  constants: PyTree,
+  state: JoinedState,
+  query: Array,
+  position: Array,
+) -> tuple[Array, tuple[Array, Saved]]:
+  """Returns the outputs, and what the backward pass gets."""
+  padded = blocks.pad(blocks.flat(query), cut.length)
+
+  def step(out: Array, index: Array) -> tuple[Array, Saved]:
+    place = cut.place(index)
+    of_rows = cut.rows((constants, state), place)
+    block = cut.take_queries(padded, place)
+    block_out, saved = chunks.read(
+      how, *of_rows, block, position + place.position
+    )
+    return cut.write(out, block_out, place), saved
+
+  out = blocks.empty_like(padded, state.sums.shape[-1] - 1, dtype)
+  step = how.products.checkpoint(step)
+  out, saved = jax.lax.scan(step, out, cut.indices())
+  out = out[:, : query.shape[1]].reshape(*query.shape[:-1], -1)
+  return out, (out, saved)
+
+
+def _read_backward(
+  cut: Blocks,
+  how: Pass,
+  primals: tuple[PyTree, JoinedState, Array, Array],
+  saved: tuple[Array, Saved],
+  d_out: Array,
+) -> tuple[PyTree, JoinedState, Array, None]:
+  """Returns the gradients of independent blocks; those of sums are added."""
+  (constants, state, query, position), (out, of_blocks) = primals, saved
+  padded, out, d_out = (
+    blocks.pad(blocks.flat(x), cut.length) for x in (query, out, d_out)
+  )
+
+  def step(
+    carry: _QueryGradients, x: tuple[Array, Saved]
+  ) -> tuple[_QueryGradients, None]:
+    total, d_query = carry
+    index, saved = x
+    place = cut.place(index)
+    d_floats, d_linear, d_block = chunks.read_vjp(
+      how,
+      *cut.rows((constants, state), place),
+      cut.take_queries(padded, place),
+      position + place.position,
+      cut.take_queries(out, place),
+      saved,
+      cut.take_queries(d_out, place).astype(jnp.float32),
+    )
+    total = cut.add_to_rows(total, (d_floats, d_linear), place)
+    return (total, cut.write(d_query, d_block, place)), None
+
+  moving = leaves.floats(constants), state.linear
+  carry = jax.tree.map(jnp.zeros_like, moving), blocks.empty_like(padded)
+  xs = cut.indices(), of_blocks
+  ((d_floats, d_linear), d_query), _ = jax.lax.scan(step, carry, xs)
+  return (
+    leaves.only_floats(constants, d_floats),
+    leaves.no_gradient(state).with_linear(d_linear),
+    d_query[:, : query.shape[1]].reshape(query.shape),
     None,
   )
+
+
+def _cut(x: Array, chunk_size: int | None) -> Blocks:
+  """Plans the blocks of queries or keys ``[B, S, N, ...]``."""
+  batch, length, heads = x.shape[:3]
+  plan = plan_blocks(
+    length,
+    batch * heads,
+    chunk_size,
+    num_devices=jax.device_count(),
+    platform=current_platform(),
+  )
+  return Blocks(batch, heads, *plan)

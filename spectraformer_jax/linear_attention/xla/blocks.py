@@ -1,52 +1,17 @@
-"""Sequences in blocks of positions: sizes, padding, reading and writing one."""
+"""Reading and writing sequences block by block."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention import leaves
+from spectraformer_jax.linear_attention.inputs import Inputs
 from spectraformer_jax.linear_attention.varying import varying_like
+from spectraformer_jax.linear_attention.xla.plan import is_known
 from spectraformer_jax.typing import Array, PyTree
 
-
-class Sizes(NamedTuple):
-  """What is best on a backend.
-
-  Attributes:
-    chunk: positions of a causal chunk. Its masked product costs C (F + V) a
-      token and the state F V, so C near V is cheapest on a CPU; matrix units
-      want more rows.
-    step: positions of all rows (examples and heads) in a causal step, which
-      takes one chunk or more. Below, launching its programs costs as much as
-      they do; above, features leave a CPU's cache.
-    stride: positions between two states that are kept for the backward pass,
-      one step at least. Those between are made again. A state has F (V + 1)
-      numbers, query, key and value of one position 2 H + V.
-    block: positions of all rows in a block of what sees every key: features of
-      a block should stay in the cache.
-    by_row: such a block is of one row where that is long enough. XLA for CPUs
-      runs the products of several rows on one thread, those of a long one on
-      all.
-  """
-
-  chunk: int
-  step: int
-  stride: int
-  block: int
-  by_row: bool = False
-
-
-SIZES = {
-  "cpu": Sizes(chunk=64, step=2048, stride=256, block=2048, by_row=True),
-  "gpu": Sizes(chunk=128, step=16384, stride=2048, block=16384),
-  "tpu": Sizes(chunk=256, step=32768, stride=256, block=32768),
-}
-
-
-def sizes() -> Sizes:
-  """Those of the backend in use."""
-  return SIZES.get(jax.default_backend(), SIZES["gpu"])
+Tree = TypeVar("Tree", bound=PyTree)
 
 
 class Place(NamedTuple):
@@ -57,26 +22,38 @@ class Place(NamedTuple):
   position: Array | int
 
 
-def is_known(*sizes) -> bool:
-  """Whether sizes are numbers; those of an exported program may be symbols."""
-  return all(isinstance(size, int) for size in sizes)
+class Keys(NamedTuple):
+  """The keys of one block.
+
+  Attributes:
+    key: ``[B, N, C, H]``.
+    value: ``[B, N, C, V]``.
+    key_mask: ``[B, 1, C, 1]`` bool; None: all are visible.
+    position: of the first key.
+  """
+
+  key: Array
+  value: Array
+  key_mask: Array | None
+  position: Array
 
 
-def step_size(chunk: int | None, key: Array) -> tuple[int, int]:
-  """Positions in a causal chunk, and chunks in a step: one if it is asked."""
-  if chunk:
-    return chunk, 1
-  best = sizes()
-  if not is_known(*key.shape):
-    return best.chunk, 1
-  rows = key.shape[0] * key.shape[2]
-  return best.chunk, max(1, best.step // (rows * best.chunk))
+class CausalBlock(NamedTuple):
+  """Queries and keys of the same positions.
+
+  Attributes:
+    query: ``[B, N, G, C, H]``.
+    keys: see `Keys`.
+    segment: ids ``[B, C]`` of packed rows, not decreasing; None without.
+  """
+
+  query: Array
+  keys: Keys
+  segment: Array | None
 
 
-def pad(x: Array | None, length: int, mode: str = "constant"):
-  """Pads axis 1 to a length; None stays None."""
-  if x is None:
-    return None
+def pad(x: Array, length: int, mode: str = "constant") -> Array:
+  """Pads axis 1 to a length."""
   padding = length - x.shape[1]
   if is_known(padding) and not padding:
     return x
@@ -84,85 +61,129 @@ def pad(x: Array | None, length: int, mode: str = "constant"):
   return jnp.pad(x, widths, mode=mode)
 
 
-def flat(query: Array) -> Array:
-  """``[B, T, N, G, H] -> [B, T, N G, H]``, as loops should take it.
+def pad_keys(
+  key: Array, value: Array, key_mask: Array | None, length: int
+) -> tuple[Array, Array, Array | None]:
+  """Pads the arrays of keys to a length, and masks the padding."""
+  if key_mask is None and length != key.shape[1]:
+    key_mask = jnp.ones(key.shape[:2], bool)
+  mask = None if key_mask is None else pad(key_mask, length)
+  return pad(key, length), pad(value, length), mask
 
-  For the layout of an axis of size 1, like G, XLA would copy all of it.
+
+def pad_inputs(inputs: Inputs, length: int) -> Inputs:
+  """Pads all arrays to a length, masks the padding, and flattens queries."""
+  query, key, value, key_mask, segment_ids = inputs
+  # Padding belongs to the last segment: it is masked in any case.
+  ids = jax.tree.map(lambda ids: pad(ids, length, mode="edge"), segment_ids)
+  return Inputs(
+    pad(flat(query), length), *pad_keys(key, value, key_mask, length), ids
+  )
+
+
+def flat(query: Array) -> Array:
+  """``[B, T, N, G, H] -> [B, T, N G, H]``, the layout for loops.
+
+  With an axis of size 1, as G often is, XLA for CPUs copies the whole array
+  (docs/decisions/01-blocks-in-place.md).
   """
   return query.reshape(*query.shape[:2], -1, query.shape[-1])
 
 
-def empty_like(x: Array, depth: int | None = None, dtype=None) -> Array:
-  """Zeros to be written over block by block.
+def empty_like(
+  x: Array, depth: int | None = None, dtype: jnp.dtype | None = None
+) -> Array:
+  """Returns zeros that a loop overwrites block by block.
 
   `jax.lax.empty` would save a write, but seems to depend on what `vmap` maps
   over, which `jax.jacfwd` does not allow.
 
   Args:
-    x: its shape and dtype.
-    depth: another last axis.
+    x: gives shape and dtype.
+    depth: another size of the last axis.
     dtype: another dtype.
   """
   shape = x.shape if depth is None else (*x.shape[:-1], depth)
   return varying_like(jnp.zeros(shape, dtype or x.dtype), x)
 
 
-class Cut(NamedTuple):
-  """Arrays of B examples, N heads and some positions, cut into blocks.
+class Blocks(NamedTuple):
+  """Arrays of B examples and N heads, cut into blocks of positions.
 
   Attributes:
     batch: B.
     heads: N, those of keys.
-    positions: of a block.
-    count: blocks of a row.
-    by_row: a block has one head of one example, instead of all.
+    size: positions of a block, C.
+    num_blocks: blocks of a row; symbolic where the length is.
+    is_by_row: a block has one head of one example, not all heads of all.
   """
 
   batch: int
   heads: int
-  positions: int
-  count: int
-  by_row: bool = False
+  size: int
+  num_blocks: int
+  is_by_row: bool = False
 
   @property
   def length(self) -> int:
     """Positions of a row with its padding."""
-    return self.count * self.positions
+    return self.num_blocks * self.size
 
   def indices(self) -> Array:
-    """The numbers of all blocks."""
-    rows = self.batch * self.heads if self.by_row else 1
-    return jnp.arange(rows * self.count)
+    """Returns the numbers of all blocks."""
+    rows = self.batch * self.heads if self.is_by_row else 1
+    return jnp.arange(rows * self.num_blocks)
 
   def place(self, index: Array) -> Place:
-    """Of block `index`: positions first, then heads, then examples."""
-    if not self.by_row:
-      return Place(0, 0, index * self.positions)
-    row, block = jnp.divmod(index, self.count)
-    return Place(*jnp.divmod(row, self.heads), block * self.positions)
+    """Returns where block `index` starts; positions vary first, then heads."""
+    if not self.is_by_row:
+      return Place(0, 0, index * self.size)
+    row, block = jnp.divmod(index, self.num_blocks)
+    example, head = jnp.divmod(row, self.heads)
+    return Place(example, head, block * self.size)
 
   def take(self, x: Array, place: Place) -> Array:
-    """A block of ``[B, S, N (G), .]`` or of ``[B, S]``."""
+    """Reads a block of ``[B, S, N (G), .]`` or of ``[B, S]``."""
     start, size = self._of_array(x, place)
     return jax.lax.dynamic_slice(x, start, size)
 
-  def keys(self, key, value, keep, place: Place, start):
-    """Keys and values ``[B, N, C, .]`` of a block, its position and mask."""
-    block_key, block_value = (
-      jnp.swapaxes(self.take(x, place), 1, 2) for x in (key, value)
+  def take_keys(
+    self,
+    key: Array,
+    value: Array,
+    key_mask: Array | None,
+    place: Place,
+    start: Array,
+  ) -> Keys:
+    """Reads the keys of a block; `start` is the position of the first key."""
+    if key_mask is not None:
+      key_mask = self.take(key_mask, place)[:, None, :, None]
+    return Keys(
+      jnp.swapaxes(self.take(key, place), 1, 2),
+      jnp.swapaxes(self.take(value, place), 1, 2),
+      key_mask,
+      start + place.position,
     )
-    if keep is not None:
-      keep = self.take(keep, place)[:, None, :, None]
-    return block_key, block_value, start + place.position, keep
 
-  def queries(self, query: Array, place: Place) -> Array:
-    """A block of ``[B, T, N G, H]``, as ``[B, N, G, C, H]``."""
+  def take_queries(self, query: Array, place: Place) -> Array:
+    """Reads a block of ``[B, T, N G, H]``, as ``[B, N, G, C, H]``."""
     block = self.take(query, place)
     shape = (*block.shape[:2], self._rows()[1], -1, block.shape[-1])
     return jnp.moveaxis(block.reshape(shape), 1, 3)
 
+  def take_causal(
+    self, inputs: Inputs, place: Place, start: Array
+  ) -> CausalBlock:
+    """Reads queries, keys and segment ids of a block; see `take_keys`."""
+    segment_ids = inputs.segment_ids
+    return CausalBlock(
+      self.take_queries(inputs.query, place),
+      self.take_keys(*inputs[1:4], place, start),
+      None if segment_ids is None else self.take(segment_ids[0], place),
+    )
+
   def write(self, whole: Array, block: Array, place: Place) -> Array:
-    """``[B, T, N (G), V]`` with ``[B, N, (G,) C, V]`` in its place.
+    """Writes ``[B, N, (G,) C, V]`` into ``[B, T, N (G), V]``.
 
     In a loop's carry the block is written in place, in the caller's own
     layout: stacked blocks would need a second buffer and a transposition.
@@ -171,16 +192,17 @@ class Cut(NamedTuple):
     block = jnp.moveaxis(block, -2, 1).astype(whole.dtype).reshape(size)
     return jax.lax.dynamic_update_slice(whole, block, start)
 
-  def rows(self, tree: PyTree, place: Place) -> PyTree:
-    """What belongs to a block's examples and heads.
+  def rows(self, tree: Tree, place: Place) -> Tree:
+    """Reads the examples and heads of a block.
 
-    Leaves lead with ``[B, N]``, where either may be 1: shared by all. Scalars
-    stay as they are.
+    Args:
+      tree: leaves lead with ``[B or 1, N or 1]``; scalars stay as they are.
+      place: of the block.
     """
-    if not self.by_row:
+    if not self.is_by_row:
       return tree
 
-    def one(leaf):
+    def one(leaf: Array) -> Array:
       if not leaf.ndim:
         return leaf
       start, size = self._of_rows(leaf, place)
@@ -188,12 +210,12 @@ class Cut(NamedTuple):
 
     return jax.tree.map(one, tree)
 
-  def write_rows(self, whole: PyTree, rows: PyTree, place: Place) -> PyTree:
-    """A tree with those of a block in their place."""
-    if not self.by_row:
+  def write_rows(self, whole: Tree, rows: Tree, place: Place) -> Tree:
+    """Writes the examples and heads of a block into the whole tree."""
+    if not self.is_by_row:
       return rows
 
-    def one(leaf, part):
+    def one(leaf: Array, part: Array) -> Array:
       if not leaf.ndim:
         return part
       start, _ = self._of_rows(leaf, place)
@@ -201,49 +223,33 @@ class Cut(NamedTuple):
 
     return jax.tree.map(one, whole, rows)
 
-  def add_to_rows(self, whole: PyTree, rows: PyTree, place: Place) -> PyTree:
-    """A tree with what a block contributes added in its place."""
+  def add_to_rows(self, whole: Tree, rows: Tree, place: Place) -> Tree:
+    """Adds a block's contribution to its examples and heads."""
     added = leaves.tree_add(self.rows(whole, place), rows)
     return self.write_rows(whole, added, place)
 
   def _rows(self) -> tuple[int, int]:
-    """Examples and heads of a block."""
-    return (1, 1) if self.by_row else (self.batch, self.heads)
+    """Returns the numbers of examples and heads of a block."""
+    return (1, 1) if self.is_by_row else (self.batch, self.heads)
 
-  def _of_array(self, x, place):
-    """Where a block of an array with positions starts, and its shape."""
+  def _of_array(
+    self, x: Array, place: Place
+  ) -> tuple[list[Array | int], list[int]]:
+    """Returns where a block of an array starts, and its shape."""
     examples, heads = self._rows()
-    start, size = [place.example, place.position], [examples, self.positions]
+    start, size = [place.example, place.position], [examples, self.size]
     if x.ndim > 2:
       groups = x.shape[2] // self.heads
       start += [place.head * groups] + [0] * (x.ndim - 3)
       size += [heads * groups, *x.shape[3:]]
     return start, size
 
-  def _of_rows(self, leaf, place):
-    """Where one row of what leads with examples and heads starts; its shape."""
-    shared = [size == 1 for size in leaf.shape[:2]]
+  def _of_rows(
+    self, leaf: Array, place: Place
+  ) -> tuple[list[Array | int], tuple[int, ...]]:
+    """Returns where one row of a leaf ``[B or 1, N or 1, ...]`` starts."""
     start = [
-      0 if one else at for one, at in zip(shared, place[:2], strict=True)
+      0 if size == 1 else at
+      for size, at in zip(leaf.shape[:2], place[:2], strict=True)
     ]
     return start + [0] * (leaf.ndim - 2), (1, 1, *leaf.shape[2:])
-
-
-def best_cut(chunk: int | None, shape: tuple[int, ...]) -> Cut:
-  """Of ``[B, S, N, ...]``: all rows of what is asked, or what is best."""
-  batch, length, heads = shape[:3]
-  best = sizes()
-  # Over several devices rows are divided: none may be looked up by its number.
-  is_alone = jax.device_count() == 1
-  known = is_known(*shape)
-  by_row = not chunk and best.by_row and is_alone and known
-  by_row = by_row and length >= best.block
-  if by_row:
-    # At least that many positions, evenly, so that little is padded.
-    positions = -(-length // (length // best.block))
-  elif known:
-    positions = chunk or max(best.chunk, best.block // (batch * heads))
-    positions = min(positions, length)
-  else:
-    positions = chunk or best.chunk
-  return Cut(batch, heads, positions, -(-length // positions), by_row)

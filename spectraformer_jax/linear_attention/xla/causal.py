@@ -1,9 +1,19 @@
-"""Queries that see earlier keys: feature map and prefix sum in one pass.
+r"""Queries that see earlier keys: feature map and prefix sum in one pass.
 
-Sequences are cut into chunks, and a step takes one or more at once. Features
-are made step by step and dropped again, in the backward pass as well: what
-stays between the two is query, key, value, output, two numbers a query and the
-state before some steps.
+For query i in chunk c, with features phi of queries and psi of keys:
+
+.. math::
+  o_i = \frac{\phi_i \cdot S_{<c} + \sum_{j \in c, j \le i}
+    (\phi_i \cdot \psi_j) v_j}{\phi_i \cdot z_{<c} + \sum_{j \in c, j \le i}
+    \phi_i \cdot \psi_j},
+  \quad S_{<c} = \sum_{j \in \text{earlier chunks}} \psi_j v_j^\top,
+  \quad z_{<c} = \sum_{j \in \text{earlier chunks}} \psi_j
+
+`reference.causal_in_chunks` is this equation and nothing else. Here features
+are scaled (`features`), several chunks make a step (`steps`), and S and z are
+one array (`chunks`). Features are made step by step and dropped again, in the
+backward pass as well: saved in between are query, key, value, output, two
+numbers a query, and the state before each stride of steps.
 """
 
 import functools
@@ -12,236 +22,180 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention import derivatives, leaves
+from spectraformer_jax.linear_attention.inputs import Call, Inputs
+from spectraformer_jax.linear_attention.platforms import current_platform
 from spectraformer_jax.linear_attention.state import (
-  Maps,
+  JoinedState,
+  Linear,
   State,
-  fixed,
-  joined,
-  parted,
+  join,
+  part,
 )
 from spectraformer_jax.linear_attention.varying import alike
-from spectraformer_jax.linear_attention.xla import blocks, chunks
-from spectraformer_jax.linear_attention.xla.products import (
-  BACKWARD,
-  FORWARD,
-  PLAIN,
-  Products,
+from spectraformer_jax.linear_attention.xla import blocks, steps
+from spectraformer_jax.linear_attention.xla.blocks import (
+  Blocks,
+  CausalBlock,
+  Place,
 )
+from spectraformer_jax.linear_attention.xla.chunks import Pass, Saved
+from spectraformer_jax.linear_attention.xla.plan import CausalPlan, plan_causal
+from spectraformer_jax.linear_attention.xla.products import EXACT, FAST
 from spectraformer_jax.typing import Array, PyTree
 
+# The state and the outputs so far.
+_Carry = tuple[JoinedState, Array]
+# Outputs, and for the backward pass the state before each stride and what each
+# of its steps saves.
+_Saved = tuple[Array, tuple[JoinedState, Saved]]
+# The gradients of a backward loop so far: of constants, of sums, and of query,
+# key and value.
+_Gradients = tuple[list[Array], Linear, list[Array]]
 
-def causal(
-  maps: Maps,
-  chunk: int | None,
-  constants: PyTree,
-  state: State,
-  query: Array,
-  key: Array,
-  value: Array,
-  keep: Array | None,
-  segment: Array | None,
-) -> tuple[Array, State]:
+
+def causal(call: Call) -> tuple[Array, State]:
   """Query i sees the initial state and visible keys 0..i of its segment.
 
   Args:
-    maps: feature maps.
-    chunk: positions in a chunk and a step; None for what is best.
-    constants: variables of the maps.
-    state: sums over keys that came before.
-    query: ``[B, T, N, G, H]``.
-    key: ``[B, T, N, H]``.
-    value: ``[B, T, N, V]``.
-    keep: bool ``[B, T]`` or None.
-    segment: ids ``[B, T]`` of packed rows, not decreasing, or None.
+    call: T = S; segment ids do not decrease and are the same on both sides.
 
   Returns:
     ``[B, T, N, G, V]`` of value's dtype and the state after the last key.
   """
+  inputs, segment_ids = call.inputs, call.inputs.segment_ids
+  batch, length, heads, _ = inputs.key.shape
+  plan = plan_causal(
+    length,
+    batch * heads,
+    call.chunk_size,
+    is_packed=segment_ids is not None,
+    platform=current_platform(),
+  )
+  how = Pass(call.maps, FAST, plan.chunk_size)
   run = derivatives.with_backward(
-    *(
-      functools.partial(function, maps, chunk)
-      for function in (_forward, _backward, _plain)
-    )
+    functools.partial(_run, plan, how),
+    functools.partial(_backward, plan, how),
+    functools.partial(_run, plan, how._replace(products=EXACT)),
   )
-  inputs = (query, key, value, keep, segment)
-  out, state = run(*alike(constants, fixed(joined(state)), *inputs))
-  return out, parted(state)
+  state = join(call.state)
+  if segment_ids is not None:
+    state = state._replace(segment=segment_ids[0][:, 0])
+  out, state = run(*alike(call.constants, state, inputs))
+  return out, part(state)
 
 
-class _Plan:
-  """Padded inputs of the causal form, and the work on one step of them."""
+def _run(
+  plan: CausalPlan,
+  how: Pass,
+  constants: PyTree,
+  state: JoinedState,
+  inputs: Inputs,
+) -> tuple[tuple[Array, JoinedState], _Saved]:
+  """Returns the output and the last state, and what the backward pass gets."""
+  cut = _cut(plan, inputs)
+  padded = blocks.pad_inputs(inputs, cut.length)
+  start, length = state.length, inputs.query.shape[1]
 
-  def __init__(self, maps, chunk, query, key, value, keep, segment):
-    self.maps = maps
-    self.shape = query.shape
-    self.length = query.shape[1]
-    chunk, together = blocks.step_size(chunk, key)
-    if segment is not None:
-      together = 1  # where segments meet, a state is that of the last one
-    if blocks.is_known(self.length):
-      self.chunk_size = min(chunk, self.length)
-      count = -(-self.length // self.chunk_size)
-      steps = -(-count // together)
-      size = -(-count // steps) * self.chunk_size
-      self.outer = -(-steps // max(1, blocks.sizes().stride // size))
-      self.inner = -(-steps // self.outer)
-    else:
-      self.chunk_size = size = chunk
-      self.inner = max(1, blocks.sizes().stride // size)
-      self.outer = -(-self.length // (self.inner * size))
-    batch, _, heads = key.shape[:3]
-    self.cut = blocks.Cut(batch, heads, size, self.inner * self.outer)
-    if self.cut.length != self.length and keep is None:
-      keep = jnp.ones(key.shape[:2], bool)
-    self.query, self.key, self.value, self.keep = (
-      blocks.pad(x, self.cut.length)
-      for x in (blocks.flat(query), key, value, keep)
-    )
-    # Padding belongs to the last segment: it is masked in any case.
-    self.segment = blocks.pad(segment, self.cut.length, mode="edge")
-
-  def inputs(self, place, start):
-    """Query, key, value, position, keep and segment of one step."""
-    segment = self.segment
-    if segment is not None:
-      segment = self.cut.take(segment, place)
-    return (
-      self.cut.queries(self.query, place),
-      *self.cut.keys(self.key, self.value, self.keep, place, start),
-      segment,
-    )
-
-  def step(
-    self,
-    constants,
-    state,
-    *inputs,
-    products: Products,
-    known: chunks.Found | None = None,
-  ):
-    """State after one step, and what its queries found."""
-    args = (*self.maps, self.chunk_size, constants, state, *inputs)
-    return chunks.causal_chunks(*args, products, known)
-
-  def place(self, outer, inner):
-    """Where a step starts."""
-    return self.cut.place(outer * self.inner + inner)
-
-
-def _strides(plan, products, constants, state):
-  """Output, last state, the state before each stride, and what was found."""
-  start = state.length
-
-  def stride(carry, outer):
-    def step(carry, inner):
+  def stride(
+    carry: _Carry, stride_index: Array
+  ) -> tuple[_Carry, tuple[JoinedState, Saved]]:
+    def step(carry: _Carry, index: Array) -> tuple[_Carry, Saved]:
       state, out = carry
-      place = plan.place(outer, inner)
-      state, found = plan.step(
-        constants, state, *plan.inputs(place, start), products=products
-      )
-      out = plan.cut.write(out, found.out, place)
-      return (state, out), found._replace(out=None)
+      place = cut.place(stride_index * plan.steps_per_stride + index)
+      block = cut.take_causal(padded, place, start)
+      state, block_out, saved = steps.attend(how, constants, state, block)
+      return (state, cut.write(out, block_out, place)), saved
 
-    step = products.step(step)
-    after, found = jax.lax.scan(step, carry, jnp.arange(plan.inner))
-    return after, (carry[0], found)
+    indices = jnp.arange(plan.steps_per_stride)
+    after, saved = jax.lax.scan(how.products.checkpoint(step), carry, indices)
+    return after, (carry[0], saved)
 
-  value = plan.value
-  out = blocks.empty_like(plan.query, value.shape[-1], value.dtype)
-  (state, out), (boundaries, found) = jax.lax.scan(
-    stride, (state, out), jnp.arange(plan.outer)
+  value = inputs.value
+  out = blocks.empty_like(padded.query, value.shape[-1], value.dtype)
+  (state, out), saved = jax.lax.scan(
+    stride, (state, out), jnp.arange(plan.num_strides)
   )
-  state = state._replace(length=start + plan.length)
-  out = out[:, : plan.length].reshape(*plan.shape[:-1], -1)
-  return out, state, boundaries, found
+  out = out[:, :length].reshape(*inputs.query.shape[:-1], -1)
+  return (out, state._replace(length=start + length)), (out, saved)
 
 
-def _forward(maps, chunk, constants, state, *inputs):
-  """`causal` with joined sums, and what is kept."""
-  plan = _Plan(maps, chunk, *inputs)
-  out, after, *kept = _strides(plan, FORWARD, constants, state)
-  return (out, after), (out, *kept)
+def _backward(
+  plan: CausalPlan,
+  how: Pass,
+  primals: tuple[PyTree, JoinedState, Inputs],
+  saved: _Saved,
+  gradients: tuple[Array, JoinedState],
+) -> tuple[PyTree, JoinedState, Inputs]:
+  """Goes from the last stride to the first.
 
+  In each, the states before its steps are computed again, first to last; then
+  the steps are differentiated, last to first.
+  """
+  constants, initial, inputs = primals
+  (out, of_strides), (d_out, d_last) = saved, gradients
+  cut = _cut(plan, inputs)
+  padded = blocks.pad_inputs(inputs, cut.length)
+  out, d_out = (blocks.pad(blocks.flat(x), cut.length) for x in (out, d_out))
+  indices = jnp.arange(plan.steps_per_stride)
 
-def _plain(maps, chunk, constants, state, *inputs):
-  return _strides(_Plan(maps, chunk, *inputs), PLAIN, constants, state)[:2]
+  def stride(
+    carry: _Gradients, x: tuple[Array, tuple[JoinedState, Saved]]
+  ) -> tuple[_Gradients, None]:
+    stride_index, (before, of_steps) = x
 
+    def block_of(index: Array) -> tuple[Place, CausalBlock]:
+      place = cut.place(stride_index * plan.steps_per_stride + index)
+      return place, cut.take_causal(padded, place, initial.length)
 
-def _backward(maps, chunk, inputs, kept, gradients):
-  """Strides last to first; inside one, states are made again, then used."""
-  constants, initial, *inputs = inputs
-  out, boundaries, every = kept
-  plan = _Plan(maps, chunk, *inputs)
-  d_out, d_state = gradients
-  out, d_out = (
-    blocks.pad(blocks.flat(x), plan.cut.length) for x in (out, d_out)
-  )
+    def recompute(
+      state: JoinedState, index: Array
+    ) -> tuple[JoinedState, JoinedState]:
+      block = block_of(index)[1]
+      return steps.state_after(how, constants, state, block), state
 
-  def stride(carry, x):
-    outer, state, every = x
-
-    def again(state, inner):
-      inputs = plan.inputs(plan.place(outer, inner), initial.length)
-      after, _ = plan.step(constants, state, *inputs, products=BACKWARD)
-      return after, state
-
-    _, states = jax.lax.scan(again, state, jnp.arange(plan.inner))
-
-    def step(carry, x):
-      d_floats, d_state, *d_inputs = carry
-      inner, state, found = x
-      place = plan.place(outer, inner)
-      found = found._replace(out=plan.cut.queries(out, place))
-      query, key, value, *where = plan.inputs(place, initial.length)
-      d_block = plan.cut.queries(d_out, place).astype(jnp.float32)
-      query, found = chunks.unless_unused(
-        query, found, d_block, plan.cut.positions // plan.chunk_size
+    def step(
+      carry: _Gradients, x: tuple[Array, JoinedState, Saved]
+    ) -> tuple[_Gradients, None]:
+      d_floats, d_after, d_inputs = carry
+      index, state, saved = x
+      place, block = block_of(index)
+      d_more, d_before, *d_block = steps.attend_vjp(
+        how,
+        constants,
+        state,
+        block,
+        cut.take_queries(out, place),
+        saved,
+        d_after,
+        cut.take_queries(d_out, place).astype(jnp.float32),
       )
+      d_inputs = [
+        cut.write(whole, part, place)
+        for whole, part in zip(d_inputs, d_block, strict=True)
+      ]
+      return (leaves.tree_add(d_floats, d_more), d_before, d_inputs), None
 
-      def one_step(floats, sums, query, key, value):
-        after, again = plan.step(
-          leaves.with_floats(constants, floats),
-          leaves.with_sums(state, sums),
-          *(query, key, value, *where),
-          products=BACKWARD,
-          known=found,
-        )
-        return leaves.sums(after), again.out
-
-      _, pull = jax.vjp(
-        one_step,
-        leaves.floats(constants),
-        leaves.sums(state),
-        query,
-        key,
-        value,
-      )
-      pulled = pull((d_state, d_block))
-      d_inputs = (
-        plan.cut.write(whole, block, place)
-        for whole, block in zip(d_inputs, pulled[2:], strict=True)
-      )
-      return (leaves.tree_add(d_floats, pulled[0]), pulled[1], *d_inputs), None
-
-    return jax.lax.scan(
-      step, carry, (jnp.arange(plan.inner), states, every), reverse=True
-    )
+    _, states = jax.lax.scan(recompute, before, indices)
+    return jax.lax.scan(step, carry, (indices, states, of_steps), reverse=True)
 
   d_floats = jax.tree.map(jnp.zeros_like, leaves.floats(constants))
-  d_inputs = map(blocks.empty_like, (plan.query, plan.key, plan.value))
-  (d_floats, d_sums, *d_inputs), _ = jax.lax.scan(
-    stride,
-    (d_floats, leaves.sums(d_state), *d_inputs),
-    (jnp.arange(plan.outer), boundaries, every),
-    reverse=True,
+  carry = d_floats, d_last.linear, [*map(blocks.empty_like, padded[:3])]
+  xs = jnp.arange(plan.num_strides), of_strides
+  (d_floats, d_first, d_inputs), _ = jax.lax.scan(
+    stride, carry, xs, reverse=True
   )
-  d_query, d_key, d_value = (d[:, : plan.length] for d in d_inputs)
+  query, length = inputs.query, inputs.query.shape[1]
+  d_query, d_key, d_value = (x[:, :length] for x in d_inputs)
   return (
-    leaves.gradient_of_constants(constants, d_floats),
-    leaves.gradient_of_state(initial, d_sums),
-    d_query.reshape(plan.shape),
-    d_key,
-    d_value,
-    None,
-    None,
+    leaves.only_floats(constants, d_floats),
+    leaves.no_gradient(initial).with_linear(d_first),
+    leaves.no_gradient(inputs)._replace(
+      query=d_query.reshape(query.shape), key=d_key, value=d_value
+    ),
   )
+
+
+def _cut(plan: CausalPlan, inputs: Inputs) -> Blocks:
+  """Returns the steps of a plan, as blocks."""
+  batch, _, heads, _ = inputs.key.shape
+  return Blocks(batch, heads, plan.step_size, plan.num_steps)

@@ -1,7 +1,9 @@
-"""What happens inside one chunk of keys and queries.
+"""What one block of a loop computes: forward, and its vector-Jacobian product.
 
-States are `joined` here: the last column of their ``kv [B, N, F, V + 1]`` is
-the sum of key features.
+Names follow the equations of `bidirectional` and `causal`: phi and psi are the
+features of queries and keys. `JoinedState.sums` holds S, the sum of
+``psi_j v_j^T``, and in its last column z, the sum of ``psi_j``. Products with
+`with_ones` of the values therefore give numerators and normalizers at once.
 """
 
 from typing import NamedTuple
@@ -9,399 +11,358 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention.layouts import in_columns
-from spectraformer_jax.linear_attention.state import (
+from spectraformer_jax.linear_attention import leaves
+from spectraformer_jax.linear_attention.exponents import (
   LOWEST,
   SMALLEST_NORMALIZER,
   TOO_LARGE,
-  FeatureFn,
-  State,
+)
+from spectraformer_jax.linear_attention.inputs import Features, Maps
+from spectraformer_jax.linear_attention.layouts import in_columns
+from spectraformer_jax.linear_attention.normalize import divide, normalize
+from spectraformer_jax.linear_attention.state import (
+  JoinedState,
+  Linear,
   add_exactly,
-  key_features,
-  normalise,
-  query_features,
   rescale,
 )
+from spectraformer_jax.linear_attention.xla import features as scaled
+from spectraformer_jax.linear_attention.xla.blocks import Keys
 from spectraformer_jax.linear_attention.xla.products import Products
 from spectraformer_jax.typing import Array, PyTree
 
 
-class Found(NamedTuple):
-  """What the queries of a chunk have found.
+class Pass(NamedTuple):
+  """The static choices of a pass through a sequence.
 
   Attributes:
-    out: means of values, ``[B, N, G, C, V]``.
-    normalizer: what they were divided by, ``[B, N, (S,) G C]``; None for
-      signed maps.
-    top: largest exponents, see `query_features`.
+    maps: the feature maps.
+    products: see `Products`.
+    chunk_size: positions of a chunk, C.
   """
 
-  out: Array
+  maps: Maps
+  products: Products
+  chunk_size: int
+
+
+class QuerySums(NamedTuple):
+  """Sums over the keys that each query sees.
+
+  Attributes:
+    sums: of weights times values, and in the last column of weights,
+      ``[B, N, (L,) G C, V + 1]``.
+    magnitude: of absolute weights, ``[B, N, (L,) G C]``; None for positive
+      maps.
+  """
+
+  sums: Array
+  magnitude: Array | None
+
+
+class Saved(NamedTuple):
+  """What the backward pass gets of a block's queries, beside their outputs.
+
+  Attributes:
+    normalizer: the divisor of each query, ``[B, N, (L,) G C]``; None for signed
+      maps.
+    query_exponent: from `query_exponents`; None for plain features.
+  """
+
   normalizer: Array | None
-  top: Array | None
+  query_exponent: Array | None
 
 
 def add_keys(
-  key_map: FeatureFn,
-  constants: PyTree,
-  state: State,
-  key: Array,
-  value: Array,
-  position: Array,
-  keep: Array | None,
-  products: Products,
-  is_final: bool = False,
-) -> State:
-  """The state after the keys of one block.
+  how: Pass, constants: PyTree, state: JoinedState, keys: Keys
+) -> JoinedState:
+  """Returns the state after the keys of a block."""
+  features, mask = map_keys(how, constants, keys, 1)
+  exponent = scaled.key_exponents(features, state.exponent, mask)
+  psi = scaled.scale_keys(features, exponent, mask, how.products)
+  return add(how, rescale(state, exponent), psi[:, :, 0], with_ones(keys.value))
+
+
+def add_keys_vjp(
+  how: Pass, constants: PyTree, exponent: Array, keys: Keys, gradient: Linear
+) -> tuple[list[Array], Array, Array]:
+  """Returns the gradients of a block's contribution to the final state.
 
   Args:
-    key_map: the feature map of keys.
-    constants: its variables.
-    state: before the block.
-    key: ``[B, N, C, H]``.
-    value: ``[B, N, C, V]``.
-    position: of the first key.
-    keep: bool ``[B, 1, C, 1]`` or None.
-    products: see `Products`.
-    is_final: the state has the exponent of all keys already.
+    how: see `Pass`.
+    constants: variables of the maps.
+    exponent: of the final state, to which all sums are relative.
+    keys: of the block.
+    gradient: of the final state's sums.
+
+  Returns:
+    Gradients of the constants' floats, key and value.
   """
-  psi, exponent = key_features(
-    key_map,
-    constants,
-    _in_chunks(key, 1),
-    position[None],
-    _in_chunks(keep, 1),
-    state.exponent,
-    is_final,
-    exponential=products.exponential,
-  )
-  state = rescale(state, exponent)
-  return _add(state, psi[:, :, 0], _with_ones(value), products)
+
+  def contribution(floats: list[Array], key: Array, value: Array) -> Linear:
+    variables = leaves.with_floats(constants, floats)
+    features, mask = map_keys(how, variables, keys._replace(key=key), 1)
+    psi = scaled.scale_keys(features, exponent, mask, how.products)[:, :, 0]
+    sums = how.products.keys_times_values(psi, with_ones(value))
+    return sums, None if gradient[1] is None else jnp.sum(jnp.abs(psi), axis=2)
+
+  floats = leaves.floats(constants)
+  return jax.vjp(contribution, floats, keys.key, keys.value)[1](gradient)
 
 
 def read(
-  query_map: FeatureFn,
+  how: Pass,
   constants: PyTree,
-  state: State,
+  state: JoinedState,
   query: Array,
   position: Array,
-  products: Products,
-  known: Found | None = None,
-) -> Found:
-  """Queries ``[B, N, G, C, H]`` see the state.
-
-  With `known`, the result, gradients alone are worked out.
-  """
-  phi, top, is_exponential = query_features(
-    query_map,
-    constants,
-    query[:, :, None],
-    position[None],
-    state.exponent,
-    known and known.top,
-    exponential=products.exponential,
-  )
-  phi = phi[:, :, 0]
-  sums = products.queries_times_state(phi, state.kv)
-  magnitude = _times_magnitude(phi, state)
-  if known is not None:
-    known = known._replace(out=known.out.reshape(*sums.shape[:-1], -1))
-  sees_keys = _has_keys(state)
-  is_zero = None
-  if not is_exponential:
-    is_zero = _is_zero(phi, None if top is None else top[:, :, 0])
-  out, normalizer = _mean(sums, magnitude, known, products, sees_keys, is_zero)
-  return Found(out.reshape(*query.shape[:-1], -1), normalizer, top)
-
-
-def causal_chunks(
-  query_map: FeatureFn,
-  key_map: FeatureFn,
-  chunk: int,
-  constants: PyTree,
-  state: State,
-  query: Array,
-  key: Array,
-  value: Array,
-  position: Array,
-  keep: Array | None,
-  segment: Array | None,
-  products: Products,
-  known: Found | None = None,
-) -> tuple[State, Found]:
-  """Outputs of some chunks whose queries see the state and earlier keys.
+) -> tuple[Array, Saved]:
+  """Returns the outputs of queries that see the state.
 
   Args:
-    query_map: the feature map of queries.
-    key_map: that of keys.
-    chunk: positions of a chunk; it divides C.
-    constants: their variables.
-    state: sums over the keys before the first.
+    how: see `Pass`.
+    constants: variables of the maps.
+    state: sums over all keys.
     query: ``[B, N, G, C, H]``.
-    key: ``[B, N, C, H]``.
-    value: ``[B, N, C, V]``.
-    position: of the first.
-    keep: bool ``[B, 1, C, 1]`` or None.
-    segment: ids ``[B, C]`` of packed rows (not decreasing) in one chunk, or
-      None.
-    products: see `Products`.
-    known: what was found, where gradients alone are wanted; else None.
+    position: of the first query.
 
   Returns:
-    The state after them, and what their queries found.
+    Outputs ``[B, N, G, C, V]``, and what the backward pass gets.
   """
-  groups, count = query.shape[2], query.shape[3] // chunk
-  positions = position + chunk * jnp.arange(count)
-  if segment is not None:
-    state = _seen_by(state, segment[:, 0])
-  psi, exponent = key_features(
-    key_map,
-    constants,
-    _in_chunks(key, count),
-    positions,
-    _in_chunks(keep, count),
-    state.exponent,
-    segment=segment,
-    exponential=products.exponential,
-  )
-  first = last = of_queries = exponent
-  if segment is not None:
-    first, last = exponent[:, :, 0], exponent[:, :, -1]
-    of_queries = jnp.tile(exponent, (1, 1, groups, 1))[:, :, None]
-  before = rescale(state, first)
-  phi, top, is_exponential = query_features(
-    query_map,
-    constants,
-    _chunks_first(query, count),
-    positions,
-    of_queries,
-    known and known.top,
-    exponential=products.exponential,
-  )
-  visible = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
-  if segment is not None:
-    visible &= (segment[:, :, None] == segment[:, None, :])[:, None, None]
-  visible = jnp.tile(visible, (1, 1, 1, groups, 1))
+  features = map_queries(how, constants, query, position, 1)
+  query_exponent = scaled.query_exponents(features, state.exponent)
+  sums, needs_weight = _read_sums(how, features, query_exponent, state)
+  out, normalizer = mean(sums, needs_weight)
+  out = out.reshape(*query.shape[:-1], -1)
+  return out, Saved(normalizer, query_exponent)
 
-  def within(phi, psi):
-    weights = jnp.einsum("...cf,...df->...cd", phi, psi)
-    return jnp.where(visible, weights, 0.0)
 
-  value = _in_chunks(_with_ones(value), count)
-  states, after = _states(before, psi, value, products)
-  sums = products.queries_times_state(phi, states.kv)
-  magnitude = _times_magnitude(phi, states)
-  if segment is not None:
-    old = jnp.tile(segment == segment[:, :1], (1, groups))
-    old = old[:, None, None]
-    sums = jnp.where(old[..., None], sums, 0.0)
-    if magnitude is not None:
-      magnitude = jnp.where(old, magnitude, 0.0)
-    before = rescale(_seen_by(before, segment[:, -1]), last)
-    is_last = (segment == segment[:, -1:])[:, None, :, None]
-    own = jnp.where(is_last, psi[:, :, 0], 0.0)
-    after = _add(before, own, value[:, :, 0], products)
-  sums += jnp.einsum("...cd,...dv->...cv", within(phi, psi), value)
-  if magnitude is not None:
-    magnitude += jnp.sum(within(jnp.abs(phi), jnp.abs(psi)), axis=-1)
-  if known is not None:
-    found = _chunks_first(known.out, count)
-    known = known._replace(out=found.reshape(*sums.shape[:-1], -1))
-  sees_keys = _has_keys(state)[:, :, None]
-  sees_keys |= _sees_new_keys(keep, segment, count, groups)
-  is_zero = None if is_exponential else _is_zero(phi, top)
-  out, normalizer = _mean(sums, magnitude, known, products, sees_keys, is_zero)
-  out = out.reshape(*out.shape[:3], groups, chunk, -1)
-  out = jnp.swapaxes(out, 2, 3).reshape(*query.shape[:-1], -1)
-  return after, Found(out, normalizer, top)
+def read_vjp(
+  how: Pass,
+  constants: PyTree,
+  state: JoinedState,
+  query: Array,
+  position: Array,
+  out: Array,
+  saved: Saved,
+  d_out: Array,
+) -> tuple[list[Array], Linear, Array]:
+  """Returns the gradients of `read` for the constants' floats, sums and query.
+
+  Args:
+    how: see `read`.
+    constants: see `read`.
+    state: see `read`.
+    query: see `read`.
+    position: see `read`.
+    out: the outputs of `read`.
+    saved: the other result of `read`.
+    d_out: the gradient of `out`, float32.
+  """
+  query, out, saved = unless_unused(query, out, saved, d_out, 1)
+
+  def sums_of(
+    floats: list[Array], linear: Linear, query: Array
+  ) -> tuple[QuerySums, Array | None]:
+    variables = leaves.with_floats(constants, floats)
+    features = map_queries(how, variables, query, position, 1)
+    sums = state.with_linear(linear)
+    return _read_sums(how, features, saved.query_exponent, sums)
+
+  floats = leaves.floats(constants)
+  sums, pull, needs_weight = jax.vjp(
+    sums_of, floats, state.linear, query, has_aux=True
+  )
+  return pull(mean_vjp(sums, needs_weight, out, saved.normalizer, d_out))
+
+
+def _read_sums(
+  how: Pass,
+  features: Features,
+  query_exponent: Array | None,
+  state: JoinedState,
+) -> tuple[QuerySums, Array | None]:
+  """Returns the sums of queries that see the state, and `needs_weight`."""
+  phi = scaled.scale_queries(
+    features, state.exponent, query_exponent, how.products
+  )[:, :, 0]
+  if query_exponent is not None:
+    query_exponent = query_exponent[:, :, 0]
+  sums = QuerySums(
+    how.products.queries_times_state(phi, state.sums),
+    times_magnitude(phi, state),
+  )
+  seen = has_keys(state)
+  return sums, needs_weight(seen, features, phi, query_exponent, sums)
+
+
+def map_keys(
+  how: Pass, constants: PyTree, keys: Keys, count: int
+) -> tuple[Features, Array | None]:
+  """Returns unscaled features ``[B, N, L, C, F]`` of L chunks, and the mask."""
+  size = keys.key.shape[2] // count
+  positions = keys.position + size * jnp.arange(count)
+  features = scaled.map_chunks(
+    how.maps.key, constants, in_chunks(keys.key, count), positions
+  )
+  mask = keys.key_mask
+  return features, None if mask is None else in_chunks(mask, count)
+
+
+def map_queries(
+  how: Pass, constants: PyTree, query: Array, position: Array, count: int
+) -> Features:
+  """Returns unscaled features ``[B, N, L, G C, F]`` of queries in L chunks."""
+  query = chunks_first(query, count)
+  batch, heads, _, groups, size, head_dim = query.shape
+  positions = position + size * jnp.arange(count)
+  features = scaled.map_chunks(
+    how.maps.query,
+    constants,
+    query.reshape(batch, heads, -1, size, head_dim),
+    jnp.repeat(positions, groups),
+  )
+  return jax.tree.map(
+    lambda x: x.reshape(batch, heads, count, -1, x.shape[-1]), features
+  )
+
+
+def mean(
+  sums: QuerySums, needs_weight: Array | None
+) -> tuple[Array, Array | None]:
+  """Returns outputs ``[..., C, V]`` and, for positive maps, their normalizers.
+
+  Both are NaN where `needs_weight` is True and float32 holds no weight.
+  """
+  numerator, normalizer = sums.sums[..., :-1], sums.sums[..., -1]
+  out = normalize(numerator, normalizer, sums.magnitude)
+  size = normalizer if sums.magnitude is None else sums.magnitude
+  if needs_weight is not None:
+    is_lost = needs_weight & (size < SMALLEST_NORMALIZER)
+    out = jnp.where(is_lost[..., None], jnp.nan, out)
+    normalizer = jnp.where(is_lost, jnp.nan, normalizer)
+  return out, normalizer if sums.magnitude is None else None
+
+
+def mean_vjp(
+  sums: QuerySums,
+  needs_weight: Array | None,
+  out: Array,
+  normalizer: Array | None,
+  d_out: Array,
+) -> QuerySums:
+  """Returns the gradient of `mean`'s outputs for the sums.
+
+  With a normalizer it needs only the results of `mean`, so that XLA does not
+  compute the sums again.
+  """
+  shape = (*sums.sums.shape[:-1], -1)
+  out, d_out = out.reshape(shape), d_out.reshape(shape)
+  if normalizer is None:
+    return jax.vjp(lambda sums: mean(sums, needs_weight)[0], sums)[1](d_out)[0]
+  d_numerator = divide(d_out, normalizer[..., None])
+  d_normalizer = -jnp.sum(d_numerator * out, axis=-1, keepdims=True)
+  return QuerySums(jnp.concatenate([d_numerator, d_normalizer], axis=-1), None)
+
+
+def needs_weight(
+  sees_keys: Array,
+  features: Features,
+  phi: Array,
+  query_exponent: Array | None,
+  sums: QuerySums,
+) -> Array | None:
+  """Returns for which queries a sum of weights of zero means underflow.
+
+  Args:
+    sees_keys: bool, broadcastable to ``[..., C]``.
+    features: of the queries; exponentials are never zero themselves.
+    phi: the same, scaled, ``[..., C, F]``.
+    query_exponent: see `query_exponents`, ``[..., C, 1]``.
+    sums: of the queries.
+
+  Returns:
+    Bool ``[..., C]``; None where it cannot be known.
+  """
+  if features.log_magnitude is not None and features.factor is None:
+    return sees_keys
+  if sums.magnitude is None:
+    return None
+  is_zero = jnp.all(phi == 0.0, axis=-1)
+  if query_exponent is not None:
+    is_zero &= query_exponent[..., 0] < TOO_LARGE
+  return sees_keys & ~is_zero
 
 
 def unless_unused(
-  query: Array, known: Found, d_out: Array, count: int = 1
-) -> tuple[Array, Found]:
-  """Zeros for queries whose outputs nobody uses: they may hold anything.
+  query: Array, out: Array, saved: Saved, d_out: Array, count: int
+) -> tuple[Array, Array, Saved]:
+  """Replaces queries whose outputs nobody uses: they may hold anything.
 
   Padding is among them. A zero gradient of the output is not enough, since a
   product of zero with what NaN or 1e30 makes of a feature is NaN.
 
   Args:
-    query: ``[B, N, G, C, H]``.
-    known: what was found, for them.
-    d_out: the gradient of their outputs, ``[B, N, G, C, V]``.
-    count: of the chunks that they are of, S.
+    query: ``[B, N, G, L C, H]``.
+    out: outputs of the forward pass, ``[B, N, G, L C, V]``.
+    saved: other results of the forward pass.
+    d_out: the gradient of the outputs.
+    count: number of chunks, L.
+
+  Returns:
+    The queries, the outputs in float32, and `saved`, with harmless numbers.
   """
   unused = jnp.all(d_out == 0.0, axis=-1, keepdims=True)
-  out = jnp.where(unused, 0, known.out)
-  normalizer, top = known.normalizer, known.top
-  rows = _chunks_first(unused, count)
+  normalizer, query_exponent = saved
+  rows = chunks_first(unused, count)
   rows = rows.reshape(*rows.shape[:3], -1, 1)
   if normalizer is not None:
     normalizer = jnp.where(rows.reshape(normalizer.shape), 1.0, normalizer)
-  if top is not None:
-    # So large a divisor leaves nothing of their features.
-    top = jnp.where(rows, -LOWEST, top)
-  return jnp.where(unused, 0, query), Found(out, normalizer, top)
+  if query_exponent is not None:
+    # So large a divisor makes their features zero.
+    query_exponent = jnp.where(rows, -LOWEST, query_exponent)
+  out = jnp.where(unused, 0, out).astype(jnp.float32)
+  saved = Saved(normalizer, query_exponent)
+  return jnp.where(unused, 0, query), out, saved
 
 
-def _in_chunks(x: Array | None, count: int) -> Array | None:
-  """``[B, N, S C, .] -> [B, N, S, C, .]``, S the count of chunks."""
-  if x is None:
-    return None
-  return x.reshape(*x.shape[:2], count, -1, x.shape[-1])
-
-
-def _chunks_first(x: Array, count: int) -> Array:
-  """``[B, N, G, S C, .] -> [B, N, S, G, C, .]``, S the count of chunks."""
-  x = x.reshape(*x.shape[:3], count, -1, x.shape[-1])
-  return jnp.swapaxes(x, 2, 3)
-
-
-def _states(
-  state: State, psi: Array, value: Array, products: Products
-) -> tuple[State, State]:
-  """States before each chunk, ``[B, N, S, ...]``, and after the last."""
-  own = products.keys_times_values(psi, value)
-  kv, last_kv = _running(state.kv, own)
-  rest = state.rest
-  if rest is not None:
-    last_kv, rest = add_exactly(state.kv, jnp.sum(own, axis=2), rest)
-  magnitude = last_magnitude = None
-  if state.magnitude is not None:
-    magnitude, last_magnitude = _running(
-      state.magnitude, jnp.sum(jnp.abs(psi), axis=-2)
-    )
-  return (
-    state._replace(kv=kv, magnitude=magnitude),
-    state._replace(kv=last_kv, magnitude=last_magnitude, rest=rest),
-  )
-
-
-def _running(first: Array, own: Array) -> tuple[Array, Array]:
-  """Sums before each chunk, ``[B, N, S, ...]``, and after the last.
-
-  XLA for CPUs makes a cumulative sum of S chunks by S^2 / 2 additions.
-  """
-  if own.shape[2] == 1:
-    return first[:, :, None], first + own[:, :, 0]
-  return jax.lax.platform_dependent(
-    first, own, cpu=_running_one_by_one, default=_running_at_once
-  )
-
-
-def _running_one_by_one(first, own):
-  add = lambda total, part: (total + part, total)
-  own = jnp.moveaxis(own, 2, 0)
-  last, before = jax.lax.scan(add, first, own, unroll=16)
-  return jnp.moveaxis(before, 0, 2), last
-
-
-def _running_at_once(first, own):
-  first = first[:, :, None]
-  ends = first + jnp.cumsum(own, axis=2)
-  return jnp.concatenate([first, ends[:, :, :-1]], axis=2), ends[:, :, -1]
-
-
-def _with_ones(value: Array) -> Array:
-  """``[..., C, V] -> [..., C, V + 1]``: what the sum of keys is a sum of."""
-  value = in_columns(value.astype(jnp.float32))
-  return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-
-
-def _has_keys(state: State) -> Array:
-  """Whether keys were seen, bool ``[B, N, 1]``; False without exponents."""
-  return jnp.any(state.exponent > LOWEST, axis=-1, keepdims=True)
-
-
-def _sees_new_keys(
-  keep: Array | None, segment: Array | None, count: int, groups: int
-) -> Array:
-  """Whether queries of chunks see keys of these, bool ``[B, 1, S, G C]``."""
-  if keep is None:
-    return jnp.ones((1, 1, 1, 1), bool)
-  visible = keep[..., 0]
-  if segment is None:
-    place = jnp.arange(visible.shape[-1])[None, None]
-    first = jnp.argmax(visible, axis=-1, keepdims=True)
-    visible = jnp.any(visible, axis=-1, keepdims=True) & (place >= first)
-  visible = visible.reshape(*visible.shape[:2], count, -1)
-  return jnp.tile(visible, (1, 1, 1, groups))
-
-
-def _is_zero(phi: Array, top: Array | None) -> Array:
-  """Whether all features of a query are 0, and not for their exponents."""
-  is_zero = jnp.all(phi == 0.0, axis=-1)
-  return is_zero if top is None else is_zero & (top[..., 0] < TOO_LARGE)
-
-
-def _mean(
-  sums: Array,
-  magnitude: Array | None,
-  known: Found | None,
-  products: Products,
-  sees_keys: Array,
-  is_zero: Array | None,
-):
-  """Outputs ``[..., C, V]`` and, of positive maps, the normalizers.
-
-  Both are NaN where keys are seen of whose weights nothing reliable is left.
-
-  Args:
-    sums: of weights times values, and of weights.
-    magnitude: sums of the weights' magnitudes, for signed maps.
-    known: the result, with outputs of that shape.
-    products: see `Products`.
-    sees_keys: bool, broadcastable to ``[..., C]``.
-    is_zero: whether all features of a query are truly 0, ``[..., C]``; None for
-      exponentials.
-  """
-  if magnitude is not None:
-    out = normalise(sums[..., :-1], sums[..., -1], magnitude)
-    is_lost = sees_keys & (magnitude < SMALLEST_NORMALIZER)
-    if is_zero is not None:
-      is_lost &= ~is_zero
-    return jnp.where(is_lost[..., None], jnp.nan, out), None
-  if known is not None:
-    out = known.out.astype(jnp.float32)
-    return products.mean_of_values(sums, (out, known.normalizer))
-  out, normalizer = products.mean_of_values(sums, None)
-  if is_zero is not None:
-    return out, normalizer
-  is_lost = sees_keys & (normalizer < SMALLEST_NORMALIZER)
-  out = jnp.where(is_lost[..., None], jnp.nan, out)
-  return out, jnp.where(is_lost, jnp.nan, normalizer)
-
-
-def _add(state: State, psi: Array, value: Array, products: Products) -> State:
-  """The state with more keys, of the same exponent; values `_with_ones`."""
+def add(how: Pass, state: JoinedState, psi: Array, value: Array) -> JoinedState:
+  """Adds keys ``[B, N, C, F]`` of the state's exponent; values `with_ones`."""
   magnitude = state.magnitude
   if magnitude is not None:
     magnitude = magnitude + jnp.sum(jnp.abs(psi), axis=2)
-  kv, rest = products.keys_times_values(psi, value), state.rest
+  sums, rest = how.products.keys_times_values(psi, value), state.rest
   if rest is None:
-    kv = state.kv + kv
+    sums = state.sums + sums
   else:
-    kv, rest = add_exactly(state.kv, kv, rest)
-  return state._replace(kv=kv, magnitude=magnitude, rest=rest)
+    sums, rest = add_exactly(state.sums, sums, rest)
+  return state._replace(sums=sums, magnitude=magnitude, rest=rest)
 
 
-def _times_magnitude(phi: Array, state: State) -> Array | None:
-  """Sums ``[..., C]`` of normalizers without signs; None for positive maps."""
+def times_magnitude(phi: Array, state: JoinedState) -> Array | None:
+  """Sums ``[..., C]`` of absolute weights; None for positive maps."""
   if state.magnitude is None:
     return None
   return jnp.einsum("...cf,...f->...c", jnp.abs(phi), state.magnitude)
 
 
-def _seen_by(state: State, segment: Array) -> State:
-  """The state as queries of the segments ``[B]`` see it: their own, or empty.
+def has_keys(state: JoinedState) -> Array:
+  """Whether keys were seen, bool ``[B, N, 1]``; False without exponents."""
+  return jnp.any(state.exponent > LOWEST, axis=-1, keepdims=True)
 
-  An empty one has the lowest exponent: what another segment left must not
-  decide what is too small to be kept.
-  """
-  same = (state.segment == segment)[:, None, None]
-  keep = lambda sums: jnp.where(same, sums, 0.0)
-  return state._replace(
-    kv=jnp.where(same[..., None], state.kv, 0.0),
-    magnitude=None if state.magnitude is None else keep(state.magnitude),
-    exponent=jnp.where(same, state.exponent, LOWEST),
-    segment=segment,
-  )
+
+def with_ones(value: Array) -> Array:
+  """``[..., C, V] -> [..., C, V + 1]``: values and a column of ones."""
+  value = in_columns(value.astype(jnp.float32))
+  return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+
+
+def in_chunks(x: Array, count: int) -> Array:
+  """``[B, N, L C, .] -> [B, N, L, C, .]``, L the count of chunks."""
+  return x.reshape(*x.shape[:2], count, -1, x.shape[-1])
+
+
+def chunks_first(x: Array, count: int) -> Array:
+  """``[B, N, G, L C, .] -> [B, N, L, G, C, .]``, L the count of chunks."""
+  x = x.reshape(*x.shape[:3], count, -1, x.shape[-1])
+  return jnp.swapaxes(x, 2, 3)

@@ -11,10 +11,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import spectraformer_jax as sf
-from spectraformer_jax.linear_attention import implementations
-from spectraformer_jax.linear_attention.pallas import gpu as pallas_gpu
-from spectraformer_jax.linear_attention.pallas import implementation as pallas
-from spectraformer_jax.linear_attention.pallas import scan as pallas_scan
+from spectraformer_jax.linear_attention import for_platform, implementations
+from spectraformer_jax.linear_attention.pallas import gpu, scan
+from spectraformer_jax.linear_attention.pallas.implementation import Kernels
 
 PLATFORMS = ("tpu", "gpu")
 # One of two is enough from day to day: both share all but the loop.
@@ -31,7 +30,7 @@ FAMILY = {
 def interpreted(monkeypatch):
   """Both implementations under names of their own, run on this machine."""
   for platform in PLATFORMS:
-    kernels = pallas.Kernels(platform, interpret=True, is_elsewhere=True)
+    kernels = Kernels(platform, interpret=True)
     add(monkeypatch, f"interpreted_{platform}", kernels)
 
 
@@ -174,9 +173,9 @@ def test_values_in_parts(num_heads, is_causal, monkeypatch):
 
   def fit(sizes, asked):
     parts.append(sizes.value_dim)
-    return pallas_scan.Tile(16, sizes.value_dim // 4)
+    return scan.Tile(16, sizes.value_dim // 4)
 
-  monkeypatch.setattr(pallas_gpu, "fit", fit)
+  monkeypatch.setattr(gpu, "fit", fit)
   fm, variables = build(num_heads=num_heads)
   arrays = make(40)
   first, second = ([a[:, :20] for a in arrays], [a[:, 20:] for a in arrays])
@@ -295,7 +294,7 @@ def test_no_races_and_nothing_out_of_bounds(is_causal, monkeypatch, capfd):
     out_of_bounds_reads="raise",
     uninitialized_memory="nan",
   )
-  add(monkeypatch, "checked", pallas.Kernels("tpu", checked, True))
+  add(monkeypatch, "checked", Kernels("tpu", checked))
   fm, variables = build()
   arrays = make(200, batch=1)
   mask = jnp.arange(200)[None] != 3
@@ -361,10 +360,9 @@ def test_another_platform_is_refused_and_falls_back(platform):
 
 
 def test_kernels_of_a_backend_that_jax_removed_are_refused(monkeypatch):
-  package = sys.modules[pallas.__package__]
-  monkeypatch.delattr(package, "pallas_gpu")
-  monkeypatch.setitem(sys.modules, pallas_gpu.__name__, None)
-  add(monkeypatch, "removed", pallas.Kernels("gpu", is_elsewhere=True))
+  monkeypatch.delattr(sys.modules[gpu.__package__], "gpu")
+  monkeypatch.setitem(sys.modules, gpu.__name__, None)
+  add(monkeypatch, "removed", Kernels("gpu", interpret=True))
   with pytest.raises(ValueError, match="this version of JAX does not have"):
     attend("removed")
 
@@ -376,10 +374,7 @@ def test_kernels_are_off_by_default():
 
 @pytest.mark.parametrize("component", ["posrf_hyp", "asderf"])
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_kernels_lower_without_the_hardware(platform, component, monkeypatch):
-  # A name of its own: jit caches by name.
-  name = f"elsewhere_{platform}"
-  add(monkeypatch, name, pallas.Kernels(platform, is_elsewhere=True))
+def test_kernels_lower_without_the_hardware(platform, component):
   options = (
     {"statistics": "constant"} if component in ("saderf", "asderf") else {}
   )
@@ -390,12 +385,14 @@ def test_kernels_lower_without_the_hardware(platform, component, monkeypatch):
   x = jax.ShapeDtypeStruct((1, 512, 2, 32), jnp.bfloat16)
 
   def loss(*arrays):
+    name = f"pallas_{platform}"
     out = attend(name, (fm, variables), arrays, is_causal=True)
     return jnp.sum(out.astype(jnp.float32))
 
   trace = jax.jit(jax.grad(loss, (0, 1, 2))).trace
   if platform == "gpu" and component == "posrf_hyp":
-    with pytest.raises(ValueError, match=r"cannot do \['concatenate'\]"):
+    match = r"cannot do \['concatenate'\]"
+    with for_platform(platform), pytest.raises(ValueError, match=match):
       trace(x, x, x)
     return
   target, call = {
@@ -408,7 +405,7 @@ def test_kernels_lower_without_the_hardware(platform, component, monkeypatch):
   mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
   is_gpu = platform == "gpu"
   on_gpu = jax.sharding.use_abstract_mesh(mesh)
-  with on_gpu if is_gpu else contextlib.nullcontext():
+  with on_gpu if is_gpu else contextlib.nullcontext(), for_platform(platform):
     traced = trace(x, x, x)
     text = traced.lower(lowering_platforms=(target,)).as_text()
   assert text.count(call) >= 2

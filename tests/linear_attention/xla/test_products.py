@@ -1,4 +1,4 @@
-"""Products whose gradients are written by hand, against plain autodiff."""
+"""Operations whose gradients are written by hand, against plain autodiff."""
 
 import functools
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from spectraformer_jax.linear_attention.state import divide
-from spectraformer_jax.linear_attention.xla import products
+from spectraformer_jax.linear_attention.normalize import divide
+from spectraformer_jax.linear_attention.xla import chunks, products
 
 # phi, psi [B, N, C, F]; kv [B, N, F, V]; value [B, N, C, V].
 SHAPES = {"C": 5, "F": 7, "V": 3}
@@ -23,14 +23,6 @@ def draw(*letters, low=None):
   return jax.random.uniform(rng, shape, minval=low)
 
 
-def side_by_side(out, normalizer):
-  return jnp.concatenate([out, normalizer[..., None]], axis=-1)
-
-
-def plain_mean(sums):
-  return side_by_side(sums[..., :-1] / sums[..., -1:], sums[..., -1])
-
-
 CASES = {
   "keys_times_values": (
     products.keys_times_values,
@@ -41,20 +33,6 @@ CASES = {
     products.queries_times_state,
     lambda phi, kv: jnp.einsum("bncf,bnfv->bncv", phi, kv),
     (draw("C", "F"), draw("F", "V")),
-  ),
-  "mean_of_values": (
-    lambda sums: side_by_side(*products.mean_of_values(sums, None)),
-    plain_mean,
-    (draw("C", "F", low=0.5),),
-  ),
-  "mean_of_values, known": (
-    lambda sums: side_by_side(
-      *products.mean_of_values(
-        sums, jax.lax.stop_gradient(products.mean_of_values(sums, None))
-      )
-    ),
-    plain_mean,
-    (draw("C", "F", low=0.5),),
   ),
 }
 
@@ -83,17 +61,39 @@ def test_values_and_gradients(name):
     np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)  # float32 sums
 
 
-def test_no_visible_key_gives_zeros_and_zero_gradients():
-  sums = draw("C", "F", low=0.5).at[0, 1, 2, -1].set(0.0)
-  mean = lambda sums: products.mean_of_values(sums, None)[0]
-  out, gradient = value_and_gradients(mean, (sums,))
-  assert not jnp.any(out[0, 1, 2])
-  assert not jnp.any(gradient[0, 1, 2])
-  expected = value_and_gradients(
-    lambda sums: divide(sums[..., :-1], sums[..., -1:]), (sums,)
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_gradients_of_means(is_signed):
+  sums, d_out = draw("C", "F", low=0.5), draw("C", "F")[..., :-1]
+  magnitude = 1.5 * jnp.abs(sums[..., -1]) if is_signed else None
+  sums = chunks.QuerySums(sums, magnitude)
+  # A query without keys, and one whose weights have underflowed.
+  sums = jax.tree.map(
+    lambda x: x.at[0, 1, 2].set(0.0).at[1, 0, 3].set(0.0), sums
   )
-  for a, e in zip((out, gradient), expected, strict=True):
-    np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+  needs_weight = jnp.ones((2, 3, 5), bool).at[0, 1, 2].set(False)
+  out, normalizer = chunks.mean(sums, needs_weight)
+  assert not jnp.any(out[0, 1, 2])
+  assert jnp.all(jnp.isnan(out[1, 0, 3]))
+  d_out = d_out.at[1, 0, 3].set(0.0)
+  out = jnp.nan_to_num(out)  # as `unless_unused` does where d_out is 0
+  if normalizer is not None:
+    normalizer = jnp.nan_to_num(normalizer, nan=1.0)
+  actual = chunks.mean_vjp(sums, needs_weight, out, normalizer, d_out)
+
+  def plain(sums):
+    numerator, normalizer = sums.sums[..., :-1], sums.sums[..., -1:]
+    if sums.magnitude is not None:
+      floor = 1e-6 * sums.magnitude[..., None]
+      normalizer = jnp.where(normalizer < floor, floor, normalizer)
+    return divide(numerator, normalizer)
+
+  expected = jax.vjp(plain, sums)[1](d_out)[0]
+  assert not jnp.any(actual.sums[0, 1, 2])
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    actual,
+    expected,
+  )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

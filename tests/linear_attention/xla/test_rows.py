@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import spectraformer_jax as sf
-from spectraformer_jax.linear_attention.xla import blocks
-from tests.linear_attention.engine_cases import assert_close, build, make, run
+from spectraformer_jax.linear_attention.xla import plan
+from tests.linear_attention.helpers import assert_close, build, make, run
 
 BLOCK = 16
 
@@ -17,23 +17,24 @@ BLOCK = 16
 def by_row(monkeypatch):
   """Rows of 16 positions and more are taken one at a time."""
   jax.clear_caches()
-  sizes = blocks.SIZES["cpu"]._replace(block=BLOCK, by_row=True)
-  monkeypatch.setitem(blocks.SIZES, "cpu", sizes)
+  sizes = plan.SIZES["cpu"]._replace(block=BLOCK, is_by_row=True)
+  monkeypatch.setitem(plan.SIZES, "cpu", sizes)
   yield
   jax.clear_caches()
 
 
 @pytest.mark.parametrize(
-  ("length", "positions"), [(16, 16), (31, 31), (32, 16), (100, 17)]
+  ("length", "size"), [(16, 16), (31, 31), (32, 16), (100, 17)]
 )
-def test_a_block_is_no_shorter_than_asked_and_little_is_padded(
-  length, positions
+def test_blocks_are_at_least_of_the_planned_size_and_little_is_padded(
+  length, size
 ):
-  cut = blocks.best_cut(None, (2, length, 3, 4))
-  assert (cut.positions, cut.by_row) == (positions, True)
-  assert -length % positions < 4
-  assert not blocks.best_cut(None, (2, BLOCK - 1, 3, 4)).by_row
-  assert not blocks.best_cut(7, (2, length, 3, 4)).by_row
+  sizes = {"num_devices": 1, "platform": "cpu"}
+  planned = plan.plan_blocks(length, 6, None, **sizes)
+  assert planned[::2] == (size, True)
+  assert -length % size < 4
+  assert not plan.plan_blocks(BLOCK - 1, 6, None, **sizes).is_by_row
+  assert not plan.plan_blocks(length, 6, 7, **sizes).is_by_row
 
 
 @pytest.mark.parametrize("component", ["posrf", "trigrf", "oprf"])

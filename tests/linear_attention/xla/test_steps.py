@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from spectraformer_jax.linear_attention.xla import blocks, chunks
-from tests.linear_attention.engine_cases import (
+from spectraformer_jax.linear_attention.xla import plan, steps
+from tests.linear_attention.helpers import (
   CAUSAL,
   assert_close,
   build,
@@ -19,15 +19,15 @@ CHUNK = 12
 
 
 @pytest.fixture(params=[(3, 1), (4, 16), (9, 1)], ids=lambda p: f"{p[0]}x")
-def together(request, monkeypatch):
-  """Chunks a step for 4 rows, and steps between two states that are kept."""
-  count, steps = request.param
+def chunks_per_step(request, monkeypatch):
+  """Sets the chunks of a step of 4 rows, and the steps between saved states."""
+  count, num_steps = request.param
   jax.clear_caches()
   length = CHUNK * count
-  sizes = blocks.Sizes(
-    chunk=CHUNK, step=4 * length, stride=steps * length, block=2048
+  sizes = plan.Sizes(
+    chunk=CHUNK, step=4 * length, stride=num_steps * length, block=2048
   )
-  monkeypatch.setitem(blocks.SIZES, "cpu", sizes)
+  monkeypatch.setitem(plan.SIZES, "cpu", sizes)
   yield count
   jax.clear_caches()
 
@@ -35,9 +35,11 @@ def together(request, monkeypatch):
 @pytest.mark.parametrize("component", CAUSAL)
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.quick_every(5)
-def test_values_and_gradients_equal_the_reference(component, heads, together):
-  key = jnp.zeros((2, 100, 2, 4))
-  assert blocks.step_size(None, key) == (CHUNK, together)
+def test_values_and_gradients_equal_the_reference(
+  component, heads, chunks_per_step
+):
+  planned = plan.plan_causal(100, 4, None, is_packed=False, platform="cpu")
+  assert planned[:2] == (CHUNK, -(-9 // -(-9 // chunks_per_step)))
   fm, variables = build(component, **CAUSAL[component])
   arrays = make(100, heads=heads, scale=0.5)
   mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, 100))
@@ -55,7 +57,7 @@ def test_values_and_gradients_equal_the_reference(component, heads, together):
   assert_close(actual, expected, 2e-2 if component == "trigrf" else 5e-5)
 
 
-def test_the_future_changes_no_bit(together):
+def test_the_future_changes_no_bit(chunks_per_step):
   fm, variables = build()
   arrays = make(100, scale=3.0)
   other = [a.at[:, 50:].multiply(-7.0) for a in arrays]
@@ -73,7 +75,7 @@ def test_the_future_changes_no_bit(together):
   assert float(jnp.abs(after - before).max()) > 0.0
 
 
-def test_the_state_equals_that_of_single_chunks(together):
+def test_the_state_equals_that_of_single_chunks(chunks_per_step):
   fm, variables = build()
   kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
 
@@ -104,8 +106,8 @@ def test_sums_of_chunks_one_by_one_equal_those_at_once(count):
 
   # A sum of 20 normal numbers, each rounded to 6e-8 of it.
   assert_close(
-    run(chunks._running_one_by_one), run(chunks._running_at_once), 1e-5
+    run(steps._running_one_by_one), run(steps._running_at_once), 1e-5
   )
-  before, last = chunks._running(first, own)
+  before, last = steps._running(first, own)
   np.testing.assert_array_equal(before[:, :, 0], first)
   np.testing.assert_allclose(last, first + own.sum(2), atol=1e-5)

@@ -1,0 +1,44 @@
+"""Division of a query's sums by its normalizer."""
+
+import jax.numpy as jnp
+
+from spectraformer_jax.linear_attention.exponents import (
+  exponent_of,
+  power_of_two,
+)
+from spectraformer_jax.typing import Array
+
+# A signed normalizer is at least this fraction of the same sum of magnitudes:
+# float32 sums leave about as much of a value that should be zero.
+SIGNED_FLOOR = 1e-6
+
+
+def normalize(
+  numerator: Array, normalizer: Array, magnitude: Array | None
+) -> Array:
+  """Returns ``numerator / normalizer``, and zeros where no key is seen.
+
+  Args:
+    numerator: sums of weights times values, ``[..., V]``.
+    normalizer: sums of weights, ``[...]``.
+    magnitude: sums of absolute weights ``[...]`` for signed maps, to keep the
+      normalizer away from zero; None for positive maps.
+  """
+  if magnitude is not None:
+    sign = jnp.where(normalizer < 0.0, -1.0, 1.0)
+    normalizer = sign * jnp.maximum(
+      jnp.abs(normalizer), SIGNED_FLOOR * magnitude
+    )
+  return divide(numerator, normalizer[..., None])
+
+
+def divide(numerator: Array, normalizer: Array) -> Array:
+  """Returns ``numerator [..., V] / normalizer [..., 1]``, and zeros for 0 / 0.
+
+  The normalizer is scaled to between 1 and 2 first, because the gradient
+  divides by its square.
+  """
+  sees_keys = normalizer != 0.0
+  factor = power_of_two(-exponent_of(normalizer))
+  normalizer = jnp.where(sees_keys, normalizer * factor, 1.0)
+  return jnp.where(sees_keys, (numerator * factor) / normalizer, 0.0)

@@ -1,0 +1,184 @@
+"""Features of chunks, scaled by powers of two so that float32 can hold them.
+
+A key feature is divided by ``2 ** exponent``, the largest power of two of that
+feature among the keys so far. Queries multiply by it again, and divide by the
+largest power among their own features, which cancels in the output.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.linear_attention.exponents import (
+  KEY_EXPONENT,
+  LOWEST,
+  LOWEST_SEEN,
+  QUERY_EXPONENT,
+  power_of_two,
+  split,
+  whole_exponent,
+)
+from spectraformer_jax.linear_attention.inputs import FeatureFn, Features
+from spectraformer_jax.linear_attention.layouts import in_columns, once
+from spectraformer_jax.linear_attention.xla.products import Products
+from spectraformer_jax.typing import Array, PyTree
+
+
+def map_chunks(
+  feature_map: FeatureFn, constants: PyTree, x: Array, position: Array
+) -> Features:
+  """Returns unscaled features ``[B, N, L, C, F]`` of L chunks.
+
+  Args:
+    feature_map: of queries or keys.
+    constants: its variables.
+    x: ``[B, N, L, C, H]``.
+    position: of the first token of each chunk, ``[L]``.
+  """
+  if x.shape[2] == 1:
+    # With an axis of size 1 XLA for CPUs lays out products worse: 6 % of the
+    # causal time (docs/decisions/08-tpu-layouts.md).
+    features = feature_map(constants, x[:, :, 0], position[0])
+    features = jax.tree.map(lambda leaf: leaf[:, :, None], features)
+  else:
+    of_chunks = jax.vmap(feature_map, in_axes=(None, 2, 0), out_axes=2)
+    features = of_chunks(constants, x, position)
+  if features.log_magnitude is None:
+    return features
+  return features._replace(log_magnitude=in_columns(features.log_magnitude))
+
+
+def key_exponents(
+  features: Features,
+  exponent: Array,
+  key_mask: Array | None,
+  segment: Array | None = None,
+) -> Array:
+  """Returns the exponents of the state after some keys.
+
+  Args:
+    features: of the keys, ``[B, N, L, C, F]``.
+    exponent: of the state before them, ``[B, N, F or 1]``.
+    key_mask: ``[B, 1, L, C, 1]`` bool, or None.
+    segment: ids ``[B, C]`` of packed rows in one chunk, not decreasing; the
+      state belongs to the first.
+
+  Returns:
+    ``[B, N, F or 1]``; with `segment`, those of each position's segment,
+    ``[B, N, C, F or 1]``.
+  """
+  if segment is not None:
+    is_first = (segment == segment[:, :1])[:, None, :, None]
+    exponent = jnp.where(is_first, exponent[:, :, None], LOWEST)
+  if features.log_magnitude is None:
+    return exponent
+  visible = jax.lax.stop_gradient(features.log_magnitude)
+  hidden = jnp.finfo(visible.dtype).min
+  if key_mask is not None:
+    visible = jnp.where(key_mask, visible, hidden)
+  if segment is None:
+    largest = jnp.max(visible, axis=(2, 3))
+  else:
+    largest = max_in_segments(visible[:, :, 0], segment)
+  is_hidden = largest <= hidden
+  largest = jnp.where(is_hidden, LOWEST, jnp.maximum(largest, LOWEST_SEEN))
+  return once(jnp.maximum(exponent, whole_exponent(largest)))
+
+
+def max_in_segments(x: Array, segment: Array) -> Array:
+  """Returns the largest of ``x [B, N, C, F]`` in each position's segment.
+
+  Args:
+    x: numbers.
+    segment: ids ``[B, C]``, not decreasing.
+  """
+  length = x.shape[2]
+  for side in (1, -1):
+    distance = 1
+    while distance < length:
+      # Equal ids at this distance have only equal ids in between.
+      moved = jnp.roll(segment, side * distance, axis=1)
+      place = jnp.arange(length)[::side]
+      same = (moved == segment) & (place >= distance)[None]
+      other = jnp.roll(x, side * distance, axis=2)
+      x = jnp.where(same[:, None, :, None], jnp.maximum(x, other), x)
+      distance *= 2
+  return x
+
+
+def scale_keys(
+  features: Features,
+  exponent: Array,
+  key_mask: Array | None,
+  products: Products,
+) -> Array:
+  """Returns psi ``[B, N, L, C, F]``, relative to the exponents.
+
+  Args:
+    features: from `map_chunks`.
+    exponent: from `key_exponents`.
+    key_mask: ``[B, 1, L, C, 1]`` bool, or None; hidden keys get zeros.
+    products: see `Products`.
+  """
+  if features.log_magnitude is None:
+    psi = features.factor
+  else:
+    psi, own = split(features.log_magnitude)
+    below = jnp.minimum(own - _of_positions(exponent), 0.0)
+    psi = psi * power_of_two(below + KEY_EXPONENT)
+    psi = products.exponential(features.log_magnitude, psi)
+    if features.factor is not None:
+      psi = psi * features.factor
+  return psi if key_mask is None else jnp.where(key_mask, psi, 0.0)
+
+
+def query_exponents(features: Features, exponent: Array) -> Array | None:
+  """Returns the largest exponent of each query, ``[B, N, L, G C, 1]``.
+
+  Args:
+    features: ``[B, N, L, G C, F]``.
+    exponent: of the sums that all queries read, ``[B, N, F or 1]``, or that
+      each of them reads, ``[B, N, G C, F or 1]``.
+
+  Returns:
+    The exponents, which take no gradient; None for plain features.
+  """
+  if features.log_magnitude is None:
+    return None
+  fixed = jax.lax.stop_gradient(features.log_magnitude)
+  products = fixed + _of_positions(exponent) * math.log(2.0)
+  return once(whole_exponent(jnp.max(products, axis=-1, keepdims=True)))
+
+
+def scale_queries(
+  features: Features,
+  exponent: Array,
+  query_exponent: Array | None,
+  products: Products,
+) -> Array:
+  """Returns phi ``[B, N, L, G C, F]``, relative to each query's exponent.
+
+  Args:
+    features: ``[B, N, L, G C, F]``.
+    exponent: see `query_exponents`.
+    query_exponent: from `query_exponents`.
+    products: see `Products`.
+  """
+  if features.log_magnitude is None:
+    return features.factor
+  assert query_exponent is not None  # as `query_exponents` gives it
+  phi, own = split(features.log_magnitude)
+  # The exponent of an empty state is too low to be subtracted exactly: what
+  # comes out may be above QUERY_EXPONENT and is cut off.
+  scale = own + _of_positions(exponent) - query_exponent + QUERY_EXPONENT
+  phi = phi * power_of_two(scale, QUERY_EXPONENT + 8.0)
+  phi = products.exponential(features.log_magnitude, phi)
+  return phi if features.factor is None else phi * features.factor
+
+
+def _of_positions(exponent: Array) -> Array:
+  """Adds axes: ``[B, N, F] -> [B, N, 1, 1, F]``, or ``[B, N, 1, C, F]``."""
+  if exponent.ndim == 3:
+    exponent = exponent[:, :, None]
+  return exponent[:, :, None]

@@ -1,0 +1,42 @@
+"""Attention in plain XLA: packed rows, causal, or every key."""
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.linear_attention.inputs import Call, Inputs
+from spectraformer_jax.linear_attention.state import State
+from spectraformer_jax.linear_attention.xla import bidirectional, blocks
+from spectraformer_jax.linear_attention.xla.causal import causal
+from spectraformer_jax.linear_attention.xla.segments import packed
+from spectraformer_jax.typing import Array
+
+
+def attend(call: Call) -> tuple[Array, State]:
+  """Maps and attends; see `Implementation`.
+
+  With segments the state is returned as it was: sums of segments are no state.
+  """
+  state, inputs = call.state, call.inputs
+  if inputs.segment_ids is not None:
+    return packed(call, inputs.segment_ids), state
+  if not call.is_causal:
+    state = bidirectional.accumulate(call)
+    return bidirectional.read(call._replace(state=state), jnp.asarray(0)), state
+  length, num_keys = inputs.query.shape[1], inputs.key.shape[1]
+  if length == num_keys:
+    return causal(call)
+  # The causal triangle starts at the top left, whatever T and S are.
+  both = min(length, num_keys)
+  keys = inputs.key, inputs.value, inputs.key_mask
+  key, value, key_mask = jax.tree.map(lambda x: x[:, :both], keys)
+  # Queries from S on see all keys: those that follow are padding.
+  padded = blocks.pad_keys(key, value, key_mask, length)
+  earlier = Inputs(inputs.query, *padded, None)
+  out, state = causal(call._replace(inputs=earlier))
+  state = state._replace(length=call.state.length + both)
+  if both < num_keys:
+    # Keys from T on are seen by no query, but belong to the state.
+    key, value, key_mask = jax.tree.map(lambda x: x[:, both:], keys)
+    later = Inputs(inputs.query, key, value, key_mask, None)
+    state = bidirectional.accumulate(call._replace(state=state, inputs=later))
+  return out, state
