@@ -120,7 +120,7 @@ def hoist(
     if var.aval.dtype != jnp.float32 or len(var.aval.shape) > 2:
       return f"it needs a constant of type {var.aval.str_short()} on chip"
   first = _first_equal(before)
-  unique = list(dict.fromkeys(first.get(var, var) for var in wanted))
+  unique: list[Any] = list(dict.fromkeys(first.get(v, v) for v in wanted))
   known = _function(
     traced.jaxpr, before, [*inputs, *traced.jaxpr.constvars], unique
   )
