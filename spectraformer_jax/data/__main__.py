@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs a command."""
+  """Runs the command that the first argument names; returns its exit status."""
   return commands.run(PACKAGE, COMMANDS, argv)
 
 

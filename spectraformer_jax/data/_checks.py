@@ -12,7 +12,7 @@ from spectraformer_jax.registry import nearest
 
 
 def check_int(name: str, number: Any, low: int) -> int:
-  """`number` as an int; ValueError unless it is one of at least `low`."""
+  """Returns `number` as an int; raises ValueError if it is below `low`."""
   try:
     integer = operator.index(number)
   except TypeError:
@@ -23,6 +23,6 @@ def check_int(name: str, number: Any, low: int) -> int:
 
 
 def check_choice(name: str, choice: Any, known: Iterable[str]) -> None:
-  """ValueError with the nearest known one unless `choice` is known."""
+  """Raises ValueError, naming the nearest choice, unless `choice` is known."""
   if choice not in tuple(known):  # anything can be looked for in a tuple
     raise ValueError(f"Unknown {name} {choice!r}.{nearest(choice, known)}")

@@ -1,4 +1,4 @@
-"""Batches of numpy arrays, in an order that (seed, epoch) alone decides."""
+"""Batches of numpy arrays, in an order that depends on (seed, epoch) only."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,45 +14,46 @@ Batch = dict[str, np.ndarray]
 
 
 class _Plan(NamedTuple):
-  """An epoch: examples in order, and the padded length of each batch."""
+  """The order of an epoch's examples, and the padded length of each batch."""
 
   order: np.ndarray
   lengths: np.ndarray
 
 
 class Batches(Iterator[Batch]):
-  """Iterates over a dataset in batches of one shape, or of few.
+  """Iterates over a dataset in batches of one shape, or of one per bucket.
 
   A batch holds, for b = global_batch / hosts rows:
 
   * ``tokens`` [b, length]: ids, padded with 0 on the right; uint8, or uint16
-    where the vocabulary needs it. Padding is told by ``length``, never by id.
+    where the vocabulary needs it. Only ``length`` tells which are padding.
   * ``length`` [b] int32: real tokens of each row.
   * ``tokens_2``, ``length_2``: the second sequence, for pairs.
   * ``label`` [b] int32.
-  * ``weight`` [b] float32: 1, or 0 for rows that only fill the last batch up.
-    Such a row repeats the last example, so that it is valid input.
+  * ``weight`` [b] float32: 1, or 0 for a row that only completes the last
+    batch. Such a row repeats the last example, so that it is valid input.
 
-  Training goes on for ever, each epoch in a new order, and drops the
-  incomplete batch at the end of an epoch. Evaluation is one pass in the
-  order of the dataset which counts every example once.
+  Training never ends: each epoch has a new order and drops the incomplete
+  batch at its end. Evaluation is one pass in the order of the dataset, which
+  counts every example once.
 
-  With `buckets` a batch holds examples of about the same length and is padded
-  to the next bucket only. What is left over in a bucket goes into the next, so
-  an epoch has as many batches and examples as without; the order is still that
-  of (seed, epoch), and evaluation goes from short to long.
+  With `buckets`, a batch holds examples of similar lengths and is padded to the
+  next bucket. Examples that do not fill a batch of their bucket move to the
+  next bucket, so an epoch has as many batches and examples as without buckets.
+  The order still depends on (seed, epoch) only; evaluation goes from short
+  examples to long ones.
 
   Host h of H gets rows ``[h b, (h + 1) b)`` of every global batch, so the
   global order does not depend on the number of hosts, nor does the state.
 
   Args:
-    dataset: what to iterate over.
-    global_batch: rows over all hosts; a multiple of `hosts`.
-    seed: of the order, below 2**64; evaluation has no use for it.
-    train: endless and shuffled, or one pass in order.
+    dataset: the examples.
+    global_batch: number of rows over all hosts; a multiple of `hosts`.
+    seed: of the order, below 2**64; unused in evaluation.
+    train: True for endless, shuffled epochs; False for one pass in order.
     host: this host's index.
-    hosts: how many there are.
-    state: where to go on, from :meth:`state`; None for the start.
+    hosts: number of hosts.
+    state: position to resume from, of :meth:`state`; None: the start.
     pad_to_multiple: the padded length is ``dataset.length`` rounded up to a
       multiple of this.
     buckets: shorter lengths to pad to, rising; each rounded up likewise. The
@@ -84,7 +85,7 @@ class Batches(Iterator[Batch]):
     state: Mapping[str, Any] | None = None,
     pad_to_multiple: int = 1,
     buckets: Sequence[int] = (),
-  ):
+  ) -> None:
     self.dataset = dataset
     self.global_batch = check_int("global_batch", global_batch, 1)
     self.seed = check_seed("seed", seed)
@@ -109,23 +110,24 @@ class Batches(Iterator[Batch]):
     rounded = len(dataset) if train else len(dataset) + global_batch - 1
     self.steps_per_epoch = rounded // global_batch
     self._epoch, self._step = 0, 0
-    self._plan, self._plan_epoch = None, None
+    self._plan: _Plan | None = None
+    self._plan_epoch = -1
     if state is not None:
       self._restore(state)
 
   def state(self) -> dict[str, Any]:
-    """What resumes after the batch returned last; json-able.
+    """Returns the position after the last returned batch, as json values.
 
-    ``epoch`` and ``step`` (batches of the epoch already returned) say where;
-    ``seed``, ``global_batch``, ``buckets`` and ``fingerprint`` are checked on
-    resuming.
+    ``epoch`` and ``step`` (number of returned batches of the epoch) are the
+    position; ``seed``, ``global_batch``, ``buckets`` and ``fingerprint`` are
+    compared on resuming.
     """
     return {"epoch": self._epoch, "step": self._step} | self._identity()
 
   def __next__(self) -> Batch:
     if self._step == self.steps_per_epoch:
       raise StopIteration
-    if self._plan_epoch != self._epoch:
+    if self._plan is None or self._plan_epoch != self._epoch:
       self._plan, self._plan_epoch = self._make_plan(), self._epoch
     first = self._step * self.global_batch + self._host * self._rows
     ranks = np.arange(first, first + self._rows)
@@ -139,43 +141,40 @@ class Batches(Iterator[Batch]):
     return batch
 
   def _make_plan(self) -> "_Plan":
-    """The order of this epoch, and how long its batches are."""
+    """Returns the plan of the current epoch."""
     size, steps = self.global_batch, self.steps_per_epoch
     order = np.arange(len(self.dataset))
     if self.train:
       order = epoch_order(len(order), self.seed, self._epoch)[: steps * size]
     if len(self.lengths) == 1:
       return _Plan(order, np.full(steps, self.length))
-    longest = np.diff(self.dataset.offsets)
-    if self.dataset.pair:
-      longest = np.maximum(longest, np.diff(self.dataset.offsets_2))
+    lengths_by_name = [
+      np.diff(offsets) for _, _, offsets in self.dataset.sequences()
+    ]
+    longest = np.max(lengths_by_name, axis=0)
     bucket = np.searchsorted(self.lengths, longest[order])
-    # Filled from the shortest up, whatever bucket a batch begins in: what is
-    # left over in one then stands at the start of a batch of the next.
+    # Sorted by bucket, so a batch that a bucket cannot fill continues with the
+    # next longer bucket, whose length it gets.
     by_bucket = np.argsort(bucket, kind="stable")
     order, bucket = order[by_bucket], bucket[by_bucket]
     ends = np.minimum(np.arange(1, steps + 1) * size, len(order)) - 1
     lengths = np.asarray(self.lengths)[bucket[ends]]
     if self.train:
-      # Words apart from those that order the examples.
+      # A second stream: the first one orders the examples.
       shuffled = epoch_order(steps, self.seed, 2**63 + self._epoch)
       order = order.reshape(steps, size)[shuffled].ravel()
       lengths = lengths[shuffled]
     return _Plan(order, lengths)
 
   def _gather(self, indices: np.ndarray, width: int) -> Batch:
-    """The examples at these indices, padded to `width`."""
-    data = self.dataset
+    """Returns the examples at `indices`, padded to `width` tokens."""
     batch = {}
-    batch["tokens"], batch["length"] = self._pad(
-      data.tokens, data.offsets, indices, width
-    )
-    if data.pair:
-      batch["tokens_2"], batch["length_2"] = self._pad(
-        data.tokens_2, data.offsets_2, indices, width
+    for name, tokens, offsets in self.dataset.sequences():
+      length_name = name.replace("tokens", "length")
+      batch[name], batch[length_name] = self._pad(
+        tokens, offsets, indices, width
       )
-    batch["label"] = data.labels[indices]
-    return batch
+    return batch | {"label": self.dataset.labels[indices]}
 
   def _pad(
     self,
@@ -184,7 +183,7 @@ class Batches(Iterator[Batch]):
     indices: np.ndarray,
     width: int,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [rows, width] and lengths [rows]."""
+    """Returns ids ``[rows, width]`` and lengths ``[rows]``."""
     padded = np.zeros((len(indices), width), self.dataset.id_dtype)
     starts, ends = offsets[indices], offsets[indices + 1]
     lengths = (ends - starts).astype(np.int32)
@@ -198,7 +197,7 @@ class Batches(Iterator[Batch]):
     return padded, lengths
 
   def _identity(self) -> dict[str, Any]:
-    """What a state must share with the iterator that resumes from it."""
+    """Returns the values that a state must share with its iterator."""
     return {
       "seed": self.seed,
       "global_batch": self.global_batch,
@@ -207,7 +206,7 @@ class Batches(Iterator[Batch]):
     }
 
   def _restore(self, state: Mapping[str, Any]) -> None:
-    """Goes to a saved place after checking that it means the same here."""
+    """Goes to the position in `state`, if it belongs to this order."""
     for name, here in self._identity().items():
       if state.get(name) != here:
         raise ValueError(
@@ -229,7 +228,7 @@ class Batches(Iterator[Batch]):
 def _padded_lengths(
   buckets: Sequence[int], longest: int, multiple: int
 ) -> list[int]:
-  """All lengths that batches have, rising."""
+  """Returns the padded lengths that batches may have, in rising order."""
   lengths = [
     -(-check_int("buckets", bucket, 1) // multiple) * multiple
     for bucket in buckets
@@ -244,13 +243,13 @@ def _padded_lengths(
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-  """The order of an epoch: ranks of raw Philox words keyed by (seed, epoch).
+  """Returns the order of an epoch: the ranks of Philox words for (seed, epoch).
 
   The raw words are fixed by the algorithm, so the order is the same in every
   version of numpy.
 
   Args:
-    num_examples: how many there are.
+    num_examples: number of examples.
     seed: below 2**64.
     epoch: below 2**64.
 

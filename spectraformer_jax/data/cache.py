@@ -1,4 +1,4 @@
-"""The token cache: each split of each task is built once and mapped after that.
+"""The token cache: builds each split of a task once, then memory-maps it.
 
 A split is a folder ``<cache>/<name>-<tokenizer>-<hash of the facts>/<split>/``:
 
@@ -8,8 +8,8 @@ A split is a folder ``<cache>/<name>-<tokenizer>-<hash of the facts>/<split>/``:
 * ``tokens_2.npy``, ``offsets_2.npy``: for tasks of pairs.
 * ``meta.json``: format, facts, counts, fingerprint, tables of the baselines.
 
-It is written under a temporary name and renamed when complete. Of two processes
-that build the same split the first to finish wins and both use its folder.
+A folder is written under a temporary name and renamed when complete. If two
+processes build the same split, both use the folder of the first to finish.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ from spectraformer_jax.data.source import ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
 
 FORMAT = 1
-"""To be raised when the layout changes: older folders are then not found."""
+"""Increase it when the layout changes, so that older folders are not read."""
 
 
 def default_cache_dir() -> pathlib.Path:
-  """``$SPECTRAFORMER_DATA``, or ``~/.cache/spectraformer_jax``."""
+  """Returns ``$SPECTRAFORMER_DATA``, or ``~/.cache/spectraformer_jax``."""
   named = os.environ.get("SPECTRAFORMER_DATA")
   return as_path("$SPECTRAFORMER_DATA", named or "~/.cache/spectraformer_jax")
 
 
 def cache_root(cache_dir: str | os.PathLike | None) -> pathlib.Path:
-  """The root of the cache: `cache_dir`, or where None leaves it."""
+  """Returns the root of the cache: `cache_dir`, or the default for None."""
   if cache_dir is None:
     return default_cache_dir()
   root = as_path("cache_dir", cache_dir)
@@ -55,7 +55,7 @@ def cache_root(cache_dir: str | os.PathLike | None) -> pathlib.Path:
 def split_folder(
   source: Source, split: str, cache_dir: str | os.PathLike | None = None
 ) -> pathlib.Path:
-  """Where a split is kept, built or not."""
+  """Returns the folder of a split, which need not exist yet."""
   facts = json.dumps([FORMAT, source.facts()], sort_keys=True)
   key = hashlib.sha256(facts.encode()).hexdigest()[:8]
   root = cache_root(cache_dir)
@@ -68,7 +68,7 @@ def load_split(
   cache_dir: str | os.PathLike | None = None,
   progress: ReportProgress | None = None,
 ) -> Dataset:
-  """Opens a split, after building it if the cache lacks it.
+  """Opens a split; builds it first if the cache lacks it.
 
   Args:
     source: the task.
@@ -77,8 +77,8 @@ def load_split(
     progress: called while a split is built.
 
   Returns:
-    The dataset, its tokens mapped from disk and checked against their hash. Its
-    baselines are fitted on the training split, which is built too.
+    The dataset, with its tokens mapped from disk and compared with their hash.
+    Its baselines are fitted on the training split, which is built too.
 
   Raises:
     ValueError: if the task has no such split, or its folder is damaged.
@@ -102,8 +102,13 @@ def load_split(
   return dataset
 
 
-def _ensure(source, split, cache_dir, progress) -> pathlib.Path:
-  """The folder of a split, built first if it is not there."""
+def _ensure(
+  source: Source,
+  split: str,
+  cache_dir: str | os.PathLike | None,
+  progress: ReportProgress | None,
+) -> pathlib.Path:
+  """Returns the folder of a split; builds the split if it does not exist."""
   folder = split_folder(source, split, cache_dir)
   if not folder.exists():
     (group,) = [group for group in source.passes if split in group]
@@ -117,7 +122,7 @@ def _build(
   root: pathlib.Path,
   progress: ReportProgress,
 ) -> None:
-  """Builds the splits of one pass beside their place, then moves them."""
+  """Builds the splits of one pass in temporary folders, then renames them."""
   unique = f"{os.getpid()}-{secrets.token_hex(4)}"
   folders = {split: root / f".{split}-{unique}" for split in group}
   writers: dict[str, Writer] = {}
@@ -139,7 +144,7 @@ def _build(
 
 
 def _publish(folder: pathlib.Path, destination: pathlib.Path) -> None:
-  """Renames a complete folder, unless another process was first."""
+  """Renames a complete folder, unless another process did so before."""
   try:
     folder.rename(destination)
   except OSError:
@@ -150,7 +155,7 @@ def _publish(folder: pathlib.Path, destination: pathlib.Path) -> None:
 def _describe(
   source: Source, split: str, folder: pathlib.Path
 ) -> dict[str, Any]:
-  """The content of meta.json."""
+  """Returns the content of meta.json."""
   dataset = _read_arrays(folder, source, split, {})
   return {
     "format": FORMAT,
@@ -175,7 +180,7 @@ def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
 def _read_arrays(
   folder: pathlib.Path, source: Source, split: str, figures: dict[str, float]
 ) -> Dataset:
-  """The dataset whose arrays lie in a folder; hashes them."""
+  """Returns the dataset whose arrays lie in `folder`, and hashes them."""
   arrays = {}
   for suffix in ("", "_2") if source.pair else ("",):
     name = f"tokens{suffix}"
@@ -183,19 +188,21 @@ def _read_arrays(
     # A plain view of the map: slicing np.memmap itself is slow.
     arrays[name] = np.asarray(tokens)
     name = f"offsets{suffix}"
-    arrays[name] = np.array(_open_column(folder / f"{name}.npy", np.int64))
-  labels = np.array(_open_column(folder / "labels.npy", np.int32))
+    arrays[name] = np.array(
+      _open_column(folder / f"{name}.npy", np.dtype(np.int64))
+    )
+  labels = np.array(_open_column(folder / "labels.npy", np.dtype(np.int32)))
   return Dataset(
     **source.facts(), split=split, labels=labels, baselines=figures, **arrays
   )
 
 
 def _open_column(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
-  """An array of the cache, mapped; ValueError unless it is as it should be."""
+  """Maps an array; raises ValueError unless it has one axis of type `dtype`."""
   array = open_array(path)
   if array.ndim != 1 or array.dtype != dtype:
     raise ValueError(
-      f"{path.name} must have one axis of {np.dtype(dtype)}, got "
+      f"{path.name} must have one axis of {dtype}, got "
       f"{array.dtype} {array.shape}"
     )
   return array
@@ -203,10 +210,10 @@ def _open_column(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
 
 @contextlib.contextmanager
 def _damage_explained(folder: pathlib.Path) -> Iterator[None]:
-  """Turns what a broken file raises into one message that says what to do."""
+  """Turns any error of a damaged file into the advice to delete the folder."""
   try:
     yield
-  # Nearly anything, as anything may be in meta.json.
+  # meta.json may hold anything, so reading it may raise nearly anything.
   except Exception as error:
     if isinstance(error, PermissionError):
       raise

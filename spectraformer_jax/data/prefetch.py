@@ -12,14 +12,15 @@ _POLL_SECONDS = 0.1
 
 
 class Prefetch(Iterator[Batch]):
-  """Keeps the next batches ready.
+  """Prepares the next batches in a thread.
 
-  Same batches, same order and same :meth:`state` as the iterator inside, which
-  must not be used by anybody else any more. Use it in a ``with`` block, or call
-  :meth:`close`; if neither happens the thread ends once this object is gone.
+  Returns the batches of the wrapped iterator in the same order, with the same
+  :meth:`state`; the wrapped iterator must not be used otherwise. Use it in a
+  ``with`` block, or call :meth:`close`; otherwise the thread ends when this
+  object is garbage-collected.
 
   Args:
-    batches: the iterator to run ahead of.
+    batches: the wrapped iterator.
 
   Example:
     >>> from spectraformer_jax.data import Dataset
@@ -31,12 +32,12 @@ class Prefetch(Iterator[Batch]):
     1
   """
 
-  def __init__(self, batches: Batches):
+  def __init__(self, batches: Batches) -> None:
     self._state = batches.state()
     self._ready: queue.Queue = queue.Queue(maxsize=2)
     self._stop = threading.Event()
     self._end: BaseException | None = None
-    # The thread must not hold `self`, or it would never be collected.
+    # The thread must not refer to `self`, which would never be collected.
     self._thread = threading.Thread(
       target=_produce,
       args=(batches, self._ready, self._stop),
@@ -47,11 +48,11 @@ class Prefetch(Iterator[Batch]):
     self._thread.start()
 
   def state(self) -> dict[str, Any]:
-    """The state after the batch returned last, see :meth:`Batches.state`."""
+    """Returns the state after the last returned batch, see `Batches.state`."""
     return dict(self._state)
 
   def __next__(self) -> Batch:
-    """The next batch; raises what the iterator inside raised."""
+    """Returns the next batch; raises the error of the wrapped iterator."""
     if self._end is None:
       item = self._ready.get()
       if isinstance(item, BaseException):
@@ -62,7 +63,7 @@ class Prefetch(Iterator[Batch]):
     raise self._end
 
   def close(self) -> None:
-    """Ends the thread and waits for it; the iterator is then exhausted."""
+    """Stops the thread and waits for it; the iterator is then exhausted."""
     self._stop.set()
     self._thread.join()
     self._end = self._end or StopIteration()
@@ -70,18 +71,18 @@ class Prefetch(Iterator[Batch]):
   def __enter__(self) -> "Prefetch":
     return self
 
-  def __exit__(self, *exception) -> None:
+  def __exit__(self, *exception: object) -> None:
     self.close()
 
 
 def _produce(
   batches: Batches, ready: queue.Queue, stop: threading.Event
 ) -> None:
-  """Fills the queue with (batch, state) until the end, an error or `stop`."""
+  """Puts (batch, state) into the queue until the end, an error or `stop`."""
   while not stop.is_set():
     try:
       item = next(batches), batches.state()
-    except BaseException as error:  # handed to the consumer, whatever it is
+    except BaseException as error:  # `__next__` raises it
       item = error
     while not stop.is_set():
       try:

@@ -1,4 +1,4 @@
-"""Task names to datasets."""
+"""The registry of tasks, and :func:`load`."""
 
 import os
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from spectraformer_jax.registry import Registry
 from spectraformer_jax.seeds import check_seed
 
 TASKS = Registry("task")
-"""Factories of :class:`Source`: each takes ``seed``, and options of its own."""
+"""Factories of :class:`Source`: each takes ``seed`` and its own options."""
 
 
 def list_tasks() -> tuple[str, ...]:
-  """The names that :func:`load` knows, sorted.
+  """Returns the sorted names of all tasks.
 
   Example:
     >>> "listops" in list_tasks()
@@ -34,18 +34,17 @@ def load(
   progress: ReportProgress | None = None,
   **task_kwargs: Any,
 ) -> Dataset:
-  """One split of a task, from the cache or built into it.
+  """Loads one split of a task from the cache; builds it first if necessary.
 
   Args:
     task: a name of :func:`list_tasks`.
     split: ``"train"``, ``"dev"`` or ``"test"``.
-    cache_dir: root of the token cache; None for ``$SPECTRAFORMER_DATA`` or
+    cache_dir: root of the token cache; None: ``$SPECTRAFORMER_DATA`` or
       ``~/.cache/spectraformer_jax``.
-    seed: decides what is generated and how a data set is cut into splits;
-      below 2**64.
-    tokenizer: one of the task's tokenisers; None for its default.
+    seed: of generated examples and of splits by content; below 2**64.
+    tokenizer: name of a tokeniser of the task; None: its default.
     progress: ``progress(done, total)``, called while a split is built.
-    **task_kwargs: the task's own options.
+    **task_kwargs: options of the task.
 
   Returns:
     A :class:`Dataset`.
@@ -75,10 +74,10 @@ def build_source(
   """Calls the factory of a task.
 
   Args:
-    task: its name.
-    options: its options.
-    cache_dir: root of the token cache; handed on to tasks that take it, whose
-      package lies there.
+    task: name of the task.
+    options: options of the task.
+    cache_dir: root of the token cache; passed to tasks that read a package from
+      there.
   """
   if "cache_dir" in TASKS.options(task):
     options = {**options, "cache_dir": cache_dir}

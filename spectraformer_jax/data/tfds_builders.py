@@ -1,4 +1,4 @@
-"""Our generated tasks as data sets of TensorFlow Datasets.
+"""The generated tasks as data sets of TensorFlow Datasets.
 
   >>> from spectraformer_jax.data import tfds_builders
   >>> tfds_builders.LraListops.name, tfds_builders.PathfinderSynthetic.name
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from typing_extensions import override
 
 from spectraformer_jax.data.registry import build_source, load
 from spectraformer_jax.data.source import SPLITS
@@ -26,18 +27,20 @@ from spectraformer_jax.data.source import SPLITS
 
 @dataclasses.dataclass(kw_only=True)
 class TaskConfig(tfds.core.BuilderConfig):
-  """A variant of a task.
+  """Options of a task.
 
   Attributes:
-    options: of the task, with ``seed``; they are kept in the metadata.
+    options: options of the task, including ``seed``; kept in the metadata.
   """
 
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class _TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Writes a task, example by example."""
+  """Builds a data set from the examples of a task."""
 
+  TASK: str
+  HOMEPAGE: str
   VERSION = tfds.core.Version("1.0.0")
   BUILDER_CONFIGS = [TaskConfig(name="full", description="The default task.")]
 
@@ -47,7 +50,7 @@ class _TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     file_format: str = "array_record",
     cache_dir: str | os.PathLike | None = None,
     **kwargs: Any,
-  ):
+  ) -> None:
     """Takes the arguments of every builder.
 
     Args:
@@ -59,62 +62,74 @@ class _TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     self._cache_dir = cache_dir
     super().__init__(file_format=file_format, **kwargs)
 
+  def _options(self) -> Mapping[str, Any]:
+    """Returns the options of the task."""
+    config = self.builder_config
+    return config.options if isinstance(config, TaskConfig) else {}
+
+  def _field(self, length: int) -> tuple[str, tuple[int | None, ...]]:
+    """Returns the name and the shape of the feature that holds the tokens."""
+    raise NotImplementedError
+
+  @override
   def _info(self) -> tfds.core.DatasetInfo:
-    """Features, and the facts that the token cache would keep."""
-    options = self.builder_config.options
-    facts = build_source(self.TASK, options, self._cache_dir).facts()
+    """Describes the features; the metadata hold the facts of the task."""
+    facts = build_source(self.TASK, self._options(), self._cache_dir).facts()
+    name, shape = self._field(facts["length"])
+    classes = tfds.features.ClassLabel(num_classes=facts["num_classes"])
     return tfds.core.DatasetInfo(
       builder=self,
       description=f"{facts['name']} ({facts['provenance']}). {self.__doc__}",
       homepage=self.HOMEPAGE,
       features=tfds.features.FeaturesDict(
-        self._features(facts["length"])
-        | {"label": tfds.features.ClassLabel(num_classes=facts["num_classes"])}
+        {
+          name: tfds.features.Tensor(shape=shape, dtype=np.uint8),
+          "label": classes,
+        }
       ),
       metadata=tfds.core.MetadataDict(facts=facts),
     )
 
-  def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-    """One generator per split; nothing is downloaded."""
+  @override
+  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+    """Returns one generator per split; nothing is downloaded."""
     del dl_manager
     return {split: self._generate_examples(split) for split in SPLITS}
 
+  @override
   def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-    """Number and content of each example."""
-    options = {"seed": 0, **self.builder_config.options}
+    """Yields number and content of each example."""
+    options = {"seed": 0, **self._options()}
     dataset = load(self.TASK, split, cache_dir=self._cache_dir, **options)
-    (field,) = self._features(dataset.length)
-    shape = self.info.features[field].shape
+    name, shape = self._field(dataset.length)
     for i in range(len(dataset)):
       example = dataset[i]
       tokens = example["tokens"].astype(np.uint8)
-      if None not in shape:
+      if len(shape) > 1:
         tokens = tokens.reshape(shape)
-      yield i, {field: tokens, "label": example["label"]}
+      yield i, {name: tokens, "label": example["label"]}
 
 
 class LraListops(_TaskBuilder):
-  """ListOps, drawn; ids as in ``docs/data.md``, closing brackets kept."""
+  """ListOps, drawn; ids as in ``docs/data.md``, with closing brackets."""
 
   name = "lra_listops"
   TASK = "listops"
   HOMEPAGE = "https://github.com/google-research/long-range-arena"
 
-  def _features(self, length: int) -> dict[str, Any]:
-    """The ids, without padding."""
-    del length
-    return {"tokens": tfds.features.Tensor(shape=(None,), dtype=np.uint8)}
+  @override
+  def _field(self, length: int) -> tuple[str, tuple[int | None, ...]]:
+    return "tokens", (None,)
 
 
 class PathfinderSynthetic(_TaskBuilder):
-  """Pathfinder images, drawn; plain pixels, since pictures need an encoder."""
+  """Pathfinder images, drawn; stored as pixels, without an image encoder."""
 
   name = "pathfinder_synthetic"
   TASK = "pathfinder_synthetic"
   HOMEPAGE = "https://github.com/drewlinsley/pathfinder"
 
-  def _features(self, length: int) -> dict[str, Any]:
-    """The gray image."""
+  @override
+  def _field(self, length: int) -> tuple[str, tuple[int | None, ...]]:
     side = math.isqrt(length)
-    shape = (side, side, 1)
-    return {"image": tfds.features.Tensor(shape=shape, dtype=np.uint8)}
+    return "image", (side, side, 1)

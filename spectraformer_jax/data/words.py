@@ -1,8 +1,7 @@
-"""Texts as their longer words, each hashed to an id: nothing is fitted.
+"""Encodes texts as their longer words, each hashed to an id.
 
-Long Range Arena's code for texts offers words and subwords beside bytes. Here
-no vocabulary is kept: an id is a checksum of the word. Some words share an id,
-more of them the smaller the vocabulary.
+Needs no vocabulary: an id is a checksum of the word. Some words share an id,
+the more the smaller the number of ids.
 """
 
 import itertools
@@ -14,23 +13,24 @@ import numpy as np
 VOCAB_SIZE = 8192
 
 # Any byte from 128 on counts as a letter: in UTF-8 and in the 8-bit encodings
-# of mails it is a letter or a part of one more often than not.
-# Shorter words stand in every text and tell little about it.
+# of mails it mostly is a letter or a part of one.
+# Shorter words occur in every text.
 _WORD = re.compile(rb"[a-z0-9\x80-\xff]{5,}")
 
 
 def hash_words(
   text: bytes, max_len: int, vocab_size: int = VOCAB_SIZE
 ) -> np.ndarray:
-  """The ids of the first words of a text.
+  """Returns the ids of the first words of a text.
 
-  They go from 1 to ``vocab_size - 1``, since 0 is the padding. A word is a run
-  of five letters and digits or more, the rest is left out; ASCII letters become
-  small. A text without any is one empty word, since no sequence may be empty.
+  Ids lie in ``[1, vocab_size)``, since 0 is the padding. A word is a run of
+  five or more letters and digits, with ASCII letters in lower case; everything
+  else is left out. A text without words counts as one empty word, since a
+  sequence must not be empty.
 
   Args:
-    text: in any encoding that has ASCII in it.
-    max_len: how many words are read.
+    text: in any encoding that extends ASCII.
+    max_len: largest number of words.
     vocab_size: at least 2, at most 65,536.
 
   Returns:

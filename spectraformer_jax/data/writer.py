@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from spectraformer_jax.data.dataset import Facts, cast
 
 
 class Writer:
-  """Takes the examples of one split in order.
+  """Receives the examples of one split in order and writes them.
 
-  The tokens go straight to disk, so a split may be larger than memory.
+  Tokens are written at once, so a split may be larger than memory.
 
   Args:
-    folder: an empty folder of its own.
-    facts: what the examples share; fixes the type of the stored tokens.
+    folder: an empty folder.
+    facts: of the task; they decide the type of the stored tokens.
 
   Example:
     >>> import tempfile
@@ -29,7 +30,7 @@ class Writer:
     >>> writer.finish()
   """
 
-  def __init__(self, folder: pathlib.Path, facts: Facts):
+  def __init__(self, folder: pathlib.Path, facts: Facts) -> None:
     self._folder = folder
     self._facts = facts
     self._labels: list[np.ndarray] = []
@@ -38,16 +39,22 @@ class Writer:
       self._columns.append(_Column(folder, "_2", facts.token_dtype))
     self.num_examples = 0
 
-  def append(self, tokens, lengths, labels, tokens_2=None, lengths_2=None):
+  def append(
+    self,
+    tokens: ArrayLike,
+    lengths: ArrayLike,
+    labels: ArrayLike,
+    tokens_2: ArrayLike | None = None,
+    lengths_2: ArrayLike | None = None,
+  ) -> None:
     """Adds examples.
 
     Args:
-      tokens: their stored tokens, one example after the other,
-        ``[sum(lengths)]`` integers.
+      tokens: their stored tokens, concatenated, ``[sum(lengths)]`` integers.
       lengths: ``[count]`` integers.
       labels: ``[count]`` integers.
-      tokens_2: second sequences, for tasks of pairs.
-      lengths_2: their lengths.
+      tokens_2: the second sequences, for tasks of pairs.
+      lengths_2: the lengths of the second sequences.
 
     Raises:
       ValueError: if lengths do not match, or a number does not fit its type.
@@ -60,7 +67,7 @@ class Writer:
     self.num_examples += len(labels)
 
   def finish(self) -> None:
-    """Completes the arrays; ValueError if there is no example."""
+    """Completes the arrays; raises ValueError if there is no example."""
     self.close()
     if self.num_examples == 0:
       raise ValueError(f"task {self._facts.name!r} has a split of no examples.")
@@ -81,9 +88,11 @@ class Writer:
 
 
 class _Column:
-  """One flat token array on disk that grows, and its offsets."""
+  """A flat token array on disk that grows, and its offsets."""
 
-  def __init__(self, folder: pathlib.Path, suffix: str, dtype: np.dtype):
+  def __init__(
+    self, folder: pathlib.Path, suffix: str, dtype: np.dtype
+  ) -> None:
     self._offsets_path = folder / f"offsets{suffix}.npy"
     self._dtype = dtype
     self._lengths: list[np.ndarray] = []
@@ -91,7 +100,9 @@ class _Column:
     self._file = open(folder / f"tokens{suffix}.npy", "wb")
     self._write_header()
 
-  def append(self, tokens, lengths, count: int) -> None:
+  def append(
+    self, tokens: ArrayLike | None, lengths: ArrayLike | None, count: int
+  ) -> None:
     """Adds the sequences of `count` examples."""
     tokens = cast("tokens", tokens, self._dtype)
     lengths = cast("lengths", lengths, np.dtype(np.int64))
@@ -101,24 +112,24 @@ class _Column:
         f"{len(lengths)} lengths of sum {lengths.sum()} for {count} labels "
         f"and {len(tokens)} tokens."
       )
-    self._file.write(np.ascontiguousarray(tokens))
+    self._file.write(np.ascontiguousarray(tokens).data)
     self._lengths.append(lengths)
     self._size += len(tokens)
 
   def save_offsets(self) -> None:
-    """Writes where each sequence starts and ends."""
+    """Writes the offsets of the sequences."""
     offsets = np.cumsum(np.concatenate([[0], *self._lengths]), dtype=np.int64)
     np.save(self._offsets_path, offsets)
 
   def close(self) -> None:
-    """Puts the final size into the header and closes the file."""
+    """Writes the final size into the header and closes the file."""
     if not self._file.closed:
       self._file.seek(0)
       self._write_header()
       self._file.close()
 
   def _write_header(self) -> None:
-    """Writes numpy's header; it reserves room for the size to grow."""
+    """Writes numpy's header, which reserves space for a larger size."""
     header = {
       "descr": np.lib.format.dtype_to_descr(self._dtype),
       "fortran_order": False,

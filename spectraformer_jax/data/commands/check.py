@@ -91,12 +91,12 @@ def report(splits: Mapping[str, Dataset]) -> Iterator[str]:
   )
   yield "       examples  shortest     mean  longest  at full length"
   for split, dataset in splits.items():
-    for suffix in ("", "_2") if dataset.pair else ("",):
-      lengths = np.diff(getattr(dataset, "offsets" + suffix))
+    for name, _, offsets in dataset.sequences():
+      lengths = np.diff(offsets)
       yield (
         f"{split:6}{len(dataset):9,}{lengths.min():10,}{lengths.mean():9.1f}"
         f"{lengths.max():9,}{np.mean(lengths == dataset.length):16.1%}"
-        f"{'  (second)' if suffix else ''}"
+        f"{'  (second)' if name == 'tokens_2' else ''}"
       )
   yield "labels"
   for split, dataset in splits.items():
@@ -124,15 +124,13 @@ def count_duplicates(splits: Mapping[str, Dataset]) -> Iterator[str]:
 
 def _contents(dataset: Dataset) -> list[bytes]:
   """Returns a hash of the tokens of each example."""
-  columns = [(dataset.tokens, dataset.offsets.tolist())]
-  if dataset.pair:
-    columns.append((dataset.tokens_2, dataset.offsets_2.tolist()))
   digests = []
   for i in range(len(dataset)):
     digest = hashlib.blake2b(digest_size=12)
-    for tokens, offsets in columns:
+    for _, tokens, offsets in dataset.sequences():
+      content = tokens[offsets[i] : offsets[i + 1]].tobytes()
       digest.update(b"%d:" % (offsets[i + 1] - offsets[i]))
-      digest.update(np.ascontiguousarray(tokens[offsets[i] : offsets[i + 1]]))
+      digest.update(content)
     digests.append(digest.digest())
   return digests
 

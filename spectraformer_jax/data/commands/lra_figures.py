@@ -1,8 +1,8 @@
-"""Figures of Long Range Arena that a task can be held against.
+"""Compares a task with figures of Long Range Arena.
 
-Sizes are those of its files and of the data sets it takes; those of Retrieval
-are stated by the Skyformer and Spectraformer configurations. What the released
-ListOps looks like is not published: lengths and label shares are those of
+Sizes are those of its files and of the data sets it uses; those of Retrieval
+come from the Skyformer and Spectraformer configurations. Statistics of the
+released ListOps are not published: lengths and label shares here are those of
 100,000 sequences of the same grammar.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.formats.listops_text import evaluate
 
-# Splits taken together, and how many examples they have in all.
+# Number of examples of each split, or of several splits together.
 SIZES = {
   "listops": {"train": 96_000, "dev": 2_000, "test": 2_000},
   "text": {"train+dev": 25_000, "test": 25_000},
@@ -24,7 +24,7 @@ SIZES = {
   "pathfinder": {"train+dev+test": 200_000},
   "pathx": {"train+dev+test": 200_000},
 }
-EMPTY_PICTURES = 10  # so many may be missing from Pathfinder
+EMPTY_PICTURES = 10  # the most that may be missing from Pathfinder
 
 LISTOPS_DRAWS = 100_000
 LISTOPS_MEAN_LENGTH = 1035.5
@@ -33,13 +33,13 @@ LISTOPS_SHARES = (
   *(0.1685, 0.0909, 0.0775, 0.0825, 0.0907),
   *(0.0854, 0.0757, 0.0717, 0.0873, 0.1698),
 )
-EVALUATED = 2_000  # expressions per split whose value is worked out again
+EVALUATED = 2_000  # expressions of each split whose value is computed
 
 _ERRORS = 4  # standard errors that count as agreement
 
 
 class Figure(NamedTuple):
-  """One comparison: what was compared, both values as text, the verdict."""
+  """A comparison: its subject, both values as text, and whether they agree."""
 
   what: str
   found: str
@@ -48,10 +48,10 @@ class Figure(NamedTuple):
 
 
 def compare(task: str, splits: Mapping[str, Dataset]) -> list[Figure]:
-  """Holds the splits of a task against Long Range Arena.
+  """Compares the splits of a task with Long Range Arena.
 
   Args:
-    task: name of the task; without figures for it the list is empty.
+    task: name of the task; without figures for it, the result is empty.
     splits: the datasets by split.
   """
   if task not in SIZES:
@@ -67,7 +67,7 @@ def compare(task: str, splits: Mapping[str, Dataset]) -> list[Figure]:
 
 
 def describe(figures: list[Figure]) -> Iterator[str]:
-  """Lines about the comparison."""
+  """Yields lines about the comparison."""
   if not figures:
     yield "Long Range Arena: no figures for this task"
     return
@@ -80,7 +80,7 @@ def describe(figures: list[Figure]) -> Iterator[str]:
 
 
 def _sizes(task: str, splits: Mapping[str, Dataset]) -> Iterator[Figure]:
-  """How many examples there are."""
+  """Compares the number of examples."""
   expected = dict(SIZES[task])
   if "dev_is_test" in splits["train"].name:
     expected = {"train": 25_000, "dev": 25_000, "test": 25_000}
@@ -92,7 +92,7 @@ def _sizes(task: str, splits: Mapping[str, Dataset]) -> Iterator[Figure]:
 
 
 def _balance(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
-  """Whether all classes are equally frequent, as in IMDB and CIFAR-10."""
+  """Compares the sizes of the classes, equal in IMDB and CIFAR-10."""
   together = {"test": splits["test"].labels}
   if "dev_is_test" in splits["train"].name:
     together["train"] = splits["train"].labels
@@ -107,7 +107,7 @@ def _balance(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
 
 
 def _halves(splits: Mapping[str, Dataset]) -> Figure:
-  """Whether about half of the images have a path."""
+  """Compares the share of images with a path with one half."""
   labels = np.concatenate([dataset.labels for dataset in splits.values()])
   error = 0.5 / math.sqrt(len(labels))
   share = float(labels.mean())
@@ -116,7 +116,7 @@ def _halves(splits: Mapping[str, Dataset]) -> Figure:
 
 
 def _listops(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
-  """Lengths, label shares, and values worked out again."""
+  """Compares lengths, label shares, and labels with computed values."""
   full = splits["train"].tokenizer == "full"
   if full:
     lengths = np.concatenate([np.diff(d.offsets) for d in splits.values()])
@@ -141,7 +141,7 @@ def _listops(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
 
 
 def _values(splits: Mapping[str, Dataset]) -> Figure:
-  """Whether labels are the values of their expressions, in an even sample."""
+  """Computes the values of evenly spread expressions; compares the labels."""
   count, wrong, sampled = 0, [], []
   for split, dataset in splits.items():
     size = min(EVALUATED, len(dataset))
@@ -162,7 +162,7 @@ def _values(splits: Mapping[str, Dataset]) -> Figure:
 
 
 def _value(tokens: np.ndarray) -> int | None:
-  """The value of an expression; None if it is none."""
+  """Returns the value of an expression, or None if it is incomplete."""
   try:
     return evaluate(tokens.tolist())
   except ValueError:

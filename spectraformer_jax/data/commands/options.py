@@ -1,4 +1,4 @@
-"""Options of a task on the command line."""
+"""Command-line options of the commands and of the tasks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from spectraformer_jax.commands import Parser, parse_literal
 
 
 def make_parser(command: str, description: str) -> Parser:
-  """A parser with the options that all commands share.
+  """Returns a parser with the options that all commands share.
 
   Args:
-    command: what follows ``python -m spectraformer_jax.data``.
-    description: what it does, for ``--help``.
+    command: its name, after ``python -m spectraformer_jax.data``.
+    description: for ``--help``.
   """
   parser = Parser(
     f"spectraformer_jax.data {command}",
@@ -24,7 +24,7 @@ def make_parser(command: str, description: str) -> Parser:
 
 
 def parse_options(rest: Sequence[str]) -> dict[str, Any]:
-  """What a parser did not know, as options of the task.
+  """Parses the arguments that the parser did not know as options of the task.
 
   Example:
     >>> parse_options(["--max-len=500", "--data_dir=7", "--val=lra"])

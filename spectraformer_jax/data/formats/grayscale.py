@@ -6,7 +6,7 @@ import numpy as np
 def rgb_to_gray(
   red: np.ndarray, green: np.ndarray, blue: np.ndarray
 ) -> np.ndarray:
-  """Gray pixels, uint8, of the shape of each plane.
+  """Returns gray pixels, uint8, in the shape of each plane.
 
   Every operation is in float32 and in TensorFlow's order: another order,
   rounding or a fixed-point formula differs by one on some colours.

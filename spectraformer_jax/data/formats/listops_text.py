@@ -1,4 +1,4 @@
-"""ListOps as text and as ids: the id table, both directions, and the value.
+"""ListOps as text and as ids: encodes, decodes and evaluates expressions.
 
 An expression is ``[OP argument ... ]`` where an argument is a digit or another
 expression and OP is MIN, MAX, MED (median, rounded down) or SM (sum modulo 10).
@@ -41,10 +41,10 @@ _ID_TO_TEXT = {i: token for token, i in IDS.items() if 0 < i < CLS}
 
 
 def encode(text: str) -> np.ndarray:
-  """The ids of one expression, whatever its surface form.
+  """Returns the ids of one expression in any of its text forms.
 
-  Takes plain tokens (``[MAX 2 3 ]``), ``X`` for the closing bracket, and the
-  binary parentheses of the LRA files, which carry nothing and are dropped.
+  Accepts plain tokens (``[MAX 2 3 ]``), ``X`` for the closing bracket, and the
+  binary parentheses of the LRA files, which have no meaning and are dropped.
 
   Args:
     text: the expression, tokens separated by white space.
@@ -89,7 +89,7 @@ def encode(text: str) -> np.ndarray:
 
 
 def decode(tokens: Iterable[int], form: str = "plain") -> str:
-  """The text of an expression given as ids.
+  """Returns the text of an expression.
 
   Args:
     tokens: ids between 1 and 15, without padding.
@@ -125,9 +125,9 @@ def decode(tokens: Iterable[int], form: str = "plain") -> str:
 
 
 def check_complete(tokens: np.ndarray) -> None:
-  """ValueError unless ids with closing brackets are one complete expression.
+  """Raises ValueError unless the ids are one complete expression.
 
-  Costs a tenth of :func:`evaluate`.
+  Takes a tenth of the time of :func:`evaluate`.
 
   Args:
     tokens: ``[length]`` ids between 1 and 15, at least one.
@@ -142,7 +142,7 @@ def check_complete(tokens: np.ndarray) -> None:
     raise ValueError(
       f"brackets must balance, got {depth[-1]} operators without a ']'."
     )
-  # Outside of all operators an expression may only end.
+  # Only the end of the expression lies outside all operators.
   outside = np.flatnonzero(depth <= 0)
   if depth[-1] or outside[0] != len(tokens) - 1:
     raise ValueError(
@@ -157,7 +157,7 @@ def check_complete(tokens: np.ndarray) -> None:
 
 
 def evaluate(tokens: Iterable[int]) -> int:
-  """The value of an expression, by a plain stack.
+  """Returns the value of an expression.
 
   Args:
     tokens: ids with closing brackets (tokeniser ``full``), without padding.
@@ -195,7 +195,7 @@ def evaluate(tokens: Iterable[int]) -> int:
 
 
 def _apply(operator: int, arguments: list[int]) -> int:
-  """One operator on its arguments."""
+  """Applies an operator to its arguments."""
   if operator == MIN:
     return min(arguments)
   if operator == MAX:
@@ -208,7 +208,7 @@ def _apply(operator: int, arguments: list[int]) -> int:
 
 
 def _parenthesise(ids: list[int]) -> str:
-  """The LRA form: one pair of parentheses per argument and per bracket."""
+  """Returns the LRA form: one pair of parentheses per argument and bracket."""
   children = [0]  # of each open operator; the first entry is the whole text
   opened: list[int] = []  # where the open operators stand in `words`
   words: list[str] = []
@@ -236,5 +236,5 @@ def _parenthesise(ids: list[int]) -> str:
 
 
 def _shorten(text: str) -> str:
-  """The start of a text, quoted, for a message."""
+  """Returns the start of a text, quoted, for a message."""
   return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,4 +1,4 @@
-"""Opening ``.npy`` files that may be damaged or hostile."""
+"""Opens ``.npy`` files that may be damaged or hostile."""
 
 import pathlib
 
@@ -8,14 +8,14 @@ from spectraformer_jax.data.find import first_line, open_plain
 
 
 def open_array(path: pathlib.Path, what: str = "array") -> np.ndarray:
-  """The array in a file, mapped and not read.
+  """Memory-maps the array in a file.
 
-  A header that promises more than the file holds allocates nothing, and no
-  pickle is read.
+  A header that announces more than the file holds allocates nothing, and
+  pickled objects are refused.
 
   Args:
-    path: of the file.
-    what: should be in it, for messages.
+    path: path of the file.
+    what: name of the expected content, for messages.
 
   Raises:
     ValueError: if the file is no array of plain numbers or texts.

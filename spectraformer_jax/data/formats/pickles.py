@@ -22,7 +22,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -78,7 +78,8 @@ def load(path: pathlib.Path, max_bytes: int) -> Any:
     scan, position = _Scan(size), 0
     try:
       content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-      for opcode, argument, opcode_position in pickletools.genops(content):
+      stream = cast("IO[bytes]", content)  # it has read, readline and tell
+      for opcode, argument, opcode_position in pickletools.genops(stream):
         position = opcode_position or 0
         scan.step(opcode, argument)
     except _RefusedError as error:
@@ -110,7 +111,7 @@ class _Scan:
   function for `_codecs.encode`.
   """
 
-  def __init__(self, size: int):
+  def __init__(self, size: int) -> None:
     self.max_steps = _MIN_STEPS + size // _BYTES_PER_STEP
     self.steps = 0
     self.stack: list[Any] = []
@@ -199,7 +200,7 @@ _KEYS = {
 class _Function:
   """A function that a file may call, and not change."""
 
-  def __init__(self, call: Callable[..., Any]):
+  def __init__(self, call: Callable[..., Any]) -> None:
     self._call = call
 
   def __call__(self, *arguments: Any) -> Any:
@@ -212,7 +213,7 @@ class _Function:
 class _Dtype:
   """A type of numbers, made by ``numpy.dtype(code, align, copy)``."""
 
-  def __init__(self, code: Any, align: Any, copy: Any):
+  def __init__(self, code: Any, align: Any, copy: Any) -> None:
     self.code, self.order = _text(code), "="
     if not re.fullmatch("[iu][1248]|f[248]|b1", self.code):
       raise ValueError(f"it holds numbers of type {self.code[:20]!r}.")
@@ -235,14 +236,15 @@ class _Array(np.ndarray):
     _, shape, dtype, fortran, raw = state
     filled = _array(raw, dtype, shape, "F" if fortran else "C")
     self.count(len(raw))  # numpy copies numbers in another byte order
-    super().__setstate__((1, filled.shape, filled.dtype, bool(fortran), raw))
+    state = (1, filled.shape, filled.dtype, bool(fortran), raw)
+    super().__setstate__(state)
     del self.count  # each array is filled once
 
 
 class _Unpickler(pickle.Unpickler):
   """Unpickles with the functions of this module in place of numpy's."""
 
-  def __init__(self, content: mmap.mmap, size: int):
+  def __init__(self, content: mmap.mmap, size: int) -> None:
     super().__init__(content, encoding="bytes")
     self._free = 2 * size  # each byte may be encoded, and copied into an array
 
@@ -296,7 +298,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
   _check_tuple(shape, 8)
   if not all(type(n) is int and 0 <= n < 2**40 for n in shape):
     raise ValueError("the shape of an array is no tuple of sizes.")
-  numbers = np.frombuffer(raw, np.dtype(dtype.code).newbyteorder(dtype.order))
+  numbers = np.frombuffer(raw, np.dtype(dtype.order + dtype.code))
   if math.prod(shape) != len(numbers):
     raise ValueError(f"{len(numbers)} numbers are no array of its shape.")
   return numbers.reshape(shape, order="F" if order == "F" else "C")

@@ -23,7 +23,7 @@ import numpy as np
 from spectraformer_jax.data.formats.listops_text import CLOSE, MAX, MED, MIN, SM
 
 VERSION = 1
-"""Goes into the cache; to be raised when equal seeds give other sequences."""
+"""Part of the cache key; increase it when equal seeds give other sequences."""
 
 MIN_ARGUMENTS, MAX_ARGUMENTS = 2, 10
 
@@ -51,7 +51,7 @@ class Expressions(NamedTuple):
 
 
 class _Level(NamedTuple):
-  """The nodes of one depth: ids, and the arguments of each operator."""
+  """The nodes of one depth: their ids, and the arity of each operator."""
 
   ids: np.ndarray
   arity: np.ndarray
@@ -60,17 +60,17 @@ class _Level(NamedTuple):
 def sample(
   rng: np.random.Generator, *, min_len: int, max_len: int, max_depth: int
 ) -> Iterator[Expressions]:
-  """Yields batches of expressions for ever.
+  """Yields batches of expressions without end.
 
   Args:
-    rng: numpy's generator; the stream depends on nothing else.
-    min_len: shortest length that is left out, at least 1.
-    max_len: longest length plus one.
+    rng: source of all randomness.
+    min_len: exclusive lower bound of the length, at least 1.
+    max_len: exclusive upper bound of the length.
     max_depth: depth at which all nodes are digits; the root has depth 1.
 
   Yields:
-    :class:`Expressions` with ``min_len < length < max_len``, of varying count,
-    possibly none. Not free of repeats.
+    :class:`Expressions` with ``min_len < length < max_len``; their count varies
+    and may be 0, and expressions may repeat.
 
   Example:
     >>> rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def sample(
 def _grow(
   rng: np.random.Generator, min_len: int, max_len: int, max_depth: int
 ) -> list[_Level]:
-  """The levels of those trees among `_ROOTS` whose length is in the window."""
+  """Grows `_ROOTS` trees; returns the levels of those of accepted length."""
   # A lone digit has length 1 and is never kept, so every root is an operator.
   ids = rng.integers(MIN, SM + 1, _ROOTS, dtype=np.uint8)
   nodes = np.ones(_ROOTS, np.int32)
@@ -121,7 +121,7 @@ def _grow(
 
 
 def _linearise(levels: list[_Level]) -> Expressions:
-  """Sizes and values from the bottom up, token positions from the top down."""
+  """Computes sizes and values bottom-up, then token positions top-down."""
   sizes: list[np.ndarray] = []  # the deepest level first
   value = np.empty(0, np.uint8)
   for level in reversed(levels):
@@ -157,7 +157,7 @@ def _apply(
   starts: np.ndarray,
   arity: np.ndarray,
 ) -> np.ndarray:
-  """The value of each operator; the sum of ten digits still fits a uint8."""
+  """Returns the value of each operator; the sum of 10 digits fits a uint8."""
   value = np.add.reduceat(arguments, starts, dtype=np.uint8) % np.uint8(10)
   lowest = np.minimum.reduceat(arguments, starts)
   highest = np.maximum.reduceat(arguments, starts)
@@ -171,7 +171,7 @@ def _apply(
 def _medians(
   arguments: np.ndarray, starts: np.ndarray, arity: np.ndarray
 ) -> np.ndarray:
-  """The median, rounded down, of each segment, by one sort over all."""
+  """Returns the median of each segment, rounded down, by one sort over all."""
   arity = arity.astype(np.int32)
   first = _starts(arity)
   index = np.arange(arity.sum(), dtype=np.int32)
@@ -184,13 +184,13 @@ def _medians(
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
-  """Where segments of these sizes start: the exclusive sum, int32."""
+  """Returns where segments of these sizes start: the exclusive sum, int32."""
   ends = np.cumsum(counts, dtype=np.int32)
   return ends - counts
 
 
 def _segment_sums(numbers: np.ndarray, ends: np.ndarray) -> np.ndarray:
-  """Sums of consecutive segments, empty ones too, given where they end."""
+  """Returns the sums of consecutive segments, which may be empty."""
   total = np.zeros(len(numbers) + 1, np.int32)
   np.cumsum(numbers, dtype=np.int32, out=total[1:])
   return np.diff(total[ends], prepend=np.int32(0))

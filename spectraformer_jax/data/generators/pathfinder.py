@@ -1,24 +1,26 @@
 """Draws Pathfinder pictures by the rules of the public generator, fast.
 
 Two long snakes start at a fixed distance from each other and grow in turn, bar
-by bar; a bar turns away from the one before with weight cos^2 of the angle and
-must keep its margin from everything but that one. A picture whose snake finds
-no room, three times in a row, is dropped. Short snakes are put where there is
-room. Two discs then mark both ends of one long snake (label 1), or the start of
-one and the end of the other (label 0).
+by bar. The angle between a bar and its predecessor has weight cos^2, and a bar
+keeps its margin from everything but its predecessor. A picture is dropped if a
+snake finds no room three times in a row. Short snakes are then placed where
+they have room. Two discs mark both ends of one long snake (label 1), or the
+start of one and the end of the other (label 0).
 
-Two rules are stricter than there, so that no snake runs into another one and
-the label is a matter of connectivity: the last bar of the other snake counts as
-well, and so do the gaps between bars (see `pathfinder_shapes`).
+Two rules are stricter than in the public generator, so that no snake touches
+another and the label depends on connectivity only: a bar keeps its margin from
+the last bar of the other snake as well, and from the gaps between bars (see
+`pathfinder_shapes`).
 
-A whole batch grows in step and what is dropped leaves it, so that numpy does
-the work; dropping is rejection sampling, the same law as starting again.
+All pictures of a batch grow together, so that numpy does the work, and dropped
+pictures leave the batch. Dropping is rejection sampling: the distribution is
+that of starting again.
 
 With ``seeding="upstream"`` the first long snake and all short ones start
-towards the top left, within 15 degrees, as they do in the public generator with
-a current OpenCV: there the room for a first bar is looked for with a kernel
-that misses its centre for all other directions, which then count as full. With
-``"any"`` all directions are as likely.
+towards the top left, within 15 degrees, as in the public generator with a
+current OpenCV: it looks for the room of a first bar with a kernel that misses
+its centre in all other directions, which therefore count as occupied. With
+``"any"`` all directions are equally likely.
 
 Sources: Linsley et al., "Learning long-range spatial dependencies with
 horizontal gated recurrent units", 2018; Kim et al., "Disentangling neural
@@ -41,28 +43,28 @@ from spectraformer_jax.data.generators.pathfinder_shapes import (
 )
 
 VERSION = 1
-"""Goes into the cache; to be raised when equal seeds give other pictures."""
+"""Part of the cache key; increase it when equal seeds give other pictures."""
 
 SEEDINGS = ("upstream", "any")
 
 _ALLOWED = {"upstream": (210, 240), "any": (0, DEGREES)}
-_TRIES = 3  # ends drawn for a bar before its snake is given up
-_SNAKE_TRIES = 5  # for a short snake, before the picture goes without it
-_PLACES = 64  # looked at for room before a place is given up
-_OVERLAP = 1.8 * FULL  # both pixels occupied, not only touched
-_STATE_BYTES = 2**24  # of one batch
+_TRIES = 3  # drawn ends of a bar before its snake is dropped
+_SNAKE_TRIES = 5  # tries of a short snake before it is left out
+_PLACES = 64  # drawn places of a short snake in one try
+_OVERLAP = 1.8 * FULL  # sum of two pixels that are occupied, not only touched
+_STATE_BYTES = 2**24  # memory of one batch
 
 
 class Pictures(NamedTuple):
-  """A batch of pictures and how they were made.
+  """A batch of pictures, with the geometry of their discs and snakes.
 
   Attributes:
     pixels: [count, side * side] uint8.
-    labels: 1 where one snake has both discs, [count] uint8.
+    labels: 1 if both discs are on one snake, [count] uint8.
     discs: centres, (row, column), [count, 2, 2] int32.
     snakes: start and end of each bar, (row, column) twice, [count, 2 + short,
-      bars, 4]: the two long snakes, then the short ones, NaN where a snake is
-      missing or has no more bars.
+      bars, 4]: the two long snakes, then the short ones; NaN for missing snakes
+      and bars.
   """
 
   pixels: np.ndarray
@@ -74,16 +76,16 @@ class Pictures(NamedTuple):
 def sample(
   rng: np.random.Generator, settings: Settings, *, bars: int, seeding: str
 ) -> Iterator[Pictures]:
-  """Yields batches of pictures for ever.
+  """Yields batches of pictures without end.
 
   Args:
-    rng: numpy's generator; the stream depends on nothing else.
-    settings: sizes.
-    bars: of each long snake, at least 6; short ones have a third of it.
+    rng: source of all randomness.
+    settings: sizes of the pictures and their parts.
+    bars: number of bars of a long snake, at least 6; short ones have a third.
     seeding: ``"upstream"`` or ``"any"``.
 
   Yields:
-    :class:`Pictures`, of varying count.
+    :class:`Pictures`, whose count varies.
 
   Example:
     >>> from spectraformer_jax.data.generators.pathfinder_shapes import SETTINGS
@@ -97,8 +99,8 @@ def sample(
     for margin in settings.margins
   ]
   if len(streams) == 1:
-    yield from streams[0]  # for ever
-  # Margins are equally frequent, though not equally often successful.
+    yield from streams[0]  # without end
+  # All margins are equally frequent, though more pictures of some are dropped.
   stocks = [next(stream) for stream in streams]
   while True:
     chosen = rng.integers(len(streams))
@@ -109,7 +111,7 @@ def sample(
 
 
 def _take(pictures: Pictures, start: int, stop: int | None) -> Pictures:
-  """A part of a batch."""
+  """Returns a part of a batch."""
   return Pictures(*(array[start:stop] for array in pictures))
 
 
@@ -117,36 +119,44 @@ class _Snakes:
   """Pictures that grow together, each on its own page of a flat array.
 
   Attributes:
-    occupied: the room that bars take up, and the border, [pages, pixels].
-    near: where no bar may end, [pages, pixels].
+    occupied: pixels that bars and the border occupy, [pages, pixels].
+    near: pixels where no bar may end, [pages, pixels].
   """
 
-  def __init__(self, rng: np.random.Generator, shapes: Shapes, pages: int):
+  def __init__(
+    self, rng: np.random.Generator, shapes: Shapes, pages: int
+  ) -> None:
     self.rng, self.shapes = rng, shapes
     self.occupied = np.repeat(shapes.border[:1], pages, axis=0)
     self.near = np.repeat(shapes.border[1:], pages, axis=0)
 
-  def at(self, pages, rows, columns) -> np.ndarray:
-    """Flat positions of pixels of the picture."""
+  def at(
+    self, pages: np.ndarray, rows: np.ndarray, columns: np.ndarray
+  ) -> np.ndarray:
+    """Returns flat positions of pixels."""
     width, frame = self.shapes.width, self.shapes.frame
     return (pages * width + rows + frame) * width + columns + frame
 
   def occupy(self, pivots: np.ndarray, directions: np.ndarray) -> None:
-    """Takes up the room of bars, on different pages."""
+    """Marks the room of bars, each on a different page, as occupied."""
     _raise(self.occupied, pivots, directions, self.shapes.room)
     _raise(self.near, pivots, directions, self.shapes.near)
 
   def collide(self, pivots: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Whether bars have no room."""
+    """Returns whether each bar overlaps occupied pixels."""
     offsets, values = self.shapes.room
     pixels = pivots[:, None] + offsets[directions]
     there = self.occupied.reshape(-1)[pixels]
-    return (there + values[directions] >= _OVERLAP).any(axis=1)
+    return np.any(there + values[directions] >= _OVERLAP, axis=1)
 
   def extend(
     self, pivots: np.ndarray, directions: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The next bar of each snake: which found one, its pivot, its direction."""
+    """Draws the next bar of each snake.
+
+    Returns:
+      Which snakes found room, and the pivots and directions of their bars.
+    """
     shapes = self.shapes
     following = pivots + shapes.steps[directions]
     near = self.near.reshape(-1)[following[:, None] + shapes.ends]
@@ -158,7 +168,7 @@ class _Snakes:
     for _ in range(_TRIES):
       drawn = self.rng.random(len(pending), np.float32) * sums[pending, -1]
       end = (sums[pending] <= drawn[:, None]).sum(axis=1)
-      # Rounding may bring the draw up to the total.
+      # By rounding, the draw may equal the total.
       end = np.minimum(end, len(shapes.ends) - 1)
       free = ~self.collide(following[pending], end)
       found[pending[free]], chosen[pending[free]] = True, end[free]
@@ -173,7 +183,7 @@ def _raise(
   patches: Patches,
   factor: float = 1,
 ) -> None:
-  """Maximum of pages and of one patch on each, in place."""
+  """Sets each page to the maximum of itself and a patch, in place."""
   flat = pages.reshape(-1)
   pixels = centres[:, None] + patches.offsets[shapes]
   values = patches.values[shapes]
@@ -189,7 +199,7 @@ def _of_margin(
   bars: int,
   allowed: tuple[int, int],
 ) -> Iterator[Pictures]:
-  """As :func:`sample`, for one margin."""
+  """Yields batches of pictures of one margin, see :func:`sample`."""
   shapes = make_shapes(settings, margin)
   pairs = max(1, _STATE_BYTES // (4 * shapes.width**2))
   snakes = _Snakes(rng, shapes, 2 * pairs)
@@ -204,13 +214,15 @@ def _of_margin(
 def _grow_long(
   snakes: _Snakes, settings: Settings, bars: int, allowed: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The pictures with two long snakes, and pivots and directions of their bars.
+  """Grows two long snakes in each picture.
 
-  A picture has two pages, each as one snake sees it: all bars but its own last.
+  A picture has two pages, one per snake: each holds all bars but the snake's
+  last one.
 
   Returns:
-    The first page of each picture, [count], where all bars are in the end; and
-    [count, 2 snakes, bars, 2], all pivots on that page.
+    The first page of each picture that is kept, [count], which holds all bars;
+    and pivots on that page and directions of the bars, [count, 2 snakes, bars,
+    2].
   """
   rng, shapes = snakes.rng, snakes.shapes
   pages = np.arange(0, len(snakes.occupied), 2)
@@ -235,7 +247,7 @@ def _grow_long(
       pivots, directions = bars_of[index, snake, bar - 1].T
       found, following, chosen = snakes.extend(pivots + own, directions)
       index, following, chosen = index[found], following[found], chosen[found]
-      # Only now: a bar may stand within the margin of the one before.
+      # Only now: a bar may lie within the margin of its predecessor.
       snakes.occupy(pivots[found] + own, directions[found])
       snakes.occupy(following - own + other, chosen)
       bars_of[index, snake, bar, 0] = following - own
@@ -251,10 +263,11 @@ def _grow_short(
   bars: int,
   allowed: tuple[int, int],
 ) -> np.ndarray:
-  """Pivots and directions of the short snakes on these pages.
+  """Grows the short snakes of the pictures on the pages `kept`.
 
   Returns:
-    [count, short snakes, bars // 3, 2], -1 where there is none.
+    Pivots and directions, [count, short snakes, bars // 3, 2]; -1 for missing
+    snakes.
   """
   length = bars // 3
   count = settings.distractor_bars // length
@@ -275,10 +288,11 @@ def _grow_short(
 def _grow_one(
   snakes: _Snakes, pages: np.ndarray, directions: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """One short snake on each page; a page where it fails is as before.
+  """Grows one short snake on each page; leaves a page unchanged if it fails.
 
   Returns:
-    Which succeeded, and pivots and directions, [count, bars, 2], of those.
+    The indices of the pages where it succeeded, and the pivots and directions
+    of those snakes, [count, bars, 2].
   """
   pivots, free = _find_room(snakes, pages, directions)
   index = np.flatnonzero(free)
@@ -302,13 +316,17 @@ def _grow_one(
 def _find_room(
   snakes: _Snakes, pages: np.ndarray, directions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """A pivot on each page from where a bar has room, and whether there is one.
+  """Finds a pivot on each page from which a bar has room.
 
-  Places are drawn until one has room, so all that have are equally likely.
+  It is the first of `_PLACES` drawn ones with room, so all pivots with room are
+  equally likely.
+
+  Returns:
+    The pivots, and whether each has room.
   """
   shapes = snakes.shapes
   size = (2, len(pages), _PLACES)
-  # Nearer to the edge there is no room, and patches would leave the frame.
+  # Nearer to the edge no bar has room, and patches would leave the frame.
   low, high = shapes.margin, shapes.side - shapes.margin
   tails = snakes.rng.integers(low, high, size)
   pivots = snakes.at(pages[:, None], *tails)
@@ -316,7 +334,7 @@ def _find_room(
   collide = snakes.collide(pivots.ravel(), np.repeat(directions, _PLACES))
   free = ~collide.reshape(-1, _PLACES)
   first = free.argmax(axis=1)
-  return pivots[np.arange(len(pages)), first], free.any(axis=1)
+  return pivots[np.arange(len(pages)), first], np.any(free, axis=1)
 
 
 def _finish(
@@ -326,11 +344,11 @@ def _finish(
   long: np.ndarray,
   short: np.ndarray,
 ) -> Pictures:
-  """Draws the labels, marks the ends, and draws the pictures."""
+  """Draws the labels, places the discs, and draws the pictures."""
   rng, shapes = snakes.rng, snakes.shapes
   count, area = len(kept), shapes.width**2
   pages = np.arange(count)
-  # Flat positions on pages of pictures that were kept.
+  # Positions on the pages of the kept pictures.
   shift = (pages - kept) * area
   long[..., 0] += shift[:, None, None]
   short[..., 0] += np.where(short[..., 0] < 0, 0, shift[:, None, None])
@@ -351,7 +369,7 @@ def _finish(
   inside = slice(shapes.frame, -shapes.frame)
   canvas = canvas.reshape(count, shapes.width, shapes.width)[:, inside, inside]
   canvas = canvas / canvas.max(axis=(1, 2), keepdims=True)
-  # Short snakes have fewer bars: the rest is missing.
+  # Short snakes have fewer bars.
   snakes_bars = np.full(
     (count, 2 + short.shape[1], long.shape[2], 4), np.nan, np.float32
   )
@@ -366,13 +384,13 @@ def _finish(
 
 
 def _segments(shapes: Shapes, bars: np.ndarray) -> np.ndarray:
-  """Start and end of bars given as pivots and directions, [..., 4]."""
+  """Returns start and end of bars from pivots and directions, [..., 4]."""
   pivots = _coordinates(shapes, bars[..., 0])
   segments = shapes.segments[bars[..., 1]] + np.tile(pivots, 2)
   return np.where(bars[..., :1] < 0, np.nan, segments)
 
 
 def _coordinates(shapes: Shapes, flat: np.ndarray) -> np.ndarray:
-  """Rows and columns of flat positions, [..., 2] int32."""
+  """Returns rows and columns of flat positions, [..., 2] int32."""
   rows, columns = np.divmod(flat % shapes.width**2, shapes.width)
   return (np.stack([rows, columns], axis=-1) - shapes.frame).astype(np.int32)

@@ -1,10 +1,10 @@
-"""Synthetic Pathfinder: its settings, and its bars drawn once for all.
+"""Synthetic Pathfinder: its settings, and tables of the pixels of its bars.
 
-A snake is a chain of bars on a grid of pixels. A bar is seen from a pivot: it
-points away from it in one of finitely many directions and covers the radii from
-`margin` to `margin + bar_length`; the next pivot lies `margin` behind its end.
-So the pixels of a bar, of the room it needs, and of what is too near to it are
-tables over directions, and growing a snake looks them up.
+A snake is a chain of bars on a grid of pixels. A bar points away from a pivot
+in one of finitely many directions and covers the radii from `margin` to `margin
++ bar_length`; the next pivot lies `margin` behind its end. So the pixels of a
+bar, of the room that it needs, and of its neighbourhood are tables over
+directions, in which growing a snake looks them up.
 
 Directions are those of the pixels on the circle of radius `margin +
 bar_length`, where a bar may end, and then 360 degrees for the first bar of a
@@ -21,10 +21,10 @@ import numpy as np
 DEGREES = 360
 
 FULL = 127
-"""A pixel that is wholly occupied: two of them add up within a uint8."""
+"""Value of an occupied pixel; the sum of two fits a uint8."""
 
-_SAMPLES = 4  # per pixel and axis, to measure how much of a pixel is covered
-_LINK = 0.75  # of gaps that are kept closed: no pixel's centre is farther off
+_SAMPLES = 4  # points per pixel and axis, to measure the covered part
+_LINK = 0.75  # half the thickness of occupied gaps, in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Settings:
     side: of the picture.
     bar_length: of a bar.
     thickness: of a bar.
-    margins: half the gap between bars; one of these for each picture.
-    seed_distance: between the starts of the two long snakes.
-    radius: of the discs.
-    continuity: a snake turns by less than 90 degrees over this.
-    distractor_bars: bars of all short snakes together, at most.
-    target: brightness of the long snakes; discs have 1.
+    margins: half the gap between bars; each picture has one of them.
+    seed_distance: distance between the starts of the two long snakes.
+    radius: radius of the discs.
+    continuity: a snake turns by less than 90 degrees / `continuity`.
+    distractor_bars: largest number of bars of all short snakes together.
+    target: brightness of the long snakes; that of discs is 1.
     distractor: brightness of the short snakes.
   """
 
@@ -61,17 +61,17 @@ SETTINGS = {
   64: Settings(64, 3, 1.0, (2,), 12, 2.0, 1.4, 28, 1.2, 1.2),
   128: Settings(128, 5, 1.5, (2, 3), 20, 3.0, 1.8, 35, 0.9, 0.9),
 }
-"""32 and 128 as published, except that those for 128 leave the bar's length and
-the border open: 5, the public generator's own, and 1. 64 lies in between."""
+"""32 and 128 are as published, but for 128 the bar's length and the border are
+not published: 5, the public generator's default, and 1. 64 lies in between."""
 
 
 class Patches(NamedTuple):
-  """A set of pixels with values for each direction or shape.
+  """For each direction or shape, a set of pixels with values.
 
   Attributes:
-    offsets: of the pixels from the centre, in a flat picture, [shapes, pixels].
-      Short rows go on with pixels of value 0; none names a pixel twice.
-    values: [shapes, pixels].
+    offsets: offsets of the pixels from the centre in a flat picture, [shapes,
+      pixels]. Rows are padded with pixels of value 0; none repeats a pixel.
+    values: values of the pixels, [shapes, pixels].
   """
 
   offsets: np.ndarray
@@ -84,18 +84,18 @@ class Shapes(NamedTuple):
   Attributes:
     side: of the picture.
     margin: half the gap between bars.
-    frame: pixels around the picture that every patch stays within.
-    bar: how bright each pixel of a bar is, 0 to 1.
-    room: the bar's margin, and the gaps before and behind it, 0 to FULL.
-    near: where no other bar may end, 0 to FULL.
-    disc: the one shape of a disc, 0 to 1.
+    frame: width of the frame that patches at the picture's edge reach into.
+    bar: brightness of each pixel of a bar, 0 to 1.
+    room: the bar with its margin and the gaps at its ends, 0 to FULL.
+    near: pixels where no other bar may end, 0 to FULL.
+    disc: the single shape of a disc, 0 to 1.
     ends: flat offsets of the K pixels where a bar may end, [K].
-    tails: flat offset of the pixel where the bar starts, [D].
+    tails: flat offset of the pixel where a bar starts, [D].
     steps: flat offset of the next pivot, [D].
-    turns: weight of each end after a direction, [D, K].
+    turns: weight of each end of the next bar after a direction, [D, K].
     segments: start and end of a bar, (row, column) twice, [D, 4].
-    border: what the picture's edge occupies and is near to, [2, frame + side +
-      frame squared].
+    border: pixels that the picture's edge occupies, and those near to it, [2,
+      (frame + side + frame)**2].
   """
 
   side: int
@@ -114,13 +114,13 @@ class Shapes(NamedTuple):
 
   @property
   def width(self) -> int:
-    """Of the picture with its frame."""
+    """Width of the picture with its frame."""
     return self.side + 2 * self.frame
 
 
 @functools.lru_cache(maxsize=8)
 def make_shapes(settings: Settings, margin: int) -> Shapes:
-  """The tables for one margin.
+  """Computes the tables for one margin.
 
   Example:
     >>> shapes = make_shapes(SETTINGS[32], margin=1)
@@ -145,7 +145,7 @@ def make_shapes(settings: Settings, margin: int) -> Shapes:
   segments = np.concatenate([inner * unit, far], axis=1)
   bars = np.stack([_coverage(s, half, frame) for s in segments])
   room = np.stack([_coverage(s, margin + half, frame) for s in segments])
-  # From pivot to pivot: with grey margins alone, snakes cross in their gaps.
+  # From pivot to pivot: otherwise snakes could cross in their gaps.
   behind = (length + 2 * margin) * unit
   links = np.concatenate([np.zeros_like(unit), behind], axis=1)
   closed = np.stack([_coverage(s, _LINK, frame) for s in links])
@@ -173,7 +173,7 @@ def make_shapes(settings: Settings, margin: int) -> Shapes:
 
 
 def _circle(radius: int) -> np.ndarray:
-  """Pixels within half a pixel of a circle around (0, 0), [K, 2]."""
+  """Returns the pixels within 1/2 of a circle around (0, 0), [K, 2]."""
   line = np.arange(-radius - 1, radius + 2)
   rows, columns = np.meshgrid(line, line, indexing="ij")
   on = np.abs(np.hypot(rows, columns) - radius) <= 0.5
@@ -181,7 +181,7 @@ def _circle(radius: int) -> np.ndarray:
 
 
 def _coverage(segment: np.ndarray, radius: float, frame: int) -> np.ndarray:
-  """How much of each pixel of a square lies within `radius` of a segment."""
+  """Returns the part of each pixel that lies within `radius` of a segment."""
   count = 2 * frame + 1
   line = (np.arange(count * _SAMPLES) + 0.5) / _SAMPLES - 0.5 - frame
   rows, columns = line[:, None], line[None, :]
@@ -197,7 +197,7 @@ def _coverage(segment: np.ndarray, radius: float, frame: int) -> np.ndarray:
 
 
 def _dilate(squares: np.ndarray, radius: int) -> np.ndarray:
-  """The maximum over a disc around each pixel; squares [..., n, n]."""
+  """Returns the maximum over a disc around each pixel of [..., n, n]."""
   spread = [(0, 0)] * (squares.ndim - 2) + [(radius, radius)] * 2
   padded, result = np.pad(squares, spread), np.zeros_like(squares)
   rows, columns = squares.shape[-2:]
@@ -210,19 +210,19 @@ def _dilate(squares: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _patches(squares: np.ndarray, width: int) -> Patches:
-  """The pixels of squares [shapes, n, n] that are not 0."""
+  """Returns the nonzero pixels of squares [shapes, n, n]."""
   count, side = squares.shape[:2]
   line = np.arange(side) - side // 2
   offsets = (line[:, None] * width + line[None, :]).ravel()
   values = squares.reshape(count, -1)
-  # Stable, so that what comes first are the pixels in use, then zeros.
+  # Stable, so that nonzero pixels come first, in their order.
   order = np.argsort(values == 0, axis=1, kind="stable")
   order = order[:, : np.count_nonzero(values, axis=1).max()]
   return Patches(offsets[order], np.take_along_axis(values, order, axis=1))
 
 
 def _border(side: int, frame: int, margin: int) -> np.ndarray:
-  """The outermost pixels of the picture and all beyond, and what is near."""
+  """Returns the pixels from the edge of the picture outwards, and near them."""
   width = side + 2 * frame
   occupied = np.full((width, width), FULL, np.uint8)
   inside = slice(frame + 1, frame + side - 1)

@@ -1,4 +1,4 @@
-"""What simple rules reach: the figures that every result stands beside."""
+"""Accuracy of simple rules, to be stated beside every result."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ MAJORITY = "majority label"
 def count_labels(
   dataset: Dataset, rules: Mapping[str, Rule]
 ) -> dict[str, list[list[int]]]:
-  """For each rule, how often each label occurs in each of its groups."""
+  """Counts the labels in each group of each rule."""
   majority = {MAJORITY: lambda dataset: np.zeros(len(dataset), np.int64)}
   tables = {}
   for name, rule in (majority | dict(rules)).items():
@@ -25,17 +25,17 @@ def count_labels(
 
 
 def accuracy(fitted: list[list[int]], scored: list[list[int]]) -> float:
-  """Accuracy of the best label per group of one table, on another table.
+  """Returns the accuracy on one table of each group's best label in another.
 
-  Groups that the first table lacks get its commonest label.
+  Groups that `fitted` lacks get its most frequent label.
 
   Example:
     >>> accuracy([[9, 1], [2, 8]], [[4, 1], [0, 5]])
     0.9
   """
-  fitted, scored = np.asarray(fitted), np.asarray(scored)
-  guesses = np.full(len(scored), fitted.sum(axis=0).argmax())
-  shared = min(len(fitted), len(scored))
-  best, seen = fitted.argmax(axis=1), fitted.any(axis=1)
+  train, test = np.asarray(fitted), np.asarray(scored)
+  guesses = np.full(len(test), train.sum(axis=0).argmax())
+  shared = min(len(train), len(test))
+  best, seen = train.argmax(axis=1), train.any(axis=1)
   guesses[:shared] = np.where(seen, best, guesses[0])[:shared]
-  return float(scored[np.arange(len(scored)), guesses].sum() / scored.sum())
+  return float(test[np.arange(len(test)), guesses].sum() / test.sum())

@@ -1,12 +1,11 @@
-"""The simplest models of words and of pixels, to hold a result against.
+"""Simple models of words and of pixels, to compare a result with.
 
 * Texts: a linear support vector machine on words and pairs of words (tf-idf).
-* Pairs of texts: the cosine of their tf-idf words, cut where it parts the
-  training pairs best.
+* Pairs of texts: the cosine of their tf-idf words, with the threshold that
+  classifies the training pairs best.
 * Images: logistic regression on the pixels of 8,000 training images.
 
-They see what the task's sequences hold, cut to its length. Nothing in them is
-tuned.
+They see the task's sequences, cut to its length. Their settings are not tuned.
 """
 
 import warnings
@@ -23,7 +22,7 @@ TEXTS = ("bytes", "words")
 
 
 def describe(splits: Mapping[str, Dataset]) -> Iterator[str]:
-  """Lines about the accuracy of the model that fits the task.
+  """Yields a line about the accuracy of the model for the task.
 
   Args:
     splits: the datasets by split. The model is fitted on ``"train"``.
@@ -43,8 +42,8 @@ def describe(splits: Mapping[str, Dataset]) -> Iterator[str]:
 
 
 def words(splits: Mapping[str, Dataset]) -> dict[str, float]:
-  """Accuracy by split of a linear model of words and pairs of words."""
-  # Imported here, like the rest of scikit-learn: it takes a second.
+  """Returns the accuracy, by split, of a linear model of words."""
+  # Imported here: scikit-learn takes a second.
   from sklearn.feature_extraction.text import TfidfVectorizer
   from sklearn.svm import LinearSVC
 
@@ -59,19 +58,21 @@ def words(splits: Mapping[str, Dataset]) -> dict[str, float]:
 
 
 def cosine(splits: Mapping[str, Dataset]) -> dict[str, float]:
-  """Accuracy by split of cutting the cosine of two texts' tf-idf words."""
+  """Returns the accuracy, by split, of a threshold of the tf-idf cosine."""
+  from scipy.sparse import csr_matrix
   from sklearn.feature_extraction.text import TfidfVectorizer
 
   vectorizer = TfidfVectorizer(min_df=2, sublinear_tf=True)
   train = splits["train"]
-  vectorizer.fit([*texts(train), *texts(train, "_2")])
+  vectorizer.fit([*texts(train), *texts(train, second=True)])
   cosines = {}
   for split, dataset in splits.items():
-    one, two = (vectorizer.transform(texts(dataset, s)) for s in ("", "_2"))
+    one: csr_matrix = vectorizer.transform(texts(dataset))
+    two: csr_matrix = vectorizer.transform(texts(dataset, second=True))
     cosines[split] = np.asarray(one.multiply(two).sum(axis=1)).ravel()
   cuts = np.unique(cosines["train"])
   is_one = train.labels[np.argsort(cosines["train"], kind="stable")] == 1
-  # Right answers if everything from place i on is said to be 1.
+  # Number of correct answers if all pairs from rank i on are labelled 1.
   right = np.append(is_one[::-1].cumsum()[::-1], 0)
   right += np.append(0, (~is_one).cumsum())
   order = np.sort(cosines["train"])
@@ -84,7 +85,7 @@ def cosine(splits: Mapping[str, Dataset]) -> dict[str, float]:
 
 
 def pixels(splits: Mapping[str, Dataset]) -> dict[str, float]:
-  """Accuracy by split of logistic regression on pixels."""
+  """Returns the accuracy, by split, of logistic regression on pixels."""
   from sklearn.exceptions import ConvergenceWarning
   from sklearn.linear_model import LogisticRegression
 
@@ -100,12 +101,12 @@ def pixels(splits: Mapping[str, Dataset]) -> dict[str, float]:
   return {s: model.score(inputs[s], splits[s].labels) for s in splits}
 
 
-def texts(dataset: Dataset, suffix: str = "") -> list[str]:
-  """The sequences as text: each byte a character, each hashed word a word."""
-  tokens = getattr(dataset, "tokens" + suffix)
-  offsets = getattr(dataset, "offsets" + suffix).tolist()
+def texts(dataset: Dataset, second: bool = False) -> list[str]:
+  """Returns the sequences as text: a byte is a character, a hash is a word."""
+  _, tokens, bounds = dataset.sequences()[int(second)]
+  offsets = bounds.tolist()
   spans = zip(offsets, offsets[1:], strict=False)
   if dataset.tokenizer == "words":
-    # A letter in front: the vectorizer takes no words of one character.
+    # The letter: the vectorizer ignores words of one character.
     return [" ".join(f"w{i}" for i in tokens[a:b].tolist()) for a, b in spans]
   return [tokens[a:b].tobytes().decode("latin-1") for a, b in spans]

@@ -1,4 +1,4 @@
-"""The simplest rule for pairs of texts: how many words they share."""
+"""A simple rule for pairs of texts: the share of words in common."""
 
 import re
 
@@ -13,30 +13,25 @@ _STEPS = 25
 
 
 def overlap_rule(dataset: Dataset) -> np.ndarray:
-  """Sorts pairs of texts by their words in common, in steps of 4 %.
+  """Groups pairs of texts by their share of words in common, in steps of 4 %.
 
-  A word is five letters or more, or any id where the tokens are hashed words;
-  the share is of the text with fewer words.
+  A word has five letters or more; if the tokens are hashed words, each id is a
+  word. The share is relative to the text with fewer words.
   """
   hashed = dataset.tokenizer == "words"
-  columns = (
-    (dataset.tokens, dataset.offsets.tolist()),
-    (dataset.tokens_2, dataset.offsets_2.tolist()),
-  )
   groups = []
   for i in range(len(dataset)):
-    pair = (tokens[o[i] : o[i + 1]] for tokens, o in columns)
-    groups.append(_group(*(_words(tokens, hashed) for tokens in pair)))
+    one, two = (
+      _words(tokens[offsets[i] : offsets[i + 1]], hashed)
+      for _, tokens, offsets in dataset.sequences()
+    )
+    fewer = max(1, min(len(one), len(two)))
+    groups.append(_STEPS * len(one & two) // fewer)
   return np.array(groups, np.int64)
 
 
 def _words(tokens: np.ndarray, hashed: bool) -> set:
-  """The words of a text, each once."""
+  """Returns the set of words of a text."""
   if hashed:
     return set(tokens.tolist())
   return set(_WORD.findall(tokens.tobytes().lower()))
-
-
-def _group(one: set, two: set) -> int:
-  """The step that the share of two texts is on."""
-  return _STEPS * len(one & two) // max(1, min(len(one), len(two)))

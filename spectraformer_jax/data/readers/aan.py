@@ -1,8 +1,8 @@
-"""Pairs of papers of the ACL Anthology Network, as Long Range Arena has them.
+"""Reads pairs of papers of the ACL Anthology Network from Long Range Arena.
 
-``tsv_data/new_aan_pairs.{train,eval,test}.tsv``: label, two ids, two texts,
-with tabs between them, no header and no quoting. The files called ``only_ids``
-lack the texts.
+``tsv_data/new_aan_pairs.{train,eval,test}.tsv``: label, two ids and two texts,
+separated by tabs, without header and quoting. The files with ``only_ids`` in
+their name lack the texts.
 
 Source: Radev et al., "The ACL Anthology Network Corpus", 2013.
 """
@@ -34,7 +34,7 @@ LITERALS = ("keep", "decode")
 
 _PATTERN = "new_aan_pairs.{}.tsv"
 
-# What Python prints for bytes, and nothing else that it would evaluate.
+# Matches the literals that Python prints for bytes, and nothing else.
 _ESCAPE = rb"\\(?:[\\'\"nrt]|x[0-9a-f]{2})"
 _PRINTED = re.compile(
   rb"b(?:'(?:[ -&(-\[\]-~]|%(e)b)*+'|\"(?:[ !#-\[\]-~]|%(e)b)*+\")"
@@ -44,7 +44,7 @@ _PRINTED = re.compile(
 
 @reads("retrieval", files="tsv_data/new_aan_pairs.{train,eval,test}.tsv")
 def find_aan(root: pathlib.Path) -> TaskFiles | None:
-  """The folder that holds the pairs; texts stay as they are written."""
+  """Finds the folder of the pairs; texts are read as they are written."""
   folder = innermost(root, lambda f: any(p.is_file() for p in _paths(f)))
   if folder is None:
     _explain_only_ids(root)
@@ -62,17 +62,17 @@ def find_aan(root: pathlib.Path) -> TaskFiles | None:
 def rows(
   folder: pathlib.Path, split: str, literal: str = "keep"
 ) -> Iterator[Example]:
-  r"""The pairs of one split.
+  r"""Yields the pairs of one split.
 
   Args:
     folder: holds the files.
     split: ``"train"``, ``"dev"`` or ``"test"``.
     literal: the texts are printed Python bytes (``b'...'`` with ``\n`` as two
-      characters). ``"keep"`` takes them as they stand; ``"decode"`` takes the
-      bytes that are meant.
+      characters). ``"keep"`` reads the characters; ``"decode"`` reads the bytes
+      that they mean.
 
   Raises:
-    ValueError: at the first line that is not as it should be, with its number.
+    ValueError: at the first malformed line, with its number.
   """
   path = folder / _PATTERN.format(NAMES[split])
   number = 0
@@ -101,12 +101,12 @@ def rows(
 
 
 def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Where the three files would lie."""
+  """Returns the paths of the three files."""
   return [folder / _PATTERN.format(name) for name in NAMES.values()]
 
 
 def _decode(text: bytes, where: str) -> bytes:
-  """The bytes that a printed literal stands for."""
+  """Returns the bytes that a printed literal means."""
   if not _PRINTED.fullmatch(text):
     shown = text[:20].decode("utf-8", "replace")
     raise ValueError(
@@ -117,7 +117,7 @@ def _decode(text: bytes, where: str) -> bytes:
 
 
 def _explain_only_ids(root: pathlib.Path) -> None:
-  """ValueError if only the files without texts are there."""
+  """Raises ValueError if there are only the files without texts."""
   folder = innermost(root, lambda f: any(f.glob("*aan_pairs*only_ids*.tsv")))
   if folder is not None:
     names = sorted(path.name for path in folder.glob("*only_ids*.tsv"))
@@ -125,7 +125,7 @@ def _explain_only_ids(root: pathlib.Path) -> None:
 
 
 def _only_ids(what: str) -> str:
-  """The message about pairs without texts."""
+  """Returns the message about pairs without texts."""
   return (
     f"{what}: these are the pairs by id alone, without their texts; take "
     "tsv_data/new_aan_pairs.{train,eval,test}.tsv of lra_release.gz."

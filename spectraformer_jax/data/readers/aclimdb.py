@@ -1,9 +1,9 @@
-"""The folder ``aclImdb``: movie reviews as text files, sorted by label.
+"""Reads the folder ``aclImdb``: movie reviews as text files, by label.
 
 ``{train,test}/{neg,pos}/<id>_<stars>.txt``; ``unsup`` has no labels and is left
-out. Outer white space is stripped, as TensorFlow Datasets does, from which Long
-Range Arena takes the reviews; nothing else is changed: bytes that are no UTF-8
-and a byte order mark stay as they are.
+out. Leading and trailing white space is stripped, as in TensorFlow Datasets,
+the source of Long Range Arena's reviews. All other bytes are kept, also invalid
+UTF-8 and a byte order mark.
 
 Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011.
 """
@@ -11,7 +11,7 @@ Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011.
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -26,7 +26,7 @@ _NAME = re.compile(r"(\d+)_\d+\.txt")
 
 @reads("text", files="aclImdb/{train,test}/{neg,pos}/<id>_<stars>.txt")
 def find_aclimdb(root: pathlib.Path) -> TaskFiles | None:
-  """The folder that holds ``train/pos`` and its like, at most 3 levels down."""
+  """Finds the folder of ``train/pos`` and ``train/neg``."""
   folder = innermost(
     root, lambda f: any((f / "train" / label).is_dir() for label in LABELS)
   )
@@ -43,7 +43,7 @@ def find_aclimdb(root: pathlib.Path) -> TaskFiles | None:
 
 
 def _list(folder: pathlib.Path, part: str) -> list[tuple[pathlib.Path, int]]:
-  """Path and label of each review, sorted by label and id."""
+  """Returns path and label of each review, sorted by label and id."""
   reviews = []
   for label, name in enumerate(LABELS):
     source = folder / part / name
@@ -70,7 +70,7 @@ def _list(folder: pathlib.Path, part: str) -> list[tuple[pathlib.Path, int]]:
 
 
 def _rows(reviews: list[tuple[pathlib.Path, int]]) -> Iterator[Example]:
-  """The bytes and the label of each review."""
+  """Yields the bytes and the label of each review."""
   for path, label in reviews:
     text = read_plain(path).strip()
     if not text:
@@ -78,8 +78,10 @@ def _rows(reviews: list[tuple[pathlib.Path, int]]) -> Iterator[Example]:
     yield Example(np.frombuffer(text, np.uint8), label)
 
 
-def _checksum(folder: pathlib.Path, paths) -> str:
-  """Of all names, and of the first and last review of each part."""
+def _checksum(
+  folder: pathlib.Path, paths: Mapping[str, list[tuple[pathlib.Path, int]]]
+) -> str:
+  """Returns a hash of all names and of each part's first and last review."""
   digest = hashlib.sha256()
   for part, reviews in paths.items():
     names = "\n".join(f"{path.parent.name}/{path.name}" for path, _ in reviews)

@@ -1,17 +1,18 @@
-"""CIFAR-10 batches, binary or pickled by Python, as gray images.
+"""Reads CIFAR-10 batches, binary or pickled by Python, as gray images.
 
 The binary form (``data_batch_{1..5}.bin``, ``test_batch.bin``; records of one
-label byte and 3072 colour bytes) is preferred where both are there. Long Range
-Arena takes the last 10 % of the training images in the order of TensorFlow
-Datasets, a hash of keys that the batches lack, as its validation set; here the
-split is by content.
+label byte and 3072 colour bytes) is preferred if both exist. Long Range Arena's
+validation set is the last 10 % of the training images in the order of
+TensorFlow Datasets, a hash of keys that the batches lack; here the split is by
+content.
 
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images",
 2009.
 """
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ _READ_AT_ONCE = 1000
 
 @reads("image", files="cifar-10-batches-bin/*.bin or cifar-10-batches-py/*")
 def find_cifar(root: pathlib.Path) -> TaskFiles | None:
-  """The folder of the batches."""
+  """Finds the folder of the batches."""
   forms = (
     (".bin", "CIFAR-10 binary batches", _binary_rows),
     ("", "CIFAR-10 Python batches", _python_rows),
@@ -59,7 +60,7 @@ def _find(
   what: str,
   read: Callable[[pathlib.Path], Iterator[Example]],
 ) -> TaskFiles | None:
-  """The folder of the batches in one of the forms."""
+  """Finds the folder of the batches in one form."""
   names = {p: [n + suffix for n in ns] for p, ns in BATCHES.items()}
   folder = innermost(root, lambda f: (f / names["test"][0]).is_file())
   if folder is None:
@@ -78,7 +79,7 @@ def _find(
 
 
 def _binary_rows(path: pathlib.Path) -> Iterator[Example]:
-  """The images of a binary batch."""
+  """Yields the images of a binary batch."""
   size = path.stat().st_size
   if not size or size % RECORD:
     raise ValueError(
@@ -89,12 +90,12 @@ def _binary_rows(path: pathlib.Path) -> Iterator[Example]:
   with open_plain(path) as file:
     while block := file.read(RECORD * _READ_AT_ONCE):
       records = np.frombuffer(block, np.uint8).reshape(-1, RECORD)
-      yield from _rows(records[:, 1:], records[:, 0], path, first)
+      yield from _rows(records[:, 1:], records[:, 0].tolist(), path, first)
       first += len(records)
 
 
 def _python_rows(path: pathlib.Path) -> Iterator[Example]:
-  """The images of a batch that Python pickled."""
+  """Yields the images of a pickled batch."""
   batch = pickles.load(path, MAX_BYTES)
   columns = {}
   if isinstance(batch, dict):
@@ -120,9 +121,9 @@ def _python_rows(path: pathlib.Path) -> Iterator[Example]:
 
 
 def _rows(
-  images: np.ndarray, labels, path: pathlib.Path, first: int
+  images: np.ndarray, labels: Sequence[Any], path: pathlib.Path, first: int
 ) -> Iterator[Example]:
-  """Gray rows of images ``[count, 3072]``; the first has number `first`."""
+  """Yields gray images of ``[count, 3072]``; the first has number `first`."""
   gray = rgb_to_gray(*np.moveaxis(images.reshape(-1, 3, PLANE), 1, 0))
   for i, pixels in enumerate(gray):
     label = check_label(labels[i], 10, f"{path} image {first + i}")

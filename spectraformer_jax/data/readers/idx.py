@@ -1,15 +1,15 @@
-"""The idx files of MNIST and its relatives: images and labels, often gzipped.
+"""Reads the idx files of MNIST and its relatives: images and labels.
 
 A header of big-endian numbers (a magic number, then the sizes), then one byte
-per pixel or label, https://yann.lecun.com/exdb/mnist.
+per pixel or label, often gzipped; https://yann.lecun.com/exdb/mnist.
 """
 
 import gzip
+import io
 import math
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import numpy as np
 
@@ -21,18 +21,18 @@ _READ_AT_ONCE = 1000
 
 
 def read_rows(
-  images: BinaryIO, labels: BinaryIO, side: int, where: str
+  images: io.BufferedIOBase, labels: io.BufferedIOBase, side: int, where: str
 ) -> Iterator[Example]:
-  """Square images, centred on black of `side` x `side`, and their labels.
+  """Yields square images, padded with black to `side` x `side`, and labels.
 
   Args:
-    images: the opened idx file of the images, gzipped or not.
-    labels: that of the labels.
-    side: to pad the images to, at least their own.
-    where: what the files are called, for messages.
+    images: the open idx file of the images, gzipped or not.
+    labels: the open idx file of the labels.
+    side: width and height of the padded images.
+    where: name of the files, for messages.
 
   Raises:
-    ValueError: if one of the files is not what it should be.
+    ValueError: if a file is damaged or of another kind.
   """
   images, labels = _plain(images), _plain(labels)
   try:
@@ -54,7 +54,7 @@ def read_rows(
       for i, image in enumerate(pixels.reshape(size, -1)):
         name = f"{where} image {start + i}"
         yield Example(image, check_label(of_chunk[i], 10, name))
-    # A gzip file is compared with its checksum at its end.
+    # Reading past the end makes gzip compare its checksum.
     for file, name in ((images, "images"), (labels, "labels")):
       if file.read(1):
         raise ValueError(
@@ -65,15 +65,15 @@ def read_rows(
     raise ValueError(f"{where}: a gzip file is damaged ({error}).") from error
 
 
-def _plain(file: BinaryIO) -> BinaryIO:
-  """The file itself, or what it unpacks to."""
+def _plain(file: io.BufferedIOBase) -> io.BufferedIOBase:
+  """Returns the file, unpacked if it is gzipped."""
   start = file.read(2)
   file.seek(0)
   return gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
 
 
-def _sizes(file: BinaryIO, magic: int, where: str) -> tuple[int, ...]:
-  """The sizes in the header; ValueError if it is another kind of file."""
+def _sizes(file: io.BufferedIOBase, magic: int, where: str) -> tuple[int, ...]:
+  """Returns the sizes in the header; raises ValueError for another file."""
   found, *sizes = struct.unpack(
     f">{1 + magic % 256}I", _exactly(file, 4 + 4 * (magic % 256), where)
   )
@@ -85,14 +85,16 @@ def _sizes(file: BinaryIO, magic: int, where: str) -> tuple[int, ...]:
   return tuple(sizes)
 
 
-def _read(file: BinaryIO, shape: tuple[int, ...], where: str) -> np.ndarray:
-  """The next bytes as an array."""
+def _read(
+  file: io.BufferedIOBase, shape: tuple[int, ...], where: str
+) -> np.ndarray:
+  """Returns the next bytes as an array."""
   content = _exactly(file, math.prod(shape), where)
   return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _exactly(file: BinaryIO, size: int, where: str) -> bytes:
-  """So many bytes; ValueError if the file ends before."""
+def _exactly(file: io.BufferedIOBase, size: int, where: str) -> bytes:
+  """Reads `size` bytes; raises ValueError if the file ends before."""
   content = file.read(size)
   if len(content) < size:
     raise ValueError(f"{where}: the file is cut off, {size} bytes are missing.")

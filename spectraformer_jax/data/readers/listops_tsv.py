@@ -1,9 +1,9 @@
-"""ListOps of Long Range Arena as its files have it.
+"""Reads and writes the ListOps files of Long Range Arena.
 
 ``listops-1000/basic_{train,val,test}.tsv``: a header ``Source<TAB>Target``,
 then one expression and its value per line, in any form that
-:func:`listops_text.encode` takes; :func:`export` writes the form of the
-release. Read and written line by line: the training file has about 0.6 GB.
+:func:`listops_text.encode` accepts; :func:`export` writes the form of the
+release. Both work line by line: the training file has about 0.6 GB.
 """
 
 import os
@@ -38,7 +38,7 @@ _HEADER = [b"Source", b"Target"]
 
 @reads("listops", files="listops-1000/basic_{train,val,test}.tsv")
 def find_listops(root: pathlib.Path) -> TaskFiles | None:
-  """The folder of the three files."""
+  """Finds the folder of the three files."""
   folder = innermost(root, lambda f: (f / "basic_train.tsv").is_file())
   if folder is None:
     return None
@@ -54,13 +54,13 @@ def find_listops(root: pathlib.Path) -> TaskFiles | None:
 
 
 def rows(path: pathlib.Path) -> Iterator[Example]:
-  """The ids and the value of each expression.
+  """Yields the ids and the value of each expression.
 
-  That an expression is complete is checked; its value is taken as it stands,
-  and ``check`` works it out again.
+  Incomplete expressions are refused. Values are not computed here, but by the
+  command ``check``.
 
   Raises:
-    ValueError: at the first line that is not as it should be, with its number.
+    ValueError: at the first malformed line, with its number.
   """
   number = 0
   for number, line in read_lines(path):
@@ -93,11 +93,11 @@ def rows(path: pathlib.Path) -> Iterator[Example]:
 
 
 def export(dataset: Dataset, folder: str | os.PathLike) -> pathlib.Path:
-  r"""Writes a split of ListOps as the file that the release has for it.
+  r"""Writes a split of ListOps as the corresponding file of the release.
 
   Args:
     dataset: with tokeniser ``"full"``: the form needs closing brackets.
-    folder: made if it is not there; a file that is there is replaced once the
+    folder: created if it does not exist; an existing file is replaced when the
       new one is complete.
 
   Returns:

@@ -1,4 +1,4 @@
-"""Pickles that Spectraformer, Skyformer and Nystromformer make of the tasks.
+"""Reads the pickles that Spectraformer, Skyformer and Nystromformer make.
 
 ``lra-<task>.{train,dev,test}.pickle``, without ``lra-`` in Nystromformer: a
 list of dicts of ``input_ids_0``, perhaps ``input_ids_1``, and ``label``, whose
@@ -35,7 +35,7 @@ CONTOUR = "curv_contour_length_14"
 
 
 class _Form(NamedTuple):
-  """How a task is pickled."""
+  """File names and content of a task's pickles."""
 
   names: tuple[str, ...]
   counts: tuple[int, int, int]
@@ -61,7 +61,7 @@ _FORMS = {
 
 
 def _find(root: pathlib.Path, task: str) -> TaskFiles | None:
-  """The pickles of a task."""
+  """Finds the pickles of a task."""
   form = _FORMS[task]
   stems = [prefix + name for name in form.names for prefix in ("lra-", "")]
   for stem in stems:
@@ -100,11 +100,11 @@ for _task, _form in _FORMS.items():
 
 
 def rows(path: pathlib.Path, task: str) -> Iterator[Example]:
-  """The examples in one of the files.
+  """Yields the examples in a file.
 
   Raises:
-    ValueError: if the file is incomplete, asks for more than plain values, or
-      holds an example that is not as it should be.
+    ValueError: if the file is damaged, needs more than plain values, or holds
+      a malformed example.
   """
   form = _FORMS[task]
   examples = pickles.load(path, MAX_BYTES)
@@ -127,7 +127,7 @@ def rows(path: pathlib.Path, task: str) -> Iterator[Example]:
 
 
 def _tokens(ids: Any, where: str, form: _Form) -> np.ndarray:
-  """Stored tokens of one sequence: without padding, and counted from 0."""
+  """Returns the stored tokens of a sequence: unpadded and counted from 0."""
   if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
     raise ValueError(f"{where} must be an array of integers.")
   if ids.size > MAX_IDS:

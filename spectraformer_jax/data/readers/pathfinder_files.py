@@ -1,11 +1,11 @@
-"""Pathfinder images of Long Range Arena: PNG files and lists of labels.
+"""Reads Pathfinder images of Long Range Arena: PNG files and lists of labels.
 
 ``pathfinder<side>/curv_contour_length_14/imgs/<batch>/sample_<i>.png`` and
-``metadata/<batch>.npy``. The lists of the release are plain text in spite of
-their name: one line per image, with spaces between folder, file, number, label
-and parameters of the generator. A fresh run of the generator writes arrays of
+``metadata/<batch>.npy``. Despite their name, the lists of the release are text:
+one line per image, with folder, file, number, label and parameters of the
+generator, separated by spaces. A new run of the generator writes arrays of
 strings; both are read. The archive holds ``pathfinder128`` twice; the one in
-the inner ``lra_release`` is taken.
+the inner ``lra_release`` is read.
 
 Source: Linsley et al., "Learning long-range spatial dependencies with
 horizontal gated recurrent units", 2018; Kim et al., "Disentangling neural
@@ -43,7 +43,7 @@ DIFFICULTY = "curv_contour_length_14"
 ROWS = {"all": 200_000}
 MAX_EMPTY = 10
 MAX_LISTED = 200_000
-"""Pictures in one list; the release has so many in all lists together."""
+"""Limit of one list; in the release, all lists together have this size."""
 
 _MAX_LINE = 4096  # bytes; those of the release have about 100
 _MAX_NAME = 255
@@ -53,7 +53,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
 def _find(root: pathlib.Path, side: int) -> TaskFiles | None:
-  """The innermost ``pathfinder<side>`` with images of LRA's difficulty."""
+  """Finds the innermost ``pathfinder<side>`` with LRA's difficulty."""
   name = f"pathfinder{side}"
   resolved = root.resolve()
   if resolved.name == DIFFICULTY and resolved.parent.name == name:
@@ -85,7 +85,7 @@ for _task, _side in (("pathfinder", 32), ("pathx", 128)):
 
 
 def _explain_difficulty(root: pathlib.Path, name: str) -> None:
-  """ValueError if the folder is there with other images only."""
+  """Raises ValueError if the folder has only images of other difficulties."""
   for folder in folders(root):
     prepared = any(folder.glob("*/dataset_info.json"))  # tfds_folder reads it
     if folder.name == name and not prepared:
@@ -97,7 +97,7 @@ def _explain_difficulty(root: pathlib.Path, name: str) -> None:
 
 
 def _sorted_lists(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of labels by number of the batch."""
+  """Returns the lists, sorted by number of the batch."""
   paths = [p for p in (folder / "metadata").glob("*.npy") if p.name[0] != "."]
   if not paths:
     raise ValueError(f"{folder}/metadata must hold <batch>.npy, found none.")
@@ -105,13 +105,13 @@ def _sorted_lists(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _number(text: str) -> tuple[int, str]:
-  """A key that sorts by the digits in a name."""
+  """Returns a key that sorts by the digits in a name."""
   digits = "".join(c for c in text if c.isdecimal())
   return int(digits or 0), text
 
 
 def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
-  """Picture and label of each image, by number; one file is held at a time."""
+  """Yields the path and the label of each image of a list, by number."""
   with open_plain(path) as file:
     is_array = file.read(6) == b"\x93NUMPY"
   table = []
@@ -143,7 +143,7 @@ def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
 
 
 def _text_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-  """The lines of the release's lists, which are text."""
+  """Yields the lines of a list that is text, as in the release."""
   for number, line in read_lines(path):
     if len(line) > _MAX_LINE:
       raise ValueError(
@@ -155,7 +155,7 @@ def _text_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-  """The rows of a list that the generator wrote as an array of strings."""
+  """Yields the rows of a list that is an array of strings."""
   table = open_array(path, "array of strings")
   if (
     table.ndim != 2
@@ -169,7 +169,7 @@ def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
   for number, row in enumerate(table, start=1):
     try:
       row = np.ascontiguousarray(row.astype(str))
-      # Python makes texts of numbers that are no characters, and fails later.
+      # A str may hold numbers that are no characters, and fails later.
       is_text = row.view(np.uint32).max() <= sys.maxunicode
     except ValueError:
       is_text = False
@@ -181,7 +181,7 @@ def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
 def _rows(
   folder: pathlib.Path, lists: list[pathlib.Path], side: int
 ) -> Iterator[Example]:
-  """Pixels and label of each image; empty files are left out and counted."""
+  """Yields pixels and label of each image; counts and skips empty files."""
   empty = []
   for path in lists:
     for name, label in _read_list(path):
@@ -211,11 +211,11 @@ def _rows(
 
 
 def _pixels(content: bytes, picture: pathlib.Path, side: int) -> np.ndarray:
-  """The pixels of an 8-bit gray PNG, row by row."""
-  # Imported here: building the cache alone needs it.
+  """Returns the pixels of an 8-bit gray PNG, row by row."""
+  # Imported here: only building the cache needs Pillow.
   from PIL import Image
 
-  # Looked at first, so that no picture unpacks to more than it should.
+  # Checked before unpacking, which could take much memory.
   header = content[len(_PNG_START) : len(_PNG_START) + 10]
   expected = struct.pack(">IIBB", side, side, 8, 0)
   if not content.startswith(_PNG_START) or header != expected:
@@ -225,6 +225,6 @@ def _pixels(content: bytes, picture: pathlib.Path, side: int) -> np.ndarray:
       if image.size != (side, side) or image.mode != "L":
         raise ValueError(f"it is {image.mode} {image.size}")
       return np.asarray(image, np.uint8).ravel()
-  # Pillow lets through what its parts raise.
+  # Pillow raises nearly anything.
   except Exception as error:
     raise ValueError(f"{picture} is damaged ({first_line(error)}).") from None

@@ -1,12 +1,13 @@
-"""Readers of files that users bring, and how their rows become a task.
+"""Registers readers of users' files, and makes tasks of their examples.
 
-A reader is a function that looks for its files under a folder and returns what
-it :class:`TaskFiles`, or None. It is registered for the tasks it serves::
+A reader is a function that looks for its files below a folder and returns
+:class:`TaskFiles`, or None. It is registered for the tasks whose files it
+reads::
 
     @reads("text", files="aclImdb/{train,test}/{neg,pos}/<id>_<stars>.txt")
     def find_aclimdb(root: pathlib.Path) -> TaskFiles | None: ...
 
-Its rows are streamed: no reader holds more than a chunk of them.
+Its examples are streamed: no reader but that of pickles holds them all.
 """
 
 import dataclasses
@@ -35,11 +36,11 @@ _CHUNK_TOKENS = 2**22
 _LABEL = re.compile(r"\d{1,9}(\.0*)?", re.ASCII)
 
 Plan = Sequence[tuple[str, Mapping[str, float]]]
-"""Which part of the files each pass reads, and the split's share in it."""
+"""For each pass, the part of the files that it reads and the splits' shares."""
 
 
 class Example(NamedTuple):
-  """One example: stored tokens, not yet cut to length, and the label."""
+  """An example: its stored tokens, not yet cut to length, and its label."""
 
   tokens: np.ndarray
   label: int
@@ -48,19 +49,20 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskFiles:
-  """Files that hold a task.
+  """Describes files that hold a task.
 
   Attributes:
-    folder: where they lie.
-    what: the layout, with the version of its reader.
-    parts: the parts that the files come in, with the number of rows to expect
-      in each; ``"train"``, ``"dev"``, ``"test"`` or ``"all"``.
-    rows: part to its rows, in an order that depends on the files alone.
-    checksum: changes with the files.
-    mark: put behind the task's name where the content departs from the
-      published form.
+    folder: the folder of the files.
+    what: name of the layout.
+    parts: the parts of the files (``"train"``, ``"dev"``, ``"test"`` or
+      ``"all"``), with the expected number of examples of each.
+    rows: yields the examples of a part, in an order that depends on the files
+      only.
+    checksum: hash of the files.
+    mark: appended to the task's name if the content differs from the published
+      form.
     provenance: see :class:`Facts`.
-    tokenizer: where the files decide it.
+    tokenizer: None if the task chooses it.
   """
 
   folder: pathlib.Path
@@ -79,7 +81,7 @@ _READERS: dict[str, list[tuple[str, Reader]]] = {}
 
 
 def reads(*tasks: str, files: str) -> Callable[[Reader], Reader]:
-  """Decorator that registers a reader; `files` says what it looks for."""
+  """Registers the decorated reader; `files` describes what it looks for."""
 
   def register(reader: Reader) -> Reader:
     for task in tasks:
@@ -96,17 +98,17 @@ def find_data(
   origin: str = ARCHIVE,
   instead: Sequence[str] = (),
 ) -> TaskFiles:
-  """What a folder holds for a task.
+  """Finds the files of a task below a folder.
 
   Args:
     task: name of the task.
-    data_dir: the folder, or one up to three levels above it.
-    origin: where the files come from, for messages.
-    instead: tasks to try without them; those that are not registered are left
-      out.
+    data_dir: the folder of the files, or one up to three levels above it.
+    origin: source of the files, for messages.
+    instead: tasks that need no files, for messages.
 
   Raises:
-    ValueError: if there is none, no folder, nothing in it, or two layouts.
+    ValueError: if `data_dir` is None or no folder, or holds no files of the
+      task, or two layouts.
   """
   names = [repr(name) for name in instead if name in TASKS.names()]
   without = f"; without the files try {' or '.join(names)}" if names else ""
@@ -142,14 +144,14 @@ def make_source(
   settings: Mapping[str, Any] | None = None,
   **facts: Any,
 ) -> Source:
-  """The task that these files hold.
+  """Returns the task that `found` holds.
 
   Args:
-    found: the files.
-    plan: one entry per pass; a part with several splits is divided by content.
-    name: of the task, without the files' own mark.
-    seed: of that division; without one it has no effect.
-    settings: more that decides the content.
+    found: files of the task.
+    plan: one entry per pass; a part of several splits is divided by content.
+    name: of the task, without the mark of the files.
+    seed: of the division by content.
+    settings: additional settings of :class:`Facts`.
     **facts: attributes of :class:`Facts`. Sequences are cut to ``length``.
   """
   divided = any(len(shares) > 1 for _, shares in plan)
@@ -189,12 +191,12 @@ def make_source(
 
 
 def own_splits() -> Plan:
-  """The plan for files that come in three splits."""
+  """Returns the plan for files with three splits."""
   return [(split, {split: 1.0}) for split in ("train", "dev", "test")]
 
 
 def check_label(label: Any, num_classes: int, where: str) -> int:
-  """A label as an int; takes ``1``, ``1.0`` and texts of them.
+  """Returns a label as an int; accepts ``1``, ``1.0`` and texts of them.
 
   Example:
     >>> check_label(b"1.0", 2, "pairs.tsv line 3")
@@ -218,7 +220,7 @@ def check_label(label: Any, num_classes: int, where: str) -> int:
 
 
 def _shown(label: Any) -> str:
-  """A label for a message: neither long nor, if it is nested, written out."""
+  """Describes a label briefly for a message; nested values by their type."""
   if isinstance(label, str):
     return repr(label[:40])
   if isinstance(label, int) and label.bit_length() > 128:
@@ -231,7 +233,7 @@ def _shown(label: Any) -> str:
 
 
 def _chunks(rows: Iterator[Example]) -> Iterator[list[Example]]:
-  """Rows in lists that are small in number and in tokens."""
+  """Yields lists of rows, limited in number and in tokens."""
   chunk, size = [], 0
   for row in rows:
     chunk.append(row)
@@ -247,7 +249,7 @@ def _chunks(rows: Iterator[Example]) -> Iterator[list[Example]]:
 def _divide(
   rows: list[Example], shares: Mapping[str, float], seed: int
 ) -> dict[str, list[Example]]:
-  """The rows of each split: all of one, or by content."""
+  """Returns the rows of each split: one split, or several by content."""
   if len(shares) == 1:
     return {split: rows for split in shares}
   parts = split_by_content(map(_content, rows), shares, seed)
@@ -255,7 +257,7 @@ def _divide(
 
 
 def _content(row: Example) -> bytes:
-  """What two equal examples have in common."""
+  """Returns bytes that are equal for equal examples."""
   if row.tokens_2 is None:
     return row.tokens.tobytes()
   first = row.tokens.tobytes()
@@ -263,17 +265,15 @@ def _content(row: Example) -> bytes:
 
 
 def _append(writer: Writer, rows: list[Example], length: int) -> None:
-  """Writes rows, each sequence cut to its first `length` tokens."""
+  """Writes rows; cuts each sequence to its first `length` tokens."""
   if not rows:
     return
   labels = [row.label for row in rows]
-  columns = _flat([row.tokens[:length] for row in rows])
-  if rows[0].tokens_2 is None:
-    writer.append(*columns, labels)
-  else:
-    writer.append(*columns, labels, *_flat([r.tokens_2[:length] for r in rows]))
+  first = [row.tokens[:length] for row in rows]
+  second = [r.tokens_2[:length] for r in rows if r.tokens_2 is not None]
+  writer.append(*_flat(first), labels, *(_flat(second) if second else ()))
 
 
 def _flat(sequences: list[np.ndarray]) -> tuple[np.ndarray, list[int]]:
-  """Sequences laid end to end, and their lengths."""
+  """Concatenates sequences; returns the tokens and the lengths."""
   return np.concatenate(sequences), [len(tokens) for tokens in sequences]

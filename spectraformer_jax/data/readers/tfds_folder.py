@@ -1,13 +1,13 @@
-"""Folders that TensorFlow Datasets has prepared, read without TensorFlow.
+"""Reads folders that TensorFlow Datasets has prepared, without TensorFlow.
 
 ``imdb_reviews`` for Text, ``cifar10`` for Image, Long Range Arena's own
 ``pathfinder32`` and ``pathfinder128``, and our ``lra_listops``. They must be in
 the array_record format: without TensorFlow nothing reads TFRecord files, the
 default of TensorFlow Datasets.
 
-The images of CIFAR-10 lie in an order of their own there, of which Long Range
-Arena takes the last tenth for validation: this is the only form of the files
-that gives its split. Of Pathfinder it takes 80, 10 and 10 % of the hard images.
+Long Range Arena's validation set of CIFAR-10 is the last tenth in the order of
+these folders: no other form of the files gives its split. Of Pathfinder it
+uses 80, 10 and 10 % of the hard images.
 """
 
 import functools
@@ -54,7 +54,7 @@ _DRAW = "LraListops of spectraformer_jax.data.tfds_builders writes array_record"
 
 
 class _Form(NamedTuple):
-  """How a task lies in a data set of TensorFlow Datasets."""
+  """The TensorFlow Datasets form of a task."""
 
   name: str
   field: str
@@ -106,7 +106,7 @@ _FORMS = {
 
 
 def _find(root: pathlib.Path, form: _Form) -> TaskFiles | None:
-  """The folder of one version of the data set."""
+  """Finds the folder of one version of the data set."""
   infos: dict[pathlib.Path, dict[str, Any]] = {}
 
   def is_prepared(folder: pathlib.Path) -> bool:
@@ -150,7 +150,7 @@ for _task, _form in _FORMS.items():
 
 
 def _read_info(folder: pathlib.Path) -> dict[str, Any]:
-  """What a prepared folder says about itself; nothing for another folder."""
+  """Returns the description of a prepared folder; empty for another folder."""
   path = folder / INFO
   if not path.exists():
     return {}
@@ -162,7 +162,7 @@ def _read_info(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object that a file describes."""
+  """Returns the JSON object in a file."""
   content = read_plain(path, _MAX_DESCRIPTION)
   try:
     value = json.loads(content)
@@ -174,7 +174,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_file(path: pathlib.Path) -> None:
-  """ValueError if a file of a prepared folder is a pipe, or a huge text."""
+  """Raises ValueError if a file is no plain file, or a huge description."""
   with open_plain(path):
     size = path.stat().st_size
   if f".{FORMAT}" not in path.name and size > _MAX_DESCRIPTION:
@@ -185,9 +185,9 @@ def _check_file(path: pathlib.Path) -> None:
 
 
 def _check_features(folder: pathlib.Path) -> None:
-  """ValueError if the description of a folder would import other modules.
+  """Raises ValueError if a description names classes of other modules.
 
-  TensorFlow Datasets imports whatever class a description names.
+  TensorFlow Datasets imports the classes that a description names.
   """
   path = folder / FEATURES
   waiting: list[Any] = [_read_json(path)]
@@ -211,13 +211,13 @@ def _check_features(folder: pathlib.Path) -> None:
 
 
 def _rows(folder: pathlib.Path, part: str, form: _Form) -> Iterator[Example]:
-  """The examples of a part, in the order of the folder."""
+  """Yields the examples of a part, in the order of the folder."""
   source = _open(folder, form.slices[part])
   for i in range(len(source)):
     where = f"{folder} {form.slices[part]} example {i}"
     try:
       example = source[i]
-    # Nearly anything, as the files are read by other packages.
+    # The packages that read the files raise nearly anything.
     except Exception as error:
       raise ValueError(
         f"{where} is damaged ({first_line(error)}); prepare the data again."
@@ -231,25 +231,26 @@ def _rows(folder: pathlib.Path, part: str, form: _Form) -> Iterator[Example]:
 
 
 def _open(folder: pathlib.Path, split: str) -> Any:
-  """A random-access source of examples."""
+  """Returns a random-access source of examples."""
   if importlib.util.find_spec("array_record") is None:
     raise ValueError(
       f"{folder} needs the package array_record to be read: pip install "
       "array_record; where there is none for your system, use the raw files."
     )
-  # Imported here: it takes a second, and no other reader needs it.
+  # Imported here: it takes a second, and only this reader needs it.
   import tensorflow_datasets as tfds
 
   try:
-    builder = tfds.builder_from_directory(folder)
-    # Their size is looked at before pictures are unpacked.
+    # Its stubs know neither the features of `info` nor `as_data_source`.
+    builder: Any = tfds.builder_from_directory(folder)
+    # Pictures are unpacked here, after a check of their size.
     packed = {
       name: tfds.decode.SkipDecoding()
       for name, feature in builder.info.features.items()
       if isinstance(feature, tfds.features.Image)
     }
     return builder.as_data_source(split=split, decoders=packed)
-  # As above.
+  # The packages that read the files raise nearly anything.
   except Exception as error:
     raise ValueError(
       f"{folder} is damaged ({first_line(error)}); prepare the data again."
@@ -257,7 +258,7 @@ def _open(folder: pathlib.Path, split: str) -> Any:
 
 
 def _tokens(content: Any, where: str, form: _Form) -> np.ndarray:
-  """The stored tokens of a text, of an image, or of an expression."""
+  """Returns the stored tokens of a text, an image or an expression."""
   if isinstance(content, bytes) and form.side:
     content = _unpack(content, where, form.side)
   elif isinstance(content, bytes):
@@ -286,8 +287,8 @@ def _tokens(content: Any, where: str, form: _Form) -> np.ndarray:
 
 
 def _unpack(content: bytes, where: str, side: int) -> np.ndarray:
-  """The pixels of a picture, [side, side, 1] or [side, side, 3]."""
-  # Imported here: building the cache alone needs it.
+  """Returns the pixels of a picture, [side, side, 1] or [side, side, 3]."""
+  # Imported here: only building the cache needs Pillow.
   from PIL import Image
 
   try:
@@ -298,7 +299,7 @@ def _unpack(content: bytes, where: str, side: int) -> np.ndarray:
           image if image.mode == "L" else image.convert("RGB")
         )
         return pixels.reshape(side, side, -1)
-  # Pillow lets through what its parts raise.
+  # Pillow raises nearly anything.
   except Exception as error:
     raise ValueError(
       f"{where} is no picture ({first_line(error)}); prepare the data again."

@@ -1,9 +1,8 @@
 """Handwritten digits, 8 x 8: the smallest real image task, for smoke tests.
 
-The 1,797 images that scikit-learn carries, read row by row as 64 tokens. A
-token is the pixel itself, 0 to 16, as in the image tasks of Long Range Arena.
-Black is 0 like the padding of other tasks, which is why masks come from lengths
-and never from ids.
+The 1,797 images of scikit-learn, read row by row as 64 tokens. A token is the
+pixel itself, 0 to 16, as in the image tasks of Long Range Arena. Black is 0, as
+is the padding of other tasks, so masks come from lengths and never from ids.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits",
 UCI Machine Learning Repository, 1998; ``sklearn.datasets.load_digits``.
@@ -23,10 +22,10 @@ SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 
 @TASKS.register("digits")
 def digits(*, seed: int = 0) -> Source:
-  """The task: about 80 % train, 10 % dev, 10 % test, by content and `seed`."""
+  """Returns the task: about 80 % train, 10 % dev, 10 % test, by content."""
 
   def write(writers: Mapping[str, Writer], progress: ReportProgress) -> None:
-    # Imported here: it takes a second, and a cached split does not need it.
+    # Imported here: it takes a second, and only building the cache needs it.
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

@@ -1,8 +1,8 @@
-"""``fashion``: Fashion-MNIST, ten kinds of clothes, a stand-in for Image.
+"""``fashion``: Fashion-MNIST, ten kinds of clothes; a stand-in for Image.
 
-28 x 28 gray images with two pixels of black around them: 1024 tokens, like the
-images of Long Range Arena. 62 % of the pixels are 0; masks come from lengths.
-Dev is 10 % of the training images, by content.
+28 x 28 gray images, padded with two black pixels on each side to 1024 tokens,
+the length of Long Range Arena's images. 62 % of the pixels are 0, so masks come
+from lengths. Dev is 10 % of the training images, by content.
 
 Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
 Benchmarking Machine Learning Algorithms", 2017.
@@ -61,16 +61,16 @@ def fashion(
   data_dir: str | os.PathLike | None = None,
   cache_dir: str | os.PathLike | None = None,
 ) -> Source:
-  """The task, from the package of Debian or from files of the user.
+  """Returns the task, from Debian's package or from files of the user.
 
   Args:
     seed: of the split of the training images by content.
     data_dir: a folder with the four idx files or the package, or one up to
-      three levels above it; None for where ``fetch`` puts the package.
-    cache_dir: root of the token cache, which has that place.
+      three levels above it; None: the package that ``fetch`` downloaded.
+    cache_dir: root of the token cache, with the downloaded package.
 
   Raises:
-    ValueError: if the files are not there.
+    ValueError: if the files are missing.
   """
   if data_dir is not None:
     found = find_data("fashion", data_dir, origin=ORIGIN)
@@ -91,7 +91,7 @@ def fashion(
 
 @reads("fashion", files="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]")
 def find_idx(root: pathlib.Path) -> TaskFiles | None:
-  """The folder of the four idx files."""
+  """Finds the folder of the four idx files."""
   for end in ("", ".gz"):
     first = f"{NAMES['train']}-{KINDS[0]}{end}"
     folder = innermost(root, lambda f, first=first: (f / first).is_file())
@@ -109,7 +109,7 @@ def find_idx(root: pathlib.Path) -> TaskFiles | None:
     folder=folder,
     what="idx files",
     parts=ROWS,
-    rows=lambda part: _file_rows(*paths[part], part),
+    rows=lambda part: _file_rows(paths[part], part),
     checksum=checksum(all_paths, folder),
     provenance="stand-in",
   )
@@ -117,7 +117,7 @@ def find_idx(root: pathlib.Path) -> TaskFiles | None:
 
 @reads("fashion", files=FASHION_MNIST.file)
 def find_package(root: pathlib.Path) -> TaskFiles | None:
-  """The folder of the Debian package."""
+  """Finds the folder of the Debian package."""
   name = FASHION_MNIST.file
   folder = innermost(root, lambda f: (f / name).is_file())
   if folder is None:
@@ -134,30 +134,30 @@ def find_package(root: pathlib.Path) -> TaskFiles | None:
   )
 
 
-def _file_rows(
-  images: pathlib.Path, labels: pathlib.Path, part: str
-) -> Iterator[Example]:
-  """The examples in two files."""
+def _file_rows(paths: list[pathlib.Path], part: str) -> Iterator[Example]:
+  """Yields the examples in a file of images and one of labels."""
+  images, labels = paths
   with open_plain(images) as first, open_plain(labels) as second:
     yield from idx.read_rows(first, second, SIDE, f"{images.parent} {part}")
 
 
 def _package_rows(path: pathlib.Path, part: str) -> Iterator[Example]:
-  """The examples in the Debian package."""
+  """Yields the examples in the Debian package."""
   wanted = [f"{NAMES[part]}-{kind}.gz" for kind in KINDS]
   contents = {}
   with _open_deb(path) as archive:
     for member in archive:
       name = member.name.rpartition("/")[2]
-      if name in wanted and member.isfile():
-        contents[name] = archive.extractfile(member).read()
-  files = [io.BytesIO(contents[name]) for name in wanted]
-  yield from idx.read_rows(*files, SIDE, f"{path} {part}")
+      file = archive.extractfile(member) if member.isfile() else None
+      if name in wanted and file:
+        contents[name] = file.read()
+  images, labels = (io.BytesIO(contents[name]) for name in wanted)
+  yield from idx.read_rows(images, labels, SIDE, f"{path} {part}")
 
 
 @contextlib.contextmanager
 def _open_deb(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
-  """The tar file of data in a Debian package, which is an ar archive."""
+  """Opens the tar file of data in a Debian package, which is an ar archive."""
   with open(path, "rb") as file:
     file.read(len(b"!<arch>\n"))
     while header := file.read(60):

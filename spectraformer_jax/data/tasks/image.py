@@ -1,7 +1,7 @@
-"""Image of Long Range Arena: CIFAR-10 in gray, one pixel a token.
+"""Image of Long Range Arena: CIFAR-10 in gray, one token per pixel.
 
-32 x 32 pixels, row by row, 0 to 255. Black is 0 like the padding of other
-tasks; masks come from lengths.
+32 x 32 pixels, row by row, 0 to 255. Black is 0, as is the padding of other
+tasks, so masks come from lengths.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.4.
 """
@@ -28,15 +28,15 @@ ORIGIN = (
 def image(
   *, seed: int = 0, data_dir: str | os.PathLike | None = None
 ) -> Source:
-  """The task, from files that `data_dir` holds.
+  """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: of the split by content, 90 to 10, where the files do not come in
-      three splits.
-    data_dir: the folder, or one up to three levels above it.
+    seed: of the split by content, 90 to 10, if the files do not have three
+      splits.
+    data_dir: the folder of the files, or one up to three levels above it.
 
   Raises:
-    ValueError: if there are no files.
+    ValueError: if the files are missing.
   """
   found = find_data("image", data_dir, origin=ORIGIN, instead=("fashion",))
   plan = [("train", SHARES), ("test", {"test": 1.0})]

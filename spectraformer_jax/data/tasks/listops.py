@@ -1,12 +1,12 @@
 """ListOps of Long Range Arena: evaluate a nested expression over lists.
 
-The released draw was not seeded and cannot be repeated, so the sequences are
-drawn here, from the same grammar and with the same sizes, unless `data_dir`
-says where the released files are.
+The released sequences were drawn without a seed and cannot be reproduced. They
+are drawn here from the same grammar, with the same sizes, unless `data_dir`
+names the folder of the released files.
 
 Tokenisers: ``full`` keeps every token; ``no_close`` drops the closing brackets,
-as the first release of Long Range Arena and the code derived from it did, so
-that expressions become ambiguous.
+as do the first release of Long Range Arena and code derived from it, so that
+expressions become ambiguous.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.1.
 """
@@ -46,8 +46,8 @@ TOKENIZERS = ("full", "no_close")
 ROOT_OPERATOR = "root operator only"
 
 REFERENCE_BASELINES = {MAJORITY: 0.170, ROOT_OPERATOR: 0.362}
-"""Of 100,000 sequences of the published grammar: 17 % is chance, 36 % is what
-the first token alone tells."""
+"""For 100,000 sequences of the published grammar: 17 % is chance, 36 % the
+accuracy of the best guess from the first token."""
 
 _PUBLISHED = {
   "min_len": 500,
@@ -58,7 +58,7 @@ _PUBLISHED = {
   "num_test": 2_000,
 }
 
-_PATIENCE = 200  # batches without a new sequence before the window is given up
+_PATIENCE = 200  # batches without a new sequence before giving up
 
 
 @TASKS.register("listops")
@@ -74,20 +74,20 @@ def listops(
   num_dev: int = _PUBLISHED["num_dev"],
   num_test: int = _PUBLISHED["num_test"],
 ) -> Source:
-  """The task. What departs from the published form shows in its name.
+  """Returns the task. Its name shows where it differs from the published form.
 
   Args:
-    seed: of the draw. Both tokenisers show the same expressions.
+    seed: of the expressions, which are the same for both tokenisers.
     tokenizer: ``"full"`` or ``"no_close"``.
     data_dir: a folder with the files of the release, or one up to three levels
-      above it: they are read and nothing is drawn. None of the following may
-      then be set but `max_len`.
-    min_len: the shortest length left out, closing brackets counted.
-    max_len: the longest length plus one; also the padded length.
+      above it. They are read instead of drawing; of the following arguments
+      only `max_len` may then be given.
+    min_len: exclusive lower bound of the length, with closing brackets.
+    max_len: exclusive upper bound of the length; also the padded length.
     max_depth: depth at which all nodes are digits.
-    num_train: training sequences.
-    num_dev: dev sequences.
-    num_test: test sequences.
+    num_train: number of training sequences.
+    num_dev: number of dev sequences.
+    num_test: number of test sequences.
 
   Raises:
     ValueError: if an option is unknown or out of range, or `data_dir` holds no
@@ -135,7 +135,7 @@ def listops(
 def _from_files(
   data_dir: str | os.PathLike, tokenizer: str, options: Mapping[str, int]
 ) -> Source:
-  """The released expressions, or those that another program pickled."""
+  """Returns the task of released or pickled expressions."""
   for name, value in options.items():
     if name != "max_len" and value != _PUBLISHED[name]:
       raise ValueError(
@@ -167,7 +167,7 @@ def _from_files(
 def _fitting(
   found: TaskFiles, split: str, tokenizer: str, length: int
 ) -> Iterator[Example]:
-  """The rows of a split; one that would have to be cut has no value."""
+  """Yields the rows of a split; raises ValueError for too long ones."""
   for number, row in enumerate(found.rows(split), start=1):
     if tokenizer == "no_close":
       row = row._replace(tokens=row.tokens[row.tokens != CLOSE])
@@ -180,7 +180,7 @@ def _fitting(
 
 
 def _first_token(dataset: Dataset) -> np.ndarray:
-  """The group of an example by its root operator."""
+  """Groups examples by their root operator."""
   return dataset.tokens[dataset.offsets[:-1]] - MIN
 
 
@@ -191,7 +191,7 @@ def _write(
   tokenizer: str,
   options: Mapping[str, int],
 ) -> None:
-  """Draws each split from its own stream; no sequence occurs twice in all."""
+  """Draws each split from its own stream; all sequences differ."""
   window = {name: options[name] for name in ("min_len", "max_len", "max_depth")}
   total = sum(options[f"num_{split}"] for split in SPLITS)
   seen: set[bytes] = set()
@@ -217,7 +217,7 @@ def _write(
 
 
 def _unseen(batch: Expressions, seen: set[bytes], limit: int) -> Expressions:
-  """The first `limit` sequences not in `seen`, which it extends.
+  """Returns the first `limit` sequences not in `seen`; adds them to it.
 
   Sequences that differ in closing brackets alone count as equal, so that both
   tokenisers give the same expressions and neither repeats one.
@@ -241,7 +241,7 @@ def _unseen(batch: Expressions, seen: set[bytes], limit: int) -> Expressions:
 
 
 def _drop_brackets(batch: Expressions) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens and lengths without the closing brackets."""
+  """Returns tokens and lengths without the closing brackets."""
   keep = batch.tokens != CLOSE
   kept = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
   ends = np.cumsum(batch.lengths)

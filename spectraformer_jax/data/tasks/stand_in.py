@@ -1,8 +1,8 @@
-"""What the stand-ins for Long Range Arena share: a package becomes a task.
+"""Makes a task of a package: shared by the stand-ins for Long Range Arena.
 
-A stand-in is other data of the same kind, under a name of its own. Facts and
-cache depend on the pinned checksum and not on where the file lies, so that a
-task that is in the cache can do without it.
+A stand-in is other data of the same kind, under its own name. Facts and cache
+key depend on the pinned checksum, not on the path of the file, so that a cached
+task does not need the file.
 """
 
 import os
@@ -33,20 +33,20 @@ def from_package(
   cache_dir: str | os.PathLike | None,
   **facts: Any,
 ) -> Source:
-  """A task whose rows come out of a package.
+  """Returns the task whose rows come out of a package.
 
   Args:
-    task: its name.
-    package: where its data are.
-    rows: called as ``rows(path, part)`` with the file of the package.
-    plan: as for :func:`make_source`.
-    parts: part to about how many rows it has.
+    task: name of the task.
+    package: the package of the data.
+    rows: called as ``rows(path, part)``, where path is the package's file.
+    plan: see :func:`make_source`.
+    parts: part to its approximate number of rows.
     data_dir: see :func:`locate`.
     cache_dir: see :func:`locate`.
-    **facts: more for :func:`make_source`: ``name``, ``seed``, ``length``, ...
+    **facts: arguments of :func:`make_source`: ``name``, ``seed``, ...
   """
   if data_dir is not None:
-    locate(task, package, data_dir)  # a mistake shows before anything is built
+    locate(task, package, data_dir)  # raises before anything is built
   found = TaskFiles(
     folder=pathlib.Path(package.file),
     what=package.file,

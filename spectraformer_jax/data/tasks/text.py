@@ -1,10 +1,10 @@
 """Text of Long Range Arena: the sentiment of a movie review, byte by byte.
 
-An id is a byte plus one; a review is cut after `max_len` bytes. There is no
-validation set: ``val="holdout"`` takes 10 % of the training reviews, by
-content, so that repeats stay together. ``val="lra"`` makes dev the test set, as
-the code of Long Range Arena and its descendants do; the best-dev checkpoint is
-then chosen on the test set, and the name says so.
+An id is a byte plus one; a review is cut after `max_len` bytes. The files have
+no validation set. With ``val="holdout"``, dev is 10 % of the training reviews,
+by content, so that repeats stay together. With ``val="lra"``, dev is the test
+set, as in the code of Long Range Arena and its descendants: the best-dev
+checkpoint is then chosen on the test set, which the task's name states.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.2; Maas et al.,
 "Learning Word Vectors for Sentiment Analysis", 2011.
@@ -35,17 +35,17 @@ def text(
   val: str = "holdout",
   max_len: int = MAX_LEN,
 ) -> Source:
-  """The task, from files that `data_dir` holds.
+  """Returns the task, from the files in `data_dir`.
 
   Args:
     seed: of the holdout.
-    data_dir: the folder, or one up to three levels above it.
-    val: ``"holdout"`` or ``"lra"``, where dev is the test set.
-    max_len: bytes kept of a review. Published figures use 4000; the base config
-      of Long Range Arena says 1000.
+    data_dir: the folder of the files, or one up to three levels above it.
+    val: ``"holdout"``, or ``"lra"`` to use the test set as dev.
+    max_len: number of bytes kept of a review. Published figures use 4000; the
+      base config of Long Range Arena has 1000.
 
   Raises:
-    ValueError: if an option is unknown or out of range, or there are no files.
+    ValueError: if an option is unknown or out of range, or files are missing.
   """
   check_choice("val", val, VALS)
   length = check_int("max_len", max_len, 1)

@@ -242,9 +242,8 @@ def test_no_pair_is_negative_within_its_thread(sizes):
   rows = list(_pair_up(replies, np.random.default_rng(0)))
   kept = min(sum(sizes), 2 * (sum(sizes) - max(sizes)))
   assert len(rows) == 2 * kept
-  for row in rows:
-    asked, answer = row.tokens.tobytes(), row.tokens_2.tobytes()
-    assert (asked[1:2] == answer[1:2]) == row.label
+  for asked, label, answer in rows:
+    assert (asked[1:2] == answer[1:2]) == label
   alone = [reply for reply in replies if reply.thread == "0"]
   assert not list(_pair_up(alone, np.random.default_rng(0)))
 
