@@ -32,7 +32,14 @@ SECONDS = 20  # for one damage, on a busy machine
 MEMORY = 2**30
 
 _HUGE = (
-  *(b"-1", b"0", b"99", b"1e400", b"nan", b"0_3", b"9" * 20, b"9" * 5000),
+  b"-1",
+  b"0",
+  b"99",
+  b"1e400",
+  b"nan",
+  b"0_3",
+  b"9" * 20,
+  b"9" * 5000,
   *(struct.pack("<I", n) for n in (2**31 - 1, 2**31, 2**32 - 1)),
   *(struct.pack(">I", n) for n in (2**31 - 1, 2**31, 2**32 - 1)),
   *(struct.pack("<Q", n) for n in (2**33, 2**63 - 1, 2**64 - 1)),

@@ -29,10 +29,8 @@ EMPTY_PICTURES = 10  # the most that may be missing from Pathfinder
 LISTOPS_DRAWS = 100_000
 LISTOPS_MEAN_LENGTH = 1035.5
 LISTOPS_LENGTH_DEVIATION = 394.0
-LISTOPS_SHARES = (
-  *(0.1685, 0.0909, 0.0775, 0.0825, 0.0907),
-  *(0.0854, 0.0757, 0.0717, 0.0873, 0.1698),
-)
+_PER_10_000 = (1685, 909, 775, 825, 907, 854, 757, 717, 873, 1698)
+LISTOPS_SHARES = tuple(count / 10_000 for count in _PER_10_000)
 EVALUATED = 2_000  # expressions of each split whose value is computed
 
 _ERRORS = 4  # standard errors that count as agreement

@@ -1,15 +1,15 @@
 """Pickle files of other programs, read without running anything in them.
 
 `pickle.Unpickler` builds the values: None, numbers, strings, bytes, tuples,
-lists, dicts, and numpy arrays and scalars of numbers. The functions that a file
-may name are those that numpy writes for arrays, and each is replaced by one of
-this module, so a file can neither import nor call anything.
+lists, dicts, and numpy arrays and scalars of numbers. A file may only name the
+functions that numpy writes for arrays. Each is replaced by one of this module,
+so a file can neither import nor call anything else.
 
-The opcodes are scanned first, since they could also exhaust the memory or the
-time of the unpickler: a dict key that is a tuple of references to tuples takes
-time exponential in the size of the file to hash, and an object numbered 2**31
-takes a memo of 2**32 entries. After the scan, time and memory are proportional
-to the size of the file. A file is held as a whole.
+A scan of the opcodes comes first, since opcodes alone can exhaust memory or
+time: hashing a dict key that is a tuple of references to tuples takes time
+exponential in the size of the file, and an object numbered 2**31 needs a memo
+of 2**32 entries. For files that pass the scan, time and memory are proportional
+to the size of the file, which is held in memory as a whole.
 
 Covers what pickle protocols 0 to 5 of Python 2 and 3, and numpy 1 and 2, write
 for such values. Strings of Python 2 are read as bytes.
@@ -30,9 +30,9 @@ from spectraformer_jax.data.find import first_line, open_plain
 
 _MAX_INT_BITS = 2**15
 _MAX_NAME = 100  # bytes of the name of a type or a byte order
-# A value takes at most 64 bytes besides its content, so those of a small file
-# take 64 MiB, and those of a large file twice its size. Arrays of 1,000 numbers
-# need an opcode per 40 bytes.
+# An opcode makes a value of at most 64 bytes plus its content. So the values of
+# a small file take 64 MiB, those of a large one twice its size. A real file has
+# about 30 opcodes for an array of 1,000 numbers or more.
 _MIN_STEPS = 2**20
 _BYTES_PER_STEP = 32
 
@@ -101,14 +101,13 @@ def load(path: pathlib.Path, max_bytes: int) -> Any:
 
 
 class _RefusedError(ValueError):
-  """A file has opcodes that plain values and arrays do not need."""
+  """Raised for opcodes that plain values and arrays do not need."""
 
 
 class _Scan:
-  """Follows which kind of value each opcode takes and leaves on the stack.
+  """Simulates the unpickler's stack with kinds of values instead of values.
 
-  A kind is what pickletools declares for the opcode, or the name of the
-  function for `_codecs.encode`.
+  A kind is one of pickletools, or `_ENCODE` for the function of that name.
   """
 
   def __init__(self, size: int) -> None:
@@ -119,7 +118,7 @@ class _Scan:
     self.memo: dict[int, Any] = {}
 
   def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-    """Takes one opcode; _RefusedError unless the unpickler may run it."""
+    """Simulates one opcode; raises _RefusedError if it must not run."""
     name = opcode.name
     self.steps += 1
     if self.steps > self.max_steps:
@@ -146,7 +145,7 @@ class _Scan:
     self.memo[key] = self.stack[-1]
 
   def _replace(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-    """Takes what the opcode takes from the stack, and puts what it makes."""
+    """Pops the values that the opcode takes, and pushes those that it makes."""
     members = []
     if pickletools.stackslice in opcode.stack_before:
       if not self.marks:
@@ -187,7 +186,8 @@ class _Scan:
 
 _MARKED = (pickletools.markobject, pickletools.stackslice)
 _CONTAINERS = (pickletools.pylist, pickletools.pydict)
-# Tuples may take for ever to hash, and long integers may share one hash.
+# Not tuples, which may take exponential time to hash, nor long integers, which
+# may all have the same hash.
 _KEYS = {
   pickletools.pybytes,
   pickletools.pybytes_or_str,
@@ -198,7 +198,7 @@ _KEYS = {
 
 
 class _Function:
-  """A function that a file may call, and not change."""
+  """A function that a file may call but not modify."""
 
   def __init__(self, call: Callable[..., Any]) -> None:
     self._call = call
@@ -211,7 +211,7 @@ class _Function:
 
 
 class _Dtype:
-  """A type of numbers, made by ``numpy.dtype(code, align, copy)``."""
+  """A type of numbers; stands for ``numpy.dtype(code, align, copy)``."""
 
   def __init__(self, code: Any, align: Any, copy: Any) -> None:
     self.code, self.order = _text(code), "="
@@ -227,7 +227,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-  """An array that is made empty and then filled, by its state."""
+  """An array that a file creates empty and then fills by its state."""
 
   count: Callable[[int], None]
 
@@ -246,7 +246,7 @@ class _Unpickler(pickle.Unpickler):
 
   def __init__(self, content: mmap.mmap, size: int) -> None:
     super().__init__(content, encoding="bytes")
-    self._free = 2 * size  # each byte may be encoded, and copied into an array
+    self._free = 2 * size  # a byte may be encoded once, and copied once
 
   def find_class(self, module: str, name: str) -> _Function:
     full_name = f"{module} {name}".replace("numpy._core.", "numpy.core.")
@@ -267,7 +267,7 @@ class _Unpickler(pickle.Unpickler):
       raise ValueError("it copies its strings again and again.")
 
   def _encode(self, text: Any, encoding: Any) -> bytes:
-    """Protocols 0 to 2 of Python 3 write bytes as text."""
+    """Returns text as bytes: protocols 0 to 2 of Python 3 write bytes so."""
     if encoding != "latin1" or not isinstance(text, str):
       raise ValueError("it encodes text other than as 'latin1'.")
     self._count(len(text))
@@ -292,7 +292,7 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-  """Returns an array of numbers, whose size must be that of its bytes."""
+  """Makes an array of numbers; raises ValueError unless its bytes fit it."""
   if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes | bytearray):
     raise ValueError("its arrays are not of plain numbers.")
   _check_tuple(shape, 8)
@@ -310,7 +310,7 @@ def _check_tuple(value: Any, max_length: int) -> None:
 
 
 def _text(text: Any) -> str:
-  """Returns a short text that may have been pickled as bytes."""
+  """Returns a short text, which may have been pickled as bytes."""
   if not isinstance(text, bytes | str) or len(text) > _MAX_NAME:
     raise ValueError("it has something else where a name belongs.")
   return text.decode("ascii") if isinstance(text, bytes) else text

@@ -21,7 +21,7 @@ from spectraformer_jax.data.find import (
   innermost,
   open_plain,
 )
-from spectraformer_jax.data.packages import FASHION_MNIST, locate
+from spectraformer_jax.data.packages import FASHION_MNIST
 from spectraformer_jax.data.readers import idx
 from spectraformer_jax.data.readers.reader import (
   Example,
@@ -32,10 +32,9 @@ from spectraformer_jax.data.readers.reader import (
 )
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import Source
-from spectraformer_jax.data.tasks.stand_in import from_package
+from spectraformer_jax.data.tasks.stand_in import package_files
 
 SIDE = 32
-PLAN = [("train", {"train": 0.9, "dev": 0.1}), ("test", {"test": 1.0})]
 ROWS = {"train": 60_000, "test": 10_000}
 NAMES = {"train": "train", "test": "t10k"}
 KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
@@ -45,13 +44,6 @@ ORIGIN = (
   "Debian's dataset-fashion-mnist puts them into "
   "/usr/share/datasets/fashion-mnist"
 )
-
-_FACTS = {
-  "tokenizer": "pixels",
-  "vocab_size": 256,
-  "num_classes": 10,
-  "length": SIDE * SIDE,
-}
 
 
 @TASKS.register("fashion")
@@ -74,18 +66,19 @@ def fashion(
   """
   if data_dir is not None:
     found = find_data("fashion", data_dir, origin=ORIGIN)
-    return make_source(found, PLAN, name="fashion", seed=seed, **_FACTS)
-  return from_package(
-    "fashion",
-    FASHION_MNIST,
-    _package_rows,
-    PLAN,
-    ROWS,
-    data_dir=None,
-    cache_dir=cache_dir,
+  else:
+    found = package_files(
+      "fashion", FASHION_MNIST, _package_rows, ROWS, cache_dir=cache_dir
+    )
+  return make_source(
+    found,
+    [("train", {"train": 0.9, "dev": 0.1}), ("test", {"test": 1.0})],
     name="fashion",
     seed=seed,
-    **_FACTS,
+    tokenizer="pixels",
+    vocab_size=256,
+    num_classes=10,
+    length=SIDE * SIDE,
   )
 
 
@@ -122,15 +115,8 @@ def find_package(root: pathlib.Path) -> TaskFiles | None:
   folder = innermost(root, lambda f: (f / name).is_file())
   if folder is None:
     return None
-  return TaskFiles(
-    folder=folder,
-    what=name,
-    parts=ROWS,
-    rows=lambda part: _package_rows(
-      locate("fashion", FASHION_MNIST, folder), part
-    ),
-    checksum=FASHION_MNIST.sha256[:16],
-    provenance="stand-in",
+  return package_files(
+    "fashion", FASHION_MNIST, _package_rows, ROWS, data_dir=folder
   )
 
 

