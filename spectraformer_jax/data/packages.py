@@ -10,13 +10,8 @@ import hashlib
 import os
 import pathlib
 
+from spectraformer_jax.data import find
 from spectraformer_jax.data.cache import cache_root
-from spectraformer_jax.data.find import (
-  describe,
-  innermost,
-  open_plain,
-  open_root,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,13 +105,13 @@ def locate(
     ValueError: if the file is missing or has another checksum.
   """
   if data_dir is not None:
-    root = open_root(data_dir)
-    folder = innermost(root, lambda f: (f / package.file).is_file())
+    root = find.open_root(data_dir)
+    folder = find.innermost(root, lambda f: (f / package.file).is_file())
     if folder is None:
       raise ValueError(
         f"data_dir={str(data_dir)!r} must hold {package.file} (from "
         f"{package.page}), at most three levels down. Searched {root}: "
-        f"{describe(root)}"
+        f"{find.describe(root)}"
       )
   else:
     folder = package_dir(cache_dir)
@@ -133,7 +128,7 @@ def locate(
 
 def verify(path: pathlib.Path, package: Package) -> None:
   """Raises ValueError unless a file has the checksum of the package."""
-  with open_plain(path) as file:
+  with find.open_plain(path) as file:
     found = hashlib.file_digest(file, "sha256").hexdigest()
   if found != package.sha256:
     raise ValueError(

@@ -45,10 +45,11 @@ _HUGE = (
   *(struct.pack("<Q", n) for n in (2**33, 2**63 - 1, 2**64 - 1)),
 )
 _PIECES = (
-  *(b"\0", b"\t", b"\n", b"\r\n", b"\r", b" ", b"'", b'"', b"\\", b"(", b")"),
-  *(b"[", b"]", b"[MAX", b"{", b"}", b",", b":", b"..", b"/", b"\xff", b"\x80"),
-  *(b"\xef\xbb\xbf", b"\xff\xfe", "é".encode(), "٣".encode(), b"null", b"NaN"),
-  *(b"[" * 3000, b"(" * 3000, b"-" * 3000, b"\x85" * 3000, b"]" * 3000),
+  *b"\0 \t \n \r\n \r".split(b" "),
+  b" ",
+  *b"' \" \\ ( ) [ ] [MAX { } , : .. / \xff \x80".split(b" "),
+  *b"\xef\xbb\xbf \xff\xfe \xc3\xa9 \xd9\xa3 null NaN".split(b" "),
+  *(character * 3000 for character in (b"[", b"(", b"-", b"\x85", b"]")),
 )
 
 

@@ -59,7 +59,7 @@ def words(splits: Mapping[str, Dataset]) -> dict[str, float]:
 
 def cosine(splits: Mapping[str, Dataset]) -> dict[str, float]:
   """Returns the accuracy, by split, of a threshold of the tf-idf cosine."""
-  from scipy.sparse import csr_matrix
+  from scipy.sparse import csr_array
   from sklearn.feature_extraction.text import TfidfVectorizer
 
   vectorizer = TfidfVectorizer(min_df=2, sublinear_tf=True)
@@ -67,8 +67,8 @@ def cosine(splits: Mapping[str, Dataset]) -> dict[str, float]:
   vectorizer.fit([*texts(train), *texts(train, second=True)])
   cosines = {}
   for split, dataset in splits.items():
-    one: csr_matrix = vectorizer.transform(texts(dataset))
-    two: csr_matrix = vectorizer.transform(texts(dataset, second=True))
+    one = csr_array(vectorizer.transform(texts(dataset)))
+    two = csr_array(vectorizer.transform(texts(dataset, second=True)))
     cosines[split] = np.asarray(one.multiply(two).sum(axis=1)).ravel()
   cuts = np.unique(cosines["train"])
   is_one = train.labels[np.argsort(cosines["train"], kind="stable")] == 1

@@ -15,18 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from spectraformer_jax.data.find import (
-  check_present,
-  checksum,
-  innermost,
-  read_lines,
-)
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  TaskFiles,
-  check_label,
-  reads,
-)
+from spectraformer_jax.data import find
+from spectraformer_jax.data.readers import reader
 
 NAMES = {"train": "train", "dev": "eval", "test": "test"}
 ROWS = {"train": 147_086, "dev": 18_090, "test": 17_437}
@@ -42,26 +32,26 @@ _PRINTED = re.compile(
 )
 
 
-@reads("retrieval", files="tsv_data/new_aan_pairs.{train,eval,test}.tsv")
-def find_aan(root: pathlib.Path) -> TaskFiles | None:
+@reader.reads("retrieval", files="tsv_data/new_aan_pairs.{train,eval,test}.tsv")
+def find_aan(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the pairs; texts are read as they are written."""
-  folder = innermost(root, lambda f: any(p.is_file() for p in _paths(f)))
+  folder = find.innermost(root, lambda f: any(p.is_file() for p in _paths(f)))
   if folder is None:
     _explain_only_ids(root)
     return None
-  check_present(folder, _paths(folder))
-  return TaskFiles(
+  find.check_present(folder, _paths(folder))
+  return reader.TaskFiles(
     folder=folder,
     what="AAN pairs",
     parts=ROWS,
     rows=functools.partial(rows, folder),
-    checksum=checksum(_paths(folder), folder),
+    checksum=find.checksum(_paths(folder), folder),
   )
 
 
 def rows(
   folder: pathlib.Path, split: str, literal: str = "keep"
-) -> Iterator[Example]:
+) -> Iterator[reader.Example]:
   r"""Yields the pairs of one split.
 
   Args:
@@ -76,7 +66,7 @@ def rows(
   """
   path = folder / _PATTERN.format(NAMES[split])
   number = 0
-  for number, line in read_lines(path):
+  for number, line in find.read_lines(path):
     where = f"{path} line {number}"
     columns = line.split(b"\t")
     if len(columns) == 3:
@@ -88,14 +78,14 @@ def rows(
       )
     if number == 1 and columns[0] == b"label":
       raise ValueError(f"{where}: expected no header, got one.")
-    label = check_label(columns[0], 2, where)
+    label = reader.check_label(columns[0], 2, where)
     texts = columns[3:]
     if literal == "decode":
       texts = [_decode(text, where) for text in texts]
     if not all(texts):
       raise ValueError(f"{where}: expected two texts, got an empty one.")
     first, second = (np.frombuffer(text, np.uint8) for text in texts)
-    yield Example(first, label, second)
+    yield reader.Example(first, label, second)
   if not number:
     raise ValueError(f"{path} must hold pairs, it is empty.")
 
@@ -118,7 +108,9 @@ def _decode(text: bytes, where: str) -> bytes:
 
 def _explain_only_ids(root: pathlib.Path) -> None:
   """Raises ValueError if there are only the files without texts."""
-  folder = innermost(root, lambda f: any(f.glob("*aan_pairs*only_ids*.tsv")))
+  folder = find.innermost(
+    root, lambda f: any(f.glob("*aan_pairs*only_ids*.tsv"))
+  )
   if folder is not None:
     names = sorted(path.name for path in folder.glob("*only_ids*.tsv"))
     raise ValueError(_only_ids(f"{folder} holds {', '.join(names)}"))

@@ -16,20 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from spectraformer_jax.data.find import (
-  check_present,
-  checksum,
-  innermost,
-  open_plain,
-)
+from spectraformer_jax.data import find
 from spectraformer_jax.data.formats import pickles
 from spectraformer_jax.data.formats.grayscale import rgb_to_gray
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  TaskFiles,
-  check_label,
-  reads,
-)
+from spectraformer_jax.data.readers import reader
 
 BATCHES = {
   "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
@@ -44,8 +34,10 @@ MAX_BYTES = 2**26  # a pickled batch takes 31 MB
 _READ_AT_ONCE = 1000
 
 
-@reads("image", files="cifar-10-batches-bin/*.bin or cifar-10-batches-py/*")
-def find_cifar(root: pathlib.Path) -> TaskFiles | None:
+@reader.reads(
+  "image", files="cifar-10-batches-bin/*.bin or cifar-10-batches-py/*"
+)
+def find_cifar(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the batches."""
   forms = (
     (".bin", "CIFAR-10 binary batches", _binary_rows),
@@ -58,27 +50,27 @@ def _find(
   root: pathlib.Path,
   suffix: str,
   what: str,
-  read: Callable[[pathlib.Path], Iterator[Example]],
-) -> TaskFiles | None:
+  read: Callable[[pathlib.Path], Iterator[reader.Example]],
+) -> reader.TaskFiles | None:
   """Finds the folder of the batches in one form."""
   names = {p: [n + suffix for n in ns] for p, ns in BATCHES.items()}
-  folder = innermost(root, lambda f: (f / names["test"][0]).is_file())
+  folder = find.innermost(root, lambda f: (f / names["test"][0]).is_file())
   if folder is None:
     return None
   paths = {p: [folder / name for name in ns] for p, ns in names.items()}
   everything = [path for part in paths.values() for path in part]
-  check_present(folder, everything)
-  return TaskFiles(
+  find.check_present(folder, everything)
+  return reader.TaskFiles(
     folder=folder,
     what=what,
     parts=ROWS,
     rows=lambda part: (row for path in paths[part] for row in read(path)),
-    checksum=checksum(everything, folder),
+    checksum=find.checksum(everything, folder),
     mark="-hash_split",
   )
 
 
-def _binary_rows(path: pathlib.Path) -> Iterator[Example]:
+def _binary_rows(path: pathlib.Path) -> Iterator[reader.Example]:
   """Yields the images of a binary batch."""
   size = path.stat().st_size
   if not size or size % RECORD:
@@ -87,14 +79,14 @@ def _binary_rows(path: pathlib.Path) -> Iterator[Example]:
       f"{size} bytes; take cifar-10-binary.tar.gz, whole."
     )
   first = 0
-  with open_plain(path) as file:
+  with find.open_plain(path) as file:
     while block := file.read(RECORD * _READ_AT_ONCE):
       records = np.frombuffer(block, np.uint8).reshape(-1, RECORD)
       yield from _rows(records[:, 1:], records[:, 0].tolist(), path, first)
       first += len(records)
 
 
-def _python_rows(path: pathlib.Path) -> Iterator[Example]:
+def _python_rows(path: pathlib.Path) -> Iterator[reader.Example]:
   """Yields the images of a pickled batch."""
   batch = pickles.load(path, MAX_BYTES)
   columns = {}
@@ -122,9 +114,9 @@ def _python_rows(path: pathlib.Path) -> Iterator[Example]:
 
 def _rows(
   images: np.ndarray, labels: Sequence[Any], path: pathlib.Path, first: int
-) -> Iterator[Example]:
+) -> Iterator[reader.Example]:
   """Yields gray images of ``[count, 3072]``; the first has number `first`."""
   gray = rgb_to_gray(*np.moveaxis(images.reshape(-1, 3, PLANE), 1, 0))
   for i, pixels in enumerate(gray):
-    label = check_label(labels[i], 10, f"{path} image {first + i}")
-    yield Example(pixels, label)
+    label = reader.check_label(labels[i], 10, f"{path} image {first + i}")
+    yield reader.Example(pixels, label)

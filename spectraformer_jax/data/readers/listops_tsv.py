@@ -11,24 +11,14 @@ import pathlib
 import secrets
 from collections.abc import Iterator
 
+from spectraformer_jax.data import find
 from spectraformer_jax.data.dataset import Dataset
-from spectraformer_jax.data.find import (
-  check_present,
-  checksum,
-  innermost,
-  read_lines,
-)
 from spectraformer_jax.data.formats.listops_text import (
   check_complete,
   decode,
   encode,
 )
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  TaskFiles,
-  check_label,
-  reads,
-)
+from spectraformer_jax.data.readers import reader
 
 NAMES = {"train": "train", "dev": "val", "test": "test"}
 ROWS = {"train": 96_000, "dev": 2_000, "test": 2_000}
@@ -36,24 +26,24 @@ ROWS = {"train": 96_000, "dev": 2_000, "test": 2_000}
 _HEADER = [b"Source", b"Target"]
 
 
-@reads("listops", files="listops-1000/basic_{train,val,test}.tsv")
-def find_listops(root: pathlib.Path) -> TaskFiles | None:
+@reader.reads("listops", files="listops-1000/basic_{train,val,test}.tsv")
+def find_listops(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the three files."""
-  folder = innermost(root, lambda f: (f / "basic_train.tsv").is_file())
+  folder = find.innermost(root, lambda f: (f / "basic_train.tsv").is_file())
   if folder is None:
     return None
   paths = {s: folder / f"basic_{name}.tsv" for s, name in NAMES.items()}
-  check_present(folder, paths.values())
-  return TaskFiles(
+  find.check_present(folder, paths.values())
+  return reader.TaskFiles(
     folder=folder,
     what="ListOps TSV",
     parts=ROWS,
     rows=lambda split: rows(paths[split]),
-    checksum=checksum(paths.values(), folder),
+    checksum=find.checksum(paths.values(), folder),
   )
 
 
-def rows(path: pathlib.Path) -> Iterator[Example]:
+def rows(path: pathlib.Path) -> Iterator[reader.Example]:
   """Yields the ids and the value of each expression.
 
   Incomplete expressions are refused. Values are not computed here, but by the
@@ -63,7 +53,7 @@ def rows(path: pathlib.Path) -> Iterator[Example]:
     ValueError: at the first malformed line, with its number.
   """
   number = 0
-  for number, line in read_lines(path):
+  for number, line in find.read_lines(path):
     where = f"{path} line {number}"
     columns = line.split(b"\t")
     if number == 1:
@@ -78,13 +68,13 @@ def rows(path: pathlib.Path) -> Iterator[Example]:
         f"{where}: expected an expression, a tab and its value, got "
         f"{len(columns)} columns."
       )
-    label = check_label(columns[1], 10, where)
+    label = reader.check_label(columns[1], 10, where)
     try:
       tokens = encode(columns[0].decode("utf-8", "replace"))
       check_complete(tokens)
     except ValueError as error:
       raise ValueError(f"{where}: {error}") from None
-    yield Example(tokens, label)
+    yield reader.Example(tokens, label)
   if number < 2:
     raise ValueError(
       f"{path} must hold the header 'Source<TAB>Target' and expressions, it "

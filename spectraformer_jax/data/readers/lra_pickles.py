@@ -21,12 +21,7 @@ import numpy as np
 
 from spectraformer_jax.data.find import checksum, innermost
 from spectraformer_jax.data.formats import pickles
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  TaskFiles,
-  check_label,
-  reads,
-)
+from spectraformer_jax.data.readers import reader
 
 SPLITS = ("train", "dev", "test")
 MAX_IDS = 2**20
@@ -60,7 +55,7 @@ _FORMS = {
 }
 
 
-def _find(root: pathlib.Path, task: str) -> TaskFiles | None:
+def _find(root: pathlib.Path, task: str) -> reader.TaskFiles | None:
   """Finds the pickles of a task."""
   form = _FORMS[task]
   stems = [prefix + name for name in form.names for prefix in ("lra-", "")]
@@ -82,7 +77,7 @@ def _find(root: pathlib.Path, task: str) -> TaskFiles | None:
         else ""
       )
       raise ValueError(f"{folder} must hold {name}, which is missing{hint}.")
-  return TaskFiles(
+  return reader.TaskFiles(
     folder=folder,
     what=f"pickles {stem}",
     parts=dict(zip(SPLITS, form.counts, strict=True)),
@@ -94,12 +89,12 @@ def _find(root: pathlib.Path, task: str) -> TaskFiles | None:
 
 
 for _task, _form in _FORMS.items():
-  reads(_task, files=f"[lra-]{_form.names[0]}.{{train,dev,test}}.pickle")(
-    functools.partial(_find, task=_task)
-  )
+  reader.reads(
+    _task, files=f"[lra-]{_form.names[0]}.{{train,dev,test}}.pickle"
+  )(functools.partial(_find, task=_task))
 
 
-def rows(path: pathlib.Path, task: str) -> Iterator[Example]:
+def rows(path: pathlib.Path, task: str) -> Iterator[reader.Example]:
   """Yields the examples in a file.
 
   Raises:
@@ -122,8 +117,8 @@ def rows(path: pathlib.Path, task: str) -> Iterator[Example]:
       for name in ("input_ids_0", "input_ids_1")
       if name == "input_ids_0" or task == "retrieval"
     ]
-    label = check_label(example["label"], form.num_classes, where)
-    yield Example(sequences[0], label, *sequences[1:])
+    label = reader.check_label(example["label"], form.num_classes, where)
+    yield reader.Example(sequences[0], label, *sequences[1:])
 
 
 def _tokens(ids: Any, where: str, form: _Form) -> np.ndarray:

@@ -21,23 +21,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from spectraformer_jax.data.find import (
-  LOGGER,
-  checksum,
-  first_line,
-  folders,
-  innermost,
-  open_plain,
-  read_lines,
-  read_plain,
-)
+from spectraformer_jax.data import find
 from spectraformer_jax.data.formats.npy import open_array
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  TaskFiles,
-  check_label,
-  reads,
-)
+from spectraformer_jax.data.readers import reader
 
 DIFFICULTY = "curv_contour_length_14"
 ROWS = {"all": 200_000}
@@ -52,7 +38,7 @@ _FILES = f"pathfinder{{}}/{DIFFICULTY}/{{{{imgs,metadata}}}}"
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 
-def _find(root: pathlib.Path, side: int) -> TaskFiles | None:
+def _find(root: pathlib.Path, side: int) -> reader.TaskFiles | None:
   """Finds the innermost ``pathfinder<side>`` with LRA's difficulty."""
   name = f"pathfinder{side}"
   resolved = root.resolve()
@@ -60,7 +46,7 @@ def _find(root: pathlib.Path, side: int) -> TaskFiles | None:
     root = resolved.parent
   elif resolved.name == name:
     root = resolved
-  top = innermost(
+  top = find.innermost(
     root, lambda f: f.name == name and (f / DIFFICULTY / "metadata").is_dir()
   )
   if top is None:
@@ -70,23 +56,25 @@ def _find(root: pathlib.Path, side: int) -> TaskFiles | None:
   lists = _sorted_lists(folder)
   images = [next(_read_list(path))[0] for path in (lists[0], lists[-1])]
   pictures = [folder / image for image in images if (folder / image).is_file()]
-  return TaskFiles(
+  return reader.TaskFiles(
     folder=folder,
     what=f"Pathfinder files {side} x {side}",
     parts=ROWS,
     rows=lambda part: _rows(folder, lists, side),
-    checksum=checksum([*lists, *pictures], folder),
+    checksum=find.checksum([*lists, *pictures], folder),
     mark="-hash_split",
   )
 
 
 for _task, _side in (("pathfinder", 32), ("pathx", 128)):
-  reads(_task, files=_FILES.format(_side))(functools.partial(_find, side=_side))
+  reader.reads(_task, files=_FILES.format(_side))(
+    functools.partial(_find, side=_side)
+  )
 
 
 def _explain_difficulty(root: pathlib.Path, name: str) -> None:
   """Raises ValueError if the folder has only images of other difficulties."""
-  for folder in folders(root):
+  for folder in find.folders(root):
     prepared = any(folder.glob("*/dataset_info.json"))  # tfds_folder reads it
     if folder.name == name and not prepared:
       others = sorted(p.name for p in folder.iterdir() if p.is_dir())
@@ -112,7 +100,7 @@ def _number(text: str) -> tuple[int, str]:
 
 def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
   """Yields the path and the label of each image of a list, by number."""
-  with open_plain(path) as file:
+  with find.open_plain(path) as file:
     is_array = file.read(6) == b"\x93NUMPY"
   table = []
   for number, columns in _array_rows(path) if is_array else _text_rows(path):
@@ -133,7 +121,7 @@ def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
       raise ValueError(
         f"{where}: pictures must lie below the folder, got {str(picture)!r}."
       )
-    table.append((picture, check_label(columns[3], 2, where)))
+    table.append((picture, reader.check_label(columns[3], 2, where)))
     if len(table) > MAX_LISTED:
       raise ValueError(f"{path} must list at most {MAX_LISTED} images.")
   if not table:
@@ -144,7 +132,7 @@ def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
 
 def _text_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
   """Yields the lines of a list that is text, as in the release."""
-  for number, line in read_lines(path):
+  for number, line in find.read_lines(path):
     if len(line) > _MAX_LINE:
       raise ValueError(
         f"{path} line {number}: lines must have at most {_MAX_LINE} bytes, got "
@@ -180,7 +168,7 @@ def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
 
 def _rows(
   folder: pathlib.Path, lists: list[pathlib.Path], side: int
-) -> Iterator[Example]:
+) -> Iterator[reader.Example]:
   """Yields pixels and label of each image; counts and skips empty files."""
   empty = []
   for path in lists:
@@ -191,9 +179,9 @@ def _rows(
           f"{picture} is missing, though {path.name} lists it; unpack the "
           "archive again."
         )
-      content = read_plain(picture)
+      content = find.read_plain(picture)
       if content:
-        yield Example(_pixels(content, picture, side), label)
+        yield reader.Example(_pixels(content, picture, side), label)
         continue
       empty.append(name)
       if len(empty) > MAX_EMPTY:
@@ -202,7 +190,7 @@ def _rows(
           f"(the release has one), found {', '.join(empty[:3])} and more."
         )
   if empty:
-    LOGGER.warning(
+    find.LOGGER.warning(
       "%s: left out %d empty picture(s): %s",
       folder,
       len(empty),
@@ -227,4 +215,6 @@ def _pixels(content: bytes, picture: pathlib.Path, side: int) -> np.ndarray:
       return np.asarray(image, np.uint8).ravel()
   # Pillow raises nearly anything.
   except Exception as error:
-    raise ValueError(f"{picture} is damaged ({first_line(error)}).") from None
+    raise ValueError(
+      f"{picture} is damaged ({find.first_line(error)})."
+    ) from None

@@ -21,21 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spectraformer_jax.data.find import (
-  LOGGER,
-  checksum,
-  first_line,
-  innermost,
-  open_plain,
-  read_plain,
-)
+from spectraformer_jax.data import find
 from spectraformer_jax.data.formats.grayscale import rgb_to_gray
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  TaskFiles,
-  check_label,
-  reads,
-)
+from spectraformer_jax.data.readers import reader
 
 FORMAT = "array_record"
 INFO = "dataset_info.json"
@@ -105,7 +93,7 @@ _FORMS = {
 }
 
 
-def _find(root: pathlib.Path, form: _Form) -> TaskFiles | None:
+def _find(root: pathlib.Path, form: _Form) -> reader.TaskFiles | None:
   """Finds the folder of one version of the data set."""
   infos: dict[pathlib.Path, dict[str, Any]] = {}
 
@@ -114,11 +102,11 @@ def _find(root: pathlib.Path, form: _Form) -> TaskFiles | None:
       infos[folder] = _read_info(folder)
     return infos[folder].get("name") == form.name
 
-  ready = innermost(
+  ready = find.innermost(
     root, lambda f: is_prepared(f) and infos[f].get("fileFormat") == FORMAT
   )
   if ready is None:
-    other = innermost(root, is_prepared)
+    other = find.innermost(root, is_prepared)
     if other is not None:
       found = str(infos[other].get("fileFormat", "tfrecord"))[:20]
       advice = form.advice.format(name=form.name, folder=root)
@@ -132,19 +120,19 @@ def _find(root: pathlib.Path, form: _Form) -> TaskFiles | None:
   for path in files:
     _check_file(path)
   _check_features(ready)
-  return TaskFiles(
+  return reader.TaskFiles(
     folder=ready,
     what=f"TFDS {form.name} {version}".strip(),
     parts=form.sizes,
     rows=lambda part: _rows(ready, part, form),
-    checksum=checksum(files, ready),
+    checksum=find.checksum(files, ready),
     provenance="tfds",
     mark=form.mark,
   )
 
 
 for _task, _form in _FORMS.items():
-  reads(_task, files=f"a TFDS folder {_form.name} (array_record)")(
+  reader.reads(_task, files=f"a TFDS folder {_form.name} (array_record)")(
     functools.partial(_find, form=_form)
   )
 
@@ -157,17 +145,17 @@ def _read_info(folder: pathlib.Path) -> dict[str, Any]:
   try:
     return _read_json(path)
   except ValueError as error:
-    LOGGER.warning("%s; its folder is passed over", error)
+    find.LOGGER.warning("%s; its folder is passed over", error)
     return {}
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   """Returns the JSON object in a file."""
-  content = read_plain(path, _MAX_DESCRIPTION)
+  content = find.read_plain(path, _MAX_DESCRIPTION)
   try:
     value = json.loads(content)
   except (RecursionError, ValueError) as error:
-    raise ValueError(f"{path} is no JSON ({first_line(error)})") from None
+    raise ValueError(f"{path} is no JSON ({find.first_line(error)})") from None
   if not isinstance(value, dict):
     raise ValueError(f"{path} is no JSON object")
   return value
@@ -175,7 +163,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _check_file(path: pathlib.Path) -> None:
   """Raises ValueError if a file is no plain file, or a huge description."""
-  with open_plain(path):
+  with find.open_plain(path):
     size = path.stat().st_size
   if f".{FORMAT}" not in path.name and size > _MAX_DESCRIPTION:
     raise ValueError(
@@ -210,7 +198,9 @@ def _check_features(folder: pathlib.Path) -> None:
       )
 
 
-def _rows(folder: pathlib.Path, part: str, form: _Form) -> Iterator[Example]:
+def _rows(
+  folder: pathlib.Path, part: str, form: _Form
+) -> Iterator[reader.Example]:
   """Yields the examples of a part, in the order of the folder."""
   source = _open(folder, form.slices[part])
   for i in range(len(source)):
@@ -220,14 +210,15 @@ def _rows(folder: pathlib.Path, part: str, form: _Form) -> Iterator[Example]:
     # The packages that read the files raise nearly anything.
     except Exception as error:
       raise ValueError(
-        f"{where} is damaged ({first_line(error)}); prepare the data again."
+        f"{where} is damaged ({find.first_line(error)}); prepare the data "
+        "again."
       ) from None
     if form.field not in example or "label" not in example:
       raise ValueError(
         f"{where} must have {form.field} and label, got {sorted(example)}."
       )
-    label = check_label(example["label"], form.num_classes, where)
-    yield Example(_tokens(example[form.field], where, form), label)
+    label = reader.check_label(example["label"], form.num_classes, where)
+    yield reader.Example(_tokens(example[form.field], where, form), label)
 
 
 def _open(folder: pathlib.Path, split: str) -> Any:
@@ -253,7 +244,7 @@ def _open(folder: pathlib.Path, split: str) -> Any:
   # The packages that read the files raise nearly anything.
   except Exception as error:
     raise ValueError(
-      f"{folder} is damaged ({first_line(error)}); prepare the data again."
+      f"{folder} is damaged ({find.first_line(error)}); prepare the data again."
     ) from None
 
 
@@ -302,7 +293,8 @@ def _unpack(content: bytes, where: str, side: int) -> np.ndarray:
   # Pillow raises nearly anything.
   except Exception as error:
     raise ValueError(
-      f"{where} is no picture ({first_line(error)}); prepare the data again."
+      f"{where} is no picture ({find.first_line(error)}); prepare the data "
+      "again."
     ) from None
   raise ValueError(
     f"{where} must be {side} x {side} pixels, gray or in colour, got shape "

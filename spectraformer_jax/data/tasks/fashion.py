@@ -15,21 +15,9 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
-from spectraformer_jax.data.find import (
-  check_present,
-  checksum,
-  innermost,
-  open_plain,
-)
+from spectraformer_jax.data import find
 from spectraformer_jax.data.packages import FASHION_MNIST
-from spectraformer_jax.data.readers import idx
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  TaskFiles,
-  find_data,
-  make_source,
-  reads,
-)
+from spectraformer_jax.data.readers import idx, reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import Source
 from spectraformer_jax.data.tasks.stand_in import package_files
@@ -65,12 +53,12 @@ def fashion(
     ValueError: if the files are missing.
   """
   if data_dir is not None:
-    found = find_data("fashion", data_dir, origin=ORIGIN)
+    found = reader.find_data("fashion", data_dir, origin=ORIGIN)
   else:
     found = package_files(
       "fashion", FASHION_MNIST, _package_rows, ROWS, cache_dir=cache_dir
     )
-  return make_source(
+  return reader.make_source(
     found,
     [("train", {"train": 0.9, "dev": 0.1}), ("test", {"test": 1.0})],
     name="fashion",
@@ -82,12 +70,14 @@ def fashion(
   )
 
 
-@reads("fashion", files="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]")
-def find_idx(root: pathlib.Path) -> TaskFiles | None:
+@reader.reads(
+  "fashion", files="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]"
+)
+def find_idx(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the four idx files."""
   for end in ("", ".gz"):
     first = f"{NAMES['train']}-{KINDS[0]}{end}"
-    folder = innermost(root, lambda f, first=first: (f / first).is_file())
+    folder = find.innermost(root, lambda f, first=first: (f / first).is_file())
     if folder is not None:
       break
   else:
@@ -97,22 +87,22 @@ def find_idx(root: pathlib.Path) -> TaskFiles | None:
     for part, name in NAMES.items()
   }
   all_paths = [path for pair in paths.values() for path in pair]
-  check_present(folder, all_paths)
-  return TaskFiles(
+  find.check_present(folder, all_paths)
+  return reader.TaskFiles(
     folder=folder,
     what="idx files",
     parts=ROWS,
     rows=lambda part: _file_rows(paths[part], part),
-    checksum=checksum(all_paths, folder),
+    checksum=find.checksum(all_paths, folder),
     provenance="stand-in",
   )
 
 
-@reads("fashion", files=FASHION_MNIST.file)
-def find_package(root: pathlib.Path) -> TaskFiles | None:
+@reader.reads("fashion", files=FASHION_MNIST.file)
+def find_package(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the Debian package."""
   name = FASHION_MNIST.file
-  folder = innermost(root, lambda f: (f / name).is_file())
+  folder = find.innermost(root, lambda f: (f / name).is_file())
   if folder is None:
     return None
   return package_files(
@@ -120,14 +110,16 @@ def find_package(root: pathlib.Path) -> TaskFiles | None:
   )
 
 
-def _file_rows(paths: list[pathlib.Path], part: str) -> Iterator[Example]:
+def _file_rows(
+  paths: list[pathlib.Path], part: str
+) -> Iterator[reader.Example]:
   """Yields the examples in a file of images and one of labels."""
   images, labels = paths
-  with open_plain(images) as first, open_plain(labels) as second:
+  with find.open_plain(images) as first, find.open_plain(labels) as second:
     yield from idx.read_rows(first, second, SIDE, f"{images.parent} {part}")
 
 
-def _package_rows(path: pathlib.Path, part: str) -> Iterator[Example]:
+def _package_rows(path: pathlib.Path, part: str) -> Iterator[reader.Example]:
   """Yields the examples in the Debian package."""
   wanted = [f"{NAMES[part]}-{kind}.gz" for kind in KINDS]
   contents = {}

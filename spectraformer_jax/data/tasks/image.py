@@ -8,11 +8,7 @@ Source: Tay et al., "Long Range Arena", 2021, section 2.2.4.
 
 import os
 
-from spectraformer_jax.data.readers.reader import (
-  find_data,
-  make_source,
-  own_splits,
-)
+from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import Source
 
@@ -38,11 +34,13 @@ def image(
   Raises:
     ValueError: if the files are missing.
   """
-  found = find_data("image", data_dir, origin=ORIGIN, instead=("fashion",))
+  found = reader.find_data(
+    "image", data_dir, origin=ORIGIN, instead=("fashion",)
+  )
   plan = [("train", SHARES), ("test", {"test": 1.0})]
-  return make_source(
+  return reader.make_source(
     found,
-    own_splits() if "dev" in found.parts else plan,
+    reader.own_splits() if "dev" in found.parts else plan,
     name="image",
     seed=seed,
     tokenizer="pixels",

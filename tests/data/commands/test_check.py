@@ -165,8 +165,13 @@ def test_a_name_that_no_terminal_shows(tmp_path):
   folder = made_up.write_listops(tmp_path / "\udcff\nx", count=4)
   process = subprocess.run(
     [
-      *(sys.executable, "-m", "spectraformer_jax.data", "check", "listops"),
-      *(f"--data_dir={folder}", f"--cache_dir={tmp_path}"),
+      sys.executable,
+      "-m",
+      "spectraformer_jax.data",
+      "check",
+      "listops",
+      f"--data_dir={folder}",
+      f"--cache_dir={tmp_path}",
     ],
     env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
     capture_output=True,

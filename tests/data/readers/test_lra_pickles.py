@@ -34,8 +34,10 @@ STEMS = {
   "retrieval": ("lra-retrieval", "retrieval"),
   "image": ("lra-image", "image"),
   "pathfinder": (
-    *("lra-pathfinder32-curv_contour_length_14", "lra-pathfinder"),
-    *("pathfinder32-curv_contour_length_14", "pathfinder"),
+    "lra-pathfinder32-curv_contour_length_14",
+    "lra-pathfinder",
+    "pathfinder32-curv_contour_length_14",
+    "pathfinder",
   ),
 }
 

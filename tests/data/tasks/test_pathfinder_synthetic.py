@@ -74,7 +74,8 @@ def test_bars_follow_the_rules(drawn, kind):
   settings, snakes = SETTINGS[side], drawn(kind).snakes
   assert snakes.shape[1:] == (
     2 + settings.distractor_bars // (bars // 3),
-    *(bars, 4),
+    bars,
+    4,
   )
   lengths = np.isfinite(snakes[..., 0]).sum(axis=2)
   assert set(lengths[:, :2].ravel().tolist()) == {bars}
