@@ -66,7 +66,7 @@ class Case(NamedTuple):
     return "/".join(map(str, self))
 
 
-class Row(NamedTuple):
+class CompiledCase(NamedTuple):
   """The figures of one case; sizes in MiB."""
 
   case: str
@@ -106,7 +106,7 @@ def cases() -> list[Case]:
   return found
 
 
-def compile_case(case: Case) -> Row:
+def compile_case(case: Case) -> CompiledCase:
   """Compiles one case, in this process."""
   from benchmarks import hlo_cost
   from spectraformer_jax.linear_attention import for_platform
@@ -126,7 +126,7 @@ def compile_case(case: Case) -> Row:
     arrays = {"forward": 4, "both": 8}[case.direction]
     least = 2 * arrays * case.batch * case.length * HEADS * HEAD_DIM
   is_tpu = platform == "tpu"
-  return Row(
+  return CompiledCase(
     case=case.name,
     arguments=_mib(plan.argument_size_in_bytes),
     results=_mib(plan.output_size_in_bytes),
@@ -279,7 +279,7 @@ def _placer(devices: list):
   return place
 
 
-def compile_elsewhere(case: Case) -> Row:
+def compile_elsewhere(case: Case) -> CompiledCase:
   """Compiles one case in a process of its own; a failure is a row, too."""
   env = os.environ | {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -297,18 +297,18 @@ def compile_elsewhere(case: Case) -> Row:
   if child.returncode:
     lines = child.stderr.strip().splitlines() or ["no message"]
     errors = [line for line in lines if "Error" in line or "EXHAUSTED" in line]
-    return Row(case.name, error=(errors or lines)[-1][:200])
-  return Row(**json.loads(child.stdout.splitlines()[-1]))
+    return CompiledCase(case.name, error=(errors or lines)[-1][:200])
+  return CompiledCase(**json.loads(child.stdout.splitlines()[-1]))
 
 
-def read_rows(path: pathlib.Path) -> dict[str, Row]:
+def read_rows(path: pathlib.Path) -> dict[str, CompiledCase]:
   """Rows by the names of their cases; none where there is no file."""
   if not path.exists():
     return {}
   text = ("case", "versions", "error")
   with path.open(newline="") as file:
     rows = [
-      Row(
+      CompiledCase(
         **{
           name: (cell if name in text else float(cell)) if cell else None
           for name, cell in line.items()
@@ -319,18 +319,18 @@ def read_rows(path: pathlib.Path) -> dict[str, Row]:
   return {row.case: row for row in rows}
 
 
-def write_rows(path: pathlib.Path, rows: dict[str, Row]) -> None:
+def write_rows(path: pathlib.Path, rows: dict[str, CompiledCase]) -> None:
   """Writes them all, in the order of `cases`."""
   with path.open("w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(Row._fields)
+    writer.writerow(CompiledCase._fields)
     for case in cases():
       if case.name in rows:
         row = rows[case.name]
         writer.writerow("" if cell is None else cell for cell in row)
 
 
-def print_table(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[CompiledCase]) -> None:
   """What matters most, for looking at."""
   from rich.console import Console
   from rich.table import Table
@@ -349,7 +349,7 @@ def print_table(rows: Sequence[Row]) -> None:
   Console(width=150).print(table)
 
 
-def plot(rows: dict[str, Row], path: str) -> None:
+def plot(rows: dict[str, CompiledCase], path: str) -> None:
   """Estimated time and planned memory against the tokens of a program."""
   from benchmarks.pictures import Panel, draw_lines
 
@@ -384,7 +384,7 @@ def plot(rows: dict[str, Row], path: str) -> None:
   )
 
 
-def main(argv: Sequence[str] | None = None) -> list[Row]:
+def main(argv: Sequence[str] | None = None) -> list[CompiledCase]:
   """Compiles what is missing, writes, prints; returns the rows."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,6 +1,6 @@
 """Time and memory of attention against its length.
 
-    python benchmarks/attention.py --csv=attention.csv --plot=attention.png
+    python -m benchmarks.attention --csv=attention.csv --plot=attention.png
 
 Forms that are compared, on the same random float32 inputs:
 
@@ -22,9 +22,10 @@ measured again.
 import argparse
 import itertools
 import json
-import os
-import sys
 import time
+
+from benchmarks.pictures import attention_panel, draw_lines
+from benchmarks.processes import measure_missing, median_times
 
 FORMS = ("spectral", "naive", "softmax", "exact")
 COLUMNS = ("form", "is_causal", "backward", "batch", "length")
@@ -72,8 +73,6 @@ def measure(case: dict, repeats: int) -> dict:
   """The figures of one case, in this process."""
   import jax
   import jax.numpy as jnp
-
-  from benchmarks.processes import median_times
 
   shape = (3, case["batch"], case["length"], HEADS, HEAD_DIM)
   inputs = tuple(jax.random.normal(jax.random.key(1), shape))
@@ -147,8 +146,6 @@ def print_table(rows: list[dict]) -> None:
 
 def plot(rows: list[dict], path: str) -> None:
   """Time and memory against length, for the smallest batch."""
-  from benchmarks.pictures import attention_panel, draw_lines
-
   batch = min(row["batch"] for row in rows)
   figures = (("ms", "milliseconds"), ("temp_mib", "temporary memory, MiB"))
   modes = {"bidirectional": False, "causal": True}
@@ -182,10 +179,11 @@ def main() -> None:
   if args.one:
     print(json.dumps(measure(json.loads(args.one), args.repeats)))
     return
-  from benchmarks.processes import measure_missing
-
   rows = measure_missing(
-    *(__file__, args.csv, cases(args), FIGURES),
+    "benchmarks.attention",
+    args.csv,
+    cases(args),
+    FIGURES,
     ("--repeats", str(args.repeats)),
     compared="form",
   )
@@ -195,5 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
   main()

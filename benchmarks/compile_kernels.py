@@ -1,6 +1,6 @@
 """Compiles the Pallas kernels ahead of time, for machines that are not there.
 
-    python benchmarks/compile_kernels.py --targets=v5e,v6e --csv=compiled.csv
+    python -m benchmarks.compile_kernels --targets=v5e,v6e --csv=compiled.csv
 
 The real compilers run, with their limits on VMEM and shared memory; nothing is
 executed. TPU targets need libtpu (`pip install "jax[tpu]"`), h100 needs JAX's

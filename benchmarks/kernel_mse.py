@@ -1,6 +1,6 @@
 """Relative error of each component's kernel estimate, from closed forms.
 
-    python benchmarks/kernel_mse.py --csv=kernel_mse.csv
+    python -m benchmarks.kernel_mse --csv=kernel_mse.csv
 
 Queries and keys are N(0, scale^2 I). The expected squared error of an estimate
 from M independent rows, over the squared kernel, is taken from
@@ -46,7 +46,7 @@ SERIES = {"max_degree": 24}
 POISSON = SERIES | {"degrees": "poisson", "rate": 8.0}
 
 
-class Row(NamedTuple):
+class ListedComponent(NamedTuple):
   """A component with options, and the reference figures."""
 
   label: str
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 class Result(NamedTuple):
   """What was found for a row; all None where no formula is known."""
 
-  row: Row
+  row: ListedComponent
   geo: float | None
   geo_range: tuple[float, float] | None
   geo_equal_width: float | None
@@ -68,13 +68,13 @@ class Result(NamedTuple):
 
 
 ROWS = (
-  Row("posrf", "posrf", {}, 1.0, 1.0, 3.4e4),
-  Row("posrf_hyp", "posrf_hyp", {}, 0.50, 1.0, 1.7e4),
-  Row("trigrf", "trigrf", {}, 0.48, 0.96, 1.7e4),
-  Row("oprf", "oprf", {}, 2.2e-3, 2.2e-3, 89),
-  Row("oprf_hyp", "oprf_hyp", {}, 1.1e-3, 2.2e-3, 45),
-  Row("saderf", "saderf", {}, 2.1e-3, 2.1e-3, 86),
-  Row(
+  ListedComponent("posrf", "posrf", {}, 1.0, 1.0, 3.4e4),
+  ListedComponent("posrf_hyp", "posrf_hyp", {}, 0.50, 1.0, 1.7e4),
+  ListedComponent("trigrf", "trigrf", {}, 0.48, 0.96, 1.7e4),
+  ListedComponent("oprf", "oprf", {}, 2.2e-3, 2.2e-3, 89),
+  ListedComponent("oprf_hyp", "oprf_hyp", {}, 1.1e-3, 2.2e-3, 45),
+  ListedComponent("saderf", "saderf", {}, 2.1e-3, 2.1e-3, 86),
+  ListedComponent(
     "saderf, per dimension",
     "saderf",
     {"per_dimension": True},
@@ -82,10 +82,10 @@ ROWS = (
     2.1e-3,
     86,
   ),
-  Row("aderf", "aderf", {}, 1.4e-3, 1.4e-3, 59),
-  Row("sderf", "sderf", {}, 1.7e-3, 1.7e-3, 73),
-  Row("asderf", "asderf", {}, 1.1e-3, 1.1e-3, 48),
-  Row(
+  ListedComponent("aderf", "aderf", {}, 1.4e-3, 1.4e-3, 59),
+  ListedComponent("sderf", "sderf", {}, 1.7e-3, 1.7e-3, 73),
+  ListedComponent("asderf", "asderf", {}, 1.1e-3, 1.1e-3, 48),
+  ListedComponent(
     "posrf, centred",
     "posrf",
     {"centred": True, "statistics": "batch"},
@@ -93,11 +93,13 @@ ROWS = (
     0.86,
     2.9e4,
   ),
-  Row("poisrf", "poisrf", {}, 0.95, 0.95, 2.1e4),
-  Row("geomrf", "geomrf", {}, 0.30, 0.30, 8.2e3),
-  Row("maclaurin, geometric", "maclaurin", SERIES, 78, 78, 2.1e6),
-  Row("maclaurin, poisson", "maclaurin", POISSON, 0.97, 0.97, 2.4e4),
-  Row("hrf, angular, n=8", "hrf", {}, 1.18, 42, 4.1e4),
+  ListedComponent("poisrf", "poisrf", {}, 0.95, 0.95, 2.1e4),
+  ListedComponent("geomrf", "geomrf", {}, 0.30, 0.30, 8.2e3),
+  ListedComponent("maclaurin, geometric", "maclaurin", SERIES, 78, 78, 2.1e6),
+  ListedComponent(
+    "maclaurin, poisson", "maclaurin", POISSON, 0.97, 0.97, 2.4e4
+  ),
+  ListedComponent("hrf, angular, n=8", "hrf", {}, 1.18, 42, 4.1e4),
 )
 
 

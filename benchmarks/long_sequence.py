@@ -1,6 +1,6 @@
 """Compiles attention over one long sequence for a TPU that is not there.
 
-    pip install ".[tpu]" && python benchmarks/long_sequence.py
+    pip install ".[tpu]" && python -m benchmarks.long_sequence
 
 Sequence-parallel attention, causal and not, forward and backward, of bfloat16
 query, key and value of 2^20 tokens, compiled ahead of time for a v5e slice of 8

@@ -1,6 +1,6 @@
 """Times the Pallas kernels against plain XLA, on a GPU or a TPU.
 
-    python benchmarks/pallas.py --csv=pallas.csv
+    python -m benchmarks.pallas --csv=pallas.csv
 
 Runs the kernels of the platform that JAX finds and "xla" on the same arrays,
 checks that both agree, and prints milliseconds (median of repeats, results

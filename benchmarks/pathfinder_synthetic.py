@@ -1,6 +1,6 @@
 """Speed, statistics and labels of synthetic Pathfinder pictures.
 
-    python benchmarks/pathfinder_synthetic.py [--seconds=8] [--flood=3000]
+    python -m benchmarks.pathfinder_synthetic [--seconds=8] [--flood=3000]
 
 Prints the table of docs/data.md: pictures a second on one core, the share of
 label 1, short chains in a picture, how many labels a flood of the paths did not

@@ -1,7 +1,7 @@
 """Our attention and training step beside those of others, in one run.
 
     pip install torch performer-pytorch
-    python benchmarks/peers.py --csv=peers.csv
+    python -m benchmarks.peers --csv=peers.csv
 
 Forms of attention: `spectral` (spectral_attention, posrf-orf, this library),
 `jax_softmax` (jax.nn.dot_product_attention), `torch_softmax`
@@ -31,15 +31,12 @@ import ctypes
 import importlib.util
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from benchmarks import processes, train_step  # noqa: E402
+from benchmarks import processes, train_step
 
 FIGURES = ("ms", "cpu_ms", "mib", "first_s", "version")
 LENGTHS = (256, 512, 1024, 4096, 16384, 65536)
@@ -222,6 +219,7 @@ def _official(path: str) -> None:
   """Makes the release's modules importable."""
   import torch
 
+  # The release is no package: its modules import each other by their names.
   sys.path.insert(0, str(Path(path).resolve()))
   # It was written for a torch that had this name.
   torch.qr = lambda a, some: torch.linalg.qr(a, mode="reduced")
@@ -392,7 +390,10 @@ def main() -> None:
     return
   given = [f"--{name}={path}" for name, path in paths.items() if path]
   rows = processes.measure_missing(
-    *(os.path.abspath(__file__), args.csv, cases(args, paths), FIGURES),
+    "benchmarks.peers",
+    args.csv,
+    cases(args, paths),
+    FIGURES,
     (*given, "--repeats", str(args.repeats)),
     compared="form",
   )

@@ -16,7 +16,7 @@ _TURN = "waits for its turn\n"
 
 
 def measure_missing(
-  script: str,
+  module: str,
   path: str,
   cases: Sequence[dict],
   figures: Sequence[str],
@@ -27,8 +27,8 @@ def measure_missing(
   """Measures what the CSV lacks, with a bar.
 
   Args:
-    script: run as ``script --one CASE ARGUMENTS``; the last line that it prints
-      is a JSON object with the figures.
+    module: runs as ``python -m module --one CASE ARGUMENTS``, and prints a JSON
+      object with the figures in its last line.
     path: of the CSV; written as figures come.
     cases: all with the same keys.
     figures: names of what is measured.
@@ -47,6 +47,7 @@ def measure_missing(
   is_new = not rows
   done = [{name: row[name] for name in names} for row in rows]
   missing = [case for case in cases if case not in done]
+  python = (sys.executable, "-m", module)
   with Path(path).open("a") as file, Progress() as bar:
     writer = csv.writer(file)
     if is_new:
@@ -56,8 +57,7 @@ def measure_missing(
     )
     for group in _groups(missing, compared):
       commands = [
-        [sys.executable, script, "--one", json.dumps(case), *arguments]
-        for case in group
+        [*python, "--one", json.dumps(case), *arguments] for case in group
       ]
       for case, run in zip(group, _run_in_turn(commands), strict=True):
         if run.process.returncode:

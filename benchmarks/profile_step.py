@@ -1,6 +1,6 @@
 """Where the time of a training step goes: a profile of the compiled program.
 
-    python benchmarks/profile_step.py [--task listops] [--pair oprf-orf]
+    python -m benchmarks.profile_step [--task listops] [--pair oprf-orf]
 
 Steps of the paper's model, as `train_step.py` makes them, on one core, traced
 by `jax.profiler`. Milliseconds a step by part of the model and by pass
@@ -11,16 +11,12 @@ Tracing itself takes about a tenth.
 
 import argparse
 import collections
-import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from benchmarks.processes import use_cores  # noqa: E402
-from benchmarks.train_step import PAIRS, SHAPES, prepare  # noqa: E402
+from benchmarks.processes import use_cores
+from benchmarks.train_step import PAIRS, SHAPES, prepare
 
 PASSES = ("forward", "again", "backward", "other")
 # The first that is found in an operation's name says what it is part of.

@@ -1,6 +1,6 @@
 """What each part of a training step costs, and the least that it could cost.
 
-    python benchmarks/roofline.py --plot=roofline.png
+    python -m benchmarks.roofline --plot=roofline.png
 
 Parts of the paper's model for text (8 x 4096 tokens, 2 heads of 32, 128
 features, width 64), forward alone, each compiled by itself, on one core. The
@@ -13,8 +13,6 @@ the cache may come above 1.
 """
 
 import argparse
-import os
-import sys
 
 TOKENS, HEADS, HEAD_DIM, ROWS, WIDTH, MLP = 8 * 4096, 2, 32, 128, 64, 128
 TRANSCENDENTAL = 10
@@ -167,7 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  sys.path.insert(
-    0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  )
   main()

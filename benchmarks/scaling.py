@@ -1,6 +1,6 @@
 """Cost of attention and of a training step as one size grows.
 
-    python benchmarks/scaling.py --csv=scaling.csv --plot=scaling.png
+    python -m benchmarks.scaling --csv=scaling.csv --plot=scaling.png
 
 Around 2 x 2048 tokens, 2 heads of 32, 128 features, 2 layers: the length T, the
 features M, the head dimension H, the heads N and the depth are each varied
@@ -13,12 +13,8 @@ each at a time; rows that the CSV holds are not measured again.
 
 import argparse
 import json
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from benchmarks import processes  # noqa: E402
+from benchmarks import processes
 
 BASE = {"T": 2048, "M": 128, "H": 32, "N": 2, "depth": 2}
 SIZES = {
@@ -164,7 +160,10 @@ def main() -> None:
     for size in SIZES[axis]
   ]
   rows = processes.measure_missing(
-    *(os.path.abspath(__file__), args.csv, cases, ("cpu_ms",)),
+    "benchmarks.scaling",
+    args.csv,
+    cases,
+    ("cpu_ms",),
     ("--repeats", str(args.repeats)),
     compared="size",
   )

@@ -1,6 +1,6 @@
 """Time and memory of whole training steps of the paper's model.
 
-    python benchmarks/train_step.py
+    python -m benchmarks.train_step
 
 Text is 8 x 4096 tokens, listops 32 x 2048, all of full length; the step is that
 of the training loop (dropout 0.1, AdamW, clipping), on one device, and freed
@@ -14,7 +14,6 @@ of the training loop made them wait (it should be below 2).
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -158,7 +157,8 @@ def main() -> None:
   for task, pair in track(cases, "measuring"):
     child = subprocess.run(
       [
-        *(sys.executable, __file__, "--one", task, pair),
+        *(sys.executable, "-m", "benchmarks.train_step"),
+        *("--one", task, pair),
         *("--repeats", str(args.repeats)),
         *(["--threads", str(args.threads)] if args.threads else []),
         *(["--remat"] if args.remat else []),
@@ -179,5 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
   main()

@@ -1,7 +1,7 @@
 """Error of kernel estimates with each weight matrix, against iid rows.
 
-    python benchmarks/weight_matrix_mse.py --csv=weight_matrix_mse.csv
-    python benchmarks/weight_matrix_mse.py --draw_time --csv=draw_time.csv
+    python -m benchmarks.weight_matrix_mse --csv=weight_matrix_mse.csv
+    python -m benchmarks.weight_matrix_mse --draw_time --csv=draw_time.csv
 
 The first prints, for the trigonometric (trig) and the positive (pos) estimate
 of the softmax kernel at scales 0.2 and 0.1, the mean over pairs x, y ~
@@ -51,7 +51,7 @@ FOLDER = pathlib.Path(__file__).parent
 REFERENCE_DIM = 32
 
 
-class Row(NamedTuple):
+class ListedMatrix(NamedTuple):
   """A weight matrix with options, and what it is held to.
 
   Attributes:
@@ -78,18 +78,18 @@ class Row(NamedTuple):
 class Result(NamedTuple):
   """Ratios of one row, their standard errors and references, ``[4]`` each."""
 
-  row: Row
+  row: ListedMatrix
   num_rows: int
   ratios: np.ndarray
   errors: np.ndarray
   reference: np.ndarray
 
 
-def read_rows() -> list[Row]:
+def read_rows() -> list[ListedMatrix]:
   """What is compared, in the order of the table."""
   with open(FOLDER / "weight_matrix_rows.csv", newline="") as file:
     return [
-      Row(
+      ListedMatrix(
         *split_options(line["matrix"]),
         line["reference"],
         line["note"],
@@ -172,7 +172,7 @@ def error_ratios(
 
 
 def measure(
-  rows: Sequence[Row],
+  rows: Sequence[ListedMatrix],
   sizes: Sequence[int],
   *,
   head_dim: int,
@@ -254,7 +254,7 @@ def draw_milliseconds(
   return 1e3 * min(seconds)
 
 
-def time_draws(rows: Sequence[Row]) -> Iterator[list[str]]:
+def time_draws(rows: Sequence[ListedMatrix]) -> Iterator[list[str]]:
   """Lines of the table of draw times, the header first."""
   yield ["matrix", "ms", "limit", "verdict"]
   for row in rows:

@@ -1,9 +1,9 @@
 """Measured rows are kept; only what is missing runs, and failures are named."""
 
+import os
 import pathlib
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -23,12 +23,24 @@ print(json.dumps({"ms": 10 * case["size"], "version": "jax 1.0"}))
 """
 
 
-def test_only_what_is_missing_runs(tmp_path, capsys):
-  script = tmp_path / "script.py"
-  script.write_text(textwrap.dedent(SCRIPT))
+@pytest.fixture
+def write_module(tmp_path, monkeypatch):
+  """`write_module(code)` makes a module that child processes find."""
+  paths = os.pathsep.join(map(str, (tmp_path, ROOT)))
+  monkeypatch.setenv("PYTHONPATH", paths)
+
+  def write(code):
+    (tmp_path / "measured.py").write_text(code)
+    return "measured"
+
+  return write
+
+
+def test_only_what_is_missing_runs(tmp_path, write_module, capsys):
+  module = write_module(SCRIPT)
   path = str(tmp_path / "rows.csv")
   measure = lambda *sizes: processes.measure_missing(
-    str(script), path, [{"size": size} for size in sizes], ("ms", "version")
+    module, path, [{"size": size} for size in sizes], ("ms", "version")
   )
   row = lambda size: {"size": size, "ms": 10 * size, "version": "jax 1.0"}
   assert measure(1, 3) == [row(1)]
@@ -52,16 +64,17 @@ print(json.dumps({"is_short": ms < 1.0}))
 """
 
 
-def test_what_is_compared_takes_turns(tmp_path, monkeypatch, capsys):
-  script = tmp_path / "script.py"
-  script.write_text(textwrap.dedent(IN_TURN))
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_what_is_compared_takes_turns(tmp_path, write_module, capsys):
+  module = write_module(IN_TURN)
   cases = [
     {"form": form, "size": size, "repeats": 2}
     for form, size in ["a1", "a2", "b1", "c1"]
   ]
   rows = processes.measure_missing(
-    *(str(script), str(tmp_path / "rows.csv"), cases, ["is_short"]),
+    module,
+    str(tmp_path / "rows.csv"),
+    cases,
+    ["is_short"],
     compared="form",
   )
   assert rows == [cases[i] | {"is_short": True} for i in (0, 2, 1)]
@@ -84,13 +97,14 @@ print(json.dumps({"is_short": seconds < 0.1}))
 """
 
 
-def test_the_first_run_of_a_turn_is_not_timed(tmp_path, monkeypatch):
-  script = tmp_path / "script.py"
-  script.write_text(SLOW_AT_FIRST)
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_the_first_run_of_a_turn_is_not_timed(tmp_path, write_module):
+  module = write_module(SLOW_AT_FIRST)
   cases = [{"form": "a"}, {"form": "b"}]
   rows = processes.measure_missing(
-    *(str(script), str(tmp_path / "rows.csv"), cases, ["is_short"]),
+    module,
+    str(tmp_path / "rows.csv"),
+    cases,
+    ["is_short"],
     compared="form",
   )
   assert rows == [case | {"is_short": True} for case in cases]

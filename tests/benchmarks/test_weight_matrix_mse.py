@@ -57,7 +57,7 @@ def test_every_matrix_has_a_row_and_every_reference_is_used():
 
 
 def test_a_figure_outside_the_tolerance_is_flagged_unless_it_is_excepted():
-  row = script.Row("orf", {}, "orf", "a note")
+  row = script.ListedMatrix("orf", {}, "orf", "a note")
   reference = script.read_reference()["orf", 128]
   result = script.Result(row, 128, reference.copy(), 0 * reference, reference)
   assert script.verdict(result) == "ok"
