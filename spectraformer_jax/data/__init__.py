@@ -1,4 +1,4 @@
-"""Tasks as flat token arrays, and batches of them. Needs numpy alone.
+"""Tasks as flat token arrays, and batches of them. Imports numpy and not jax.
 
   >>> import tempfile
   >>> from spectraformer_jax import data
@@ -8,9 +8,10 @@
   ((32, 64), 'uint8')
 
 A task is a function that returns a :class:`Source`, registered under its name
-in :data:`TASKS`; :func:`load` builds a split into the token cache once and maps
-it from there afterwards. ``docs/data.md`` tells how to add one. Tasks of Long
-Range Arena take files of the user from ``data_dir``; see ``docs/lra.md``.
+in :data:`TASKS`. :func:`load` builds a split into the token cache once and
+memory-maps it from then on. ``docs/data.md`` shows how to add a task. The tasks
+of Long Range Arena read files of the user from ``data_dir``; see
+``docs/lra.md``.
 """
 
 from spectraformer_jax.data.batches import Batches

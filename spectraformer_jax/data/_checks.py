@@ -22,7 +22,7 @@ def check_int(name: str, number: Any, low: int) -> int:
   return integer
 
 
-def check_choice(name: str, choice: Any, known: Iterable[str]) -> None:
-  """Raises ValueError, naming the nearest choice, unless `choice` is known."""
-  if choice not in tuple(known):  # anything can be looked for in a tuple
-    raise ValueError(f"Unknown {name} {choice!r}.{nearest(choice, known)}")
+def check_choice(name: str, choice: Any, choices: Iterable[str]) -> None:
+  """Raises ValueError, with the nearest one, unless `choices` has `choice`."""
+  if choice not in tuple(choices):  # a tuple accepts unhashable choices
+    raise ValueError(f"Unknown {name} {choice!r}.{nearest(choice, choices)}")

@@ -49,7 +49,7 @@ class Batches(Iterator[Batch]):
   Args:
     dataset: the examples.
     global_batch: number of rows over all hosts; a multiple of `hosts`.
-    seed: of the order, below 2**64; unused in evaluation.
+    seed: seed of the order, below 2**64; unused in evaluation.
     train: True for endless, shuffled epochs; False for one pass in order.
     host: this host's index.
     hosts: number of hosts.

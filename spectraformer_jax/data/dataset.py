@@ -18,7 +18,7 @@ class Facts:
   """The properties that all examples of a task share.
 
   Attributes:
-    name: of the task, with everything that differs from its published form.
+    name: name of the task, with all differences from its published form.
     vocab_size: ids lie in ``[0, vocab_size)``.
     num_classes: labels lie in ``[0, num_classes)``.
     length: the task's padded length; no example is longer.

@@ -55,7 +55,7 @@ def as_path(name: str, value: str | os.PathLike) -> pathlib.Path:
   """Returns a path with its ``~`` expanded.
 
   Args:
-    name: of the argument, for messages.
+    name: name of the argument, for messages.
     value: the argument.
 
   Raises:

@@ -22,7 +22,7 @@ class Package:
     client: program that downloads it: ``"pip"``, ``"npm"`` or ``"apt-get"``.
     spec: name and version of the package, as the client expects them.
     file: name of the downloaded file.
-    sha256: of the file.
+    sha256: SHA-256 of the file.
     page: web page of the package.
     licence: terms of use that its authors state.
   """

@@ -41,7 +41,7 @@ def load(
     split: ``"train"``, ``"dev"`` or ``"test"``.
     cache_dir: root of the token cache; None: ``$SPECTRAFORMER_DATA`` or
       ``~/.cache/spectraformer_jax``.
-    seed: of generated examples and of splits by content; below 2**64.
+    seed: seed of generated examples and of splits by content; below 2**64.
     tokenizer: name of a tokeniser of the task; None: its default.
     progress: ``progress(done, total)``, called while a split is built.
     **task_kwargs: options of the task.

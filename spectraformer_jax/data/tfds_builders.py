@@ -54,7 +54,8 @@ class _TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Takes the arguments of every builder.
 
     Args:
-      file_format: of the files; TFRecord, the usual default, needs TensorFlow.
+      file_format: format of the files; TFRecord, the default of TensorFlow
+        Datasets, needs TensorFlow.
       cache_dir: root of the token cache that the task is built in.
       **kwargs: see ``tfds.core.DatasetBuilder``; a `config` of your own is a
         :class:`TaskConfig` with another name.

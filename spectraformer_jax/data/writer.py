@@ -18,7 +18,7 @@ class Writer:
 
   Args:
     folder: an empty folder.
-    facts: of the task; they decide the type of the stored tokens.
+    facts: facts of the task; they decide the type of the stored tokens.
 
   Example:
     >>> import tempfile

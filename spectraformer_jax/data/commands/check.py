@@ -53,18 +53,18 @@ def main(args: Sequence[str]) -> int:
   parser.add_argument(
     "--pictures", type=pathlib.Path, help="PNG file to draw images into"
   )
-  known, rest = parser.parse_known_args(args)
+  flags, rest = parser.parse_known_args(args)
   options = parse_options(rest)
-  shown = check_int("examples", known.examples, 0)
-  options["seed"] = check_seed("seed", known.seed)
+  shown = check_int("examples", flags.examples, 0)
+  options["seed"] = check_seed("seed", flags.seed)
   with _messages_shown():
-    source = build_source(known.task, options, known.cache_dir)
-    splits = load_splits(source, known.cache_dir)
-  figures = lra_figures.compare(known.task, splits)
+    source = build_source(flags.task, options, flags.cache_dir)
+    splits = load_splits(source, flags.cache_dir)
+  figures = lra_figures.compare(flags.task, splits)
   for line in itertools.chain(
     report(splits),
-    examples.show(splits["train"], shown, known.pictures),
-    linear.describe(splits) if known.linear else (),
+    examples.show(splits["train"], shown, flags.pictures),
+    linear.describe(splits) if flags.linear else (),
     lra_figures.describe(figures),
   ):
     print(line)

@@ -22,7 +22,7 @@ def show(
   """Yields lines that show examples, spread evenly over a dataset.
 
   Args:
-    dataset: of texts; of square images, none is printed.
+    dataset: the examples; square images are drawn, not printed.
     count: number of examples to print.
     pictures: PNG file to draw square images into; None draws none.
   """

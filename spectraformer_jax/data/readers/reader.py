@@ -149,8 +149,8 @@ def make_source(
   Args:
     found: files of the task.
     plan: one entry per pass; a part of several splits is divided by content.
-    name: of the task, without the mark of the files.
-    seed: of the division by content.
+    name: name of the task, without the mark of the files.
+    seed: seed of the division by content.
     settings: additional settings of :class:`Facts`.
     **facts: attributes of :class:`Facts`. Sequences are cut to ``length``.
   """

@@ -189,7 +189,7 @@ def _check_features(folder: pathlib.Path) -> None:
         name = value.get(key, "tensorflow_datasets.core.features.")
         if not isinstance(name, str) or not _CLASS.match(name + "x"):
           raise ValueError(
-            f"{path} must name features of TensorFlow Datasets alone, got "
+            f"{path} must name features of TensorFlow Datasets only, got "
             f"{str(name)[:60]!r}."
           )
     elif isinstance(value, str) and "{" in value:

@@ -44,7 +44,7 @@ def fashion(
   """Returns the task, from Debian's package or from files of the user.
 
   Args:
-    seed: of the split of the training images by content.
+    seed: seed of the split of the training images by content.
     data_dir: a folder with the four idx files or the package, or one up to
       three levels above it; None: the package that ``fetch`` downloaded.
     cache_dir: root of the token cache, with the downloaded package.

@@ -27,7 +27,7 @@ def image(
   """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: of the split by content, 90 to 10, if the files do not have three
+    seed: seed of the split by content, 90 to 10, if the files do not have three
       splits.
     data_dir: the folder of the files, or one up to three levels above it.
 

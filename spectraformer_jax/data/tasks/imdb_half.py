@@ -41,7 +41,7 @@ def imdb_half(
   """Returns the task; label 1 is a positive review.
 
   Args:
-    seed: of the split by content.
+    seed: seed of the split by content.
     data_dir: a folder with the wheel; None: that of ``fetch``.
     cache_dir: root of the token cache, with the downloaded wheel.
     max_len: number of bytes kept of a review.

@@ -71,7 +71,7 @@ def listops(
   """Returns the task. Its name shows where it differs from the published form.
 
   Args:
-    seed: of the expressions, which are the same for both tokenisers.
+    seed: seed of the expressions, which are the same for both tokenisers.
     tokenizer: ``"full"`` or ``"no_close"``.
     data_dir: a folder with the files of the release, or one up to three levels
       above it. They are read instead of drawing; of the following arguments
@@ -213,7 +213,7 @@ def _write(
 def _unseen(batch: Expressions, seen: set[bytes], limit: int) -> Expressions:
   """Returns the first `limit` sequences not in `seen`; adds them to it.
 
-  Sequences that differ in closing brackets alone count as equal, so that both
+  Sequences that differ only in closing brackets count as equal, so that both
   tokenisers give the same expressions and neither repeats one.
   """
   tokens, lengths = _drop_brackets(batch)

@@ -77,7 +77,7 @@ def mail_replies(
   """Returns the task; label 1 is a mail and its answer.
 
   Args:
-    seed: of the split by thread and of the draw of the negative pairs.
+    seed: seed of the split by thread and of the draw of the negative pairs.
     data_dir: a folder with the package; None: that of ``fetch``.
     cache_dir: root of the token cache, with the downloaded package.
     max_len: number of bytes or words kept of each mail.

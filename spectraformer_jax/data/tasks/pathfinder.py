@@ -24,7 +24,7 @@ def pathfinder(
   """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: of the split by content, if the files have no splits.
+    seed: seed of the split by content, if the files have no splits.
     data_dir: the folder of the files, or one up to three levels above it.
 
   Raises:

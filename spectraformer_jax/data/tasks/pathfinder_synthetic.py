@@ -46,9 +46,10 @@ def pathfinder_synthetic(
   """Returns the task. Its name shows where it differs from Long Range Arena.
 
   Args:
-    seed: of the pictures.
-    side: of the pictures: 32 (as in Pathfinder), 64, or 128 (as in Path-X).
-    bars: of the two long snakes: 6, 9 or 14 (easy, intermediate, hard).
+    seed: seed of the pictures.
+    side: width of the pictures: 32 (Pathfinder), 64 or 128 (Path-X).
+    bars: number of bars of each long snake: 6, 9 or 14 (easy, intermediate,
+      hard).
     seeding: ``"upstream"`` starts snakes in the directions in which the public
       generator does; ``"any"`` in all, which makes fuller pictures.
     num_train: number of training pictures.
@@ -62,13 +63,13 @@ def pathfinder_synthetic(
     >>> pathfinder_synthetic(side=64, num_train=1000).name
     'pathfinder_synthetic-side64-num_train1000'
   """
-  for name, value, known in (
+  for name, value, choices in (
     ("side", side, SETTINGS),
     ("bars", bars, DIFFICULTIES),
   ):
-    if value not in known:
-      choices = ", ".join(map(str, known))
-      raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+    if value not in choices:
+      allowed = ", ".join(map(str, choices))
+      raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
   check_choice("seeding", seeding, generator.SEEDINGS)
   options = {
     "side": int(side),

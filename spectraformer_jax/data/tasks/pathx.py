@@ -21,7 +21,7 @@ def pathx(
   """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: of the split by content.
+    seed: seed of the split by content.
     data_dir: the folder of the files, or one up to three levels above it.
 
   Raises:

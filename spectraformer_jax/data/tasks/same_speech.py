@@ -55,7 +55,7 @@ def same_speech(
   """Returns the task; label 1 means one speech.
 
   Args:
-    seed: of the split by year and of the draw of the pairs.
+    seed: seed of the split by year and of the draw of the pairs.
     data_dir: a folder with the wheel; None: that of ``fetch``.
     cache_dir: root of the token cache, with the downloaded wheel.
     max_len: number of bytes of a piece. Longer pieces give fewer pairs.

@@ -39,7 +39,7 @@ def spam_bodies(
   """Returns the task; label 1 is spam.
 
   Args:
-    seed: of the split by content.
+    seed: seed of the split by content.
     data_dir: a folder with the package; None: that of ``fetch``.
     cache_dir: root of the token cache, with the downloaded package.
     max_len: number of bytes kept of a mail.

@@ -38,7 +38,7 @@ def text(
   """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: of the holdout.
+    seed: seed of the holdout.
     data_dir: the folder of the files, or one up to three levels above it.
     val: ``"holdout"``, or ``"lra"`` to use the test set as dev.
     max_len: number of bytes kept of a review. Published figures use 4000; the

