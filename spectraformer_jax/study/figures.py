@@ -1,5 +1,7 @@
 """What the pictures of both studies share: colours, figures, frames."""
 
+from typing import Any
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -7,6 +9,8 @@ from matplotlib.figure import Figure
 # colour vision tells these colours apart.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, ORANGE, BLACK = "#56B4E9", "#E69F00", "#000000"
+# Text in a cell of a heat map.
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as linen
+import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import data
@@ -115,4 +116,6 @@ def capture_workdir(
     pad_to_multiple=to_dict(config)["task"]["pad_to_multiple"],
   )
   model, variables = load_pretrained(workdir, step=step)
-  return capture(model, variables, *model_inputs(next(batches)))
+  return capture(
+    model, variables, *model_inputs(jax.tree.map(jnp.asarray, next(batches)))
+  )

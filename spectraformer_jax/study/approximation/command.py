@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
   """Measures what is missing, then writes the report and the pictures."""
   args = make_parser().parse_args(argv)
   _check(args)
-  options = measure.Options(args.draws, args.seed, args.causal, args.target)
+  options = measure.Options(args.causal, args.target, args.draws, args.seed)
   console = Console()
   cases, skipped = _plan(args, _pairs(args), _layers(args), options)
   for line in skipped:
@@ -221,20 +221,9 @@ def _plan(
         continue
       for inputs in cropped:
         for scale in scales:
-          key = results.Key(
-            inputs.name,
-            inputs.fingerprint,
-            inputs.length,
-            scale,
-            pair.component,
-            pair.matrix,
-            size,
-            options.is_causal,
-            options.target,
-            options.draws,
-            options.seed,
-            options.points,
-          )
+          place = inputs.name, inputs.fingerprint, inputs.length, scale
+          what = pair.component, pair.matrix, size
+          key = results.Key(*place, *what, *options)
           cases.append(Case(pair, inputs, key))
   return cases, skipped
 
@@ -276,7 +265,6 @@ def _measure_all(
     console.print(
       f"{len(cases) - len(missing)} of {len(cases)} rows are there already"
     )
-  device = jax.devices()[0].device_kind
   references, programs = {}, {}
   with Progress(console=console) as progress:
     task = progress.add_task("measuring", total=len(missing))
@@ -293,6 +281,7 @@ def _measure_all(
       figures = measure.measure(
         programs[name, shapes], inputs, key.scale, references[setting], options
       )
+      device = jax.devices()[0].device_kind
       stored.add(results.Measurement(key, figures, device))
       progress.advance(task)
   return [row for row in (stored.find(case.key) for case in cases) if row]

@@ -7,6 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -97,14 +98,17 @@ def make_inputs(
   """
   try:
     query, key, value = (np.asarray(x, np.float32) for x in (query, key, value))
-    checks.check_attention_inputs(query, key, value)
+    arrays = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    checks.check_attention_inputs(*arrays)
     if query.shape[2] != key.shape[2]:
       raise ValueError(
         f"{query.shape[2]} query heads for {key.shape[2]} key heads; repeat "
         "keys and values so that each query head has its own."
       )
-    checks.check_key_mask(key_mask, key)
-    checks.check_key_mask(query_mask, query, "query_mask")
+    if key_mask is not None:
+      checks.check_key_mask(jnp.asarray(key_mask), arrays[1])
+    if query_mask is not None:
+      checks.check_key_mask(jnp.asarray(query_mask), arrays[0], "query_mask")
   except ValueError as error:
     raise ValueError(f"inputs {name!r}: {error}") from None
   if key_mask is None:

@@ -35,18 +35,18 @@ class Options(NamedTuple):
   """Settings of a measurement.
 
   Attributes:
-    draws: of W, independent.
-    seed: of the draws, and of the points at which kernels are compared.
     is_causal: query i sees keys 0..i.
     target: exact kernel of the attention that outputs are compared with.
+    draws: number of independent draws of W.
+    seed: of the draws, and of the points at which kernels are compared.
     points: queries, and as many keys, of each head and example at which
       kernels are compared.
   """
 
-  draws: int
-  seed: int = 0
   is_causal: bool = False
   target: str = "softmax"
+  draws: int = 10
+  seed: int = 0
   points: int = 32
 
 

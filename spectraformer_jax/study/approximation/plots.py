@@ -24,6 +24,11 @@ DASHES = ("-", "--")
 MOST_LINES = len(MARKERS)
 LEAST = 1e-9  # replaces zero in logarithms
 LETTERS_PER_INCH = 11  # of a title
+_TITLES = {
+  "error_vs_features": "Error of attention against number of features",
+  "error_vs_scale": "Error of attention against scale of queries and keys",
+  "heat_map": "Error of attention over that of uniform attention",
+}
 
 
 def draw(settings: Sequence[Setting], folder: Path) -> list[Path]:
@@ -39,27 +44,14 @@ def draw(settings: Sequence[Setting], folder: Path) -> list[Path]:
   written = []
   for (inputs, length), group in groups.items():
     suffix = "" if len(groups) == 1 else f"_{inputs}_{length}".replace("/", "_")
-    for name, title, function in (
-      (
-        "error_vs_features",
-        "Error of attention against number of features",
-        _draw_features,
-      ),
-      (
-        "error_vs_scale",
-        "Error of attention against scale of queries and keys",
-        _draw_scales,
-      ),
-      (
-        "heat_map",
-        "Error of attention over that of uniform attention",
-        _draw_heat_maps,
-      ),
+    for name, figure in (
+      ("error_vs_features", _draw_features(group)),
+      ("error_vs_scale", _draw_scales(group)),
+      ("heat_map", _draw_heat_maps(group)),
     ):
-      figure = function(group)
       if figure is not None:
         path = folder / f"{name}{suffix}.png"
-        title += f" ({inputs}, length {length})"
+        title = f"{_TITLES[name]} ({inputs}, length {length})"
         count = len(group[0].pairs)
         if name != "heat_map" and count > MOST_LINES:
           title += f"\n{MOST_LINES} best of {count} pairs"
@@ -153,8 +145,7 @@ def _draw_heat_maps(group: list[Setting]) -> Figure | None:
       if math.isfinite(ratio):
         text = f"{ratio:.2g}" if ratio < 10.0 else f"{ratio:.0f}"
         colour = "black" if 0.25 < ratio < 4.0 else "white"
-        style = {"ha": "center", "va": "center", "fontsize": 8}
-        axes.text(j, i, text, color=colour, **style)
+        axes.text(j, i, text, color=colour, **figures.CENTRED)
     axes.set_xticks(
       range(len(matrices)), lines(matrices), rotation=40, ha="right", fontsize=8
     )

@@ -34,27 +34,18 @@ def lines(setting: Setting) -> list[dict[str, str]]:
   columns = {size: f"M={size}" for size in setting.sizes}
   headings = ["", "pair", *columns.values(), "±", "/ uniform"]
   headings += ["slope", "kernel MSE", "ms", "MiB"]
-  blank = dict.fromkeys(headings, "")
-  exact = setting.rows[0].figures
-  table = [
-    blank
-    | {"pair": "exact attention", "ms": _figure(exact.exact_ms)}
-    | {"MiB": _figure(exact.exact_temp_mib)}
-  ]
-  uniform = _figure(setting.uniform_error)
-  uniform = (
-    blank
-    | {"pair": UNIFORM, "/ uniform": "1"}
-    | dict.fromkeys(columns.values(), uniform)
-  )
+  exact = uniform = dict.fromkeys(headings, "")
+  figures = setting.rows[0].figures
+  exact = exact | {"pair": "exact attention", "ms": _figure(figures.exact_ms)}
+  exact["MiB"] = _figure(figures.exact_temp_mib)
+  uniform = uniform | {"pair": UNIFORM, "/ uniform": "1"}
+  uniform |= dict.fromkeys(columns.values(), _figure(figures.uniform_error))
+  table = [exact]
   for place, row in enumerate(setting.ranking(), 1):
-    is_below = not row.figures.error < setting.uniform_error
-    if is_below and uniform not in table:
+    if uniform not in table and not over_uniform(row) < 1.0:
       table.append(uniform)
-    errors = {
-      other.key.num_features: other.figures.error
-      for other in setting.of_pair(row.pair)
-    }
+    rows = setting.of_pair(row.pair)
+    errors = {r.key.num_features: r.figures.error for r in rows}
     fit = setting.slope(row.pair)
     slope = "-" if fit is None else f"{fit.slope:.2f}"
     if fit and fit.standard_error is not None:

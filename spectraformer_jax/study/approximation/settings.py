@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats as distributions
@@ -89,8 +89,9 @@ class Setting(NamedTuple):
     if len(points) < 2:
       return None
     x, y = np.log(np.asarray(points)).T
-    slope, intercept, _, _, error = distributions.linregress(x, y)
-    return Slope(slope, error if len(points) > 2 else None, intercept)
+    fit: Any = distributions.linregress(x, y)  # scipy has no types
+    error = float(fit.stderr) if len(points) > 2 else None
+    return Slope(float(fit.slope), error, float(fit.intercept))
 
 
 def settings_of(rows: Sequence[Measurement]) -> list[Setting]:

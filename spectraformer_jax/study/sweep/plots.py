@@ -14,11 +14,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spectraformer_jax import (
-  commands,
-  list_components,
-  list_weight_matrices,
-)
+from spectraformer_jax import commands, list_components, list_weight_matrices
 from spectraformer_jax.study import figures
 from spectraformer_jax.study.sweep.comparison import Comparison, Entry, compare
 from spectraformer_jax.study.sweep.runs import Run, group, read_runs, time_unit
@@ -30,6 +26,9 @@ STYLES = ("-", "--", ":", "-.")
 FRONT, REST = figures.VERMILION, figures.BLUE
 LABEL_SIZE = 7.5
 INCHES_PER_LABEL = 0.16
+# The line from a point to its label.
+LEADER = {"arrowstyle": "-", "lw": 0.7, "alpha": 0.6, "relpos": (0.0, 0.5)}
+LEADER |= {"shrinkA": 1, "shrinkB": 2}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -102,15 +101,10 @@ def heat_map(comparison: Comparison, task: str) -> Figure | None:
   middle = (min(accuracies) + max(accuracies)) / 2
   for (component, matrix), entry in pairs.items():
     sd = "" if entry.accuracy_sd is None else f"\n± {entry.accuracy_sd:.2f}"
-    axes.text(
-      matrices.index(matrix),
-      components.index(component),
-      f"{entry.accuracy:.2f}{sd}",
-      ha="center",
-      va="center",
-      fontsize=8,
-      color="white" if entry.accuracy <= middle else "black",
-    )
+    colour = "white" if entry.accuracy <= middle else "black"
+    x, y = matrices.index(matrix), components.index(component)
+    text = f"{entry.accuracy:.2f}{sd}"
+    axes.text(x, y, text, color=colour, **figures.CENTRED)
   figure.colorbar(image)
   return figure
 
@@ -272,16 +266,7 @@ def margin_labels(
       fontsize=LABEL_SIZE,
       color=colour,
       annotation_clip=False,
-      arrowprops={
-        "arrowstyle": "-",
-        "color": colour,
-        "lw": 0.7,
-        "ls": style,
-        "alpha": 0.6,
-        "relpos": (0.0, 0.5),
-        "shrinkA": 1,
-        "shrinkB": 2,
-      },
+      arrowprops={**LEADER, "color": colour, "ls": style},
     )
 
 

@@ -260,10 +260,10 @@ def welch(
   points = round(statistics.fmean(one) - statistics.fmean(two), 9) + 0.0
   if min(len(one), len(two)) < 2 or len(set(one)) == len(set(two)) == 1:
     return points, None, None
-  test = stats.ttest_ind(one, two, equal_var=False)
+  test: Any = stats.ttest_ind(one, two, equal_var=False)  # scipy has no types
   interval = test.confidence_interval(1.0 - LEVEL)
   half_width = float(interval.high - interval.low) / 2.0
-  return points, half_width, float(test[1])
+  return points, half_width, float(test.pvalue)
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:
