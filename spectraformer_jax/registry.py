@@ -1,14 +1,20 @@
-"""Names to factories, with errors that name the nearest known one."""
+"""Registries of named factories, with errors that suggest the nearest name."""
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+import numpy as np
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+Dataclass = TypeVar("Dataclass")
+Entry = TypeVar("Entry")
+Info = TypeVar("Info")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
   """Returns " Did you mean ...? Known: ..." for an error about `name`."""
   known = sorted(known)
   close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
@@ -16,11 +22,45 @@ def nearest(name: str, known: Iterable[str]) -> str:
   return f"{hint} Known: {', '.join(known)}."
 
 
+def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+  """Raises ValueError unless the value of `option` is one of `choices`."""
+  if value not in choices:
+    raise ValueError(f"{option} must be one of {choices}, got {value!r}.")
+
+
+def check_int(
+  option: str, value: Any, least: int, most: int | None = None
+) -> None:
+  """Raises ValueError unless the value of `option` is an integer in a range."""
+  if (
+    isinstance(value, bool)
+    or not isinstance(value, int | np.integer)
+    or not least <= value <= (value if most is None else most)
+  ):
+    limits = (
+      f"of at least {least}" if most is None else f"from {least} to {most}"
+    )
+    raise ValueError(f"{option} must be an integer {limits}, got {value!r}.")
+
+
+def info_from_options(info_of: Callable[[Entry], Info]) -> Info:
+  """Makes the class attribute `info` of an entry whose options change it.
+
+  Args:
+    info_of: method that returns the facts about an entry.
+
+  Returns:
+    A property, typed as the value that it returns: `info` is a class variable
+    of the base class, which a type checker lets no property replace.
+  """
+  return cast(Info, property(info_of))
+
+
 class Registry:
   """Maps names to factories.
 
   Args:
-    kind: what the entries are, for messages: "component", "weight matrix".
+    kind: what an entry is, for error messages: "component", "weight matrix".
 
   Example:
     >>> shapes = Registry("shape")
@@ -31,12 +71,19 @@ class Registry:
     9
   """
 
-  def __init__(self, kind: str):
+  def __init__(self, kind: str) -> None:
     self.kind = kind
     self._factories: dict[str, Callable[..., Any]] = {}
 
   def register(self, name: str) -> Callable[[Factory], Factory]:
-    """Decorator that files a factory under `name`; a second one raises."""
+    """Returns a decorator that registers a factory under `name`.
+
+    Args:
+      name: registry name.
+
+    Raises:
+      ValueError: `name` is registered already.
+    """
     if name in self._factories:
       raise ValueError(f"{self.kind} {name!r} is registered already.")
 
@@ -46,12 +93,64 @@ class Registry:
 
     return decorate
 
+  def alias(
+    self, name: str, class_name: str, base: type[Dataclass], **fixed: Any
+  ) -> type[Dataclass]:
+    """Registers a dataclass under another name, some of its options fixed.
+
+    Args:
+      name: registry name; also the class attribute `name` of the result.
+      class_name: name of the result. Objects can be pickled if the module of
+        `base` assigns the result to a variable of this name.
+      base: a frozen dataclass.
+      **fixed: values of the options that the alias does not accept.
+
+    Returns:
+      A subclass of `base`. Its objects never equal those of `base`.
+
+    Raises:
+      ValueError: `name` is registered already.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Box:
+      ...   width: int = 1
+      ...   height: int = 1
+      >>> shapes = Registry("shape")
+      >>> Flat = shapes.alias("flat", "Flat", Box, height=0)
+      >>> Flat(width=3), shapes.options("flat")
+      (Flat(width=3, height=0), ('width',))
+    """
+    settings = ", ".join(f"{key}={value!r}" for key, value in fixed.items())
+    cls = dataclasses.make_dataclass(
+      class_name,
+      [
+        (option, Any, dataclasses.field(default=value, init=False))
+        for option, value in fixed.items()
+      ],
+      bases=(base,),
+      namespace={"name": name},
+      frozen=True,
+    )
+    cls.__module__ = base.__module__
+    text = (inspect.getdoc(base) or "").partition("Example:")[0]
+    example = f"Example:\n  >>> {class_name}()\n  {cls()!r}\n"
+    cls.__doc__ = f"`{base.__name__}` with {settings}.\n\n{text}{example}"
+    return self.register(name)(cls)
+
   def names(self) -> tuple[str, ...]:
-    """All names, sorted."""
+    """Returns all names, sorted."""
     return tuple(sorted(self._factories))
 
   def get(self, name: str) -> Callable[..., Any]:
-    """The factory called `name`; ValueError with the nearest name if none."""
+    """Returns the factory registered under `name`.
+
+    Args:
+      name: registry name.
+
+    Raises:
+      ValueError: unknown `name`; the message suggests the nearest one.
+    """
     if not isinstance(name, str) or name not in self._factories:
       raise ValueError(
         f"Unknown {self.kind} {name!r}.{nearest(name, self._factories)}"
@@ -59,7 +158,7 @@ class Registry:
     return self._factories[name]
 
   def options(self, name: str) -> tuple[str, ...]:
-    """Keywords that the factory called `name` takes."""
+    """Returns the keywords that the factory called `name` accepts."""
     return tuple(inspect.signature(self.get(name)).parameters)
 
   def build(
@@ -68,20 +167,24 @@ class Registry:
     kwargs: Mapping[str, Any] | None = None,
     shared_options: tuple[str, ...] = (),
   ) -> Any:
-    """Calls the factory called `name`, refusing keywords it does not take.
+    """Calls the factory registered under `name`.
 
     Args:
-      name: of an entry.
-      kwargs: for its factory.
-      shared_options: what the caller takes for every entry, for the message.
+      name: registry name.
+      kwargs: keywords for the factory.
+      shared_options: options that the caller handles itself; the error about
+        an unknown keyword lists them, too.
+
+    Raises:
+      ValueError: unknown `name`, or a keyword that the factory does not accept.
     """
     factory = self.get(name)
-    takes = self.options(name)
+    options = self.options(name)
     for keyword in kwargs or {}:
-      if keyword not in takes:
-        known = (*takes, *shared_options)
-        options = nearest(keyword, known) if known else " It takes none."
+      if keyword not in options:
+        known = (*options, *shared_options)
+        hint = nearest(keyword, known) if known else " It takes none."
         raise ValueError(
-          f"{self.kind} {name!r} has no option {keyword!r}.{options}"
+          f"{self.kind} {name!r} has no option {keyword!r}.{hint}"
         )
     return factory(**(kwargs or {}))
