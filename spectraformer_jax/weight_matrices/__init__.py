@@ -1,47 +1,38 @@
-"""Weight matrices W: which frequencies a feature map uses.
+"""Weight matrices W: recipes for the frequencies (rows) of a feature map.
 
-One file per group of the taxonomy. To add one: a frozen dataclass with `info`
-and `draw`, registered by name, in the file of its group (CONTRIBUTING.md).
+One file per construction. A new one is a frozen dataclass with `info` and
+`draw`, registered by name and imported here: see CONTRIBUTING.md.
 """
 
 from spectraformer_jax.weight_matrices.base import (
   WEIGHT_MATRICES,
+  GaussianRows,
+  NormedRows,
   WeightMatrix,
   WeightMatrixInfo,
   draw_blocks,
 )
-from spectraformer_jax.weight_matrices.bbq import BBQ
-from spectraformer_jax.weight_matrices.butterfly import Butterfly
-from spectraformer_jax.weight_matrices.coupled_norms import (
+from spectraformer_jax.weight_matrices.fastfood import (
+  FastFood,
+  FastFoodLearnable,
+)
+from spectraformer_jax.weight_matrices.geometric import (
+  ORF,
+  ORFAntithetic,
   ORFPairedNorms,
   ORFStratifiedNorms,
 )
-from spectraformer_jax.weight_matrices.fastfood import FastFood
-from spectraformer_jax.weight_matrices.fastfood_learnable import (
-  FastFoodLearnable,
-)
-from spectraformer_jax.weight_matrices.flow import Flow
-from spectraformer_jax.weight_matrices.generator import Generator
-from spectraformer_jax.weight_matrices.geometric import ORF, ORFAntithetic
-from spectraformer_jax.weight_matrices.gmm import GMM, Cov
+from spectraformer_jax.weight_matrices.gmm import GMM, Cov, Variational
 from spectraformer_jax.weight_matrices.hadamard import ROM, SORF, ROMHybrid
-from spectraformer_jax.weight_matrices.importance import Importance
-from spectraformer_jax.weight_matrices.latin_hypercube import LHS
-from spectraformer_jax.weight_matrices.learned_geometric import (
-  LearnedORF,
-  LearnedRadial,
-)
 from spectraformer_jax.weight_matrices.learners import Learner
-from spectraformer_jax.weight_matrices.monte_carlo import IID, Antithetic
-from spectraformer_jax.weight_matrices.near_orthogonal import NOMC
-from spectraformer_jax.weight_matrices.no_rows import NoRows
-from spectraformer_jax.weight_matrices.p_model import (
-  PModel,
-  PModelCirculant,
-  PModelHankel,
-  PModelLDR,
-  PModelToeplitz,
+from spectraformer_jax.weight_matrices.monte_carlo import (
+  IID,
+  Antithetic,
+  Importance,
+  Sparse,
 )
+from spectraformer_jax.weight_matrices.networks import Flow, Generator
+from spectraformer_jax.weight_matrices.no_rows import NoRows
 from spectraformer_jax.weight_matrices.qmc import (
   QMC,
   QMCHalton,
@@ -49,18 +40,25 @@ from spectraformer_jax.weight_matrices.qmc import (
   QMCSobol,
 )
 from spectraformer_jax.weight_matrices.quadrature import GQ, SGQ
+from spectraformer_jax.weight_matrices.repelling import NOMC, SimRF, SimRFPlus
+from spectraformer_jax.weight_matrices.rotations import Butterfly, LearnedORF
 from spectraformer_jax.weight_matrices.row_laws import RowLaw, get_row_law
-from spectraformer_jax.weight_matrices.simplex import SimRF, SimRFPlus
-from spectraformer_jax.weight_matrices.sparse import Sparse
 from spectraformer_jax.weight_matrices.spherical_radial import (
   SROMC,
   SSR,
   SSRPos,
 )
 from spectraformer_jax.weight_matrices.spherical_structured import SSF
-from spectraformer_jax.weight_matrices.structural import SCRF
-from spectraformer_jax.weight_matrices.unit_cube import MM, MMAnti, MMChi
-from spectraformer_jax.weight_matrices.variational import Variational
+from spectraformer_jax.weight_matrices.splines import BBQ, LearnedRadial
+from spectraformer_jax.weight_matrices.structural import (
+  SCRF,
+  PModel,
+  PModelCirculant,
+  PModelHankel,
+  PModelLDR,
+  PModelToeplitz,
+)
+from spectraformer_jax.weight_matrices.unit_cube import LHS, MM, MMAnti, MMChi
 
 __all__ = [
   "BBQ",
@@ -86,6 +84,7 @@ __all__ = [
   "FastFood",
   "FastFoodLearnable",
   "Flow",
+  "GaussianRows",
   "Generator",
   "Importance",
   "LearnedORF",
@@ -94,6 +93,7 @@ __all__ = [
   "MMAnti",
   "MMChi",
   "NoRows",
+  "NormedRows",
   "ORFAntithetic",
   "ORFPairedNorms",
   "ORFStratifiedNorms",
@@ -121,7 +121,7 @@ __all__ = [
 
 
 def list_weight_matrices() -> tuple[str, ...]:
-  """Names of all weight matrices, for `sf.feature_map`.
+  """Returns the names of all weight matrices, for `sf.feature_map`.
 
   Example:
     >>> "orf" in list_weight_matrices()

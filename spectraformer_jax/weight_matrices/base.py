@@ -1,13 +1,15 @@
-"""What a weight matrix is: a recipe from noise to rows."""
+"""Base classes of weight matrices, their registry and the facts about each."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.registry import Registry
+from spectraformer_jax.registry import Registry, info_from_options
 from spectraformer_jax.typing import Array, Params, Projection, WeightSample
+from spectraformer_jax.weight_matrices.pieces import check_norms
 from spectraformer_jax.weight_matrices.row_laws import RowLaw
 
 WEIGHT_MATRICES = Registry("weight matrix")
@@ -15,29 +17,32 @@ WEIGHT_MATRICES = Registry("weight matrix")
 
 @dataclasses.dataclass(frozen=True)
 class WeightMatrixInfo:
-  """Static facts about a weight matrix; tables and tests are made from them.
+  """Static facts about a weight matrix, for its users, the docs and the tests.
 
   Attributes:
     name: registry name.
     group: place in the taxonomy: "monte carlo", "geometric", "structural",
       "unit cube", "quadrature", "learner" or "none".
-    marginals: "exact" (each row alone follows the row law, so every mean over
-      rows is unbiased), "approximate" (first two moments only: biased), or
-      "weighted" (unbiased with its row weights).
+    marginals: law of a single row. "exact": the row law, so that every mean
+      over rows is unbiased. "weighted": means are unbiased with the row
+      weights. "approximate": only the first two moments agree with the row law,
+      so means are biased.
     source: paper and equation.
-    summary: one line: what it is.
-    good_for: which components it serves, and when.
-    row_laws: names of the row laws it can realise.
-    constraint: in words, what num_features and head_dim must satisfy.
-    cost: of one draw.
-    variance: known variance against iid rows, or "".
-    learnable: has trainable parameters.
-    redrawable: a new projection can be drawn inside jit.
+    summary: what the rows are, in one line.
+    good_for: which components it suits, and when.
+    row_laws: names of the row laws that it can draw.
+    constraint: which num_features and head_dim it accepts, in words.
+    cost: cost of one draw.
+    variance: variance of kernel estimates, relative to independent rows; "" if
+      unknown.
+    learnable: it has trainable parameters.
+    redrawable: a new projection can be drawn inside `jax.jit`.
     weighted: rows have unequal weights.
-    signed: weights can be negative; the estimate of a positive kernel can then
-      be negative, too.
-    trig_only: heavy tails: a positive map has infinite variance.
-    antithetic: the second half of the rows is the negative of the first.
+    signed: row weights can be negative, and so can the estimate of a positive
+      kernel.
+    trig_only: its rows have heavy tails, for which a positive component has
+      infinite variance.
+    antithetic: the second half of the rows is the negative of the first half.
   """
 
   name: str
@@ -62,66 +67,125 @@ class WeightMatrixInfo:
 class WeightMatrix:
   """Base of all weight matrices W.
 
-  A subclass is a frozen dataclass whose fields are its options, with a class
-  attribute `info` and, at least, `draw`. An approximator draws its rows. A
-  learner draws noise, makes parameters in `init`, and turns both into rows in
-  `rows`. All methods are pure and see one head; heads are added by `vmap`.
-  Drawn leaves are plain dictionaries of arrays, so that they are saved and
-  restored like any other array. Tables that depend on sizes alone are numpy
-  under `functools.lru_cache`.
+  A subclass is a frozen dataclass whose fields are its options. It sets `info`
+  and overrides `draw`. An approximator draws its rows. A learner draws noise,
+  creates parameters in `init`, and computes rows from both in `rows`.
+
+  All methods are pure and see one head; the caller adds heads by `jax.vmap`.
+  Tables that depend on sizes alone are NumPy arrays in a `functools.lru_cache`:
+  a JAX array that is created while tracing must not outlive the trace.
+
+  Attributes:
+    info: facts about the matrix. If they depend on the options, make it by
+      `registry.info_from_options`.
   """
 
   info: ClassVar[WeightMatrixInfo]
 
   @property
   def needs_stats(self) -> bool:
-    """Whether `rows` cannot work without a context from `calibrate`."""
+    """Whether `rows` needs a context from `calibrate`."""
     return False
 
   def check(self, num_rows: int, head_dim: int) -> None:
-    """Raises ValueError, with the constraint, for sizes it cannot make."""
+    """Raises ValueError, with the constraint, for sizes it does not support."""
 
   def init(self, rng: Array, num_rows: int, head_dim: int) -> Params:
-    """Learnable parameters, float32; ``{}`` for approximators."""
-    del rng, num_rows, head_dim
+    """Returns new learnable parameters, float32; ``{}`` if there are none."""
     return {}
 
   def draw(
     self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
   ) -> Projection:
-    """Random leaves in a flat dictionary, float32 or integers below 2**24.
+    """Draws the random leaves: a flat dictionary of float32 or integer arrays.
 
-    Leaves are stored in the dtype that `FeatureMap.init` is asked for, except
-    "log_weight" and integers, which are stored as float32: it holds them
-    exactly, and a tree of floats has a gradient.
+    Leaf "w" ``[M, H]`` holds the rows of an approximator or the noise of a
+    learner. Rows of unequal weight have the leaves "log_weight" and "sign"
+    ``[M]``, too. Only a matrix that is not redrawable may lack "w".
 
-    Leaf "w" is ``[M, H]``: the rows of an approximator (beside it, where they
-    are not equal, "log_weight" and "sign" ``[M]``), the noise of a learner.
-    Only a matrix that is not redrawable may lack it.
+    `FeatureMap.init` stores leaves in the dtype that its caller chooses, except
+    "log_weight" and integers. Those are stored as float32, so that the whole
+    tree has gradients; integers must be below 2**24, which float32 holds
+    exactly.
     """
     raise NotImplementedError
 
   def calibrate(
     self, params: Params, key: Array, key_mask: Array | None
   ) -> Any:
-    """Context of one sequence for rows that depend on it; () for none.
+    """Returns the context of one sequence, for rows that depend on it.
 
     Args:
       params: from `init`.
       key: ``[S, H]`` float32, scaled.
-      key_mask: ``[S]`` bool or None.
+      key_mask: ``[S]`` bool, True where visible; None if all are.
+
+    Returns:
+      The last argument of `rows`; ``()`` if rows do not depend on the sequence.
     """
-    del params, key, key_mask
     return ()
 
   def rows(
     self, params: Params, projection: Projection, context: Any = ()
   ) -> WeightSample:
-    """The rows, from parameters, drawn leaves and context."""
-    del params, context
+    """Returns the rows and their weights.
+
+    Args:
+      params: from `init`.
+      projection: from `draw`.
+      context: from `calibrate`.
+    """
     return WeightSample(
       projection["w"], projection.get("log_weight"), projection.get("sign")
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianRows(WeightMatrix):
+  """Base of weight matrices with rows of equal weight for the Gaussian law.
+
+  A subclass overrides `draw_rows` instead of `draw`.
+  """
+
+  def draw_rows(self, rng: Array, num_rows: int, head_dim: int) -> Array:
+    """Draws the rows ``[M, H]`` float32."""
+    raise NotImplementedError
+
+  @override
+  def draw(
+    self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
+  ) -> Projection:
+    return {"w": self.draw_rows(rng, num_rows, head_dim)}
+
+
+@dataclasses.dataclass(frozen=True)
+class NormedRows(GaussianRows):
+  """Base of `GaussianRows` that have either chi norms or equal norms.
+
+  Args:
+    norms: "chi", or "sqrt_d" (all norms are sqrt(H): less variance, and a bias
+      that M does not reduce; see "orf_sqrtd").
+
+  Attributes:
+    facts: `info` for norms="chi".
+
+  Raises:
+    ValueError: unknown `norms`.
+  """
+
+  facts: ClassVar[WeightMatrixInfo]
+
+  norms: str = "chi"
+
+  def __post_init__(self) -> None:
+    check_norms(self.norms)
+
+  def _info(self) -> WeightMatrixInfo:
+    if self.norms == "chi":
+      return self.facts
+    return dataclasses.replace(self.facts, marginals="approximate")
+
+  info = info_from_options(_info)
 
 
 def draw_blocks(
@@ -130,16 +194,16 @@ def draw_blocks(
   num_rows: int,
   block_size: int,
 ) -> Array:
-  """Stacks independent blocks of rows and keeps the first `num_rows`.
+  """Stacks independent blocks of rows and keeps the first `num_rows` rows.
 
-  Dropping rows leaves the law of the others as it was; enlarging a block to
-  `num_rows` would change its scale.
+  Cutting the last block keeps the law of the remaining rows; one block of
+  `num_rows` rows would have another scale.
 
   Args:
     draw_block: ``(rng, num_blocks) -> [num_blocks, block_size, H]``.
     rng: PRNG key.
     num_rows: M.
-    block_size: rows in one block.
+    block_size: rows of one block.
 
   Returns:
     ``[M, H]``.

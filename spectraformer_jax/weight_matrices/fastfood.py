@@ -1,23 +1,16 @@
-"""Fastfood: Gaussian rows from two Hadamard matrices and diagonals."""
+"""Fastfood: rows from two Hadamard matrices and diagonals, drawn or learnt."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
-from spectraformer_jax.typing import Array
-from spectraformer_jax.weight_matrices.base import (
-  WEIGHT_MATRICES,
-  WeightMatrix,
-  WeightMatrixInfo,
-  draw_blocks,
-)
-from spectraformer_jax.weight_matrices.building_blocks import (
-  chi_norms,
-  hadamard,
-  next_power_of_two,
-)
+from spectraformer_jax.typing import Array, Params, Projection, WeightSample
+from spectraformer_jax.weight_matrices import base, learners, pieces
+from spectraformer_jax.weight_matrices.row_laws import RowLaw
 
 
 def fastfood_blocks(
@@ -44,27 +37,28 @@ def fastfood_blocks(
     True
   """
   n = signs.shape[-1]
-  table = jnp.asarray(hadamard(n))
+  table = jnp.asarray(pieces.hadamard(n))
   inner = gaussian[..., None] * table[permutation] * signs[:, None, :]
   outer = (np.float32(np.sqrt(n)) * scales)[..., None] * table[None]
   return jnp.matmul(outer, inner, precision="highest")
 
 
-@WEIGHT_MATRICES.register("fastfood")
+@base.WEIGHT_MATRICES.register("fastfood")
 @dataclasses.dataclass(frozen=True)
-class FastFood(WeightMatrix):
-  r"""Fastfood: Gaussian rows out of Hadamard matrices and diagonals.
+class FastFood(base.GaussianRows):
+  r"""Fastfood: Gaussian rows from Hadamard matrices and diagonals.
 
   .. math::
     W_b = \sqrt n\, \mathrm{diag}(s / |g|)\, H\, \mathrm{diag}(g)\, P\, H\,
     \mathrm{diag}(b), \quad g \sim N(0, I_n), \quad s_i \sim \chi_n
 
   b: random signs; P: a random permutation; H: the Hadamard matrix over
-  :math:`\sqrt n`; n: the power of two at or above H, whose last columns are
-  dropped. Each row alone is exactly N(0, I), but rows of a block are alike
-  (their mean squared cosine is 2/(n+2), that of independent ones 1/n): more
-  variance than independent rows. The construction was made for speed, which a
-  dense product makes moot at usual head dims.
+  :math:`\sqrt n`; n: the least power of two that is at least head_dim, whose
+  last columns are dropped. Each row alone is exactly N(0, I), but rows of a
+  block are similar (their mean squared cosine is 2/(n+2), that of independent
+  rows 1/n), so the variance is larger than that of independent rows. At usual
+  head dims the fast transform, for which the construction was made, gains
+  nothing over a dense product.
 
   References:
     Le, Sarlos and Smola, Fastfood: Approximating Kernel Expansions in
@@ -77,7 +71,7 @@ class FastFood(WeightMatrix):
     (1, 16, 6)
   """
 
-  info = WeightMatrixInfo(
+  info = base.WeightMatrixInfo(
     name="fastfood",
     group="structural",
     marginals="exact",
@@ -89,24 +83,102 @@ class FastFood(WeightMatrix):
     variance="trig 1.6, pos 1.1 at scale 0.2; trig 1.8 at 0.1; H=32",
   )
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del law  # Gaussian only
-    n = next_power_of_two(head_dim)
+  @override
+  def draw_rows(self, rng: Array, num_rows: int, head_dim: int) -> Array:
+    n = pieces.next_power_of_two(head_dim)
 
-    def draw_block(rng, num_blocks):
+    def draw_block(rng: Array, num_blocks: int) -> Array:
       scale_rng, gaussian_rng, order_rng, sign_rng = jax.random.split(rng, 4)
       shape = (num_blocks, n)
-      scales = jnp.reshape(chi_norms(scale_rng, num_blocks * n, n), shape)
-      gaussian = jax.random.normal(gaussian_rng, shape, dtype=jnp.float32)
+      scales = pieces.chi_norms(scale_rng, num_blocks * n, n).reshape(shape)
+      gaussian = pieces.normal(gaussian_rng, shape)
       length = jnp.sqrt(jnp.sum(jnp.square(gaussian), axis=-1, keepdims=True))
-      permutation = jax.random.permutation(
-        order_rng,
-        jnp.broadcast_to(jnp.arange(n), shape),
-        axis=-1,
-        independent=True,
-      )
-      signs = jax.random.rademacher(sign_rng, shape, jnp.float32)
+      permutation = pieces.random_permutations(order_rng, shape)
+      signs = pieces.random_signs(sign_rng, shape)
       return fastfood_blocks(scales, gaussian / length, permutation, signs)
 
-    return {"w": draw_blocks(draw_block, rng, num_rows, n)[:, :head_dim]}
+    return base.draw_blocks(draw_block, rng, num_rows, n)[:, :head_dim]
+
+
+@base.WEIGHT_MATRICES.register("fastfood_learnable")
+@dataclasses.dataclass(frozen=True)
+class FastFoodLearnable(base.WeightMatrix):
+  r"""Fastfood with three learnable diagonals: 3 numbers per row, not H.
+
+  .. math::
+    W_b = \sqrt n\, \mathrm{diag}(s)\, H\, \mathrm{diag}(g)\, P\, H\,
+    \mathrm{diag}(b)
+
+  H: the Hadamard matrix over :math:`\sqrt n`; P: a permutation, drawn once and
+  saved with the model, since the diagonals depend on it; n: the least power of
+  two that is at least head_dim, whose last columns are dropped. The diagonals
+  start as those of "fastfood", so each row starts as exactly N(0, I).
+
+  The parameters determine the rows: no noise can be redrawn, and the map learns
+  the kernel of M frequencies. Parameters are "s" ``[M]``, "g" ``[blocks, n]``
+  and "b" ``[blocks, H]``. Entries that only affect dropped rows or columns are
+  left out, so that every parameter has a gradient.
+
+  References:
+    Yang, Smola, Song and Wilson, A la Carte: Learning Fast Kernels, 2014
+    (1412.6493); Chowdhury et al., On Learning the Transformer Kernel, 2021
+    (2110.08323), FastFood-RKS.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> fm = sf.feature_map("trigrf", "fastfood_learnable", num_features=16)
+    >>> v = fm.init(jax.random.key(0), head_dim=6)
+    >>> {name: leaf.shape for name, leaf in v.params["rows"].items()}
+    {'b': (1, 2, 6), 'g': (1, 2, 8), 's': (1, 16)}
+    >>> v.projection["rows"]["permutation"].shape
+    (1, 2, 8)
+  """
+
+  info = learners.learner_facts(
+    name="fastfood_learnable",
+    source="Yang et al. 2014 (1412.6493)",
+    summary="fastfood with learnable diagonals",
+    good_for="a kernel learnt with few parameters; all components",
+    constraint="any num_features, any head_dim (padded to a power of two)",
+    cost="a product of n x n matrices per block, at every step",
+    variance="at the start as fastfood: trig 1.6, pos 1.1 at scale 0.2, H=32",
+    redrawable=False,
+  )
+
+  @override
+  def init(self, rng: Array, num_rows: int, head_dim: int) -> Params:
+    scale_rng, gaussian_rng, sign_rng = jax.random.split(rng, 3)
+    num_blocks, n = _block_shape(num_rows, head_dim)
+    gaussian = pieces.normal(gaussian_rng, (num_blocks, n))
+    length = jnp.sqrt(jnp.sum(jnp.square(gaussian), axis=-1))
+    scales = pieces.chi_norms(scale_rng, num_rows, n)
+    return {
+      "s": scales / jnp.repeat(length, n)[:num_rows],
+      "g": gaussian,
+      "b": pieces.random_signs(sign_rng, (num_blocks, head_dim)),
+    }
+
+  @override
+  def draw(
+    self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
+  ) -> Projection:
+    shape = _block_shape(num_rows, head_dim)
+    return {"permutation": pieces.random_permutations(rng, shape)}
+
+  @override
+  def rows(
+    self, params: Params, projection: Projection, context: Any = ()
+  ) -> WeightSample:
+    s, g, b = params["s"], params["g"], params["b"]
+    (num_rows,), (num_blocks, n), head_dim = s.shape, g.shape, b.shape[-1]
+    scales = jnp.pad(s, (0, num_blocks * n - num_rows)).reshape(num_blocks, n)
+    signs = jnp.pad(b, ((0, 0), (0, n - head_dim)))
+    order = projection["permutation"].astype(jnp.int32)
+    stacked = fastfood_blocks(scales, g, order, signs)
+    return WeightSample(stacked.reshape(-1, n)[:num_rows, :head_dim])
+
+
+def _block_shape(num_rows: int, head_dim: int) -> tuple[int, int]:
+  """Returns the number of blocks and their size n."""
+  n = pieces.next_power_of_two(head_dim)
+  return -(-num_rows // n), n

@@ -1,21 +1,34 @@
-"""What the learners share: noise from another matrix, and bounded scales.
+"""Learners: noise from another weight matrix, transformed by parameters.
 
-A learner draws noise, the rows of an approximator, and turns them into its own
-rows by learnable parameters. New noise at every step (a redraw) gives gradients
-of the kernel itself, noise that stays makes ordinary learnt features: the
-redraw interval of the training loop decides. Nothing here is subject to weight
-decay: shrinking frequencies would change the kernel.
+A learner draws noise (the rows of an approximator) and transforms it into rows.
+The redraw interval of the training loop decides what is learnt: with new noise
+at every step gradients are those of the kernel; with fixed noise they are those
+of ordinary learnt features. Weight decay skips these parameters, since smaller
+frequencies would be another kernel.
 """
 
 import dataclasses
+import functools
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
+from typing_extensions import override
 
+from spectraformer_jax.registry import info_from_options
 from spectraformer_jax.typing import Array, Params, Projection, WeightSample
 from spectraformer_jax.weight_matrices.base import (
   WEIGHT_MATRICES,
   WeightMatrix,
   WeightMatrixInfo,
+)
+from spectraformer_jax.weight_matrices.row_laws import RowLaw
+
+# In float32 `inverse_softplus` of smaller norms is not finite.
+MIN_NORM = 1e-6
+
+# Facts of a learner; the other arguments are those of `WeightMatrixInfo`.
+learner_facts = functools.partial(
+  WeightMatrixInfo, group="learner", marginals="exact", learnable=True
 )
 
 
@@ -23,63 +36,83 @@ from spectraformer_jax.weight_matrices.base import (
 class Learner(WeightMatrix):
   """Base of the learners that transform the rows of another weight matrix.
 
-  At initialisation `transform` leaves the law of Gaussian rows as it is, so
-  that every component starts unbiased. Couplings of the noise (orthogonal rows,
-  stratified norms) carry over, and with them less variance.
+  At initialisation `transform` preserves the law of Gaussian rows, so every
+  component starts unbiased. Dependence between rows of the noise (orthogonal
+  rows, stratified norms) is preserved as well, and with it the lower variance.
 
   Args:
-    base: name of the weight matrix whose rows are the noise, one of Gaussian
-      rows and equal weights.
+    base: name of the weight matrix whose rows are the noise; its rows must be
+      Gaussian and of equal weight.
+
+  Attributes:
+    facts: `info` for a base of exact marginals that accepts any sizes.
 
   Raises:
-    ValueError: unknown `base`, or one that cannot be noise.
+    ValueError: unknown `base`, or one that does not meet these conditions.
   """
+
+  facts: ClassVar[WeightMatrixInfo]
 
   base: str = "orf"
 
-  def __post_init__(self):
-    _check_base(self.base)
+  def __post_init__(self) -> None:
+    info = self.base_matrix.info
+    reasons = {
+      "is a learner itself": info.learnable,
+      "makes no Gaussian rows": "gaussian" not in info.row_laws,
+      "has heavy tails": info.trig_only,
+      "weighs its rows": info.weighted or info.signed,
+    }
+    for reason, applies in reasons.items():
+      if applies:
+        raise ValueError(
+          "base must name a weight matrix of Gaussian rows and equal weights, "
+          f"got {self.base!r}, which {reason}; 'orf' is usual."
+        )
 
   @property
   def base_matrix(self) -> WeightMatrix:
     """The matrix that draws the noise."""
     return WEIGHT_MATRICES.build(self.base)
 
-  def check(self, num_rows, head_dim):
-    """See `WeightMatrix.check`."""
+  def _info(self) -> WeightMatrixInfo:
+    noise = self.base_matrix.info
+    return dataclasses.replace(
+      self.facts, marginals=noise.marginals, constraint=noise.constraint
+    )
+
+  info = info_from_options(_info)
+
+  @override
+  def check(self, num_rows: int, head_dim: int) -> None:
     self.base_matrix.check(num_rows, head_dim)
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`: leaf "w" is the noise."""
+  @override
+  def draw(
+    self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
+  ) -> Projection:
     return self.base_matrix.draw(rng, num_rows, head_dim, law)
 
   def transform(self, params: Params, noise: Array) -> Array:
-    """The rows ``[M, H]`` made from noise ``[M, H]`` float32."""
+    """Returns the rows ``[M, H]`` for noise ``[M, H]`` float32."""
     raise NotImplementedError
 
-  def rows(self, params, projection, context=()):
-    """See `WeightMatrix.rows`."""
-    del context
+  @override
+  def rows(
+    self, params: Params, projection: Projection, context: Any = ()
+  ) -> WeightSample:
     return WeightSample(self.transform(params, noise_of(projection)))
-
-  def learner_info(self, **facts) -> WeightMatrixInfo:
-    """Facts of a learner; marginals and constraint are those of its noise."""
-    base = self.base_matrix.info
-    facts.setdefault("constraint", base.constraint)
-    return WeightMatrixInfo(
-      group="learner", marginals=base.marginals, learnable=True, **facts
-    )
 
 
 def noise_of(projection: Projection) -> Array:
-  """The noise ``[M, H]`` in float32, whatever it is stored in."""
+  """Returns the noise ``[M, H]`` in float32, whatever its stored dtype."""
   return projection["w"].astype(jnp.float32)
 
 
 def soft_clip(x: Array, low: float, high: float) -> Array:
-  """Smooth clip into (low, high), the identity around 0.
+  """Clips smoothly into (low, high); close to the identity around 0.
 
-  Unlike a hard clip it never stops the gradient.
+  Unlike a hard clip it has a nonzero gradient everywhere.
 
   Args:
     x: any shape, float32.
@@ -98,7 +131,7 @@ def soft_clip(x: Array, low: float, high: float) -> Array:
 
 
 def check_log_sigma_range(low: float, high: float) -> None:
-  """ValueError unless low < 0 < high: the start, 0, lies inside."""
+  """Raises ValueError unless low < 0 < high: log sigma starts at about 0."""
   if not low < 0.0 < high:
     raise ValueError(
       "min_log_sigma and max_log_sigma must lie on either side of 0, got "
@@ -107,7 +140,7 @@ def check_log_sigma_range(low: float, high: float) -> None:
 
 
 def inverse_softplus(x: Array) -> Array:
-  """What `jax.nn.softplus` maps to x > 0.
+  """Returns the y with ``jax.nn.softplus(y) == x``, for x > 0.
 
   Example:
     >>> import jax
@@ -115,20 +148,3 @@ def inverse_softplus(x: Array) -> Array:
     2.0
   """
   return x + jnp.log(-jnp.expm1(-x))
-
-
-def _check_base(base: str) -> None:
-  """ValueError unless `base` draws Gaussian rows of equal weight."""
-  info = WEIGHT_MATRICES.build(base).info
-  reasons = {
-    "is a learner itself": info.learnable,
-    "makes no Gaussian rows": "gaussian" not in info.row_laws,
-    "has heavy tails": info.trig_only,
-    "weighs its rows": info.weighted or info.signed,
-  }
-  for reason, applies in reasons.items():
-    if applies:
-      raise ValueError(
-        f"base must name a weight matrix of Gaussian rows and equal weights, "
-        f"got {base!r}, which {reason}; 'orf' is usual."
-      )

@@ -1,24 +1,23 @@
 """No weight matrix, for components that use none."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+from typing_extensions import override
 
-from spectraformer_jax.typing import WeightSample
-from spectraformer_jax.weight_matrices.base import (
-  WEIGHT_MATRICES,
-  WeightMatrix,
-  WeightMatrixInfo,
-)
+from spectraformer_jax.typing import Array, Params, Projection, WeightSample
+from spectraformer_jax.weight_matrices import base
+from spectraformer_jax.weight_matrices.row_laws import RowLaw
 
 
-@WEIGHT_MATRICES.register("none")
+@base.WEIGHT_MATRICES.register("none")
 @dataclasses.dataclass(frozen=True)
-class NoRows(WeightMatrix):
+class NoRows(base.WeightMatrix):
   """No rows, for deterministic components such as ELU+1.
 
   References:
-    None: it says in a pair's name that nothing is random.
+    None: the name "none" in a pair says that nothing is random.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -26,7 +25,7 @@ class NoRows(WeightMatrix):
     'elu1-none'
   """
 
-  info = WeightMatrixInfo(
+  info = base.WeightMatrixInfo(
     name="none",
     group="none",
     marginals="exact",
@@ -38,12 +37,14 @@ class NoRows(WeightMatrix):
     cost="nothing",
   )
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del rng, num_rows, head_dim, law
+  @override
+  def draw(
+    self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
+  ) -> Projection:
     return {}
 
-  def rows(self, params, projection, context=()):
-    """See `WeightMatrix.rows`."""
-    del params, projection, context
+  @override
+  def rows(
+    self, params: Params, projection: Projection, context: Any = ()
+  ) -> WeightSample:
     return WeightSample(jnp.zeros((0, 0), jnp.float32))

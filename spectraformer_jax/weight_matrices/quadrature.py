@@ -1,44 +1,138 @@
-"""Rows from Gauss-Hermite quadrature: sampled nodes, and sparse grids."""
+"""Rows from Gauss-Hermite rules: sampled nodes and sparse grids."""
 
 import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
-from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.weight_matrices.base import (
-  WEIGHT_MATRICES,
-  WeightMatrix,
-  WeightMatrixInfo,
-)
-from spectraformer_jax.weight_matrices.building_blocks import haar
-from spectraformer_jax.weight_matrices.row_laws import open_uniform
-from spectraformer_jax.weight_matrices.smolyak import (
-  GROWTHS,
-  gauss_hermite,
-  most_nodes,
-  smolyak_grid,
-)
+from spectraformer_jax.registry import check_choice, check_int
+from spectraformer_jax.typing import Array, Projection
+from spectraformer_jax.weight_matrices import base, pieces
+from spectraformer_jax.weight_matrices.row_laws import RowLaw, open_uniform
 
+GROWTHS = ("odd", "linear")
+# Most nodes of the grid of SGQ, and of the rule of GQ.
 _MAX_GRID = 2**16
 _MAX_NODES = 64
 
 
-@WEIGHT_MATRICES.register("gq")
+@functools.lru_cache
+def gauss_hermite(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the Gauss rule for N(0, 1): exact to degree ``2 num_nodes - 1``.
+
+  Returns:
+    Nodes, ascending, and weights that sum to 1: ``[L]`` float64, read-only.
+
+  Example:
+    >>> nodes, weights = gauss_hermite(3)
+    >>> (nodes**2).round(3).tolist(), weights.round(3).tolist()
+    ([3.0, 0.0, 3.0], [0.167, 0.667, 0.167])
+  """
+  nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
+  # Exactly symmetric, so that e.g. the node 0 of all odd rules is exactly 0.
+  nodes = (nodes - nodes[::-1]) / 2.0
+  weights = weights + weights[::-1]
+  return pieces.read_only(nodes), pieces.read_only(weights / weights.sum())
+
+
+@functools.lru_cache(maxsize=16)
+def smolyak_grid(
+  level: int, dim: int, growth: str
+) -> tuple[np.ndarray, np.ndarray]:
+  r"""Returns Smolyak's rule for N(0, I_dim), of total degree 2 level - 1.
+
+  .. math::
+    A(q, d) = \sum_{q \le |i|_1 \le q + d - 1} (-1)^{q + d - 1 - |i|_1}
+    \binom{d - 1}{q + d - 1 - |i|_1} (U_{i_1} \otimes \cdots \otimes U_{i_d})
+
+  Args:
+    level: q, at least 1.
+    dim: d.
+    growth: nodes of the Gauss rule U_i: "odd", 2 i - 1, or "linear", i.
+
+  Returns:
+    Nodes ``[K, d]``, all different, and weights ``[K]`` that sum to 1; usually
+    some weights are negative. Both float64, read-only.
+
+  Example:
+    >>> nodes, weights = smolyak_grid(2, 6, "odd")
+    >>> nodes.shape, weights[:2].round(3).tolist()
+    ((13, 6), [-1.0, 0.167])
+  """
+  total_weight: dict[tuple[tuple[int, float], ...], float] = {}
+  for excess in range(max(0, level - dim), level):
+    missing = level - 1 - excess
+    coefficient = (-1) ** missing * math.comb(dim - 1, missing)
+    # Axes whose rule has a single node, 0 (excess 0), are left out.
+    for excesses in _compositions(excess, dim):
+      product = list(_product_rule(excesses, growth))
+      for axes in itertools.combinations(range(dim), len(excesses)):
+        for values, weight in product:
+          pairs = zip(axes, values, strict=True)
+          node = tuple((axis, value) for axis, value in pairs if value)
+          old = total_weight.get(node, 0.0)
+          total_weight[node] = old + coefficient * weight
+  nodes = np.zeros((len(total_weight), dim))
+  for row, node in enumerate(total_weight):
+    for axis, value in node:
+      nodes[row, axis] = value
+  weights = np.array(list(total_weight.values()))
+  return pieces.read_only(nodes), pieces.read_only(weights)
+
+
+def most_nodes(level: int, dim: int) -> int:
+  """Returns an upper bound on the number of nodes of `smolyak_grid`."""
+  return sum(
+    math.comb(dim, len(excesses)) * math.prod(2 * k for k in excesses)
+    for excess in range(level)
+    for excesses in _compositions(excess, dim)
+  )
+
+
+def _product_rule(
+  excesses: tuple[int, ...], growth: str
+) -> Iterator[tuple[tuple[float, ...], float]]:
+  """Yields nodes and weights of the product of the rules i = excess + 1."""
+  rules = [
+    gauss_hermite(2 * excess + 1 if growth == "odd" else excess + 1)
+    for excess in excesses
+  ]
+  for choice in itertools.product(*(range(len(nodes)) for nodes, _ in rules)):
+    pairs = list(zip(rules, choice, strict=True))
+    values = tuple(float(nodes[i]) for (nodes, _), i in pairs)
+    yield values, math.prod(float(weights[i]) for (_, weights), i in pairs)
+
+
+def _compositions(total: int, most_parts: int) -> Iterator[tuple[int, ...]]:
+  """Yields all tuples of at most `most_parts` positive integers of this sum."""
+  if total == 0:
+    yield ()
+  elif most_parts > 0:
+    for first in range(1, total + 1):
+      for rest in _compositions(total - first, most_parts - 1):
+        yield (first, *rest)
+
+
+@base.WEIGHT_MATRICES.register("gq")
 @dataclasses.dataclass(frozen=True)
-class GQ(WeightMatrix):
+class GQ(base.GaussianRows):
   r"""Subsampled dense Gauss-Hermite grid: independent discrete entries.
 
   .. math::
     P(W_{mj} = x_l) = p_l, \quad l = 1, \ldots, L
 
-  with the nodes and weights of the L-point Gauss rule of N(0, 1). It samples
-  rows of the full grid of L^H nodes by their product weights, so rows count
-  equally. Moments agree with the Gaussian's up to degree 2 L - 1 in each
-  coordinate; the trigonometric estimate is
-  :math:`\prod_j \sum_l p_l \cos(x_l z_j)`, z = x - y: off by 0.2 at most for
-  L = 2 (signs) on axis-aligned inputs at :math:`|z|^2 = 2`, by 0.04 for L = 3,
-  by less than 1e-3 for L = 8. Variance as that of independent rows: a
+  with the nodes :math:`x_l` and weights :math:`p_l` of the L-point Gauss rule
+  for N(0, 1). Rows are sampled from the full grid of L^H nodes by their product
+  weights, so they have equal weights. Moments agree with those of the Gaussian
+  up to degree 2 L - 1 in each coordinate. Trigonometric estimates have the mean
+  :math:`\prod_j \sum_l p_l \cos(x_l z_j)`, z = x - y. For axis-aligned inputs
+  at :math:`|z|^2 = 2` its error is up to 0.2 for L = 2 (random signs), 0.04 for
+  L = 3, less than 1e-3 for L = 8. The variance is that of independent rows: a
   baseline, not an improvement.
 
   Args:
@@ -63,7 +157,7 @@ class GQ(WeightMatrix):
 
   num_nodes: int = 8
 
-  info = WeightMatrixInfo(
+  info = base.WeightMatrixInfo(
     name="gq",
     group="quadrature",
     marginals="approximate",
@@ -74,48 +168,43 @@ class GQ(WeightMatrix):
     variance="1",
   )
 
-  def __post_init__(self):
-    check_positive_int("num_nodes", self.num_nodes)
-    if not 2 <= self.num_nodes <= _MAX_NODES:
-      raise ValueError(
-        f"num_nodes must be from 2 to {_MAX_NODES}, got {self.num_nodes}."
-      )
+  def __post_init__(self) -> None:
+    check_int("num_nodes", self.num_nodes, 2, _MAX_NODES)
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del law  # Gaussian only
+  @override
+  def draw_rows(self, rng: Array, num_rows: int, head_dim: int) -> Array:
     nodes, weights = gauss_hermite(self.num_nodes)
     borders = np.cumsum(weights)[:-1].astype(np.float32)
     uniforms = open_uniform(rng, (num_rows, head_dim))
     chosen = jnp.searchsorted(borders, uniforms, method="compare_all")
-    return {"w": jnp.asarray(nodes, jnp.float32)[chosen]}
+    return jnp.asarray(nodes, jnp.float32)[chosen]
 
 
-@WEIGHT_MATRICES.register("sgq")
+@base.WEIGHT_MATRICES.register("sgq")
 @dataclasses.dataclass(frozen=True)
-class SGQ(WeightMatrix):
+class SGQ(base.WeightMatrix):
   r"""Sparse-grid quadrature: Smolyak's rule with signed weights.
 
   .. math::
     \hat K(x, y) = \sum_i a_i f_i(x) f_i(y), \quad
     \{(\omega_i, a_i)\} = A(q, H)
 
-  exact for polynomials of total degree 2 q - 1. Deterministic, so all of its
-  error is bias: tiny for small x and y, and useless beyond. Weights are
-  negative (at q = 2 the origin has 1 - H/3, and the sizes of all weights add
-  up to about 2 H / 3), so that estimates and normalizers of attention can be:
-  a diagnostic, not a default. "orf_sqrtd_anti" has the same degree with
-  positive weights.
+  with Smolyak's rule A(q, H), exact for polynomials of total degree 2 q - 1.
+  The rule is deterministic, so its whole error is bias: tiny for small x and y,
+  too large to be of use elsewhere. Some weights are negative (at q = 2 that of
+  the origin is 1 - H/3, and the absolute weights add up to about 2 H / 3), so
+  kernel estimates and normalizers of attention can be negative: for diagnosis,
+  not for models. "orf_sqrtd_anti" has the same degree with positive weights.
 
   Args:
-    level: q, at least 2.
-    growth: nodes of the one-dimensional rules: "odd", 2 i - 1, or "linear", i.
-    rotate: turn the grid by a random rotation, the only thing then to redraw.
+    level: q, at least 2. (The rule of level 1 has one node, the origin.)
+    growth: nodes of the one-dimensional rule i: "odd", 2 i - 1, or "linear", i.
+    rotate: rotate the grid randomly. Only a rotated grid can be redrawn.
 
   Raises:
-    ValueError: level below 2 or unknown growth; when built, num_features that
-      is not the number of nodes (`num_nodes`; 2 H + 1 at level 2), or more
-      than 65536 of them.
+    ValueError: `level` below 2 or unknown `growth`. When built: num_features is
+      not the number of nodes (`num_nodes`; 2 H + 1 at level 2), or the grid has
+      more than 65536 nodes.
 
   References:
     Dao, De Sa and Re, Gaussian Quadrature for Kernel Features, 2017,
@@ -133,36 +222,32 @@ class SGQ(WeightMatrix):
   growth: str = "odd"
   rotate: bool = False
 
-  def __post_init__(self):
-    check_positive_int("level", self.level)
-    if self.level < 2:
-      raise ValueError(
-        f"level must be at least 2, got {self.level}: the rule of level 1 has "
-        "one node, the origin."
-      )
-    if self.growth not in GROWTHS:
-      raise ValueError(f"growth must be one of {GROWTHS}, got {self.growth!r}.")
+  facts = base.WeightMatrixInfo(
+    name="sgq",
+    group="quadrature",
+    marginals="approximate",
+    source="Dao, De Sa and Re 2017, section 3.1; Smolyak 1963",
+    summary="Smolyak grid of Gauss-Hermite rules, signed weights",
+    good_for="a diagnostic at small distances",
+    constraint="num_features fixed by head_dim and level: 2 H + 1 at level 2",
+    cost="a host table once per (H, level)",
+    variance="none: trig error 38, pos 0.58 of iid variance at scale 0.2",
+    redrawable=False,
+    weighted=True,
+    signed=True,
+  )
 
-  @property
-  def info(self):
-    """Facts; it can be redrawn if it rotates."""
-    return WeightMatrixInfo(
-      name="sgq",
-      group="quadrature",
-      marginals="approximate",
-      source="Dao, De Sa and Re 2017, section 3.1; Smolyak 1963",
-      summary="Smolyak grid of Gauss-Hermite rules, signed weights",
-      good_for="a diagnostic at small distances",
-      constraint="num_features fixed by head_dim and level: 2 H + 1 at level 2",
-      cost="a host table once per (H, level)",
-      variance="none: trig error 38, pos 0.58 of iid variance at scale 0.2",
-      redrawable=self.rotate,
-      weighted=True,
-      signed=True,
-    )
+  def __post_init__(self) -> None:
+    check_int("level", self.level, 2)
+    check_choice("growth", self.growth, GROWTHS)
+
+  def _info(self) -> base.WeightMatrixInfo:
+    return dataclasses.replace(self.facts, redrawable=self.rotate)
+
+  info = base.info_from_options(_info)
 
   def num_nodes(self, head_dim: int) -> int:
-    """The only num_features that fits.
+    """Returns the only num_features that this grid accepts.
 
     Args:
       head_dim: H.
@@ -181,8 +266,8 @@ class SGQ(WeightMatrix):
       )
     return len(smolyak_grid(self.level, head_dim, self.growth)[1])
 
-  def check(self, num_rows, head_dim):
-    """See `WeightMatrix.check`."""
+  @override
+  def check(self, num_rows: int, head_dim: int) -> None:
     needed = self.num_nodes(head_dim)
     if num_rows != needed:
       raise ValueError(
@@ -191,13 +276,14 @@ class SGQ(WeightMatrix):
         f"num_features={needed}."
       )
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del num_rows, law  # fixed by the grid; Gaussian only
+  @override
+  def draw(
+    self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
+  ) -> Projection:
     nodes, weights = smolyak_grid(self.level, head_dim, self.growth)
     w = jnp.asarray(nodes, jnp.float32)
     if self.rotate:
-      rotation = haar(rng, 1, head_dim)[0]
+      rotation = pieces.haar(rng, 1, head_dim)[0]
       w = jnp.matmul(w, rotation, precision="highest")
     # At H = 3 the origin of the grid of level 2 has weight 0.
     sizes = np.maximum(np.abs(weights) * len(weights), 1e-30)

@@ -1,11 +1,8 @@
-"""Laws of the rows that components ask for and weight matrices realise.
+"""Row laws: the distributions that components require of the entries of W.
 
-A law is a distribution of one entry; entries of a row are independent under
-it. A matrix that couples rows works on uniforms and calls `from_uniform`; one
-that only makes Gaussian rows (orthogonal, structured, learned) refuses others.
-A law whose parameter comes from data (Poisson, geometric), and a hash, is
-stored as the bits of uniforms (`stored_uniforms`): the component inverts the
-cdf once it knows the parameter.
+The entries of a row are independent under every law. A weight matrix that
+couples its rows draws uniforms and calls `RowLaw.from_uniform`; one that only
+makes Gaussian rows (orthogonal, structured, learnt) refuses other laws.
 """
 
 import dataclasses
@@ -18,6 +15,7 @@ from jax.scipy.special import ndtri
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices import stored_uniforms
+from spectraformer_jax.weight_matrices.pieces import normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +23,11 @@ class RowLaw:
   """Distribution of the entries of a row.
 
   Attributes:
-    name: what components ask for.
-    sample: ``(rng, shape) -> float32`` (stored uniforms: int32), independent
-      entries.
-    from_uniform: entrywise inverse cdf, ``(0, 1) -> float32`` (or int32).
+    name: `ComponentInfo.row_law` of the components that require it.
+    sample: draws independent entries: ``(rng, shape) -> float32``, or int32 for
+      the laws of `stored_uniforms`.
+    from_uniform: inverse cdf of one entry: maps uniforms in (0, 1) to the dtype
+      of `sample`.
   """
 
   name: str
@@ -37,29 +36,24 @@ class RowLaw:
 
 
 def open_uniform(rng: Array, shape: tuple[int, ...]) -> Array:
-  """Uniforms strictly inside (0, 1), exact in float32: no infinite normals."""
-  bits = jax.random.bits(rng, shape, jnp.uint32)
-  return bits_to_open_uniform(bits)
+  """Draws float32 uniforms strictly inside (0, 1): `ndtri` is finite there."""
+  return bits_to_open_uniform(jax.random.bits(rng, shape, jnp.uint32))
 
 
 def bits_to_open_uniform(bits: Array) -> Array:
-  """Maps uint32 to (0, 1): 23 bits and a half, both exact in float32."""
-  return ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
+  """Maps uint32 to (0, 1) by its upper 23 bits, without rounding."""
+  return stored_uniforms.to_uniform(bits >> (32 - stored_uniforms.NUM_BITS))
 
 
-def _no_rows(*_):
-  """A component without rows asks for none."""
+def _no_rows(*_: object) -> Array:
+  """Returns no entries, for components without rows."""
   return jnp.zeros((0,), jnp.float32)
 
 
 ROW_LAWS = {
   law.name: law
   for law in (
-    RowLaw(
-      "gaussian",
-      lambda rng, shape: jax.random.normal(rng, shape, dtype=jnp.float32),
-      ndtri,
-    ),
+    RowLaw("gaussian", normal, ndtri),
     RowLaw("uniform", open_uniform, lambda u: u),
     RowLaw(
       "rademacher",
@@ -75,12 +69,19 @@ ROW_LAWS = {
 }
 
 
-# What a matrix can realise that draws, or inverts, entry by entry.
+# Laws for a weight matrix that draws, or inverts, one entry at a time.
 ENTRY_LAWS = tuple(name for name in ROW_LAWS if name != "none")
 
 
 def get_row_law(name: str) -> RowLaw:
-  """The law called `name`; ValueError with the nearest name if none."""
+  """Returns the row law called `name`.
+
+  Args:
+    name: a key of `ROW_LAWS`.
+
+  Raises:
+    ValueError: unknown `name`; the message suggests the nearest one.
+  """
   if name not in ROW_LAWS:
     raise ValueError(f"Unknown row law {name!r}.{nearest(name, ROW_LAWS)}")
   return ROW_LAWS[name]

@@ -7,48 +7,44 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
-from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.typing import Array
-from spectraformer_jax.weight_matrices.base import (
-  WEIGHT_MATRICES,
-  WeightMatrix,
-  WeightMatrixInfo,
-  draw_blocks,
-)
-from spectraformer_jax.weight_matrices.building_blocks import (
-  chi_norms,
-  haar,
-  simplex_full,
-)
+from spectraformer_jax.registry import check_int
+from spectraformer_jax.typing import Array, Projection
+from spectraformer_jax.weight_matrices import base, pieces
+from spectraformer_jax.weight_matrices.geometric import orthogonal_directions
+from spectraformer_jax.weight_matrices.row_laws import RowLaw
 
+# Most radii of SROMC.
 _MAX_RADII = 16
 
 
-@WEIGHT_MATRICES.register("ssr")
+@base.WEIGHT_MATRICES.register("ssr")
 @dataclasses.dataclass(frozen=True)
-class SSR(WeightMatrix):
+class SSR(base.WeightMatrix):
   r"""Spherical-radial quadrature of degree (3, 3): signed weights, unbiased.
 
   .. math::
     \omega_i = \rho_b Q_b v_i, \quad Q_b \sim \mathrm{Haar}(H), \quad
-    \rho_b \sim \chi_{H+2}, \quad a_i = \frac{H}{N \rho_i^2}, \quad
+    \rho_b \sim \chi_{H+2}, \quad a_i = \frac{H}{(M - 1) \rho_i^2}, \quad
     a_0 = 1 - \sum_i a_i
 
-  with the H + 1 corners :math:`v_i` of a regular simplex in each block b, and
-  one more row, :math:`\omega_0 = 0`: N = M - 1 nodes, of as many blocks as it
-  takes. Unbiased with its weights for every component. :math:`a_0` is
-  negative in about half of the draws, so estimates can be; its noise does not
-  fade with the distance, so gains are for small :math:`|x - y|` only (trig
-  5 times worse than independent rows at scale 0.5).
+  with the H + 1 corners :math:`v_i` of a regular simplex in each block b. One
+  row is the origin, :math:`\omega_0 = 0`; the other M - 1 rows come from as
+  many blocks as needed. Unbiased with its weights for every component.
+  :math:`a_0` is negative in about half of the draws, so estimates can be
+  negative. Its noise does not decrease with the distance, so the variance is
+  lower at small :math:`|x - y|` only (for trigonometric maps it is 5 times that
+  of independent rows at scale 0.5).
 
   Args:
-    symmetric: corners and their negatives, next to each other: exact for
-      polynomials of degree 3 (degree 2 without) in complete blocks. For
-      positive maps; trigonometric ones cannot tell a row from its negative.
+    symmetric: use corners and their negatives, next to each other. Complete
+      blocks are then exact for polynomials of degree 3, otherwise of degree 2.
+      For positive maps; trigonometric features of a row and its negative are
+      equal.
 
   Raises:
-    ValueError: when built, fewer than 2 rows.
+    ValueError: when built: fewer than 2 rows.
 
   References:
     Munkhoeva, Kapushev, Burnaev and Oseledets, Quadrature-Based Features for
@@ -65,7 +61,7 @@ class SSR(WeightMatrix):
 
   symmetric: bool = False
 
-  info = WeightMatrixInfo(
+  info = base.WeightMatrixInfo(
     name="ssr",
     group="quadrature",
     marginals="weighted",
@@ -79,17 +75,18 @@ class SSR(WeightMatrix):
     signed=True,
   )
 
-  def check(self, num_rows, head_dim):
-    """See `WeightMatrix.check`."""
+  @override
+  def check(self, num_rows: int, head_dim: int) -> None:
     if num_rows < 2:
       raise ValueError(
         "weight matrix 'ssr' needs num_features >= 2 (one row is the origin), "
         f"got {num_rows}."
       )
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del law  # Gaussian only
+  @override
+  def draw(
+    self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
+  ) -> Projection:
     nodes = _sphere_nodes(rng, num_rows - 1, head_dim, self.symmetric)
     squares = jnp.sum(jnp.square(nodes), axis=-1)
     weights = head_dim / ((num_rows - 1) * squares)
@@ -103,21 +100,21 @@ class SSR(WeightMatrix):
     }
 
 
-@WEIGHT_MATRICES.register("ssr_pos")
+@base.WEIGHT_MATRICES.register("ssr_pos")
 @dataclasses.dataclass(frozen=True)
-class SSRPos(WeightMatrix):
-  r"""The rows of `SSR` without the origin: positive weights, small bias.
+class SSRPos(base.WeightMatrix):
+  r"""`SSR` without the origin: positive weights and a small bias.
 
   .. math::
     a_i = \rho_i^{-2} / \textstyle\sum_k \rho_k^{-2}
 
-  Keeps positive maps positive. The bias comes from normalising the weights
-  over n = M / (H + 1) blocks: of a trigonometric estimate it is, to first
-  order in 1/n, :math:`-\tfrac{H}{(H - 2) n} [{}_1F_1(\tfrac H2 - 1; \tfrac H2;
-  -\tfrac s2) - e^{-s/2}]`, :math:`s = |x - y|^2` (0.006 at s = 2, H = 32,
-  M = 128); of a positive one the same with :math:`+|x + y|^2` in place of
-  :math:`-s`. One block alone has equal weights, and the bias
-  :math:`-\tfrac sH e^{-s/2}`; with two the first order is no more than a guide.
+  Estimates of positive maps stay positive. The bias comes from normalising the
+  weights over n = M / (H + 1) blocks. For trigonometric estimates it is, to
+  first order in 1/n, :math:`-\tfrac{H}{(H - 2) n} [{}_1F_1(\tfrac H2 - 1;
+  \tfrac H2; -\tfrac s2) - e^{-s/2}]`, :math:`s = |x - y|^2` (0.006 at s = 2,
+  H = 32, M = 128); for positive estimates replace :math:`-s` by
+  :math:`+|x + y|^2`. A single block has equal weights and the bias
+  :math:`-\tfrac sH e^{-s/2}`; for two blocks the first order is a rough guide.
 
   Args:
     symmetric: as for `SSR`.
@@ -135,7 +132,7 @@ class SSRPos(WeightMatrix):
 
   symmetric: bool = False
 
-  info = WeightMatrixInfo(
+  info = base.WeightMatrixInfo(
     name="ssr_pos",
     group="quadrature",
     marginals="approximate",
@@ -147,18 +144,19 @@ class SSRPos(WeightMatrix):
     weighted=True,
   )
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del law  # Gaussian only
+  @override
+  def draw(
+    self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
+  ) -> Projection:
     nodes = _sphere_nodes(rng, num_rows, head_dim, self.symmetric)
     log_sizes = -jnp.log(jnp.sum(jnp.square(nodes), axis=-1))
     log_mean = jax.nn.logsumexp(log_sizes) - math.log(num_rows)
     return {"w": nodes, "log_weight": log_sizes - log_mean}
 
 
-@WEIGHT_MATRICES.register("sr_omc")
+@base.WEIGHT_MATRICES.register("sr_omc")
 @dataclasses.dataclass(frozen=True)
-class SROMC(WeightMatrix):
+class SROMC(base.WeightMatrix):
   r"""Gauss-Laguerre radii on orthogonal directions: positive weights.
 
   .. math::
@@ -166,17 +164,17 @@ class SROMC(WeightMatrix):
 
   with the nodes :math:`T_l` and normalised weights :math:`\lambda_l` of the
   L-point Gauss-Laguerre rule of order H/2 - 1 (the law of :math:`|w|^2 / 2`),
-  and M / L directions, orthogonal inside blocks of H. The trigonometric
-  estimate is :math:`\sum_l \lambda_l\, {}_0F_1(; H/2; -T_l s / 2)`,
-  :math:`s = |x - y|^2`: a bias of about 1e-3 at L = 2. Each direction is used
-  L times: for small distances only.
+  and M / L directions :math:`u_i`, orthogonal in blocks of H. The mean of
+  trigonometric estimates is :math:`\sum_l \lambda_l\, {}_0F_1(; H/2; -T_l s /
+  2)`, :math:`s = |x - y|^2`: a bias of about 1e-3 at L = 2. Since each
+  direction is used L times, it suits small distances only.
 
   Args:
     num_radii: L, from 1 to 16.
 
   Raises:
-    ValueError: `num_radii` outside that range; when built, num_features that
-      is not a multiple of it.
+    ValueError: `num_radii` outside that range. When built: num_features is not
+      a multiple of `num_radii`.
 
   References:
     Belhadji et al., On the design of scalable, high-precision spherical-radial
@@ -191,7 +189,7 @@ class SROMC(WeightMatrix):
 
   num_radii: int = 2
 
-  info = WeightMatrixInfo(
+  info = base.WeightMatrixInfo(
     name="sr_omc",
     group="quadrature",
     marginals="approximate",
@@ -204,15 +202,11 @@ class SROMC(WeightMatrix):
     weighted=True,
   )
 
-  def __post_init__(self):
-    check_positive_int("num_radii", self.num_radii)
-    if self.num_radii > _MAX_RADII:
-      raise ValueError(
-        f"num_radii must be from 1 to {_MAX_RADII}, got {self.num_radii}."
-      )
+  def __post_init__(self) -> None:
+    check_int("num_radii", self.num_radii, 1, _MAX_RADII)
 
-  def check(self, num_rows, head_dim):
-    """See `WeightMatrix.check`."""
+  @override
+  def check(self, num_rows: int, head_dim: int) -> None:
     if num_rows % self.num_radii:
       more = num_rows + -num_rows % self.num_radii
       raise ValueError(
@@ -220,25 +214,19 @@ class SROMC(WeightMatrix):
         f"multiple of it, got num_features={num_rows}: use num_features={more}."
       )
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del law  # Gaussian only
+  @override
+  def draw(
+    self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
+  ) -> Projection:
     halves, weights = gauss_laguerre(self.num_radii, head_dim)
     num_directions = num_rows // self.num_radii
-    directions = draw_blocks(
-      lambda rng, blocks: haar(rng, blocks, head_dim),
-      rng,
-      num_directions,
-      head_dim,
-    )
+    directions = orthogonal_directions(rng, num_directions, head_dim)
     radii = jnp.asarray(np.sqrt(2.0 * halves), jnp.float32)
     w = radii[None, :, None] * directions[:, None, :]
-    log_weight = np.log(self.num_radii * weights)
+    log_weight = np.tile(np.log(self.num_radii * weights), num_directions)
     return {
       "w": jnp.reshape(w, (num_rows, head_dim)),
-      "log_weight": jnp.asarray(
-        np.tile(log_weight, num_directions), jnp.float32
-      ),
+      "log_weight": jnp.asarray(log_weight, jnp.float32),
     }
 
 
@@ -246,11 +234,11 @@ class SROMC(WeightMatrix):
 def gauss_laguerre(num_nodes: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
   """Gauss rule for the law of ``|w|^2 / 2`` with w of N(0, I_dim).
 
-  That is the Gamma law of shape dim / 2; nodes are the eigenvalues of the
+  This is the Gamma law of shape dim / 2. The nodes are the eigenvalues of the
   Jacobi matrix of its orthogonal polynomials (Golub and Welsch 1969).
 
   Returns:
-    Nodes and weights that sum to 1, ``[L]`` float64.
+    Nodes, and weights that sum to 1: ``[L]`` float64, read-only.
 
   Example:
     >>> nodes, weights = gauss_laguerre(2, 8)
@@ -259,25 +247,26 @@ def gauss_laguerre(num_nodes: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
   """
   k = np.arange(num_nodes)
   diagonal = 2.0 * k + dim / 2.0
-  beside = np.sqrt(k[1:] * (k[1:] + dim / 2.0 - 1.0))
-  jacobi = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+  off_diagonal = np.sqrt(k[1:] * (k[1:] + dim / 2.0 - 1.0))
+  upper = np.diag(off_diagonal, 1)
+  jacobi = np.diag(diagonal) + upper + upper.T
   nodes, vectors = np.linalg.eigh(jacobi)
-  return nodes, vectors[0] ** 2
+  return pieces.read_only(nodes), pieces.read_only(vectors[0] ** 2)
 
 
 def _sphere_nodes(
   rng: Array, num_nodes: int, dim: int, symmetric: bool
 ) -> Array:
-  """Rotated simplices, each on its own sphere of radius chi_{dim + 2}."""
-  corners = simplex_full(dim)
+  """Draws rotated simplices on spheres of independent radii chi_{dim + 2}."""
+  corners = pieces.simplex(dim + 1, dim)
   if symmetric:
     corners = np.stack([corners, -corners], axis=1).reshape(-1, dim)
 
-  def draw_block(rng, blocks):
+  def draw_block(rng: Array, num_blocks: int) -> Array:
     rotation_rng, radius_rng = jax.random.split(rng)
-    rotations = haar(rotation_rng, blocks, dim)
-    radii = chi_norms(radius_rng, blocks, dim + 2)
+    rotations = pieces.haar(rotation_rng, num_blocks, dim)
+    radii = pieces.chi_norms(radius_rng, num_blocks, dim + 2)
     nodes = jnp.einsum("vh,bhk->bvk", corners, rotations, precision="highest")
     return radii[:, None, None] * nodes
 
-  return draw_blocks(draw_block, rng, num_nodes, len(corners))
+  return base.draw_blocks(draw_block, rng, num_nodes, len(corners))

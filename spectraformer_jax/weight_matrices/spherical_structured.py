@@ -1,4 +1,4 @@
-"""Rows in directions of a structured, low-energy point set on the sphere."""
+"""Rows whose directions are structured points of low energy on the sphere."""
 
 import dataclasses
 import functools
@@ -6,27 +6,21 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
-from spectraformer_jax.weight_matrices.base import (
-  WEIGHT_MATRICES,
-  WeightMatrix,
-  WeightMatrixInfo,
-)
-from spectraformer_jax.weight_matrices.building_blocks import (
-  chi_norms,
-  chi_ppf,
-  haar,
-  stratified_uniforms,
-)
+from spectraformer_jax.registry import check_choice
+from spectraformer_jax.typing import Array
+from spectraformer_jax.weight_matrices import base, pieces
 
 NORMS = ("stratified", "chi")
+# Sweeps of the search for frequencies, and candidates for each replacement.
 _SWEEPS = 3
 _MAX_CANDIDATES = 256
 
 
-@WEIGHT_MATRICES.register("ssf")
+@base.WEIGHT_MATRICES.register("ssf")
 @dataclasses.dataclass(frozen=True)
-class SSF(WeightMatrix):
+class SSF(base.GaussianRows):
   r"""Spherical structured features: harmonic points of least Riesz energy.
 
   .. math::
@@ -36,17 +30,17 @@ class SSF(WeightMatrix):
   with m = ceil(H / 2) frequencies, n = ceil(M / 2) times tau, and a second
   half of P in which (cos, sin) becomes (-sin, cos). The frequencies are chosen
   once for each (M, H), on the host, by coordinate descent on the energy
-  :math:`\sum_{i \neq j} |p_i - p_j|^{-2}`. The rotation makes each row exactly
-  N(0, I) (the points alone are deterministic, and biased); for an odd H it
-  turns H + 1 coordinates, of which the last is dropped. Low variance for
+  :math:`\sum_{i \neq j} |p_i - p_j|^{-2}`. The random rotation makes each row
+  exactly N(0, I); the points alone are deterministic, and biased. If H is odd,
+  it rotates H + 1 coordinates, of which the last is dropped. Low variance for
   trigonometric and positive maps.
 
   Args:
-    norms: "stratified", one row in each 1/M of the chi law, or "chi",
-      independent norms.
+    norms: "stratified" (one norm in each 1/M of the chi law) or "chi"
+      (independent norms).
 
   Raises:
-    ValueError: unknown `norms`; when built, num_features below
+    ValueError: unknown `norms`. When built: num_features below
       2 ceil(head_dim / 2) + 1.
 
   References:
@@ -62,7 +56,7 @@ class SSF(WeightMatrix):
 
   norms: str = "stratified"
 
-  info = WeightMatrixInfo(
+  info = base.WeightMatrixInfo(
     name="ssf",
     group="unit cube",
     marginals="exact",
@@ -74,12 +68,11 @@ class SSF(WeightMatrix):
     variance="trig 0.48, pos 0.51 at scale 0.2, H=32, M=128",
   )
 
-  def __post_init__(self):
-    if self.norms not in NORMS:
-      raise ValueError(f"norms must be one of {NORMS}, got {self.norms!r}.")
+  def __post_init__(self) -> None:
+    check_choice("norms", self.norms, NORMS)
 
-  def check(self, num_rows, head_dim):
-    """See `WeightMatrix.check`."""
+  @override
+  def check(self, num_rows: int, head_dim: int) -> None:
     least = 2 * _num_frequencies(head_dim) + 1
     if num_rows < least:
       raise ValueError(
@@ -88,43 +81,37 @@ class SSF(WeightMatrix):
         f"{least} features, or 'orf'."
       )
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del law  # Gaussian only
+  @override
+  def draw_rows(self, rng: Array, num_rows: int, head_dim: int) -> Array:
     rotation_rng, norm_rng = jax.random.split(rng)
     points = jnp.asarray(structured_points(num_rows, head_dim))
-    rotation = haar(rotation_rng, 1, points.shape[1])[0, :, :head_dim]
+    rotation = pieces.haar(rotation_rng, 1, points.shape[1])[0, :, :head_dim]
     directions = jnp.matmul(points, rotation, precision="highest")
-    lengths = jnp.sqrt(jnp.sum(jnp.square(directions), axis=-1))
-    if self.norms == "chi":
-      radii = chi_norms(norm_rng, num_rows, head_dim)
-    else:
-      radii = chi_ppf(stratified_uniforms(norm_rng, num_rows), head_dim)
-    return {"w": (radii / lengths)[:, None] * directions}
+    norms = pieces.row_norms(norm_rng, self.norms, num_rows, head_dim)
+    return pieces.set_norms(directions, norms)
 
 
 @functools.lru_cache(maxsize=16)
 def structured_points(num_rows: int, head_dim: int) -> np.ndarray:
-  """Unit points ``[M, 2 ceil(H / 2)]`` float32, numpy, read-only.
+  """Returns unit points P ``[M, 2 ceil(H / 2)]`` float32, NumPy, read-only.
 
-  An odd num_rows drops the last point.
+  If num_rows is odd, the last point is dropped.
   """
   frequencies = np.array(choose_frequencies(num_rows, head_dim))
   times = np.arange(-(-num_rows // 2))
   angles = 2.0 * np.pi * np.outer(times, frequencies) / len(times)
   cos, sin = np.cos(angles), np.sin(angles)
   points = np.block([[cos, sin], [-sin, cos]])[:num_rows]
-  points = (points / np.sqrt(len(frequencies))).astype(np.float32)
-  points.flags.writeable = False
-  return points
+  points = points / np.sqrt(len(frequencies))
+  return pieces.read_only(points.astype(np.float32))
 
 
 @functools.lru_cache(maxsize=16)
 def choose_frequencies(num_rows: int, head_dim: int) -> tuple[int, ...]:
-  """Frequencies of low energy: m different ones of 1 .. n - 1.
+  """Returns m different frequencies of 1 .. n - 1 with a low energy.
 
-  Coordinate descent: one frequency after the other is swapped for the unused
-  one that lowers the energy most (of at most 256 tried).
+  Coordinate descent: replaces one frequency after the other by the unused
+  frequency, of at most 256 candidates, that lowers the energy most.
   """
   size, num_times = _num_frequencies(head_dim), -(-num_rows // 2)
   lags = np.arange(num_times)
@@ -135,14 +122,14 @@ def choose_frequencies(num_rows: int, head_dim: int) -> tuple[int, ...]:
   circle = 2.0 * np.pi * lags / num_times
   cosines, sines = np.cos(circle), np.sin(circle)
 
-  def waves(frequencies):
+  def waves(frequencies: list[int]) -> tuple[np.ndarray, np.ndarray]:
     steps = np.outer(frequencies, lags) % num_times
     return cosines[steps], sines[steps]
 
-  def energies(cos_sum, sin_sum):
+  def energies(cos_sum: np.ndarray, sin_sum: np.ndarray) -> np.ndarray:
     within = 2.0 - 2.0 * cos_sum[:, 1:] / size
     across = 2.0 - 2.0 * sin_sum / size
-    # Frequencies with a common period repeat points: finite, but never best.
+    # Frequencies with a common period repeat points: a large, finite energy.
     distances = np.concatenate([within, across], axis=1)
     return np.sum(1.0 / np.maximum(distances, 1e-9), axis=1)
 
@@ -150,17 +137,17 @@ def choose_frequencies(num_rows: int, head_dim: int) -> tuple[int, ...]:
   cos_sum, sin_sum = (wave.sum(axis=0) for wave in waves(chosen))
   for sweep in range(_SWEEPS):
     for place in range(size):
-      tried = range((sweep * size + place) % stride, len(unused), stride)
-      cos, sin = waves([chosen[place], *(unused[i] for i in tried)])
+      candidates = range((sweep * size + place) % stride, len(unused), stride)
+      cos, sin = waves([chosen[place], *(unused[i] for i in candidates)])
       cos_sum, sin_sum = cos_sum - cos[0], sin_sum - sin[0]
       best = int(np.argmin(energies(cos_sum + cos, sin_sum + sin)))
       cos_sum, sin_sum = cos_sum + cos[best], sin_sum + sin[best]
       if best:
-        i = tried[best - 1]
+        i = candidates[best - 1]
         chosen[place], unused[i] = unused[i], chosen[place]
   return tuple(int(frequency) for frequency in sorted(chosen))
 
 
 def _num_frequencies(head_dim: int) -> int:
-  """Frequencies, two coordinates each, that fill head_dim."""
+  """Returns the number of frequencies: each fills two coordinates."""
   return -(-head_dim // 2)

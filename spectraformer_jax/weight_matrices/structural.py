@@ -1,21 +1,23 @@
-"""Rows that are signed shifts of one Gaussian vector: circulant blocks."""
+"""Structured rows from few Gaussian numbers: circulant blocks and P-model."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import override
 
+from spectraformer_jax.checks import check_positive_int
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
-from spectraformer_jax.weight_matrices.base import (
-  WEIGHT_MATRICES,
-  WeightMatrix,
-  WeightMatrixInfo,
-  draw_blocks,
-)
-from spectraformer_jax.weight_matrices.building_blocks import chi_rows
+from spectraformer_jax.weight_matrices import base, pieces
 
 ROW_NORMS = ("shared", "chi")
+KINDS = ("toeplitz", "hankel", "circulant", "ldr")
+# Defaults of kind "ldr": displacement rank, nonzero entries of sparse factors.
+RANK = 4
+NONZEROS = 5
 
 
 def circulant(vector: Array) -> Array:
@@ -25,6 +27,7 @@ def circulant(vector: Array) -> Array:
     vector: ``[..., n]``, the first column.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> circulant(jnp.array([0, 1, 2])).tolist()
     [[0, 2, 1], [1, 0, 2], [2, 1, 0]]
   """
@@ -32,21 +35,21 @@ def circulant(vector: Array) -> Array:
   return vector[..., (index[:, None] - index[None, :]) % vector.shape[-1]]
 
 
-@WEIGHT_MATRICES.register("scrf")
+@base.WEIGHT_MATRICES.register("scrf")
 @dataclasses.dataclass(frozen=True)
-class SCRF(WeightMatrix):
+class SCRF(base.GaussianRows):
   r"""Signed circulant random features.
 
   .. math::
     W_b = \mathrm{circ}(g)\, \mathrm{diag}(b), \quad g \sim N(0, I_H)
 
-  with random signs b of the columns (signs of rows would be invisible to a
-  cosine). Each row alone is N(0, I). All rows of a block share the norm of g,
-  which costs variance: "scrf_chi" gives each its own.
+  with random signs b of the columns (a cosine would not see signs of rows).
+  Each row alone is N(0, I). All rows of a block have the norm of g, which costs
+  variance; in "scrf_chi" each row has its own norm.
 
   Args:
-    norms: "shared": rows as they are; "chi": each row has a fresh norm of a
-      Gaussian row, which brings the error down to that of independent rows.
+    norms: "shared": rows as they are; "chi": independent norms of Gaussian
+      rows, which lower the error to that of independent rows.
 
   Raises:
     ValueError: unknown `norms`.
@@ -56,7 +59,7 @@ class SCRF(WeightMatrix):
     Projection, 2015.
 
   Example:
-    >>> import spectraformer_jax as sf
+    >>> import jax.numpy as jnp, spectraformer_jax as sf
     >>> fm = sf.feature_map("trigrf", "scrf", num_features=12)
     >>> w = fm.init(jax.random.key(0), head_dim=6).projection["rows"]["w"][0]
     >>> bool(jnp.allclose(abs(w[1, 1:]), abs(w[0, :-1])))
@@ -65,53 +68,57 @@ class SCRF(WeightMatrix):
 
   norms: str = "shared"
 
-  def __post_init__(self):
-    if self.norms not in ROW_NORMS:
-      raise ValueError(f"norms must be one of {ROW_NORMS}, got {self.norms!r}.")
+  facts = base.WeightMatrixInfo(
+    name="scrf",
+    group="structural",
+    marginals="exact",
+    source="Feng, Hu and Liao 2015",
+    summary="signed circulant blocks",
+    good_for="the fewest random numbers; use scrf_chi for the least variance",
+    cost="2 M draws",
+    variance="trig 1.6, pos 1.2 at scale 0.2; trig 1.9 at 0.1; H=32",
+  )
 
-  @property
-  def info(self):
-    """Facts; name and variance depend on `norms`."""
-    chi = self.norms == "chi"
-    return WeightMatrixInfo(
-      name="scrf_chi" if chi else "scrf",
-      group="structural",
-      marginals="exact",
-      source="Feng, Hu and Liao 2015",
-      summary="signed circulant blocks"
-      + (", each row with its own norm" if chi else ""),
-      good_for="the fewest random numbers; use scrf_chi for the least variance",
-      cost="2 M draws" + (", and M H for the norms" if chi else ""),
-      variance="trig 0.98, pos 0.98 at scale 0.2, H=32"
-      if chi
-      else "trig 1.6, pos 1.2 at scale 0.2; trig 1.9 at 0.1; H=32",
+  def __post_init__(self) -> None:
+    check_choice("norms", self.norms, ROW_NORMS)
+
+  def _info(self) -> base.WeightMatrixInfo:
+    if self.norms == "shared":
+      return self.facts
+    return dataclasses.replace(
+      self.facts,
+      name="scrf_chi",
+      summary="signed circulant blocks, each row with its own norm",
+      cost="2 M draws, and M H for the norms",
+      variance="trig 0.98, pos 0.98 at scale 0.2, H=32",
     )
 
-  def draw(self, rng, num_rows, head_dim, law):
-    """See `WeightMatrix.draw`."""
-    del law  # Gaussian only
+  info = base.info_from_options(_info)
+
+  @override
+  def draw_rows(self, rng: Array, num_rows: int, head_dim: int) -> Array:
     block_rng, norm_rng = jax.random.split(rng)
 
-    def draw_block(rng, num_blocks):
+    def draw_block(rng: Array, num_blocks: int) -> Array:
       gaussian_rng, sign_rng = jax.random.split(rng)
       shape = (num_blocks, head_dim)
-      gaussian = jax.random.normal(gaussian_rng, shape, dtype=jnp.float32)
-      signs = jax.random.rademacher(sign_rng, shape, jnp.float32)
+      gaussian = pieces.normal(gaussian_rng, shape)
+      signs = pieces.random_signs(sign_rng, shape)
       return circulant(gaussian) * signs[:, None, :]
 
-    rows = draw_blocks(draw_block, block_rng, num_rows, head_dim)
-    return {"w": chi_rows(norm_rng, rows) if self.norms == "chi" else rows}
+    rows = base.draw_blocks(draw_block, block_rng, num_rows, head_dim)
+    return pieces.chi_rows(norm_rng, rows) if self.norms == "chi" else rows
 
 
-@WEIGHT_MATRICES.register("scrf_chi")
+@base.WEIGHT_MATRICES.register("scrf_chi")
 def scrf_chi() -> SCRF:
   """Signed circulant rows, each with its own norm: `SCRF` with norms="chi".
 
-  Still exactly N(0, I) row by row, with the error of independent rows where
-  "scrf" has 1.6 to 1.9 times as much.
+  Each row alone is exactly N(0, I). The error is that of independent rows;
+  that of "scrf" is 1.6 to 1.9 times as large.
 
   References:
-    Fresh norms on Feng, Hu and Liao, Random Feature Mapping with Signed
+    Independent norms on Feng, Hu and Liao, Random Feature Mapping with Signed
     Circulant Matrix Projection, 2015.
 
   Example:
@@ -119,3 +126,217 @@ def scrf_chi() -> SCRF:
     True
   """
   return SCRF(norms="chi")
+
+
+def toeplitz(budget: Array, num_rows: int, dim: int) -> Array:
+  """Toeplitz matrix ``[M, H]``: entry (m, j) is budget[m - j + H - 1].
+
+  Args:
+    budget: ``[M + H - 1]``.
+    num_rows: M.
+    dim: H.
+
+  Example:
+    >>> toeplitz(jnp.arange(4), 2, 3).tolist()
+    [[2, 1, 0], [3, 2, 1]]
+  """
+  return hankel(budget, num_rows, dim)[:, ::-1]
+
+
+def hankel(budget: Array, num_rows: int, dim: int) -> Array:
+  """Hankel matrix ``[M, H]``: entry (m, j) is budget[m + j].
+
+  Args:
+    budget: ``[M + H - 1]``.
+    num_rows: M.
+    dim: H.
+
+  Example:
+    >>> hankel(jnp.arange(4), 2, 3).tolist()
+    [[0, 1, 2], [1, 2, 3]]
+  """
+  return budget[np.arange(num_rows)[:, None] + np.arange(dim)[None, :]]
+
+
+def skew_circulant(vector: Array) -> Array:
+  """Like `circulant`, with opposite signs above the diagonal.
+
+  Args:
+    vector: ``[..., n]``, the first column.
+
+  Example:
+    >>> skew_circulant(jnp.array([0, 1, 2])).tolist()
+    [[0, -2, -1], [1, 0, -2], [2, 1, 0]]
+  """
+  n = vector.shape[-1]
+  index = np.arange(n)
+  both = jnp.concatenate([vector, -vector], axis=-1)
+  return both[..., (index[:, None] - index[None, :]) % (2 * n)]
+
+
+def low_displacement(rng: Array, num_blocks: int, dim: int, rank: int) -> Array:
+  r"""Blocks :math:`\sum_i \mathrm{circ}(g_i)\, \mathrm{skew}(h_i)`.
+
+  Each g is Gaussian. Each h is zero except for 5 entries (n, if that is less)
+  at random places, of equal size and random signs.
+
+  Args:
+    rng: PRNG key.
+    num_blocks: number of blocks.
+    dim: n.
+    rank: terms of the sum.
+
+  Returns:
+    ``[num_blocks, n, n]`` float32, rows of mean covariance I.
+
+  Example:
+    >>> low_displacement(jax.random.key(0), 3, 8, 2).shape
+    (3, 8, 8)
+  """
+  gaussian_rng, place_rng, sign_rng = jax.random.split(rng, 3)
+  shape = (num_blocks, rank, dim)
+  nonzeros = min(NONZEROS, dim)
+  order = jax.random.uniform(place_rng, shape, dtype=jnp.float32)
+  places = jax.lax.top_k(order, nonzeros)[1]
+  mask = jnp.sum(jax.nn.one_hot(places, dim, dtype=jnp.float32), axis=-2)
+  signs = pieces.random_signs(sign_rng, shape)
+  sparse = mask * signs / np.float32(np.sqrt(nonzeros * rank))
+  left = circulant(pieces.normal(gaussian_rng, shape))
+  terms = jnp.matmul(left, skew_circulant(sparse), precision="highest")
+  return jnp.sum(terms, axis=1)
+
+
+@base.WEIGHT_MATRICES.register("pmodel")
+@dataclasses.dataclass(frozen=True)
+class PModel(base.GaussianRows):
+  r"""P-model: structured rows from one short vector g of Gaussian numbers.
+
+  .. math::
+    W = A\, D_1 H D_0, \qquad A_m = g^\top P_m, \quad g \sim N(0, I)
+
+  A is Toeplitz or Hankel (M + H - 1 Gaussian numbers for the whole matrix),
+  circulant (H per block) or of low displacement rank (rank n per block).
+  :math:`D_1 H D_0` (Hadamard matrix and random signs) mixes the inputs, so that
+  no input is special; where head_dim is not a power of two, it is :math:`D_0`
+  alone. Each row alone is exactly N(0, I); of kind "ldr" it is so on average
+  over the sparse factor (bias 0.005). Norms of rows are equal or nearly equal,
+  which costs variance.
+
+  Args:
+    kind: "toeplitz", "hankel", "circulant" or "ldr".
+    norms: "shared": rows as they are; "chi": independent norms of Gaussian
+      rows, which lower the error to that of independent rows.
+    rank: displacement rank of "ldr" (4 if None; more is closer to independent
+      rows); None for the other kinds.
+
+  Raises:
+    ValueError: unknown `kind` or `norms`, a `rank` that is not a positive
+      integer, or a `rank` for another kind than "ldr".
+
+  References:
+    Choromanski and Sindhwani, Recycling Randomness with Structure for Sublinear
+    Time Kernel Expansions, 2016 (1605.09049).
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> fm = sf.feature_map("trigrf", "pmodel_toeplitz", num_features=12)
+    >>> w = fm.init(jax.random.key(0), head_dim=6).projection["rows"]["w"][0]
+    >>> bool(jnp.allclose(abs(w[1, 1:]), abs(w[0, :-1])))
+    True
+  """
+
+  kind: str = "toeplitz"
+  norms: str = "shared"
+  rank: int | None = None
+
+  name: ClassVar[str] = "pmodel"
+
+  def __post_init__(self) -> None:
+    check_choice("kind", self.kind, KINDS)
+    check_choice("norms", self.norms, ROW_NORMS)
+    if self.rank is None:
+      return
+    if self.kind != "ldr":
+      raise ValueError(
+        f"rank={self.rank!r} is for kind='ldr'; kind={self.kind!r} takes None."
+      )
+    check_positive_int("rank", self.rank)
+
+  def _info(self) -> base.WeightMatrixInfo:
+    chi, constraint = self.norms == "chi", base.WeightMatrixInfo.constraint
+    cost = {
+      "circulant": "M draws",
+      "ldr": "rank products of n x n matrices per block",
+    }.get(self.kind, "M + H draws")
+    if self.kind == "ldr":
+      constraint += " (padded to a power of two)"
+    return base.WeightMatrixInfo(
+      name=self.name,
+      group="structural",
+      marginals="approximate" if self.kind == "ldr" else "exact",
+      source="Choromanski and Sindhwani 2016 (1605.09049)",
+      summary=f"{self.kind} rows from few Gaussian numbers, inputs mixed",
+      good_for="few random numbers; norms='chi' for the least variance",
+      constraint=constraint,
+      cost=cost + (", and M H for the norms" if chi else ""),
+      variance="about 1"
+      if chi
+      else "trig 1.4 to 1.6, pos 1.2 to 1.4 at scale 0.2, H=32",
+    )
+
+  info = base.info_from_options(_info)
+
+  @override
+  def draw_rows(self, rng: Array, num_rows: int, head_dim: int) -> Array:
+    rows_rng, mix_rng, norm_rng = jax.random.split(rng, 3)
+    if self.kind in ("toeplitz", "hankel"):
+      # One matrix for all rows.
+      make_matrix = toeplitz if self.kind == "toeplitz" else hankel
+      budget = pieces.normal(rows_rng, (num_rows + head_dim - 1,))
+      matrix = make_matrix(budget, num_rows, head_dim)
+      rows = mix_inputs(mix_rng, matrix[None])[0]
+    else:
+      n = pieces.next_power_of_two(head_dim) if self.kind == "ldr" else head_dim
+
+      def draw_block(rng: Array, num_blocks: int) -> Array:
+        if self.kind == "ldr":
+          blocks = low_displacement(rng, num_blocks, n, self.rank or RANK)
+        else:
+          blocks = circulant(pieces.normal(rng, (num_blocks, n)))
+        return mix_inputs(mix_rng, blocks)
+
+      rows = base.draw_blocks(draw_block, rows_rng, num_rows, n)[:, :head_dim]
+    return pieces.chi_rows(norm_rng, rows) if self.norms == "chi" else rows
+
+
+PModelToeplitz = base.WEIGHT_MATRICES.alias(
+  "pmodel_toeplitz", "PModelToeplitz", PModel, kind="toeplitz", rank=None
+)
+PModelHankel = base.WEIGHT_MATRICES.alias(
+  "pmodel_hankel", "PModelHankel", PModel, kind="hankel", rank=None
+)
+PModelCirculant = base.WEIGHT_MATRICES.alias(
+  "pmodel_circulant", "PModelCirculant", PModel, kind="circulant", rank=None
+)
+PModelLDR = base.WEIGHT_MATRICES.alias(
+  "pmodel_ldr", "PModelLDR", PModel, kind="ldr"
+)
+
+
+def mix_inputs(rng: Array, blocks: Array) -> Array:
+  """Multiplies blocks ``[L, rows, n]`` from the right by ``D1 H D0``.
+
+  If n is not a power of two, there is no Hadamard matrix H and the factor is
+  the diagonal of random signs D0 alone.
+
+  Example:
+    >>> mixed = mix_inputs(jax.random.key(0), jnp.eye(4)[None])[0]
+    >>> abs(mixed).round(3)[0].tolist()
+    [0.5, 0.5, 0.5, 0.5]
+  """
+  num_blocks, _, n = blocks.shape
+  signs = pieces.random_signs(rng, (2, num_blocks, 1, n))
+  if pieces.next_power_of_two(n) == n:
+    table = jnp.asarray(pieces.hadamard(n))
+    blocks = jnp.matmul(blocks * signs[1], table, precision="highest")
+  return blocks * signs[0]

@@ -63,15 +63,15 @@ APPROXIMATE = FIXED_NORMS + NEARLY_FIXED_NORMS + NEARLY_GAUSSIAN
 EXACT = tuple(name for name in RATIOS if name not in APPROXIMATE)
 
 
-def build(label):
+def build_matrix(label):
   return WEIGHT_MATRICES.build(label.split()[0], OPTIONS.get(label))
 
 
 @functools.lru_cache(maxsize=2)
-def draws(label, size):
+def draw_rows(label, size):
   """Rows of independent draws, [draws, M, H] float64."""
   num_rows, head_dim, num_draws = SIZES[size]
-  draw = lambda rng: build(label).draw(rng, num_rows, head_dim, GAUSSIAN)
+  draw = lambda rng: build_matrix(label).draw(rng, num_rows, head_dim, GAUSSIAN)
   rngs = jax.random.split(jax.random.key(0), num_draws)
   leaves = jax.jit(jax.vmap(draw))(rngs)
   assert set(leaves) == {"w"}
@@ -99,7 +99,7 @@ def directions(head_dim):
 
 @pytest.mark.quick_every(8)
 def test_rows_are_finite_with_mean_0_and_covariance_1(label, size):
-  w = draws(label, size)
+  w = draw_rows(label, size)
   assert w.dtype == np.float32 and np.isfinite(w).all()
   rows = w.reshape(-1, w.shape[-1])
   # 5.7 standard errors of a mean, 8 of a variance, of independent rows.
@@ -113,8 +113,8 @@ def test_rows_are_finite_with_mean_0_and_covariance_1(label, size):
 def test_exact_marginals_are_exact(label, size):
   if label not in EXACT:
     pytest.skip("approximate marginals")
-  assert build(label).info.marginals == "exact"
-  w = draws(label, size)
+  assert build_matrix(label).info.marginals == "exact"
+  w = draw_rows(label, size)
   num_draws, num_rows, head_dim = w.shape
   which = np.random.default_rng(1).integers(num_rows, size=num_draws)
   row = w[np.arange(num_draws), which].astype(np.float64)
@@ -141,7 +141,7 @@ def kernel_estimates(w):
 
 @pytest.mark.quick_every(4)
 def test_kernel_estimates_have_the_mean_they_should(label, size):
-  w = draws(label, size)
+  w = draw_rows(label, size)
   if label in NEARLY_FIXED_NORMS + NEARLY_GAUSSIAN and size == "truncated":
     pytest.skip("directions are far from uniform in 5 dimensions")
   trig, pos = kernel_estimates(w)
@@ -163,13 +163,13 @@ def test_kernel_estimates_have_the_mean_they_should(label, size):
 
 def test_fixed_norms_bias_can_be_told_from_none(size):
   # The test above would pass for a Gaussian kernel if it had no power.
-  trig, pos = kernel_estimates(draws("orf_sqrtd", size))
+  trig, pos = kernel_estimates(draw_rows("orf_sqrtd", size))
   assert np.abs(standard_scores(trig, np.exp(-1.0))).min() > 5.0
   assert np.abs(standard_scores(pos, np.exp(1.0))).min() > 5.0
 
 
 def test_variance_against_independent_rows(label):
-  w = draws(label, "whole")[:1000]
+  w = draw_rows(label, "whole")[:1000]
   x, y = 0.1 * np.random.default_rng(2).standard_normal((2, 64, 32))
   z, v = (x - y).astype(np.float32), (x + y).astype(np.float32)
   s, t = np.sum((x - y) ** 2, axis=-1), np.sum((x + y) ** 2, axis=-1)
@@ -199,23 +199,26 @@ def _pair_estimates(w, z, v):
 
 @pytest.mark.parametrize("label", ["orf", "simrf_plus", "fastfood"])
 def test_one_draw_alone_is_the_draw_of_a_batch(label):
-  w = draws(label, "truncated")
+  w = draw_rows(label, "truncated")
   rng = jax.random.split(jax.random.key(0), len(w))[3]
-  draw = jax.jit(lambda rng: build(label).draw(rng, 7, 5, GAUSSIAN))
+  draw = jax.jit(lambda rng: build_matrix(label).draw(rng, 7, 5, GAUSSIAN))
   # QR of one and of many matrices round differently.
   np.testing.assert_allclose(draw(rng)["w"], w[3], atol=2e-5)
   assert not np.allclose(w[3], w[4], atol=0.1)
 
 
 def test_every_size_can_be_drawn(label):
+  matrix, rng = build_matrix(label), jax.random.key(0)
   for num_rows, head_dim in [(32, 32), (128, 32), (50, 24), (16, 32), (1, 1)]:
-    draw = lambda rng: build(label).draw(rng, num_rows, head_dim, GAUSSIAN)  # noqa: B023
-    drawn = jax.eval_shape(draw, jax.random.key(0))["w"]
+    draw = functools.partial(
+      matrix.draw, num_rows=num_rows, head_dim=head_dim, law=GAUSSIAN
+    )
+    drawn = jax.eval_shape(draw, rng)["w"]
     assert (drawn.shape, drawn.dtype) == ((num_rows, head_dim), jnp.float32)
 
 
 def test_names_and_facts(label):
-  info = build(label).info
+  info = build_matrix(label).info
   name = label.split()[0]
   assert info.name == name
   exact = "exact" if label in EXACT else "approximate"

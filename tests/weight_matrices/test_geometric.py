@@ -16,21 +16,14 @@ from spectraformer_jax.weight_matrices import (
   SimRFPlus,
   get_row_law,
 )
-from spectraformer_jax.weight_matrices.near_orthogonal import (
+from spectraformer_jax.weight_matrices.repelling import (
   DELTA,
   repelling_directions,
+  simplex_blocks,
 )
-from spectraformer_jax.weight_matrices.simplex import simplex_blocks
+from tests.weight_matrices.helpers import draw_once
 
 GAUSSIAN = get_row_law("gaussian")
-
-
-def draw(matrix, rng, num_rows, head_dim):
-  """Rows of a matrix or of a registered name, float64."""
-  if isinstance(matrix, str):
-    matrix = WEIGHT_MATRICES.build(matrix)
-  one = jax.jit(lambda rng: matrix.draw(rng, num_rows, head_dim, GAUSSIAN)["w"])
-  return np.asarray(one(rng), np.float64)
 
 
 def unit(w):
@@ -44,7 +37,7 @@ def gram(w):
 
 @pytest.mark.parametrize("name", ["orf", "orf_sqrtd", "orf_pnc", "orf_strat"])
 def test_rows_of_a_block_are_orthogonal(rng, name):
-  w = draw(name, rng, 20, 8)
+  w = draw_once(name, rng, 20, 8)
   for start in (0, 8, 16):
     assert np.abs(gram(w[start : start + 8])).max() < 1e-5
   # Blocks are independent, not one matrix repeated.
@@ -56,7 +49,7 @@ def test_rows_of_a_block_are_orthogonal(rng, name):
   [ORF("sqrt_d"), ORFAntithetic("sqrt_d"), SimRF("sqrt_d"), NOMC("sqrt_d")],
 )
 def test_sqrt_d_norms_are_sqrt_d(rng, matrix):
-  w = draw(matrix, rng, 20, 8)
+  w = draw_once(matrix, rng, 20, 8)
   np.testing.assert_allclose(np.linalg.norm(w, axis=1), 8**0.5, rtol=1e-5)
   assert matrix.info.marginals == "approximate"
 
@@ -66,7 +59,7 @@ def test_sqrt_d_norms_are_sqrt_d(rng, matrix):
   "name", ["antithetic", "orf_antithetic", "orf_sqrtd_anti"]
 )
 def test_rows_come_with_their_opposites(rng, name, num_rows):
-  w = draw(name, rng, num_rows, 4)
+  w = draw_once(name, rng, num_rows, 4)
   half = -(-num_rows // 2)
   np.testing.assert_array_equal(w[half:], -w[: num_rows - half])
   if name != "antithetic":
@@ -75,7 +68,7 @@ def test_rows_come_with_their_opposites(rng, name, num_rows):
 
 def test_cubature_is_exact_to_degree_three(rng):
   # With M = 2 H, sums of (w.a)(w.b) are M a.b, odd ones are 0, per draw.
-  w = draw("orf_sqrtd_anti", rng, 16, 8)
+  w = draw_once("orf_sqrtd_anti", rng, 16, 8)
   np.testing.assert_allclose(w.T @ w / 16, np.eye(8), atol=1e-5)
   cubic = np.einsum("mi,mj,mk->ijk", w, w, w)
   np.testing.assert_allclose(cubic, 0.0, atol=1e-5)
@@ -83,7 +76,7 @@ def test_cubature_is_exact_to_degree_three(rng):
 
 @pytest.mark.parametrize("head_dim", [8, 5])
 def test_paired_norms_have_opposite_quantiles(rng, head_dim):
-  w = draw("orf_pnc", rng, 2 * head_dim + 3, head_dim)
+  w = draw_once("orf_pnc", rng, 2 * head_dim + 3, head_dim)
   u = stats.chi(head_dim).cdf(np.linalg.norm(w, axis=1))
   for block in (u[:head_dim], u[head_dim : 2 * head_dim], u[2 * head_dim :]):
     pairs = block[: len(block) // 2 * 2].reshape(-1, 2)
@@ -93,7 +86,7 @@ def test_paired_norms_have_opposite_quantiles(rng, head_dim):
 
 
 def test_stratified_norms_hit_every_cell(rng):
-  w = draw("orf_strat", rng, 50, 8)
+  w = draw_once("orf_strat", rng, 50, 8)
   u = stats.chi(8).cdf(np.linalg.norm(w, axis=1))
   cells = np.floor(50 * u).astype(int)
   np.testing.assert_array_equal(np.sort(cells), np.arange(50))
@@ -101,12 +94,12 @@ def test_stratified_norms_hit_every_cell(rng):
 
 
 def test_simplex_rows_of_whole_and_last_blocks(rng):
-  w = draw("simrf", rng, 19, 8)
+  w = draw_once("simrf", rng, 19, 8)
   for start, k in ((0, 8), (8, 8), (16, 3)):
     angles = gram(w[start : start + k])[~np.eye(k, dtype=bool)]
     np.testing.assert_allclose(angles, -1.0 / (k - 1), atol=1e-5)
   # A single row that remains has a direction, too.
-  assert np.linalg.norm(draw("simrf", rng, 9, 8)[8]) > 0.5
+  assert np.linalg.norm(draw_once("simrf", rng, 9, 8)[8]) > 0.5
 
 
 def test_simplex_table_has_no_rows_past_the_last():
@@ -118,7 +111,9 @@ def test_simplex_table_has_no_rows_past_the_last():
 
 def test_sweeps_keep_norms_and_shrink_the_sum(rng):
   # The same key gives both the same norms and rotations.
-  plain, swept = (draw(matrix, rng, 19, 8) for matrix in (SimRF(), SimRFPlus()))
+  plain, swept = (
+    draw_once(matrix, rng, 19, 8) for matrix in (SimRF(), SimRFPlus())
+  )
   norms = [np.linalg.norm(w, axis=1) for w in (plain, swept)]
   np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
   for start in (0, 8, 16):
@@ -128,7 +123,9 @@ def test_sweeps_keep_norms_and_shrink_the_sum(rng):
 
 
 def test_sweeps_leave_a_row_alone_alone(rng):
-  plain, swept = (draw(matrix, rng, 9, 8) for matrix in (SimRF(), SimRFPlus()))
+  plain, swept = (
+    draw_once(matrix, rng, 9, 8) for matrix in (SimRF(), SimRFPlus())
+  )
   np.testing.assert_allclose(plain[8], swept[8], atol=1e-5)
 
 
@@ -159,7 +156,7 @@ def test_one_more_direction_than_dimensions_is_a_simplex():
 
 
 def test_repelling_rows_are_the_table_rotated(rng):
-  w = draw("nomc", rng, 48, 16)
+  w = draw_once("nomc", rng, 48, 16)
   table = repelling_directions(48, 16)
   np.testing.assert_allclose(unit(w) @ unit(w).T, table @ table.T, atol=1e-5)
   assert repelling_directions(48, 16) is table
@@ -168,7 +165,9 @@ def test_repelling_rows_are_the_table_rotated(rng):
 
 
 def test_few_repelling_rows_are_orthogonal(rng):
-  np.testing.assert_array_equal(draw("nomc", rng, 6, 8), draw("orf", rng, 6, 8))
+  np.testing.assert_array_equal(
+    draw_once("nomc", rng, 6, 8), draw_once("orf", rng, 6, 8)
+  )
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from spectraformer_jax.weight_matrices import (
   Sparse,
 )
 from tests.statistics import PAIRS, standard_scores
-from tests.weight_matrices.row_samples import (
+from tests.weight_matrices.helpers import (
   assert_first_moments,
   directions,
-  draws,
+  draw_rows,
   gaussian_means,
   row_estimates,
 )
@@ -33,7 +33,7 @@ from tests.weight_matrices.row_samples import (
 @pytest.mark.parametrize("sigma", [0.9, 1.2])
 @pytest.mark.parametrize("kind", ["trig", "pos"])
 def test_importance_weights_are_unbiased(sigma, kind):
-  rows, weights = draws(Importance(sigma), 24, 8, 4000)
+  rows, weights = draw_rows(Importance(sigma), 24, 8, 4000)
   z = np.sqrt(2.0) * directions(8)
   samples = row_estimates(rows, weights, z, kind)
   scores = standard_scores(samples, gaussian_means(z, kind))
@@ -75,7 +75,7 @@ def test_errors_of_importance():
 
 @pytest.mark.parametrize("nonzeros", [2, 4])
 def test_sparse_rows_have_so_many_entries(nonzeros):
-  rows, weights = draws(Sparse(nonzeros), 24, 8, 4000)
+  rows, weights = draw_rows(Sparse(nonzeros), 24, 8, 4000)
   np.testing.assert_array_equal((rows != 0.0).sum(axis=2), nonzeros)
   assert_first_moments(rows, weights)
   values = rows[:, 0][rows[:, 0] != 0.0] * np.sqrt(nonzeros / 8)
@@ -89,7 +89,7 @@ def test_mean_of_sparse_rows_is_that_over_subsets(nonzeros):
   subsets = itertools.combinations(range(head_dim), nonzeros)
   squares = np.stack([np.sum(z[:, s] ** 2, axis=1) for s in map(list, subsets)])
   expected = np.exp(-0.5 * head_dim / nonzeros * squares).mean(axis=0)
-  rows, weights = draws(Sparse(nonzeros), 24, head_dim, 4000)
+  rows, weights = draw_rows(Sparse(nonzeros), 24, head_dim, 4000)
   samples = row_estimates(rows, weights, z, "trig")
   scores = standard_scores(samples, expected)
   assert np.all(np.abs(scores) < 4.0), scores
@@ -99,7 +99,7 @@ def test_mean_of_sparse_rows_is_that_over_subsets(nonzeros):
 
 @pytest.mark.parametrize("head_dim", [8, 6])
 def test_mixed_sparse_rows(head_dim):
-  rows, weights = draws(Sparse(hadamard=True), 24, head_dim, 4000)
+  rows, weights = draw_rows(Sparse(hadamard=True), 24, head_dim, 4000)
   assert_first_moments(rows, weights)
   squares = np.sum(rows[:, 0] ** 2, axis=1)
   assert kstest(squares, chi2(head_dim).cdf).pvalue > 1e-4
@@ -136,7 +136,7 @@ def test_errors_of_sparse():
 def test_variance_against_independent_rows(matrix, trig, pos):
   # H = 32, M = 128, x and y of N(0, 0.1^2 I): mean squared error over that of
   # independent rows, by the closed form.
-  rows, weights = draws(matrix, 128, 32, 400)
+  rows, weights = draw_rows(matrix, 128, 32, 400)
   random = np.random.default_rng(0)
   x, y = 0.1 * random.normal(size=(2, 32, 32))
   for kind, bounds in (("trig", trig), ("pos", pos)):

@@ -8,23 +8,23 @@ from scipy import stats
 
 import spectraformer_jax as sf
 from spectraformer_jax import weight_matrices
-from spectraformer_jax.weight_matrices.building_blocks import haar, hadamard
-from spectraformer_jax.weight_matrices.learned_geometric import (
+from spectraformer_jax.weight_matrices.pieces import haar, hadamard
+from spectraformer_jax.weight_matrices.rotations import (
   haar_reflections,
   reflections,
 )
-from spectraformer_jax.weight_matrices.monotone_spline import (
+from spectraformer_jax.weight_matrices.splines import (
   identity_increments,
   monotone_spline,
 )
 from tests.statistics import PAIRS, estimates, standard_scores
-from tests.weight_matrices.learner_samples import (
-  draws_of,
-  initial_draws,
-  make,
+from tests.weight_matrices.helpers import (
+  compiled_init_and_draw,
+  compiled_rows,
+  draw_initial_rows,
+  draw_learner_rows,
   quick_jit,
   randomise,
-  rows_of,
 )
 
 
@@ -102,9 +102,9 @@ def test_cov_estimates_the_kernel_of_its_covariance(component):
 
 def test_gmm_weights_are_the_shares():
   matrix = weight_matrices.GMM(num_components=3)
-  params, projection = make(matrix, 13, 6)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
   params = randomise(params)
-  weights = np.exp(rows_of(matrix, params, projection).log_weight) / 13
+  weights = np.exp(compiled_rows(matrix, params, projection).log_weight) / 13
   # 13 rows: shares of 5, 4 and 4.
   np.testing.assert_allclose(
     [weights[:5].sum(), weights[5:9].sum(), weights[9:].sum()],
@@ -115,7 +115,7 @@ def test_gmm_weights_are_the_shares():
 
 def test_gmm_bounds_its_scales():
   matrix = weight_matrices.GMM(min_log_sigma=-0.5, max_log_sigma=0.2)
-  params, _ = make(matrix, 13, 6)
+  params, _ = compiled_init_and_draw(matrix, 13, 6)
   for value, log_bound in ((-20.0, -0.5), (20.0, 0.2)):
     params["log_sigma"] = jnp.full((4, 6), value)
     np.testing.assert_allclose(
@@ -125,13 +125,13 @@ def test_gmm_bounds_its_scales():
 
 def test_generator_is_noise_plus_its_network():
   matrix = weight_matrices.Generator(num_hidden=1)
-  params, projection = make(matrix, 13, 6)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
   params = randomise(params)
   hidden = projection["w"] @ params["layer_0"]["kernel"]
   hidden = jax.nn.gelu(hidden + params["layer_0"]["bias"][None])
   out = hidden @ params["layer_1"]["kernel"] + params["layer_1"]["bias"][None]
   np.testing.assert_allclose(
-    rows_of(matrix, params, projection).w,
+    compiled_rows(matrix, params, projection).w,
     projection["w"] + out,
     rtol=1e-4,
     atol=1e-5,
@@ -139,7 +139,7 @@ def test_generator_is_noise_plus_its_network():
   # Rows are made apart.
   alone = matrix.transform(params, projection["w"][:1])
   np.testing.assert_allclose(
-    alone, rows_of(matrix, params, projection).w[:1], rtol=1e-5, atol=1e-6
+    alone, compiled_rows(matrix, params, projection).w[:1], rtol=1e-5, atol=1e-6
   )
 
 
@@ -179,9 +179,9 @@ def test_spline_goes_through_its_values_and_increases():
 
 def test_bbq_has_one_quantile_function_per_coordinate():
   matrix = weight_matrices.BBQ(num_pieces=5)
-  params, projection = make(matrix, 13, 6)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
   params = randomise(params, scale=2.0)
-  w, noise = rows_of(matrix, params, projection).w, projection["w"]
+  w, noise = compiled_rows(matrix, params, projection).w, projection["w"]
   for j in (0, 5):
     own = monotone_spline(
       noise[:, j],
@@ -198,14 +198,14 @@ def test_bbq_has_one_quantile_function_per_coordinate():
 def test_bbq_estimates_a_product_of_its_laws():
   # E cos(w.z) = Re prod_j E exp(i w_j z_j), each by a fine grid of quantiles.
   matrix = weight_matrices.BBQ()
-  params, _ = make(matrix, 13, 6)
+  params, _ = compiled_init_and_draw(matrix, 13, 6)
   params = randomise(params, scale=1.0)
   u = (np.arange(20000) + 0.5) / 20000
   grid = np.repeat(stats.norm.ppf(u)[:, None], 6, axis=1)
   q = np.asarray(matrix.transform(params, jnp.asarray(grid, jnp.float32)))
   z = np.array([0.5, -0.4, 0.3, 0.2, -0.1, 0.2])
   expected = np.prod(np.mean(np.exp(1j * q * z), axis=0)).real
-  rows, _ = draws_of(matrix, params, 13, 6, 3000)
+  rows, _ = draw_learner_rows(matrix, params, 13, 6, 3000)
   samples = np.cos(rows @ z).mean(axis=1, keepdims=True)
   assert abs(standard_scores(samples, np.array([expected]))[0]) < 4.0
 
@@ -213,7 +213,7 @@ def test_bbq_estimates_a_product_of_its_laws():
 @pytest.mark.parametrize("head_dim", [2, 5])
 def test_flow_is_invertible_with_its_determinant(head_dim):
   matrix = weight_matrices.Flow(num_couplings=3)
-  params, projection = make(matrix, 13, head_dim)
+  params, projection = compiled_init_and_draw(matrix, 13, head_dim)
   params = randomise(params)
   noise = projection["w"]
 
@@ -237,8 +237,8 @@ def test_flow_is_invertible_with_its_determinant(head_dim):
 
 def test_flow_inverse_is_exact_at_the_start():
   matrix = weight_matrices.Flow()
-  params, projection = make(matrix, 13, 6)
-  w = rows_of(matrix, params, projection).w
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
+  w = compiled_rows(matrix, params, projection).w
   np.testing.assert_array_equal(w, projection["w"])
   inverse, kl = quick_jit(matrix.inverse), quick_jit(matrix.kl)
   np.testing.assert_array_equal(inverse(params, w), w)
@@ -247,7 +247,7 @@ def test_flow_inverse_is_exact_at_the_start():
 
 def test_flow_moves_every_coordinate():
   matrix = weight_matrices.Flow(num_couplings=2)
-  params, projection = make(matrix, 13, 6)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
   moved = matrix.rows(randomise(params), projection).w != projection["w"]
   assert moved.all()
 
@@ -255,7 +255,7 @@ def test_flow_moves_every_coordinate():
 def test_flow_kl_is_that_of_its_law():
   # Biases alone: w is N(shift, diag(scale^2)).
   matrix = weight_matrices.Flow(num_couplings=2)
-  params, _ = make(matrix, 13, 6)
+  params, _ = compiled_init_and_draw(matrix, 13, 6)
   raw, shift = jnp.array([0.4, -0.3, 0.1]), jnp.array([0.5, -0.2, 0.3])
   for coupling in params.values():
     coupling["layer_1"]["bias"] = jnp.concatenate([raw, shift])
@@ -294,9 +294,9 @@ def test_reflections_are_orthogonal_for_any_vectors(scale):
 
 def test_learned_orf_is_orthogonal_for_any_parameters():
   matrix = weight_matrices.LearnedORF()
-  params, projection = make(matrix, 13, 6)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
   params = randomise(params, scale=3.0)
-  w = np.asarray(rows_of(matrix, params, projection).w)
+  w = np.asarray(compiled_rows(matrix, params, projection).w)
   norms = np.asarray(jax.nn.softplus(params["rho"]))
   for start in (0, 6, 12):
     block = w[start : start + 6]
@@ -352,10 +352,10 @@ def test_learned_orf_starts_as_haar():
 
 def test_learned_radial_changes_norms_alone():
   matrix = weight_matrices.LearnedRadial(num_pieces=6)
-  params, projection = make(matrix, 13, 6)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
   params = randomise(params, scale=2.0)
   noise = np.asarray(projection["w"], np.float64)
-  w = np.asarray(rows_of(matrix, params, projection).w, np.float64)
+  w = np.asarray(compiled_rows(matrix, params, projection).w, np.float64)
   old, new = np.linalg.norm(noise, axis=1), np.linalg.norm(w, axis=1)
   np.testing.assert_allclose(w / new[:, None], noise / old[:, None], atol=1e-5)
   assert (np.diff(new[np.argsort(old)]) > 0.0).all()
@@ -374,7 +374,7 @@ def test_radial_knots_surround_the_norms(head_dim):
 
 def test_fastfood_learnable_is_its_formula():
   matrix = weight_matrices.FastFoodLearnable()
-  params, projection = make(matrix, 13, 6)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
   params = randomise(params)
   h = np.asarray(hadamard(8), np.float64)
   blocks = []
@@ -387,16 +387,16 @@ def test_fastfood_learnable_is_its_formula():
     blocks.append(np.sqrt(8.0) * h @ np.diag(g) @ p @ h @ np.diag(b))
   stacked = np.concatenate(blocks)[:13, :6]
   expected = np.asarray(params["s"], float)[:, None] * stacked
-  w = rows_of(matrix, params, projection).w
+  w = compiled_rows(matrix, params, projection).w
   np.testing.assert_allclose(w, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fastfood_learnable_starts_with_the_law_of_fastfood():
   count, num_rows, head_dim = 3000, 13, 6
-  learnt, _ = initial_draws(
+  learnt, _ = draw_initial_rows(
     weight_matrices.FastFoodLearnable(), num_rows, head_dim, count
   )
-  fixed, _ = initial_draws(
+  fixed, _ = draw_initial_rows(
     weight_matrices.FastFood(), num_rows, head_dim, count
   )
   for i, j in ((0, 1), (0, 7), (3, 5), (0, 8), (12, 9)):

@@ -15,21 +15,19 @@ from spectraformer_jax.weight_matrices.learners import (
   soft_clip,
 )
 from tests.statistics import standard_scores
-from tests.weight_matrices.learner_samples import (
+from tests.weight_matrices.helpers import (
   LEARNERS,
   REDRAWABLE,
-  fresh,
-  initial_draws,
-  make,
-  quick_jit,
-  randomise,
-  rows_of,
-)
-from tests.weight_matrices.row_samples import (
   assert_first_moments,
   assert_rows_are_gaussian,
+  compiled_init_and_draw,
+  compiled_rows,
   directions,
+  draw_initial_rows,
   gaussian_means,
+  init_and_draw,
+  quick_jit,
+  randomise,
   row_estimates,
 )
 
@@ -50,7 +48,7 @@ def label(matrix):
 @pytest.mark.quick_every(4)
 def test_rows_start_as_gaussian(matrix):
   assert matrix.info.marginals == "exact"
-  rows, weights = initial_draws(matrix, NUM_ROWS, HEAD_DIM, NUM_DRAWS)
+  rows, weights = draw_initial_rows(matrix, NUM_ROWS, HEAD_DIM, NUM_DRAWS)
   assert_rows_are_gaussian(rows)
   assert_first_moments(rows, weights)
 
@@ -58,7 +56,7 @@ def test_rows_start_as_gaussian(matrix):
 @pytest.mark.parametrize("kind", ["trig", "pos"])
 @pytest.mark.parametrize("matrix", AT_THE_START, ids=label)
 def test_estimates_start_unbiased(matrix, kind):
-  rows, weights = initial_draws(matrix, NUM_ROWS, HEAD_DIM, NUM_DRAWS)
+  rows, weights = draw_initial_rows(matrix, NUM_ROWS, HEAD_DIM, NUM_DRAWS)
   z = np.sqrt(2.0) * directions(HEAD_DIM)
   samples = row_estimates(rows, weights, z, kind)
   scores = standard_scores(samples, gaussian_means(z, kind))
@@ -72,7 +70,8 @@ def test_shapes_and_dtypes(name, size):
   matrix = WEIGHT_MATRICES.build(name)
   matrix.check(num_rows, head_dim)
   params, projection = jax.eval_shape(
-    lambda rng: fresh(matrix, rng, num_rows, head_dim), jax.random.key(0)
+    lambda rng: init_and_draw(matrix, rng, num_rows, head_dim),
+    jax.random.key(0),
   )
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.float32.dtype}
   rows = jax.eval_shape(matrix.rows, params, projection)
@@ -86,7 +85,7 @@ def test_shapes_and_dtypes(name, size):
   assert jax.eval_shape(matrix.rows, params, half).w.dtype == jnp.float32
 
 
-def initial(feature_map, num_heads=2):
+def init_variables(feature_map, num_heads=2):
   """Variables for head_dim 6."""
   init = lambda rng: feature_map.init(rng, head_dim=6, num_heads=num_heads)
   return quick_jit(init)(jax.random.key(0))
@@ -118,7 +117,7 @@ NO_IDLE_ENTRY = ("cov", "fastfood_learnable", "gmm", "learned_orf")
 @pytest.mark.quick_every(4)
 def test_every_leaf_has_a_gradient(name):
   fm = sf.feature_map("posrf", name, num_features=13)
-  variables = initial(fm)
+  variables = init_variables(fm)
   x = 0.7 * jax.random.normal(jax.random.key(1), (1, 5, 2, 6))
   stats = fm.calibrate(variables, x, x)
   gradient = quick_jit(jax.grad(loss_of(fm, variables, x[0], stats)))
@@ -145,8 +144,8 @@ def test_couplings_of_the_noise_carry_over(name):
   if name == "gmm":
     matrix = dataclasses.replace(matrix, num_components=1)
   assert matrix.info.marginals == "approximate"
-  params, projection = make(matrix, 13, 6)
-  w = np.asarray(rows_of(matrix, params, projection).w)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
+  w = np.asarray(compiled_rows(matrix, params, projection).w)
   # float32 sums of the splines' ramps.
   np.testing.assert_allclose(w, projection["w"], atol=2e-5)
   np.testing.assert_allclose(w.T @ w / 13, np.eye(6), atol=1e-4)
@@ -157,8 +156,8 @@ def test_couplings_of_the_noise_carry_over(name):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_rows_are_finite_far_from_the_start(name):
   matrix = WEIGHT_MATRICES.build(name)
-  params, projection = make(matrix, 13, 6)
-  sample = rows_of(matrix, randomise(params, scale=10.0), projection)
+  params, projection = compiled_init_and_draw(matrix, 13, 6)
+  sample = compiled_rows(matrix, randomise(params, scale=10.0), projection)
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(sample))
 
 
@@ -199,7 +198,7 @@ class TwoDraws(sf.components.TrigRF):
 def test_two_draws_of_one_learner_have_parameters_each(name):
   matrix = WEIGHT_MATRICES.build(name)
   fm = sf.compose(TwoDraws(), matrix, num_features=10)
-  one_head = jax.tree.map(lambda leaf: leaf[0], initial(fm, num_heads=1))
+  one_head = jax.tree.map(lambda leaf: leaf[0], init_variables(fm, num_heads=1))
   rows = quick_jit(fm._rows)(*one_head)
   assert rows.w.shape == (10, 6)
   params = one_head.params["rows"]
@@ -208,7 +207,7 @@ def test_two_draws_of_one_learner_have_parameters_each(name):
     one_head.projection["rows"],
   )
   for draw in range(2):
-    expected = rows_of(
+    expected = compiled_rows(
       matrix, *jax.tree.map(lambda leaf, i=draw: leaf[i], (params, projection))
     )
     own = slice(5 * draw, 5 * draw + 5)
@@ -243,8 +242,12 @@ def test_bases_that_cannot_be_noise_are_refused(base, reason):
     ("bbq", {"num_pieces": 0}, "num_pieces must be a positive"),
     ("flow", {"num_couplings": 0}, "num_couplings must be a positive"),
     ("flow", {"hidden_factor": 0}, "hidden_factor must be a positive"),
-    ("learned_radial", {"num_pieces": 1}, "num_pieces must be at least 2"),
-    ("variational", {"context": "key"}, "Unknown context 'key'.*'keys'"),
+    (
+      "learned_radial",
+      {"num_pieces": 1},
+      "num_pieces must be an integer of at least 2",
+    ),
+    ("variational", {"context": "key"}, "context must be one of .* got 'key'"),
     ("variational", {"hidden_factor": 0}, "hidden_factor must be a positive"),
     ("variational", {"max_log_sigma": -1.0}, "min_log_sigma and max_log_sigma"),
   ],
@@ -277,7 +280,7 @@ def test_sizes_that_do_not_fit_are_refused(
 def test_a_single_coordinate_is_enough_for_the_others(name):
   matrix = WEIGHT_MATRICES.build(name)
   matrix.check(4, 1)
-  rows = rows_of(matrix, *make(matrix, 4, 1))
+  rows = compiled_rows(matrix, *compiled_init_and_draw(matrix, 4, 1))
   assert rows.w.shape == (4, 1) and jnp.isfinite(rows.w).all()
 
 

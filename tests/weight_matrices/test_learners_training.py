@@ -12,7 +12,7 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax.train.step.optim import decay_mask
-from tests.weight_matrices.learner_samples import LEARNERS, quick_jit
+from tests.weight_matrices.helpers import LEARNERS, quick_jit
 
 TOKENS = jax.random.randint(jax.random.key(0), (4, 6), 0, 8)
 LENGTH = jnp.array([6, 3, 1, 5])
@@ -20,7 +20,7 @@ LABELS = jnp.array([0, 1, 2, 1])
 
 
 @functools.cache
-def trained(name):
+def train_model(name):
   """A model, its variables at the start, and after a few optimiser steps."""
   # Rows are no multiple of the padded block, columns no power of two.
   fm = sf.feature_map("posrf", name, num_features=9)
@@ -35,7 +35,7 @@ def trained(name):
     dropout_rate=0.0,
     feature_map=fm,
   )
-  start = init(model, 1)
+  start = init_model(model, 1)
   tx = optax.adamw(1e-2, weight_decay=0.1, mask=decay_mask)
 
   def loss(params, features):
@@ -60,7 +60,7 @@ def trained(name):
   return model, start, {"params": params, "random_features": features}
 
 
-def init(model, seed):
+def init_model(model, seed):
   rngs = {
     "params": jax.random.key(seed),
     "features": jax.random.key(seed + 100),
@@ -78,7 +78,7 @@ def learnable(variables):
 @pytest.mark.parametrize("name", LEARNERS)
 @pytest.mark.quick_every(4)
 def test_optimiser_moves_every_learnable_leaf(name):
-  _, start, end = trained(name)
+  _, start, end = train_model(name)
   old, new = learnable(start), learnable(end)
   assert old
   for path in old:
@@ -89,7 +89,7 @@ def test_optimiser_moves_every_learnable_leaf(name):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_weight_decay_leaves_learnable_leaves_alone(name):
-  _, start, _ = trained(name)
+  _, start, _ = train_model(name)
   mask = decay_mask(start["params"])
   assert not any(learnable({"params": mask}).values())
   assert mask["encoder"]["layer_0"]["attention"]["query"]["kernel"]
@@ -111,9 +111,9 @@ def assert_restored(model, restored, saved):
 @pytest.mark.parametrize("name", LEARNERS)
 @pytest.mark.quick_every(4)
 def test_a_saved_model_is_restored_exactly(name):
-  model, start, end = trained(name)
+  model, start, end = train_model(name)
   # The model that reads has other parameters, permutations and signs.
-  other = init(model, 2)
+  other = init_model(model, 2)
   for leaf, own in zip(
     jax.tree.leaves(other["random_features"]),
     jax.tree.leaves(start["random_features"]),
@@ -128,8 +128,8 @@ def test_a_saved_model_is_restored_exactly(name):
 
 @pytest.mark.parametrize("name", ["fastfood_learnable", "gmm", "learned_orf"])
 def test_orbax_restores_exactly(name, tmp_path):
-  model, _, end = trained(name)
-  other = init(model, 2)
+  model, _, end = train_model(name)
+  other = init_model(model, 2)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "model", end)
     checkpointer.wait_until_finished()
@@ -139,8 +139,8 @@ def test_orbax_restores_exactly(name, tmp_path):
 
 def test_outputs_depend_on_the_permutation():
   # The point of saving it: parameters alone do not restore the model.
-  model, _, end = trained("fastfood_learnable")
-  other = init(model, 2)
+  model, _, end = train_model("fastfood_learnable")
+  other = init_model(model, 2)
   mixed = {**end, "random_features": other["random_features"]}
   apply = quick_jit(model.apply)
   out, expected = (

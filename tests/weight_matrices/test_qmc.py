@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import qmc
+from scipy import stats
 
 import spectraformer_jax as sf
 from spectraformer_jax.weight_matrices import (
@@ -17,16 +17,15 @@ from spectraformer_jax.weight_matrices import (
   QMCLattice,
   QMCSobol,
   get_row_law,
-  low_discrepancy,
-  sobol_table,
+  qmc,
 )
 from spectraformer_jax.weight_matrices.row_laws import ENTRY_LAWS
 from tests.statistics import standard_scores
-from tests.weight_matrices.row_samples import (
+from tests.weight_matrices.helpers import (
   assert_first_moments,
   assert_rows_are_gaussian,
   directions,
-  draws,
+  draw_rows,
   gaussian_means,
   row_estimates,
 )
@@ -45,19 +44,19 @@ def label(matrix):
 
 def unscrambled(num_points, dim):
   """Sobol points of the package, before randomisation."""
-  table = jnp.asarray(sobol_table.sobol_directions()[:dim])
-  return np.asarray(low_discrepancy.sobol_points(table, num_points))
+  table = jnp.asarray(qmc.sobol_directions()[:dim])
+  return np.asarray(qmc.sobol_points(table, num_points))
 
 
 def test_direction_numbers_are_those_of_scipy():
   columns = []
-  for c in range(sobol_table.MAX_BITS):
-    sobol = qmc.Sobol(sobol_table.MAX_DIM, scramble=False, bits=30)
+  for c in range(qmc.MAX_BITS):
+    sobol = stats.qmc.Sobol(qmc.MAX_DIM, scramble=False, bits=30)
     if c:
       sobol.fast_forward(2**c - 1)
     before, after = (sobol.random(2) * 2.0**30).astype(np.uint32)
     columns.append((before ^ after) << np.uint32(2))
-  table = sobol_table.sobol_directions()
+  table = qmc.sobol_directions()
   assert table.dtype == np.uint32
   np.testing.assert_array_equal(table, np.stack(columns, axis=1))
 
@@ -68,14 +67,14 @@ def test_sobol_points_are_those_of_scipy(dim):
   with warnings.catch_warnings():
     # 1000 is not a power of two.
     warnings.simplefilter("ignore", UserWarning)
-    expected = qmc.Sobol(dim, scramble=False, bits=30).random(1000)
+    expected = stats.qmc.Sobol(dim, scramble=False, bits=30).random(1000)
   np.testing.assert_array_equal(points, expected)
 
 
 @pytest.mark.parametrize("matrix", SOBOL, ids=label)
 def test_sobol_stays_a_net_under_each_scrambling(matrix):
   num_rows, dim = 64, 40
-  points, _ = draws(matrix, num_rows, dim, 5, law="uniform")
+  points, _ = draw_rows(matrix, num_rows, dim, 5, law="uniform")
   cells = np.sort(np.floor(points * num_rows), axis=1)
   expected = np.broadcast_to(np.arange(64)[None, :, None], cells.shape)
   np.testing.assert_array_equal(cells, expected)
@@ -93,7 +92,7 @@ def test_each_scrambling_is_the_one_asked_for():
   fourth = int(np.flatnonzero((points == fourth[None, :]).all(axis=1))[0])
   facts = {}
   for matrix in SOBOL:
-    rows, _ = draws(matrix, 64, 40, 5, law="uniform")
+    rows, _ = draw_rows(matrix, 64, 40, 5, law="uniform")
     bits = np.floor(rows[0] * 2**23).astype(np.uint32)
     one_flip = len(np.unique(bits ^ points, axis=0)) == 1
     affine = (bits[3] ^ bits[5] ^ bits[9] ^ bits[fourth] == 0).all()
@@ -105,7 +104,7 @@ def test_each_scrambling_is_the_one_asked_for():
 def test_owen_flips_a_bit_by_the_bits_above_it_alone():
   # Points that agree in their top k bits still do, and differ in bit k + 1.
   pairs = np.array([[0x5A5A5A5A], [0x5A5A5A5A ^ (1 << 20)]], np.uint32)
-  scramble = lambda rng: low_discrepancy.owen_scramble(rng, jnp.asarray(pairs))
+  scramble = lambda rng: qmc.owen_scramble(rng, jnp.asarray(pairs))
   rngs = jax.random.split(jax.random.key(0), 2000)
   first, second = np.asarray(jax.vmap(scramble)(rngs))[:, :, 0].T
   different = first ^ second
@@ -116,11 +115,11 @@ def test_owen_flips_a_bit_by_the_bits_above_it_alone():
 
 
 def test_halton_points_are_those_of_scipy_shifted():
-  expected = qmc.Halton(30, scramble=False).random(200)
-  points = low_discrepancy.halton_points(200, 30) / 2.0**32
+  expected = stats.qmc.Halton(30, scramble=False).random(200)
+  points = qmc.halton_points(200, 30) / 2.0**32
   # 1e-9: coordinates are rounded to 32 bits.
   np.testing.assert_allclose(points, expected, atol=1e-9)
-  rows, _ = draws(QMC(sequence="halton"), 200, 30, 2, law="uniform")
+  rows, _ = draw_rows(QMC(sequence="halton"), 200, 30, 2, law="uniform")
   shift = (rows - expected[None]) % 1.0
   # 2**-23: uniforms keep 23 bits; on a circle, where 0 is next to 1.
   around = (shift - shift[:, :1] + 0.5) % 1.0 - 0.5
@@ -131,7 +130,7 @@ def test_halton_points_are_those_of_scipy_shifted():
 @pytest.mark.parametrize("matrix", LATTICES, ids=label)
 @pytest.mark.parametrize("num_rows", [64, 47])
 def test_lattice_is_one(matrix, num_rows):
-  points, _ = draws(matrix, num_rows, 12, 2, law="uniform")
+  points, _ = draw_rows(matrix, num_rows, 12, 2, law="uniform")
   steps = (points - points[:, :1]) * num_rows
   # All of them multiples of 1/M, each once in every coordinate.
   np.testing.assert_allclose(steps, np.round(steps), atol=num_rows * 2.0**-22)
@@ -144,16 +143,14 @@ def test_lattice_is_one(matrix, num_rows):
 
 def test_lattice_repeats_no_coordinate_it_need_not_repeat():
   # Of 128 points there are 32 odd generators of one Korobov form up to sign.
-  points = low_discrepancy.lattice_points(128, 32).astype(np.uint64)
+  points = qmc.lattice_points(128, 32).astype(np.uint64)
   generators = (points[1] >> np.uint64(25)).astype(int)
   assert len(set(np.minimum(generators, 128 - generators))) == 32
 
 
 def test_random_multipliers_are_odd_powers():
   rngs = jax.random.split(jax.random.key(0), 400)
-  points = jax.vmap(
-    lambda rng: low_discrepancy.random_lattice_points(rng, 128, 12)
-  )(rngs)
+  points = jax.vmap(lambda rng: qmc.random_lattice_points(rng, 128, 12))(rngs)
   steps = np.asarray(points[:, 1] >> 25).astype(int)
   multipliers = steps[:, 1]
   expected = [[pow(int(a), j, 128) for j in range(12)] for a in multipliers]
@@ -162,7 +159,7 @@ def test_random_multipliers_are_odd_powers():
   assert (multipliers % 2 == 1).all() and len(set(multipliers)) >= 62
   # At the limit of 2**16 rows, and where M does not divide 2**32.
   for num_points in (2**16, 50_001):
-    points = low_discrepancy.random_lattice_points(rngs[0], num_points, 3)
+    points = qmc.random_lattice_points(rngs[0], num_points, 3)
     step = round(float(points[1, 1]) / 2.0**32 * num_points)
     residues = np.arange(num_points, dtype=object) * step % num_points
     exact = np.array([r * 2**32 // num_points for r in residues], np.uint32)
@@ -171,7 +168,7 @@ def test_random_multipliers_are_odd_powers():
 
 def test_latin_hypercube_has_one_row_in_each_cell():
   num_rows = 50
-  points, _ = draws(LHS(), num_rows, 6, 200, law="uniform")
+  points, _ = draw_rows(LHS(), num_rows, 6, 200, law="uniform")
   cells = np.floor(points * num_rows)
   order = np.sort(cells, axis=1)
   assert (order == np.arange(num_rows)[None, :, None]).all()
@@ -184,7 +181,7 @@ def test_latin_hypercube_has_one_row_in_each_cell():
 
 @pytest.mark.parametrize("matrix", DESIGNS, ids=label)
 def test_rows_are_exactly_gaussian(matrix):
-  rows, weights = draws(matrix, 24, 8, 4000)
+  rows, weights = draw_rows(matrix, 24, 8, 4000)
   assert_rows_are_gaussian(rows)
   assert_first_moments(rows, weights)
 
@@ -192,7 +189,7 @@ def test_rows_are_exactly_gaussian(matrix):
 @pytest.mark.parametrize("matrix", DESIGNS, ids=label)
 @pytest.mark.parametrize("kind", ["trig", "pos"])
 def test_unbiased_in_adversarial_directions(matrix, kind):
-  rows, weights = draws(matrix, 24, 8, 4000)
+  rows, weights = draw_rows(matrix, 24, 8, 4000)
   z = np.sqrt(2.0) * directions(8)
   samples = row_estimates(rows, weights, z, kind)
   scores = standard_scores(samples, gaussian_means(z, kind))

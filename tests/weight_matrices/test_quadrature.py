@@ -11,16 +11,16 @@ from scipy.stats import chisquare
 
 import spectraformer_jax as sf
 from spectraformer_jax.weight_matrices import GQ, SGQ
-from spectraformer_jax.weight_matrices.smolyak import (
+from spectraformer_jax.weight_matrices.quadrature import (
   gauss_hermite,
   most_nodes,
   smolyak_grid,
 )
 from tests.statistics import PAIRS, standard_scores
-from tests.weight_matrices.row_samples import (
+from tests.weight_matrices.helpers import (
   assert_first_moments,
   directions,
-  draws,
+  draw_rows,
   gaussian_means,
   row_estimates,
 )
@@ -65,7 +65,7 @@ def test_gauss_rule_is_exact_to_degree_2l_minus_1(num_nodes):
 @pytest.mark.parametrize("kind", ["trig", "pos"])
 @pytest.mark.parametrize("num_nodes", [2, 3])
 def test_sampled_grid_has_the_mean_of_the_product_formula(num_nodes, kind):
-  rows, weights = draws(GQ(num_nodes), 24, 8, 4000)
+  rows, weights = draw_rows(GQ(num_nodes), 24, 8, 4000)
   z = np.sqrt(2.0) * directions(8)
   samples = row_estimates(rows, weights, z, kind)
   scores = standard_scores(samples, discrete_means(z, kind, num_nodes))
@@ -89,7 +89,7 @@ def test_biases_of_the_docstring():
 
 
 def test_sampled_grid_draws_nodes_by_their_weights():
-  rows, weights = draws(GQ(3), 24, 8, 4000)
+  rows, weights = draw_rows(GQ(3), 24, 8, 4000)
   assert_first_moments(rows, weights)
   nodes, probabilities = gauss_hermite(3)
   which = np.argmin(np.abs(rows[..., None] - nodes), axis=-1)
@@ -141,7 +141,7 @@ def test_rows_of_a_sparse_grid():
   for level in (2, 3):
     matrix = SGQ(level=level)
     nodes, expected = smolyak_grid(level, 8, "odd")
-    rows, weights = draws(matrix, len(expected), 8, 1)
+    rows, weights = draw_rows(matrix, len(expected), 8, 1)
     # 1e-5: stored as float32 logarithms.
     np.testing.assert_allclose(rows[0], nodes, rtol=1e-6)
     np.testing.assert_allclose(weights[0], expected, rtol=1e-5)
@@ -213,12 +213,18 @@ def test_errors_state_the_right_number():
 
 
 def test_errors_of_options():
-  with pytest.raises(ValueError, match="level must be at least 2, got 1"):
+  with pytest.raises(
+    ValueError, match="level must be an integer of at least 2, got 1"
+  ):
     SGQ(level=1)
   with pytest.raises(ValueError, match="growth must be one of"):
     SGQ(growth="even")
   for num_nodes in (1, 65):
-    with pytest.raises(ValueError, match="num_nodes must be from 2 to 64"):
+    with pytest.raises(
+      ValueError, match="num_nodes must be an integer from 2 to 64"
+    ):
       GQ(num_nodes=num_nodes)
-  with pytest.raises(ValueError, match="num_nodes must be a positive integer"):
+  with pytest.raises(
+    ValueError, match="num_nodes must be an integer from 2 to 64"
+  ):
     GQ(num_nodes=2.0)

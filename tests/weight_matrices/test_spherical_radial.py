@@ -9,10 +9,10 @@ import spectraformer_jax as sf
 from spectraformer_jax.weight_matrices import SROMC, SSR, SSRPos
 from spectraformer_jax.weight_matrices.spherical_radial import gauss_laguerre
 from tests.statistics import PAIRS, estimates, standard_scores
-from tests.weight_matrices.row_samples import (
+from tests.weight_matrices.helpers import (
   assert_first_moments,
   directions,
-  draws,
+  draw_rows,
   gaussian_means,
   row_estimates,
 )
@@ -25,7 +25,7 @@ TRUNCATED = [(False, 24)]
 @pytest.mark.parametrize(("symmetric", "num_rows"), [*COMPLETE, *TRUNCATED])
 @pytest.mark.parametrize("kind", ["trig", "pos"])
 def test_weighted_rows_are_unbiased(symmetric, num_rows, kind):
-  rows, weights = draws(SSR(symmetric), num_rows, 8, 4000)
+  rows, weights = draw_rows(SSR(symmetric), num_rows, 8, 4000)
   z = np.sqrt(2.0) * directions(8)
   samples = row_estimates(rows, weights, z, kind)
   scores = standard_scores(samples, gaussian_means(z, kind))
@@ -50,7 +50,7 @@ def test_feature_maps_are_unbiased_with_signed_weights(component, kernel):
 
 @pytest.mark.parametrize(("symmetric", "num_rows"), COMPLETE)
 def test_complete_blocks_are_exact_in_each_draw(symmetric, num_rows):
-  rows, weights = draws(SSR(symmetric), num_rows, 8, 4000)
+  rows, weights = draw_rows(SSR(symmetric), num_rows, 8, 4000)
   rows, weights = rows[:50], weights[:50]
   # 1e-4: float32 rounding of weights of either sign and rows of norm 3.
   np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-4)
@@ -68,7 +68,7 @@ def test_complete_blocks_are_exact_in_each_draw(symmetric, num_rows):
 
 
 def test_structure_of_the_nodes():
-  rows, weights = draws(SSR(), COMPLETE[0][1], 8, 4000)
+  rows, weights = draw_rows(SSR(), COMPLETE[0][1], 8, 4000)
   np.testing.assert_array_equal(rows[:, 0], 0.0)
   block = rows[:, 1:10]
   norms = np.linalg.norm(block, axis=2)
@@ -81,14 +81,14 @@ def test_structure_of_the_nodes():
   # About half of the draws: the origin's weight has mean 0.
   assert 0.3 < np.mean(weights[:, 0] < 0.0) < 0.7
   assert (weights[:, 1:] > 0.0).all()
-  pairs, _ = draws(SSR(symmetric=True), COMPLETE[1][1], 8, 4000)
+  pairs, _ = draw_rows(SSR(symmetric=True), COMPLETE[1][1], 8, 4000)
   np.testing.assert_array_equal(pairs[:, 2::2], -pairs[:, 1::2])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_positive_variant(symmetric):
   num_rows, num_blocks = 90, 5 if symmetric else 10
-  rows, weights = draws(SSRPos(symmetric), num_rows, 8, 4000)
+  rows, weights = draw_rows(SSRPos(symmetric), num_rows, 8, 4000)
   assert (weights > 0.0).all()
   np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-5)
   ratio = weights * np.sum(rows**2, axis=2)
@@ -125,7 +125,7 @@ def test_radial_rule_is_exact_to_degree_2l_minus_1(num_nodes, dim):
 @pytest.mark.parametrize("num_radii", [2, 3])
 def test_radial_orthogonal_rows_have_the_mean_of_the_formula(num_radii, kind):
   matrix = SROMC(num_radii)
-  rows, weights = draws(matrix, 24, 8, 4000)
+  rows, weights = draw_rows(matrix, 24, 8, 4000)
   z = np.sqrt(2.0) * directions(8)
   halves, radial_weights = gauss_laguerre(num_radii, 8)
   sign = -1.0 if kind == "trig" else 1.0
@@ -141,7 +141,7 @@ def test_radial_orthogonal_rows_have_the_mean_of_the_formula(num_radii, kind):
 
 
 def test_radial_orthogonal_structure():
-  rows, weights = draws(SROMC(), 24, 8, 4000)
+  rows, weights = draw_rows(SROMC(), 24, 8, 4000)
   np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-6)
   near, far = rows[:, ::2], rows[:, 1::2]
   ratio = np.linalg.norm(far, axis=2) / np.linalg.norm(near, axis=2)
@@ -159,7 +159,11 @@ def test_errors():
   sr_omc = sf.feature_map("posrf", "sr_omc", num_features=7)
   with pytest.raises(ValueError, match="got num_features=7.*num_features=8"):
     sr_omc.init(jax.random.key(0), head_dim=4)
-  with pytest.raises(ValueError, match="num_radii must be from 1 to 16"):
+  with pytest.raises(
+    ValueError, match="num_radii must be an integer from 1 to 16"
+  ):
     SROMC(num_radii=17)
-  with pytest.raises(ValueError, match="num_radii must be a positive integer"):
+  with pytest.raises(
+    ValueError, match="num_radii must be an integer from 1 to 16"
+  ):
     SROMC(num_radii=0)

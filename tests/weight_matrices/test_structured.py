@@ -3,6 +3,8 @@
 The fast products live here alone: they check the construction.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,28 +23,21 @@ from spectraformer_jax.weight_matrices import (
   ROMHybrid,
   get_row_law,
 )
-from spectraformer_jax.weight_matrices.butterfly import butterfly_matrix
 from spectraformer_jax.weight_matrices.fastfood import fastfood_blocks
 from spectraformer_jax.weight_matrices.hadamard import hadamard_product
-from spectraformer_jax.weight_matrices.p_model import (
+from spectraformer_jax.weight_matrices.rotations import butterfly_matrix
+from spectraformer_jax.weight_matrices.structural import (
+  circulant,
   hankel,
   low_displacement,
   mix_inputs,
   skew_circulant,
   toeplitz,
 )
-from spectraformer_jax.weight_matrices.structural import circulant
+from tests.weight_matrices.helpers import draw_once
 
 GAUSSIAN = get_row_law("gaussian")
 GENERATOR = np.random.default_rng(0)
-
-
-def draw(matrix, rng, num_rows, head_dim):
-  """Rows of a matrix or of a registered name, float64."""
-  if isinstance(matrix, str):
-    matrix = WEIGHT_MATRICES.build(matrix)
-  one = jax.jit(lambda rng: matrix.draw(rng, num_rows, head_dim, GAUSSIAN)["w"])
-  return np.asarray(one(rng), np.float64)
 
 
 def fwht(x):
@@ -72,7 +67,7 @@ def test_hadamard_product_is_signs_and_transforms(num_factors):
 
 @pytest.mark.parametrize("matrix", [SORF(), ROM(2), Butterfly("sqrt_d")])
 def test_blocks_are_orthogonal(rng, matrix):
-  w = draw(matrix, rng, 40, 16)
+  w = draw_once(matrix, rng, 40, 16)
   for start in (0, 16):
     block = w[start : start + 16]
     np.testing.assert_allclose(block @ block.T, 16 * np.eye(16), atol=1e-4)
@@ -82,14 +77,14 @@ def test_blocks_are_orthogonal(rng, matrix):
 def test_sorf_is_rom_of_three_factors(rng):
   for norms in ("sqrt_d", "chi"):
     np.testing.assert_array_equal(
-      draw(SORF(norms), rng, 40, 12), draw(ROM(3, norms), rng, 40, 12)
+      draw_once(SORF(norms), rng, 40, 12), draw_once(ROM(3, norms), rng, 40, 12)
     )
 
 
 @pytest.mark.parametrize("matrix", [SORF(), ROM(2), ROMHybrid()])
 def test_fresh_norms_keep_directions(rng, matrix):
-  chi = type(matrix)(**{**vars(matrix), "norms": "chi"})
-  own, fresh = draw(matrix, rng, 64, 16), draw(chi, rng, 64, 16)
+  chi = dataclasses.replace(matrix, norms="chi")
+  own, fresh = draw_once(matrix, rng, 64, 16), draw_once(chi, rng, 64, 16)
   unit = lambda w: w / np.linalg.norm(w, axis=1, keepdims=True)
   np.testing.assert_allclose(unit(own), unit(fresh), atol=1e-5)
   norms = np.linalg.norm(fresh, axis=1)
@@ -109,7 +104,7 @@ def test_no_row_vanishes_in_few_dimensions(rng):
 
 @pytest.mark.parametrize("circle_factor", ["outermost", "innermost"])
 def test_a_complete_hybrid_block_is_a_tight_frame(rng, circle_factor):
-  w = draw(ROMHybrid(circle_factor=circle_factor), rng, 64, 16)
+  w = draw_once(ROMHybrid(circle_factor=circle_factor), rng, 64, 16)
   for block in (w[:32], w[32:]):
     np.testing.assert_allclose(block.T @ block, 32 * np.eye(16), atol=1e-4)
     # Real and imaginary rows of a unitary matrix, times sqrt(2 n).
@@ -123,7 +118,7 @@ def test_a_complete_hybrid_block_is_a_tight_frame(rng, circle_factor):
 def test_place_of_the_unit_circle_factor(rng, circle_factor):
   # Outermost, an axis-aligned input meets n phases. Innermost it meets one,
   # and all of its complex products have one argument.
-  w = draw(ROMHybrid(circle_factor=circle_factor), rng, 32, 16)
+  w = draw_once(ROMHybrid(circle_factor=circle_factor), rng, 32, 16)
   outermost = circle_factor == "outermost"
   real, imaginary = (
     fwht(half) if outermost else half for half in (w[:16, 0], w[16:, 0])
@@ -141,7 +136,7 @@ def test_the_unit_circle_factor_has_two_places():
 
 def test_rom_needs_two_factors():
   for bad in (1, 0, 2.0, True, None):
-    with pytest.raises(ValueError, match=f"integer >= 2, got {bad!r}"):
+    with pytest.raises(ValueError, match=f"integer of at least 2, got {bad!r}"):
       ROM(num_factors=bad)
 
 
@@ -243,7 +238,7 @@ def test_circulant_is_a_convolution():
 
 
 def test_scrf_has_its_signs_on_the_columns(rng):
-  w = draw("scrf", rng, 24, 9)
+  w = draw_once("scrf", rng, 24, 9)
   for block in (w[:9], w[9:18]):
     # Row i + 1 is row i, shifted, but for signs of columns.
     ratio = block[1:, 1:] / block[:-1, :-1]
@@ -258,7 +253,7 @@ def test_scrf_has_its_signs_on_the_columns(rng):
 @pytest.mark.parametrize("kind", ["scrf", "toeplitz"])
 def test_fresh_norms_are_independent_chi(rng, kind):
   make = SCRF if kind == "scrf" else lambda norms: PModel(kind, norms)
-  shared, chi = (draw(make(n), rng, 90, 9) for n in ("shared", "chi"))
+  shared, chi = (draw_once(make(n), rng, 90, 9) for n in ("shared", "chi"))
   unit = lambda w: w / np.linalg.norm(w, axis=1, keepdims=True)
   np.testing.assert_allclose(unit(shared), unit(chi), atol=1e-5)
   norms = np.linalg.norm(chi, axis=1)
@@ -318,7 +313,7 @@ def test_p_model_by_kind_and_by_name(rng):
   for kind in ("toeplitz", "hankel", "circulant", "ldr"):
     named = WEIGHT_MATRICES.build(f"pmodel_{kind}")
     np.testing.assert_array_equal(
-      draw(named, rng, 20, 6), draw(PModel(kind), rng, 20, 6)
+      draw_once(named, rng, 20, 6), draw_once(PModel(kind), rng, 20, 6)
     )
     assert named.info.name == f"pmodel_{kind}"
     assert PModel(kind).info.name == "pmodel"
@@ -329,7 +324,7 @@ def test_p_model_by_kind_and_by_name(rng):
 
 
 def test_rank_changes_low_displacement_rows(rng):
-  one, two = (draw(PModel("ldr", rank=r), rng, 16, 16) for r in (1, 2))
+  one, two = (draw_once(PModel("ldr", rank=r), rng, 16, 16) for r in (1, 2))
   assert not np.allclose(one, two, atol=0.1)
 
 

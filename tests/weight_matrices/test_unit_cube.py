@@ -14,11 +14,11 @@ from spectraformer_jax.weight_matrices.spherical_structured import (
   structured_points,
 )
 from tests.statistics import standard_scores
-from tests.weight_matrices.row_samples import (
+from tests.weight_matrices.helpers import (
   assert_first_moments,
   assert_rows_are_gaussian,
   directions,
-  draws,
+  draw_rows,
   gaussian_means,
   row_estimates,
 )
@@ -39,7 +39,7 @@ def matched_means(z, kind, num_matched):
 
 @pytest.mark.parametrize("matrix", EXACT, ids=label)
 def test_rows_are_exactly_gaussian(matrix):
-  rows, weights = draws(matrix, 24, 8, 4000)
+  rows, weights = draw_rows(matrix, 24, 8, 4000)
   assert_rows_are_gaussian(rows)
   assert_first_moments(rows, weights)
 
@@ -47,7 +47,7 @@ def test_rows_are_exactly_gaussian(matrix):
 @pytest.mark.parametrize("matrix", EXACT, ids=label)
 @pytest.mark.parametrize("kind", ["trig", "pos"])
 def test_unbiased_in_adversarial_directions(matrix, kind):
-  rows, weights = draws(matrix, 24, 8, 4000)
+  rows, weights = draw_rows(matrix, 24, 8, 4000)
   z = np.sqrt(2.0) * directions(8)
   samples = row_estimates(rows, weights, z, kind)
   scores = standard_scores(samples, gaussian_means(z, kind))
@@ -57,7 +57,7 @@ def test_unbiased_in_adversarial_directions(matrix, kind):
 @pytest.mark.parametrize("matrix", [MM(), MMAnti()], ids=label)
 @pytest.mark.parametrize("kind", ["trig", "pos"])
 def test_bias_of_moment_matching_is_that_of_the_formula(matrix, kind):
-  rows, weights = draws(matrix, 24, 8, 4000)
+  rows, weights = draw_rows(matrix, 24, 8, 4000)
   z = np.sqrt(2.0) * directions(8)
   samples = row_estimates(rows, weights, z, kind)
   num_matched = 12 if matrix == MMAnti() else 24
@@ -68,7 +68,7 @@ def test_bias_of_moment_matching_is_that_of_the_formula(matrix, kind):
 
 
 def test_moments_match_in_each_draw():
-  rows, weights = draws(MM(), 24, 8, 4000)
+  rows, weights = draw_rows(MM(), 24, 8, 4000)
   # 1e-5: float32 rounding.
   np.testing.assert_allclose(rows.mean(axis=1), 0.0, atol=1e-5)
   covariance = np.einsum("rm,rmi,rmj->rij", weights, rows, rows)
@@ -77,7 +77,7 @@ def test_moments_match_in_each_draw():
 
 
 def test_smallest_matched_design_is_a_simplex():
-  rows, _ = draws(MM(), 9, 8, 20)
+  rows, _ = draw_rows(MM(), 9, 8, 20)
   gram = rows @ rows.transpose(0, 2, 1)
   expected = np.broadcast_to(9.0 * np.eye(9) - 1.0, gram.shape)
   # 1e-3: nine Gaussian vectors less their mean can be close to a plane.
@@ -85,18 +85,18 @@ def test_smallest_matched_design_is_a_simplex():
 
 
 def test_antithetic_rows_come_in_pairs():
-  rows, _ = draws(MMAnti(), 24, 8, 4000)
+  rows, _ = draw_rows(MMAnti(), 24, 8, 4000)
   np.testing.assert_array_equal(rows[:, 12:], -rows[:, :12])
   covariance = np.einsum("rmi,rmj->rij", rows[:, :12], rows[:, :12]) / 12
   expected = np.broadcast_to(np.eye(8), covariance.shape)
   np.testing.assert_allclose(covariance, expected, atol=1e-5)
-  odd, _ = draws(MMAnti(), 17, 8, 20)
+  odd, _ = draw_rows(MMAnti(), 17, 8, 20)
   assert odd.shape == (20, 17, 8)
   np.testing.assert_array_equal(odd[:, 9:], -odd[:, :8])
 
 
 def test_matched_directions_keep_their_angles_under_chi_norms():
-  rows, _ = draws(MMChi(), 9, 8, 20)
+  rows, _ = draw_rows(MMChi(), 9, 8, 20)
   unit = rows / np.linalg.norm(rows, axis=2, keepdims=True)
   gram = unit @ unit.transpose(0, 2, 1)
   expected = np.broadcast_to((9.0 * np.eye(9) - 1.0) / 8.0, gram.shape)
@@ -110,7 +110,7 @@ def test_structured_directions_are_a_rotation_of_the_table(sizes):
   assert table.shape == sizes
   np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1.0, atol=1e-6)
   assert len(np.unique(table.round(5), axis=0)) == num_rows
-  rows, _ = draws(SSF(), num_rows, head_dim, 4000)
+  rows, _ = draw_rows(SSF(), num_rows, head_dim, 4000)
   unit = rows / np.linalg.norm(rows, axis=2, keepdims=True)
   gram = unit @ unit.transpose(0, 2, 1)
   expected = np.broadcast_to(table @ table.T, gram.shape)
@@ -120,7 +120,7 @@ def test_structured_directions_are_a_rotation_of_the_table(sizes):
 
 @pytest.mark.parametrize("sizes", [(9, 7), (5, 1)])
 def test_structured_rows_of_odd_head_dim(sizes):
-  rows, weights = draws(SSF(), *sizes, 4000)
+  rows, weights = draw_rows(SSF(), *sizes, 4000)
   assert_rows_are_gaussian(rows)
   assert_first_moments(rows, weights)
 
@@ -162,7 +162,7 @@ def test_chosen_frequencies_have_low_energy(sizes):
 def test_stratified_norms_have_one_in_each_cell():
   num_rows, head_dim = 24, 8
   for matrix, stratified in ((SSF(), True), (SSF(norms="chi"), False)):
-    rows, _ = draws(matrix, num_rows, head_dim, 4000)
+    rows, _ = draw_rows(matrix, num_rows, head_dim, 4000)
     levels = chi(head_dim).cdf(np.linalg.norm(rows, axis=2))
     cells = np.sort(np.floor(levels * num_rows), axis=1)
     # A float32 norm near a border may land one cell off, rarely.

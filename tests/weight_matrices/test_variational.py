@@ -8,15 +8,15 @@ import pytest
 import spectraformer_jax as sf
 from spectraformer_jax import weight_matrices
 from tests.statistics import standard_scores
-from tests.weight_matrices.learner_samples import (
-  draws_of,
-  make,
+from tests.weight_matrices.helpers import (
+  compiled_init_and_draw,
+  draw_learner_rows,
   quick_jit,
   randomise,
 )
 
 
-def build(component="posrf", component_kwargs=None, **kwargs):
+def map_and_inputs(component="posrf", component_kwargs=None, **kwargs):
   """A pair with parameters away from the start, and inputs [3, 5, 2, 6]."""
   fm = sf.feature_map(
     component,
@@ -33,7 +33,7 @@ def build(component="posrf", component_kwargs=None, **kwargs):
 
 
 def test_context_is_the_mean_of_the_visible_keys():
-  fm, variables, query, key, _ = build()
+  fm, variables, query, key, _ = map_and_inputs()
   mask = jnp.arange(5)[None, :] < jnp.array([5, 2, 0])[:, None]
   dirty = jnp.where(mask[:, :, None, None], key, jnp.nan)
   context = fm.calibrate(variables, query, dirty, key_mask=mask)["rows"]
@@ -44,7 +44,7 @@ def test_context_is_the_mean_of_the_visible_keys():
 
 
 def test_every_example_has_its_own_rows():
-  fm, variables, query, key, _ = build()
+  fm, variables, query, key, _ = map_and_inputs()
   stats = fm.calibrate(variables, query, key)
   prepared = fm.prepare(variables, stats)
   assert prepared.rows.w.shape == (3, 2, 12, 6)
@@ -61,7 +61,7 @@ def test_every_example_has_its_own_rows():
 
 
 def test_attention_takes_the_context_of_each_example():
-  fm, variables, *inputs = build()
+  fm, variables, *inputs = map_and_inputs()
   attend = quick_jit(
     lambda *inputs: sf.spectral_attention(
       *inputs, feature_map=fm, variables=variables
@@ -82,7 +82,7 @@ def test_attention_takes_the_context_of_each_example():
 
 
 def test_the_context_has_no_gradient():
-  fm, variables, query, key, _ = build()
+  fm, variables, query, key, _ = map_and_inputs()
 
   def total(key):
     return jnp.sum(fm.calibrate(variables, query, key)["rows"])
@@ -98,7 +98,7 @@ def test_the_context_has_no_gradient():
   ],
 )
 def test_a_context_of_what_must_not_be_seen_is_refused(kwargs, leak):
-  fm, variables, *inputs = build()
+  fm, variables, *inputs = map_and_inputs()
   attend = lambda **more: sf.spectral_attention(
     *inputs, feature_map=fm, variables=variables, **kwargs, **more
   )
@@ -113,7 +113,7 @@ def test_a_context_of_what_must_not_be_seen_is_refused(kwargs, leak):
 
 
 def test_causal_attention_with_a_learned_context_sees_no_future():
-  fm, variables, *inputs = build(context="learned")
+  fm, variables, *inputs = map_and_inputs(context="learned")
   assert not fm.info.needs_stats
   assert fm.calibrate(variables, *inputs[:2]) == ()
   assert variables.params["rows"]["context"].shape == (2, 6)
@@ -130,12 +130,12 @@ def test_causal_attention_with_a_learned_context_sees_no_future():
 
 
 def test_features_without_a_context_are_refused():
-  fm, variables, query, key, _ = build()
+  fm, variables, query, key, _ = map_and_inputs()
   assert fm.info.needs_stats
   for stats in (None, (), {}):
     with pytest.raises(ValueError, match="'variational' needs the context"):
       fm.log_features(variables, query, side="query", stats=stats)
-  fm, variables, query, key, _ = build("oprf")
+  fm, variables, query, key, _ = map_and_inputs("oprf")
   stats = fm.calibrate(variables, query, key)
   assert sorted(stats) == ["component", "rows"]
   with pytest.raises(ValueError, match="'variational' needs the context"):
@@ -175,7 +175,7 @@ def test_running_statistics_carry_the_context():
 @pytest.mark.parametrize("context", ["keys", "learned"])
 def test_kl_is_the_divergence_of_its_rows(context):
   matrix = weight_matrices.Variational(base="iid", context=context)
-  params, _ = make(matrix, 13, 6)
+  params, _ = compiled_init_and_draw(matrix, 13, 6)
   given = () if context == "learned" else jnp.linspace(-1.0, 0.8, 6)
   assert matrix.kl(params, given) == 0.0
   params = randomise(params, scale=0.3)
@@ -183,7 +183,7 @@ def test_kl_is_the_divergence_of_its_rows(context):
   value = params["context"] if context == "learned" else given
   mu, log_sigma = matrix.mean_and_log_sigma(params, value)
   assert jnp.abs(log_sigma).max() > 0.1
-  rows, _ = draws_of(matrix, params, 13, 6, 1000, given)
+  rows, _ = draw_learner_rows(matrix, params, 13, 6, 1000, given)
   mu, sigma = np.asarray(mu, float), np.exp(np.asarray(log_sigma, float))
   log_ratio = (
     0.5 * rows**2 - 0.5 * ((rows - mu) / sigma) ** 2 - np.log(sigma)
@@ -196,7 +196,7 @@ def test_kl_is_the_divergence_of_its_rows(context):
 
 def test_kl_takes_any_leading_axes_and_trains_the_network():
   matrix = weight_matrices.Variational()
-  params, _ = make(matrix, 13, 6)
+  params, _ = compiled_init_and_draw(matrix, 13, 6)
   params = randomise(params, scale=0.3)
   context = jax.random.normal(jax.random.key(1), (3, 2, 6))
   kl = matrix.kl(params, context)

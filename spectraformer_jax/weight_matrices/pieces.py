@@ -1,6 +1,6 @@
-"""What several weight matrices are made of: rotations, norms, fixed tables.
+"""Pieces that several weight matrices share: rotations, norms, fixed tables.
 
-Tables that depend on sizes alone are numpy, cached and read-only.
+Tables that depend on sizes alone are cached, read-only NumPy arrays.
 """
 
 import functools
@@ -10,21 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammainc, gammaincc, gammaln, ndtri
 
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 
 NORMS = ("chi", "sqrt_d")
 
 
-def haar(rng: Array, num_blocks: int, dim: int) -> Array:
-  """Independent uniform (Haar) orthogonal matrices.
+def normal(rng: Array, shape: tuple[int, ...]) -> Array:
+  """Draws independent entries of N(0, 1), float32 also under x64."""
+  return jax.random.normal(rng, shape, dtype=jnp.float32)
 
-  One batched QR for all blocks, with the signs that make it uniform: without
-  them row signs are biased, and so is every positive map.
+
+def random_signs(rng: Array, shape: tuple[int, ...]) -> Array:
+  """Draws independent entries of -1 and +1, float32."""
+  return jax.random.rademacher(rng, shape, jnp.float32)
+
+
+def haar(rng: Array, num_blocks: int, dim: int) -> Array:
+  """Draws independent uniform (Haar) orthogonal matrices.
+
+  One batched QR decomposition with the signs that make its Q uniform. Without
+  these signs the entries of a row have nonzero means, and every positive map is
+  biased.
 
   Args:
     rng: PRNG key.
-    num_blocks: how many.
-    dim: of each.
+    num_blocks: number of matrices.
+    dim: rows of each.
 
   Returns:
     ``[num_blocks, dim, dim]`` float32.
@@ -38,65 +50,105 @@ def haar(rng: Array, num_blocks: int, dim: int) -> Array:
     return jax.random.orthogonal(rng, dim, (num_blocks,), dtype=jnp.float32)
 
 
+def random_permutations(rng: Array, shape: tuple[int, ...]) -> Array:
+  """Draws independent permutations of 0 .. n - 1.
+
+  Args:
+    rng: PRNG key.
+    shape: ``(..., n)``.
+
+  Returns:
+    ``[..., n]`` int32.
+
+  Example:
+    >>> order = random_permutations(jax.random.key(0), (2, 5))
+    >>> jnp.sort(order).tolist()
+    [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+  """
+  order = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+  return jax.random.permutation(rng, order, axis=-1, independent=True)
+
+
 def chi_norms(rng: Array, num_rows: int, dim: int) -> Array:
-  """Norms of independent vectors of N(0, I_dim): ``[num_rows]`` float32.
+  """Draws norms of independent vectors of N(0, I_dim): ``[num_rows]`` float32.
 
   Example:
     >>> chi_norms(jax.random.key(0), 5, 8).shape
     (5,)
   """
-  gaussian = jax.random.normal(rng, (num_rows, dim), dtype=jnp.float32)
+  gaussian = normal(rng, (num_rows, dim))
   return jnp.sqrt(jnp.sum(jnp.square(gaussian), axis=-1))
 
 
 def check_norms(norms: str) -> None:
-  """ValueError unless `norms` is "chi" or "sqrt_d"."""
-  if norms not in NORMS:
-    raise ValueError(f"norms must be one of {NORMS}, got {norms!r}.")
+  """Raises ValueError unless `norms` is "chi" or "sqrt_d"."""
+  check_choice("norms", norms, NORMS)
 
 
 def row_norms(rng: Array, norms: str, num_rows: int, dim: int) -> Array:
-  """Norms ``[num_rows]``: `chi_norms` for "chi", sqrt(dim) for "sqrt_d"."""
+  """Draws norms of rows.
+
+  Args:
+    rng: PRNG key.
+    norms: "chi" (independent, of the chi law), "sqrt_d" (all sqrt(dim)) or
+      "stratified" (one in each 1/M of the chi law).
+    num_rows: M.
+    dim: degrees of freedom of the chi law.
+
+  Returns:
+    ``[M]`` float32.
+  """
   if norms == "sqrt_d":
     return jnp.full((num_rows,), np.sqrt(dim), jnp.float32)
+  if norms == "stratified":
+    return chi_ppf(stratified_uniforms(rng, num_rows), dim)
   return chi_norms(rng, num_rows, dim)
 
 
-def chi_rows(rng: Array, rows: Array) -> Array:
-  """The directions of `rows` with fresh chi norms: ``[M, H]`` float32.
+def set_norms(rows: Array, norms: Array) -> Array:
+  """Scales nonzero rows ``[M, H]`` to the given norms ``[M]``.
 
-  A zero row, which has no direction (truncated columns can leave one), becomes
-  a Gaussian row.
+  Example:
+    >>> set_norms(jnp.array([[3.0, 4.0]]), jnp.array([10.0])).tolist()
+    [[6.0, 8.0]]
+  """
+  lengths = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
+  return (norms / lengths)[:, None] * rows
+
+
+def chi_rows(rng: Array, rows: Array) -> Array:
+  """Scales rows ``[M, H]`` to independent chi norms: those of Gaussian rows.
+
+  A zero row has no direction and becomes a Gaussian row. (Dropping columns can
+  leave zero rows.)
 
   Example:
     >>> w = chi_rows(jax.random.key(0), jnp.array([[3.0, 0.0], [0.0, 0.0]]))
     >>> bool(w[0, 0] > 0.0), bool(w[0, 1] == 0.0), bool((w[1] != 0.0).all())
     (True, True, True)
   """
-  return rescale_rows(
-    rows, jax.random.normal(rng, rows.shape, dtype=jnp.float32)
-  )
+  return rescale_rows(rows, normal(rng, rows.shape))
 
 
 def rescale_rows(rows: Array, gaussian: Array) -> Array:
-  """The directions of `rows` with the norms of `gaussian`, both ``[M, H]``.
+  """Scales each row to the norm of the same row of `gaussian`: ``[M, H]``.
 
   A zero row becomes the row of `gaussian`. Differentiable in `rows`.
   """
   square = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
   gaussian_square = jnp.sum(jnp.square(gaussian), axis=-1, keepdims=True)
-  # Rounding leaves some 1e-12 of a row whose entries cancel.
+  # A row whose entries cancel has a square of about 1e-12, by rounding.
   nonzero = square > 1e-8
   scale = jnp.sqrt(gaussian_square / jnp.where(nonzero, square, 1.0))
   return jnp.where(nonzero, rows * scale, gaussian)
 
 
 def antithetic_rows(half: Array, num_rows: int) -> Array:
-  """``(B; -B)``, cut to `num_rows`: every row beside its opposite.
+  """Stacks rows and their negatives, ``(B; -B)``, and keeps `num_rows` rows.
 
   Args:
     half: B, ``[ceil(num_rows / 2), H]``.
-    num_rows: M; if odd, the last row has no opposite.
+    num_rows: M; if it is odd, the negative of the last row is left out.
 
   Returns:
     ``[M, H]``.
@@ -109,12 +161,13 @@ def antithetic_rows(half: Array, num_rows: int) -> Array:
 
 
 def chi_ppf(u: Array, dim: int) -> Array:
-  """Inverse cdf of the chi law: the norm of N(0, I_dim) at quantile u.
+  """Inverse cdf of the chi law: the quantile u of the norm of N(0, I_dim).
 
   Six Newton steps in log(r^2 / 2) for the regularised incomplete gamma
-  function, from the Wilson-Hilferty start; the start is floored by a lower
-  bound, without which small u at small dim diverge. Above 1/2 the upper tail
-  is solved for, where 1 - u keeps its digits.
+  function, from the Wilson-Hilferty approximation. A lower bound of the
+  quantile limits the start from below; without it, small u at small dim
+  diverge. Above u = 1/2 the steps solve for the upper tail, where 1 - u has
+  more digits.
 
   Args:
     u: any shape, float32, inside (0, 1).
@@ -132,11 +185,11 @@ def chi_ppf(u: Array, dim: int) -> Array:
   log_gamma = gammaln(a)
   c = 2.0 / (9.0 * dim)
   cubed = 1.0 - c + ndtri(u) * np.float32(np.sqrt(c))
-  floor = jnp.exp((jnp.log(u) + gammaln(a + 1.0)) / a)
-  start = jnp.maximum(a * cubed**3, floor)
+  lower_bound = jnp.exp((jnp.log(u) + gammaln(a + 1.0)) / a)
+  start = jnp.maximum(a * cubed**3, lower_bound)
   upper = u > 0.5
 
-  def newton(_, t):
+  def newton(_: Array, t: Array) -> Array:
     below = gammainc(a, t) - u
     above = (1.0 - u) - gammaincc(a, t)
     slope = jnp.exp(a * jnp.log(t) - t - log_gamma)
@@ -147,14 +200,14 @@ def chi_ppf(u: Array, dim: int) -> Array:
 
 
 def stratified_uniforms(rng: Array, num: int) -> Array:
-  """Uniforms in random order, one inside each cell ((i) / num, (i + 1) / num).
+  """Draws a uniform in each cell (i / num, (i + 1) / num), in random order.
 
-  Each of them alone is uniform. They are midpoints of a grid of at most
-  2**23 cells: strictly inside (0, 1), and never rounded into the next cell.
+  Each number alone is uniform on (0, 1). The numbers are midpoints of a grid of
+  at most 2**23 cells, so none is 0 or 1 or is rounded into the next cell.
 
   Args:
     rng: PRNG key.
-    num: how many, at most 2**22.
+    num: number of uniforms, at most 2**22.
 
   Returns:
     ``[num]`` float32.
@@ -173,13 +226,19 @@ def stratified_uniforms(rng: Array, num: int) -> Array:
 
 
 def next_power_of_two(n: int) -> int:
-  """The least power of two that is not below n.
+  """Returns the least power of two that is at least n.
 
   Example:
     >>> [next_power_of_two(n) for n in (1, 5, 8)]
     [1, 8, 8]
   """
   return 1 << (n - 1).bit_length()
+
+
+def read_only(table: np.ndarray) -> np.ndarray:
+  """Makes a table read-only and returns it: callers share cached tables."""
+  table.setflags(write=False)
+  return table
 
 
 @functools.lru_cache
@@ -190,7 +249,7 @@ def hadamard(n: int) -> np.ndarray:
     n: a power of two.
 
   Returns:
-    ``[n, n]`` float32, numpy, read-only.
+    ``[n, n]`` float32, NumPy, read-only.
 
   Raises:
     ValueError: n is not a power of two.
@@ -204,22 +263,22 @@ def hadamard(n: int) -> np.ndarray:
   table = np.ones((1, 1))
   while len(table) < n:
     table = np.block([[table, table], [table, -table]])
-  return _frozen(table / np.sqrt(n))
+  return read_only((table / np.sqrt(n)).astype(np.float32))
 
 
 @functools.lru_cache
 def simplex(k: int, dim: int) -> np.ndarray:
-  """Unit vectors with the same angle between any two: corners of a simplex.
+  """Unit vectors to the corners of a regular simplex: all angles are equal.
 
-  Inner products are -1 / (k - 1), the least that all pairs can have, and the
-  vectors sum to zero (a single one, k = 1, is the first axis).
+  Inner products are -1 / (k - 1), the least value that all pairs can share, and
+  the vectors sum to zero. A single vector, k = 1, is the first axis.
 
   Args:
-    k: how many, at most dim + 1.
-    dim: of each.
+    k: number of vectors, at most dim + 1.
+    dim: length of each.
 
   Returns:
-    ``[k, dim]`` float32, numpy, read-only.
+    ``[k, dim]`` float32, NumPy, read-only.
 
   Raises:
     ValueError: k is not in 1 .. dim + 1.
@@ -231,29 +290,13 @@ def simplex(k: int, dim: int) -> np.ndarray:
   if not 1 <= k <= dim + 1:
     raise ValueError(f"k must be in 1 .. dim + 1 = {dim + 1}, got {k}.")
   corners = np.zeros((k, dim))
-  if k == 1:
-    corners[0, 0] = 1.0
-    return _frozen(corners)
   # Columns of the Helmert basis: orthonormal, and orthogonal to (1, ..., 1).
   for j in range(1, k):
     corners[:j, j - 1] = 1.0
     corners[j, j - 1] = -j
     corners[:, j - 1] /= np.sqrt(j * (j + 1.0))
-  return _frozen(corners * np.sqrt(k / (k - 1.0)))
-
-
-def simplex_full(dim: int) -> np.ndarray:
-  """The largest `simplex` of R^dim: dim + 1 corners, inner products -1/dim.
-
-  Example:
-    >>> simplex_full(4).shape
-    (5, 4)
-  """
-  return simplex(dim + 1, dim)
-
-
-def _frozen(table: np.ndarray) -> np.ndarray:
-  """Float32 and read-only: it is shared by all who ask for it."""
-  table = table.astype(np.float32)
-  table.setflags(write=False)
-  return table
+  if k == 1:
+    corners[0, 0] = 1.0
+  else:
+    corners *= np.sqrt(k / (k - 1.0))
+  return read_only(corners.astype(np.float32))
