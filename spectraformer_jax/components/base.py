@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from typing_extensions import override
 
 from spectraformer_jax.kernels import KERNELS, check_kernel
 from spectraformer_jax.registry import Registry
+from spectraformer_jax.registry import info_from_options as info_from_options
 from spectraformer_jax.typing import (
   Array,
   ComponentState,
@@ -24,8 +24,6 @@ from spectraformer_jax.typing import (
 )
 
 COMPONENTS = Registry("component")
-
-C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +65,6 @@ class ComponentInfo:
   causal_safe: bool = True
   positional: bool = False
   even: bool = False
-
-
-def info_from_options(
-  facts: Callable[[C], ComponentInfo],
-) -> ComponentInfo:
-  """Makes a property of `facts`, for an `info` that depends on the options.
-
-  The result is typed as the value that reading the property gives: `info` is a
-  class variable in `Component`, which a type checker lets no property replace.
-  """
-  return cast(ComponentInfo, property(facts))
 
 
 @dataclasses.dataclass(frozen=True)
