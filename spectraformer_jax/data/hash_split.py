@@ -8,6 +8,9 @@ import numpy as np
 
 from spectraformer_jax.seeds import check_seed
 
+SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
+"""Shares of the splits for data that have none."""
+
 
 def split_by_content(
   contents: Iterable[bytes], shares: Mapping[str, float], seed: int

@@ -9,9 +9,11 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+from collections.abc import Callable, Iterator, Mapping
 
 from spectraformer_jax.data import find
 from spectraformer_jax.data.cache import cache_root
+from spectraformer_jax.data.readers.reader import Example, TaskFiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,40 @@ def locate(
   path = folder / package.file
   verify(path, package)
   return path
+
+
+def package_files(
+  task: str,
+  package: Package,
+  rows: Callable[[pathlib.Path, str], Iterator[Example]],
+  parts: Mapping[str, int],
+  *,
+  data_dir: str | os.PathLike | None = None,
+  cache_dir: str | os.PathLike | None = None,
+) -> TaskFiles:
+  """Describes the file of a package as the files of a task.
+
+  The checksum is that of the package and does not depend on the path of the
+  file, so that a cached task does not need the file.
+
+  Args:
+    task: name of the task.
+    package: the package of the data.
+    rows: called as ``rows(path, part)``, where path is the package's file.
+    parts: part to its approximate number of rows.
+    data_dir: see :func:`locate`.
+    cache_dir: see :func:`locate`.
+  """
+  if data_dir is not None:
+    locate(task, package, data_dir)  # raises before anything is built
+  return TaskFiles(
+    folder=pathlib.Path(package.file),
+    what=package.file,
+    parts=parts,
+    rows=lambda part: rows(locate(task, package, data_dir, cache_dir), part),
+    checksum=package.sha256[:16],
+    provenance="stand-in",
+  )
 
 
 def verify(path: pathlib.Path, package: Package) -> None:

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spectraformer_jax.data.hash_split import split_by_content
+from spectraformer_jax.data.hash_split import SHARES, split_by_content
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
-
-SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 
 
 @TASKS.register("digits")

