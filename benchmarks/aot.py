@@ -1,4 +1,4 @@
-"""Attention and whole steps compiled for accelerators that are not there.
+"""Compiles attention and training steps for accelerators, without having them.
 
     pip install ".[tpu]" && python -m benchmarks.aot --targets v5e v6e
     pip install ".[cuda]" && python -m benchmarks.aot --targets h100
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
   @property
   def name(self) -> str:
-    """What a row is found by."""
+    """The name that identifies a row."""
     return "/".join(map(str, self))
 
 
@@ -87,7 +87,7 @@ class CompiledCase(NamedTuple):
 
 
 def cases() -> list[Case]:
-  """All programs, in the order of the table."""
+  """Returns all cases, in the order of the table."""
   sizes = ((8, 2**12), (8, 2**16), (1, 2**20))
   found = []
   for target in ("v5e", "v6e", "h100"):
@@ -146,7 +146,7 @@ def compile_case(case: Case) -> CompiledCase:
 
 
 def versions(platform: str) -> str:
-  """Of what a row depends on."""
+  """The versions of the packages that a row depends on."""
   compiler = "libtpu" if platform == "tpu" else "jax-cuda13-plugin"
   return " ".join(
     f"{name}-{importlib.metadata.version(name)}" for name in ("jax", compiler)
@@ -158,7 +158,7 @@ def _mib(count: int) -> float:
 
 
 def _compile_attention(case: Case):
-  """The program of attention alone."""
+  """Returns the program of attention alone."""
   import jax
   import jax.numpy as jnp
 
@@ -205,7 +205,7 @@ def _compile_attention(case: Case):
 
 
 def _compile_step(case: Case):
-  """The training step of the paper's model."""
+  """Returns the training step of the paper's model."""
   import jax
   import jax.numpy as jnp
 
@@ -251,7 +251,7 @@ def _compile_step(case: Case):
 
 
 def devices_of(target: str) -> list:
-  """All devices of a slice, or of the smallest one that can be described."""
+  """All devices of a slice, or of the smallest slice that XLA can describe."""
   from jax.experimental import topologies
 
   from benchmarks import compile_kernels
@@ -280,7 +280,7 @@ def _placer(devices: list):
 
 
 def compile_elsewhere(case: Case) -> CompiledCase:
-  """Compiles one case in a process of its own; a failure is a row, too."""
+  """Compiles one case in a process of its own; a failure becomes a row, too."""
   env = os.environ | {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
@@ -302,7 +302,7 @@ def compile_elsewhere(case: Case) -> CompiledCase:
 
 
 def read_rows(path: pathlib.Path) -> dict[str, CompiledCase]:
-  """Rows by the names of their cases; none where there is no file."""
+  """Reads rows by the names of their cases; none if the file does not exist."""
   if not path.exists():
     return {}
   text = ("case", "versions", "error")
@@ -320,7 +320,7 @@ def read_rows(path: pathlib.Path) -> dict[str, CompiledCase]:
 
 
 def write_rows(path: pathlib.Path, rows: dict[str, CompiledCase]) -> None:
-  """Writes them all, in the order of `cases`."""
+  """Writes all rows, in the order of `cases`."""
   with path.open("w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(CompiledCase._fields)
@@ -331,7 +331,7 @@ def write_rows(path: pathlib.Path, rows: dict[str, CompiledCase]) -> None:
 
 
 def print_table(rows: Sequence[CompiledCase]) -> None:
-  """What matters most, for looking at."""
+  """Prints the most important columns."""
   from rich.console import Console
   from rich.table import Table
 
@@ -385,7 +385,7 @@ def plot(rows: dict[str, CompiledCase], path: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> list[CompiledCase]:
-  """Compiles what is missing, writes, prints; returns the rows."""
+  """Compiles missing cases, writes and prints the rows, and returns them."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

@@ -35,7 +35,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 16384, 65536)
 
 
 def attention_of(form: str, is_causal: bool):
-  """A function of query, key and value ``[B, T, N, H]``."""
+  """Returns a function of query, key and value ``[B, T, N, H]``."""
   import jax
   import jax.numpy as jnp
 
@@ -70,7 +70,7 @@ def attention_of(form: str, is_causal: bool):
 
 
 def measure(case: dict, repeats: int) -> dict:
-  """The figures of one case, in this process."""
+  """Measures one case in this process."""
   import jax
   import jax.numpy as jnp
 
@@ -102,7 +102,7 @@ def measure(case: dict, repeats: int) -> dict:
 
 
 def cases(args: argparse.Namespace) -> list[dict]:
-  """What to measure, short sequences first."""
+  """Returns the cases to measure, short sequences first."""
   found = []
   for length, batch, backward, is_causal, form in itertools.product(
     args.lengths, args.batches, (False, True), (False, True), args.forms
@@ -119,7 +119,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-  """One line per case, with the ratio to the softmax form."""
+  """Prints a line for each case, with its ratio to the softmax form."""
   from rich.console import Console
   from rich.table import Table
 
@@ -145,7 +145,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict], path: str) -> None:
-  """Time and memory against length, for the smallest batch."""
+  """Draws time and memory against length, for the smallest batch."""
   batch = min(row["batch"] for row in rows)
   figures = (("ms", "milliseconds"), ("temp_mib", "temporary memory, MiB"))
   modes = {"bidirectional": False, "causal": True}

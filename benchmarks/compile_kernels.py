@@ -1,4 +1,4 @@
-"""Compiles the Pallas kernels ahead of time, for machines that are not there.
+"""Compiles the Pallas kernels for accelerators, without having them.
 
     python -m benchmarks.compile_kernels --targets=v5e,v6e --csv=compiled.csv
 
@@ -41,7 +41,7 @@ PLATFORMS = {"v5e": "tpu", "v6e": "tpu", "h100": "gpu"}
 
 
 class Result(NamedTuple):
-  """One row; the fields after `is_causal` are None where it failed."""
+  """One row; fields after `is_causal` are None if compilation failed."""
 
   target: str
   head_dim: int
@@ -54,7 +54,7 @@ class Result(NamedTuple):
 
 
 def device_of(target: str):
-  """A device of that kind that cannot run, only be compiled for."""
+  """Returns a described device: programs compile for it, and cannot run."""
   if PLATFORMS[target] == "tpu":
     topology = topologies.get_topology_desc(
       platform="tpu", topology_name=f"{target}:2x2"
@@ -131,7 +131,7 @@ def compile_attention(
 
 
 def _compile(function, arguments, target: str):
-  """The program for one device of that kind."""
+  """Compiles the program for one device of that kind."""
   mesh = Mesh(np.array([device_of(target)]), ("device",))
   sharding = NamedSharding(mesh, PartitionSpec())
   arguments = jax.tree.map(
@@ -142,7 +142,7 @@ def _compile(function, arguments, target: str):
 
 
 def cells(result: Result) -> list[str]:
-  """One line of the table."""
+  """Formats a line of the table."""
   figure = lambda value: "-" if value is None else f"{value:.1f}"
   return [
     result.target,
@@ -169,7 +169,7 @@ HEADER = (
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
-  """Compiles, prints and, if asked to, writes CSV; returns the results."""
+  """Compiles, prints, writes the CSV of --csv; returns the results."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

@@ -44,7 +44,7 @@ _FREE = frozenset(
 
 
 class Operation(NamedTuple):
-  """One line of a computation."""
+  """An operation: one line of a computation."""
 
   name: str
   shape: str
@@ -54,7 +54,7 @@ class Operation(NamedTuple):
 
   @property
   def operands(self) -> list[str]:
-    """Names of what it takes."""
+    """Names of the operands."""
     depth, names = 1, []
     for part in re.findall(r"[()]|%[\w.-]+", self.rest):
       depth += {"(": 1, ")": -1}.get(part, 0)
@@ -65,7 +65,7 @@ class Operation(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """Sums over a program, loops multiplied out.
+  """Sums over a program; the body of a loop counts once for each iteration.
 
   Attributes:
     cycles: the compiler's estimate; 0 where it gives none (on GPUs).
@@ -85,7 +85,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(text: str) -> Cost:
-  """Costs of the text of a compiled program.
+  """Computes the costs of a compiled program from its text.
 
   Args:
     text: `compiled.as_text()`.
@@ -120,7 +120,7 @@ def cost_of(text: str) -> Cost:
 
 
 def _parse(text: str) -> tuple[dict[str, list[Operation]], str]:
-  """The operations of each computation, and the name of the first to run."""
+  """Returns the operations of each computation, and the entry's name."""
   program, entry, current = {}, None, []
   for line in text.splitlines():
     if head := COMPUTATION.match(line):
@@ -135,7 +135,7 @@ def _parse(text: str) -> tuple[dict[str, list[Operation]], str]:
 
 
 def _add(program, name: str, times: int, totals: collections.Counter) -> None:
-  """Adds the costs of a computation that runs that often."""
+  """Adds the costs of a computation that runs `times` times."""
   shapes = {operation.name: operation.shape for operation in program[name]}
   for operation in program[name]:
     if found := CYCLES.search(operation.rest):
@@ -152,7 +152,7 @@ def _add(program, name: str, times: int, totals: collections.Counter) -> None:
 
 
 def _trips(program, operation: Operation, condition: str) -> int:
-  """How often a loop runs: what is written, or its condition's bound."""
+  """The loop's number of iterations: annotated, or its condition's bound."""
   if found := TRIPS.search(operation.rest):
     return int(found[1])
   bounds = [
@@ -203,7 +203,7 @@ def _traffic(program, shapes, operation: Operation) -> int:
 
 
 def _read(program, inside: list[Operation], name: str, whole: int) -> int:
-  """Bytes that a fusion reads of an array: slices count as what they are."""
+  """Bytes that a fusion reads of an array; of a slice, the slice alone."""
   total = 0
   for user in inside:
     for position, operand in enumerate(user.operands):
@@ -227,7 +227,7 @@ def _read(program, inside: list[Operation], name: str, whole: int) -> int:
 
 
 def _updated(program, by_name: dict[str, Operation], name: str) -> int | None:
-  """Bytes that a fusion writes in place; None where it writes all."""
+  """Bytes that a fusion writes in place; None if it writes the whole array."""
   operation = by_name[name]
   if operation.kind == "bitcast":
     return _updated(program, by_name, operation.operands[0])
@@ -241,12 +241,12 @@ def _updated(program, by_name: dict[str, Operation], name: str) -> int | None:
 
 
 def _bytes(shape: str, *, anywhere: bool = False) -> int:
-  """Bytes of all arrays of a shape; `anywhere`: in VMEM as well."""
+  """Bytes of all arrays of a shape; `anywhere` includes arrays in VMEM."""
   return sum(_size(a, anywhere=anywhere) for a in ARRAY.finditer(shape))
 
 
 def _size(array: re.Match, *, anywhere: bool = False) -> int:
-  """Bytes of one array with the padding of its tiles; 0 for those in VMEM."""
+  """Bytes of one array with the padding of its tiles; 0 for arrays in VMEM."""
   dtype, sizes, order, tiling = array.groups()
   if not anywhere and re.search(r"S\([1-9]\d*\)", tiling or ""):
     return 0

@@ -58,7 +58,7 @@ class ListedComponent(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What was found for a row; all None where no formula is known."""
+  """The figures of a row; all None if no formula is known."""
 
   row: ListedComponent
   geo: float | None
@@ -106,7 +106,7 @@ ROWS = (
 def log_relative_errors(
   component: Component, query: jax.Array, key: jax.Array, num_rows: int
 ) -> np.ndarray:
-  """Log of the expected squared error over K^2, of every pair.
+  """Returns the log of the expected squared error over K^2, of every pair.
 
   Args:
     component: of the softmax kernel K.
@@ -131,7 +131,7 @@ def log_relative_errors(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(component, query, key):
-  """Log second moment, mean and softmax kernel of all pairs."""
+  """Returns log second moment, mean and softmax kernel of all pairs."""
   stats = ()
   if component.needs_stats:
     stats = component.solve(component.moments(query, key, None, None))
@@ -147,7 +147,7 @@ def _moments(component, query, key):
 def measure(
   *, num_rows: int, head_dim: int, num_points: int, scale: float, seeds: int
 ) -> list[Result]:
-  """Results of all rows, averaged (geometrically) over seeds."""
+  """Measures all rows; geometric means over seeds."""
   samples = {row.label: [] for row in ROWS}
   for seed in range(seeds):
     query_rng, key_rng = jax.random.split(jax.random.key(seed))
@@ -182,7 +182,7 @@ def _result(row, samples, num_rows, head_dim) -> Result:
 
 
 def verdict(result: Result) -> str:
-  """Whether geo is within tolerance of the reference."""
+  """Compares geo with the reference: "ok", or the factor between them."""
   if result.geo is None:
     return "no formula"
   off = max(result.geo / result.row.geo, result.row.geo / result.geo)
@@ -203,7 +203,7 @@ HEADER = (
 
 
 def cells(result: Result) -> list[str]:
-  """One line of the table."""
+  """Formats a line of the table."""
   figure = lambda value: "-" if value is None else f"{value:.3g}"
   row = result.row
   return [
@@ -220,7 +220,7 @@ def cells(result: Result) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
-  """Measures, prints and, if asked to, writes CSV; returns the results."""
+  """Measures, prints, writes the CSV of --csv; returns the results."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

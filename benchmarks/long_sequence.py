@@ -32,7 +32,7 @@ BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
 
 
 def compile_one(mesh: Mesh, args: argparse.Namespace, is_causal: bool):
-  """The compiled gradient, and the seconds it took."""
+  """Compiles the gradient; returns it and the seconds of compilation."""
   fm = sf.feature_map("posrf", "orf", num_features=args.num_features)
   sizes = {"head_dim": args.head_dim, "num_heads": args.num_heads}
   whole = NamedSharding(mesh, P())

@@ -36,7 +36,7 @@ class Timing(NamedTuple):
 
 
 class Result(NamedTuple):
-  """One row: what ran, and for how long."""
+  """One row: an implementation, and its times."""
 
   implementation: str
   direction: str
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 def time_calls(function: Callable, arguments, repeats: int) -> Timing:
-  """Times a compiled function, after a call that warms up."""
+  """Times a compiled function, after one call without timing."""
   jax.block_until_ready(function(*arguments))
   milliseconds = []
   for _ in range(repeats):
@@ -72,7 +72,7 @@ def measure(
   dtype: str,
   repeats: int,
 ) -> list[Result]:
-  """Times implementations on the same arrays; the first is the yardstick."""
+  """Times implementations on the same arrays; compares with the first."""
   feature_map = sf.feature_map("posrf", "orf", num_features=num_features)
   variables = feature_map.init(
     jax.random.key(0), head_dim=head_dim, num_heads=heads
@@ -122,7 +122,7 @@ def measure(
 
 
 def _relative_difference(actual, expected) -> float:
-  """The largest difference, over the largest value."""
+  """The largest difference over the largest value."""
   actual, expected = (a.astype(jnp.float32) for a in (actual, expected))
   largest = jnp.max(jnp.abs(expected))
   return float(jnp.max(jnp.abs(actual - expected)) / largest)
@@ -142,7 +142,7 @@ HEADER = (
 
 
 def cells(result: Result) -> list[str]:
-  """One line of the table."""
+  """Formats a line of the table."""
   timing = result.timing
   return [
     str(result.length),
@@ -156,7 +156,7 @@ def cells(result: Result) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
-  """Measures, prints and, if asked to, writes CSV; returns the results."""
+  """Measures, prints, writes the CSV of --csv; returns the results."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

@@ -32,7 +32,7 @@ LEAK_PICTURES = 6000
 
 
 def draw(side: int, bars: int, seeding: str, seconds: float) -> tuple:
-  """Pictures, and how many were drawn in a second."""
+  """Draws pictures; returns them and the number drawn in a second."""
   batches, rng = [], np.random.default_rng(0)
   start = time.perf_counter()
   for batch in sample(rng, SETTINGS[side], bars=bars, seeding=seeding):
@@ -46,7 +46,7 @@ def draw(side: int, bars: int, seeding: str, seconds: float) -> tuple:
 
 
 def row(side: int, bars: int, seeding: str, rate: float, pictures, most: int):
-  """A line of the table."""
+  """Measures and formats a line of the table."""
   some = Pictures(*(array[:most] for array in pictures))
   joined, touching = flood.check(some, side)
   pixels = pictures.pixels
@@ -62,7 +62,7 @@ def row(side: int, bars: int, seeding: str, rate: float, pictures, most: int):
 
 
 def leak(pictures) -> str:
-  """How well labels are told from pixels, and from two plain numbers."""
+  """Accuracy of linear models of the pixels, and of two plain numbers."""
   labels = pictures.labels[:LEAK_PICTURES]
   half = len(labels) // 2
   pixels = pictures.pixels[: 2 * half].astype(np.float32) / 255
@@ -88,7 +88,7 @@ def leak(pictures) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:
-  """Runs the command; what was printed."""
+  """Runs the command; returns the printed lines."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--seconds", type=float, default=8, help="for each row")
   parser.add_argument("--flood", type=int, default=3000, help="at most")

@@ -52,19 +52,19 @@ CHECKOUTS = {
 
 
 def peak_mib() -> float:
-  """The most memory held since `forget_peak`."""
+  """Peak memory in MiB since `forget_peak`."""
   return _status("VmHWM")
 
 
 def forget_peak() -> float:
-  """Gives back freed memory and starts a new peak; the memory held now."""
+  """Gives back freed memory and restarts the peak; returns the memory now."""
   ctypes.CDLL(None).malloc_trim(0)
   Path("/proc/self/clear_refs").write_text("5")
   return _status("VmRSS")
 
 
 def _status(name: str) -> float:
-  """A line of /proc/self/status in MiB."""
+  """Reads a line of /proc/self/status, in MiB."""
   for line in Path("/proc/self/status").read_text().splitlines():
     if line.startswith(name):
       return int(line.split()[1]) / 1024
@@ -72,7 +72,7 @@ def _status(name: str) -> float:
 
 
 def ours(form: str, case: dict) -> Callable[[], None]:
-  """A call that returns when its results are there."""
+  """Makes a call of a JAX form that waits for its results."""
   import jax
   import jax.numpy as jnp
 
@@ -85,7 +85,7 @@ def ours(form: str, case: dict) -> Callable[[], None]:
 
 
 def _jitted(jax, jnp, attention, shape, backward) -> Callable[[], None]:
-  """Compiles at the first call."""
+  """Runs the form; compiles at the first call."""
   inputs = tuple(jax.random.normal(jax.random.key(1), shape))
   function = attention
   if backward:
@@ -96,7 +96,7 @@ def _jitted(jax, jnp, attention, shape, backward) -> Callable[[], None]:
 
 
 def favor(case: dict, file: str) -> Callable[[], None]:
-  """Google's FAVOR+, features drawn once."""
+  """Returns Google's FAVOR+, with features drawn once."""
   import jax
   import jax.numpy as jnp
 
@@ -112,7 +112,7 @@ def favor(case: dict, file: str) -> Callable[[], None]:
 
 
 def in_torch(form: str, case: dict, paths: dict) -> Callable[[], None]:
-  """The same for a form written in torch, ``[B, N, T, H]``."""
+  """Makes a call of a form in torch, on inputs ``[B, N, T, H]``."""
   import torch
 
   torch.manual_seed(0)
@@ -136,7 +136,7 @@ def in_torch(form: str, case: dict, paths: dict) -> Callable[[], None]:
 
 
 def torch_attention(form: str, is_causal: bool, paths: dict) -> Callable:
-  """A function of query, key and value ``[B, N, T, H]``."""
+  """Returns a function of query, key and value ``[B, N, T, H]``."""
   import torch
 
   if form == "torch_softmax":
@@ -226,7 +226,7 @@ def _official(path: str) -> None:
 
 
 def _load(name: str, path: Path):
-  """A module from its file."""
+  """Imports a module from its file."""
   spec = importlib.util.spec_from_file_location(name, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -234,7 +234,7 @@ def _load(name: str, path: Path):
 
 
 def call_of(case: dict, paths: dict) -> tuple[Callable[[], None], str]:
-  """What to time, and the version of what it runs on."""
+  """Returns the call to time, and the version of its framework."""
   form = case["form"]
   if "task" in case and form == "spectral":
     call = train_step.make_call(case["task"], case["pair"])
@@ -251,7 +251,7 @@ def call_of(case: dict, paths: dict) -> tuple[Callable[[], None], str]:
 
 
 def measure(case: dict, repeats: int, paths: dict) -> dict:
-  """The figures of one case, in this process."""
+  """Measures one case in this process."""
   processes.use_cores(case["threads"])
   if case["keep_freed"]:
     from spectraformer_jax.train.devices.host_memory import keep_freed_memory
@@ -273,7 +273,7 @@ def measure(case: dict, repeats: int, paths: dict) -> dict:
 
 
 def cases(args: argparse.Namespace, paths: dict) -> list[dict]:
-  """What to measure, short sequences first."""
+  """Returns the cases to measure, short sequences first."""
   common = {"threads": args.threads, "keep_freed": args.keep_freed}
   if args.steps:
     forms = ["spectral"] + ["official"] * bool(paths["spectraformer"])
@@ -307,7 +307,7 @@ def cases(args: argparse.Namespace, paths: dict) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-  """One line per case, with its CPU time over ours."""
+  """Prints a line for each case, with its CPU time over ours."""
   from rich.console import Console
   from rich.table import Table
 
@@ -334,7 +334,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict], path: str) -> None:
-  """CPU time of attention against length, for the smallest batch."""
+  """Draws CPU time of attention against length, for the smallest batch."""
   from benchmarks.pictures import attention_panel, draw_lines
 
   batch = min(row["batch"] for row in rows)

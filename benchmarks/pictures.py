@@ -1,9 +1,9 @@
-"""Pictures of what the scripts beside this one have measured."""
+"""Pictures of the benchmarks' measurements."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Told apart in grey and by those who see few colours.
+# Looks that differ in grey, and with any colour vision.
 _STYLES = (
   ("#0072B2", "o", "-"),
   ("#E69F00", "s", "--"),
@@ -19,11 +19,11 @@ class Panel(NamedTuple):
   """One pair of axes, both logarithmic.
 
   Attributes:
-    lines: name to points (x, y); those without points are left out.
-    x: what is along it.
-    y: what is along it.
-    title: above it.
-    notes: for the legend of this panel, behind some names.
+    lines: name -> points (x, y); lines without points are left out.
+    x: label of the x axis.
+    y: label of the y axis.
+    title: above the panel.
+    notes: name -> text behind the name in this panel's legend.
   """
 
   lines: dict[str, Sequence[tuple[float, float]]]
@@ -45,10 +45,10 @@ def attention_panel(
 
   Args:
     rows: with form, length, the keys of `case`, and `figure`.
-    figure: what is drawn; from 0.01 on, since 0 has no logarithm.
-    y: its name and unit.
+    figure: name of the figure; drawn from 0.01 on, since 0 has no logarithm.
+    y: name and unit of the figure.
     title: of the panel.
-    **case: is_causal, backward and batch of the rows that are drawn.
+    **case: is_causal, backward and batch of the rows to draw.
   """
   lines = {row["form"]: [] for row in rows}
   for row in rows:

@@ -1,4 +1,4 @@
-"""Cases timed alone or in turn, each in its own process, kept in a CSV."""
+"""Times cases alone or in turn, each in its own process, into a CSV."""
 
 import contextlib
 import csv
@@ -24,21 +24,21 @@ def measure_missing(
   *,
   compared: str | None = None,
 ) -> list[dict]:
-  """Measures what the CSV lacks, with a bar.
+  """Measures the cases that the CSV lacks, under a progress bar.
 
   Args:
     module: runs as ``python -m module --one CASE ARGUMENTS``, and prints a JSON
       object with the figures in its last line.
-    path: of the CSV; written as figures come.
+    path: of the CSV; written row by row.
     cases: all with the same keys.
-    figures: names of what is measured.
+    figures: names of the measured figures.
     arguments: more flags for each process.
-    compared: a key. Cases that differ in it alone are timed in turn, a call of
-      each at a time, since the speed of a machine may change by more than they
-      differ; see `median_times`.
+    compared: a key. Cases that differ in this key alone are timed in turn, a
+      call of each at a time, since the speed of a machine may change by more
+      than the cases differ; see `median_times`.
 
   Returns:
-    Rows of the CSV, old and new; those that failed are named and left out.
+    Rows of the CSV, old and new. Cases that fail are printed and left out.
   """
   from rich.progress import Progress
 
@@ -72,7 +72,7 @@ def measure_missing(
 
 
 def _groups(cases: Sequence[dict], compared: str | None) -> list[list[dict]]:
-  """Cases that differ in `compared` alone, together; without it each alone."""
+  """Groups cases that differ in `compared` alone; None: each case alone."""
   groups = {}
   for case in cases:
     same = {key: value for key, value in case.items() if key != compared}
@@ -81,7 +81,7 @@ def _groups(cases: Sequence[dict], compared: str | None) -> list[list[dict]]:
 
 
 def _run_in_turn(commands: Sequence[list[str]]) -> list["_Run"]:
-  """Runs each to its end; once all ask for turns, one works at a time."""
+  """Runs all to their ends; once all ask for turns, one works at a time."""
   runs, waiting = [], []
   with contextlib.ExitStack() as cleanup:
     for command in commands:
@@ -109,7 +109,7 @@ class _Run:
     self.last = self.errors = ""
 
   def until_turn(self) -> bool:
-    """Waits until it asks for a turn: True, or ends: False."""
+    """Waits for the process: True if it asks for a turn, False if it ends."""
     for line in self.process.stdout:
       if line == _TURN:
         return True
@@ -118,14 +118,14 @@ class _Run:
     return False
 
   def take_turn(self) -> bool:
-    """Lets it work for one turn, and waits as `until_turn` does."""
+    """Lets the process work for one turn, then waits like `until_turn`."""
     with contextlib.suppress(BrokenPipeError):  # it has died
       self.process.stdin.write("\n")
       self.process.stdin.flush()
     return self.until_turn()
 
   def end(self) -> None:
-    """Kills it if it still runs, and keeps what it said of errors."""
+    """Kills the process if it still runs, and keeps its stderr."""
     self.process.kill()
     self.process.communicate()
     with self._stderr:
@@ -134,7 +134,7 @@ class _Run:
 
 
 def use_cores(count: int) -> None:
-  """Keeps this process to that many cores; call it before jax counts them.
+  """Keeps this process on that many cores; call it before JAX counts them.
 
   XLA's own flags for one thread do not hold back all of its threads.
 
@@ -151,7 +151,7 @@ def use_cores(count: int) -> None:
 
 
 def read(path: str) -> list[dict]:
-  """Rows of a CSV that `measure_missing` wrote; none if there is no file."""
+  """Reads the CSV of `measure_missing`; no rows if it does not exist."""
   if not Path(path).exists():
     return []
   with Path(path).open() as file:
@@ -162,12 +162,12 @@ def read(path: str) -> list[dict]:
 
 
 def _cell(value: object) -> str:
-  """A string as it is, all else in JSON."""
+  """Formats a value: a string as it is, all else in JSON."""
   return value if isinstance(value, str) else json.dumps(value)
 
 
 def _value(cell: str) -> object:
-  """What `_cell` wrote; a string that looks like JSON does not come back."""
+  """Reads a cell; a string that looks like JSON comes back as its value."""
   try:
     return json.loads(cell)
   except json.JSONDecodeError:
@@ -182,16 +182,16 @@ def median_times(
   in_turn: bool = False,
   settle_s: float = 0.5,
 ) -> tuple[float, float]:
-  """Median wall and CPU seconds (of all threads) of a call.
+  """Returns median wall and CPU seconds (of all threads) of a call.
 
   Args:
-    call: returns when its results are there; it has run once before.
-    repeats: how often it runs.
-    enough_s: it runs no more once it took so long in all, but thrice at least.
-    in_turn: before each run, ask the process that started this one, which is
-      `measure_missing`.
-    settle_s: in each turn it first runs so long untimed, unless one run takes
-      that time: where others freed GiB, the kernel is still busy with them.
+    call: waits for its results; has run once before.
+    repeats: number of timed runs.
+    enough_s: stops after this many seconds in all, but not before three runs.
+    in_turn: whether to ask the parent process, `measure_missing`, for a turn
+      before each run.
+    settle_s: seconds of untimed runs at the start of each turn, unless one run
+      takes longer: while another process frees memory, the kernel is busy.
   """
   wall, cpu = [], []
   for _ in range(repeats):
@@ -210,7 +210,7 @@ def median_times(
 
 
 def _run_for(call: Callable[[], object], seconds: float) -> None:
-  """Runs it until so much time has gone."""
+  """Repeats a call for that many seconds."""
   end = time.perf_counter() + seconds
   while time.perf_counter() < end:
     call()

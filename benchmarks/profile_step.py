@@ -35,7 +35,7 @@ TOP = 10
 
 
 def part_of(name: str) -> str:
-  """The part of the model that an operation of this name belongs to.
+  """Returns the part of the model that an operation belongs to, by its name.
 
   Example:
     >>> part_of("jit(train_step)/jvp(Classifier)/encoder/layer_0/Dropout_0/mul")
@@ -45,7 +45,7 @@ def part_of(name: str) -> str:
 
 
 def pass_of(name: str) -> str:
-  """The pass that it belongs to.
+  """Returns the pass that an operation belongs to, by its name.
 
   Example:
     >>> pass_of("jit(train_step)/transpose(jvp(Classifier))/norm/reduce_sum")
@@ -59,7 +59,7 @@ def pass_of(name: str) -> str:
 
 
 def trace(task: str, pair: str, steps: int) -> tuple[dict, dict]:
-  """Milliseconds a step of each operation, and what the program calls it."""
+  """Milliseconds of each operation in a step, and its name in the program."""
   import jax
 
   from spectraformer_jax import data

@@ -32,7 +32,7 @@ def seconds(function, *inputs, repeats: int = 15) -> float:
 
 
 def parts() -> list[tuple]:
-  """Name, function, shapes, operations."""
+  """Yields name, function, shapes and number of operations of each part."""
   import jax
   import jax.numpy as jnp
 
@@ -106,7 +106,7 @@ def parts() -> list[tuple]:
 
 
 def measure() -> tuple[float, float, list[tuple]]:
-  """Peak and bandwidth per second, and rows of the table."""
+  """Measures the peak, the bandwidth per second, and rows of the table."""
   import jax
   import jax.numpy as jnp
 
@@ -132,7 +132,7 @@ def measure() -> tuple[float, float, list[tuple]]:
 
 
 def main() -> None:
-  """Prints the table, and draws it."""
+  """Prints the table, and draws it for --plot."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

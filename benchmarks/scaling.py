@@ -29,7 +29,7 @@ BATCH = 2
 
 
 def attention(sizes: dict, is_causal: bool):
-  """A jitted gradient and its inputs."""
+  """Returns a jitted gradient and its inputs."""
   import jax
   import jax.numpy as jnp
 
@@ -52,7 +52,7 @@ def attention(sizes: dict, is_causal: bool):
 
 
 def training_step(sizes: dict):
-  """A call that takes the loop's next step, and its inputs: none."""
+  """Returns a call that takes the loop's next step, and no inputs."""
   import numpy as np
 
   import spectraformer_jax as sf
@@ -85,7 +85,7 @@ def training_step(sizes: dict):
 
 
 def measure(case: dict, repeats: int) -> dict:
-  """CPU milliseconds of one case, in this process."""
+  """Measures CPU milliseconds of one case in this process."""
   import jax
 
   sizes = BASE | {case["axis"]: case["size"]}
@@ -104,7 +104,7 @@ def measure(case: dict, repeats: int) -> dict:
 
 
 def lines(rows: list[dict]) -> dict[tuple[str, str], list[tuple[int, float]]]:
-  """(axis, form) -> sizes and times."""
+  """Groups rows: (axis, form) -> sizes and times."""
   return {
     (axis, form): sorted(
       (row["size"], row["cpu_ms"])
@@ -126,7 +126,7 @@ def exponent(points: list[tuple[int, float]]) -> float:
 
 
 def plot(found: dict, path: str) -> None:
-  """A panel for each axis."""
+  """Draws a panel for each axis."""
   from benchmarks.pictures import Panel, draw_lines
 
   def panel(axis):

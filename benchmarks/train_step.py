@@ -28,7 +28,7 @@ PAIRS = ("posrf-orf", "oprf-orf", "oprf-mm", "trigrf-orf")
 
 
 def prepare(task: str, pair: str, remat: bool = False) -> tuple:
-  """The step, its state and dropout key, the data and batch size."""
+  """Returns the step, its state and dropout key, the data and batch size."""
   import numpy as np
 
   import spectraformer_jax as sf
@@ -49,7 +49,7 @@ def prepare(task: str, pair: str, remat: bool = False) -> tuple:
 
 
 def first_step(model, feature_map) -> tuple:
-  """The training loop's step, jitted, its first state and the dropout key."""
+  """Returns the jitted step, its first state and the dropout key."""
   import functools
 
   import jax
@@ -70,7 +70,7 @@ def first_step(model, feature_map) -> tuple:
 
 
 def make_call(task: str, pair: str) -> Callable[[], None]:
-  """One step on one batch, for `peers.py`; it compiles at the first call."""
+  """Returns a step on one batch, for `peers.py`; compiles at its first call."""
   import jax
 
   from spectraformer_jax import data
@@ -87,7 +87,7 @@ def make_call(task: str, pair: str) -> Callable[[], None]:
 
 
 def measure(case: argparse.Namespace) -> dict:
-  """The figures of one case, in this process."""
+  """Measures one case in this process."""
   from benchmarks.processes import use_cores
 
   if case.threads:
@@ -126,7 +126,7 @@ def measure(case: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-  """Measures each case in a child and prints the table."""
+  """Measures each case in a child process and prints the table."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

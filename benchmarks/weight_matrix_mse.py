@@ -52,14 +52,14 @@ REFERENCE_DIM = 32
 
 
 class ListedMatrix(NamedTuple):
-  """A weight matrix with options, and what it is held to.
+  """A weight matrix with options, and its reference.
 
   Attributes:
-    matrix: its name.
+    matrix: name of the matrix.
     options: of the matrix.
     reference: name of the reference row, "" if there is none.
-    note: what to know, printed below the table.
-    excepted: columns that may be off, for the reason that `note` gives.
+    note: printed below the table.
+    excepted: columns that may differ from the reference; `note` says why.
   """
 
   matrix: str
@@ -86,7 +86,7 @@ class Result(NamedTuple):
 
 
 def read_rows() -> list[ListedMatrix]:
-  """What is compared, in the order of the table."""
+  """Reads the compared matrices, in the order of the table."""
   with open(FOLDER / "weight_matrix_rows.csv", newline="") as file:
     return [
       ListedMatrix(
@@ -100,7 +100,7 @@ def read_rows() -> list[ListedMatrix]:
 
 
 def read_reference() -> dict[tuple[str, int], np.ndarray]:
-  """Ratios ``[4]`` by the name of the row and M."""
+  """Reads reference ratios ``[4]`` by the name of the row and M."""
   with open(FOLDER / "weight_matrix_reference.csv", newline="") as file:
     return {
       (line["reference"], int(line["M"])): np.array(
@@ -113,7 +113,7 @@ def read_reference() -> dict[tuple[str, int], np.ndarray]:
 def draw_rows(
   matrix: WeightMatrix, rng: jax.Array, num_rows: int, head_dim: int
 ):
-  """A `WeightSample` of new parameters (a learner's) and a new draw."""
+  """Draws a `WeightSample`; learnt matrices get new parameters."""
   init_rng, draw_rng = jax.random.split(rng)
   law = get_row_law("gaussian")
   return matrix.rows(
@@ -125,7 +125,7 @@ def draw_rows(
 def error_ratios(
   matrix: WeightMatrix, num_rows: int, *, head_dim: int, pairs: int, draws: int
 ) -> np.ndarray:
-  """Squared errors over the variance of iid rows, averaged over pairs.
+  """Returns squared errors over the variance of iid rows, means over pairs.
 
   Args:
     matrix: W.
@@ -179,7 +179,7 @@ def measure(
   pairs: int,
   draws: int,
 ):
-  """Yields the `Result` of each row and size that fit."""
+  """Yields the `Result` of each possible row and size."""
   references = read_reference() if head_dim == REFERENCE_DIM else {}
   for row in rows:
     matrix = WEIGHT_MATRICES.build(row.matrix, row.options)
@@ -214,7 +214,7 @@ def outside(result: Result) -> list[str]:
 
 
 def verdict(result: Result) -> str:
-  """Which columns are outside tolerance, and whether that has a reason."""
+  """Names the columns outside tolerance, and whether `note` explains them."""
   if np.isnan(result.reference).any():
     return "no reference"
   off = outside(result)
@@ -225,7 +225,7 @@ def verdict(result: Result) -> str:
 
 
 def summary(lines: Sequence[Sequence[str]]) -> str:
-  """How many lines of the table of ratios got which verdict."""
+  """Counts the lines of the table of ratios by verdict."""
   counts = collections.Counter(line[-1].partition(":")[0] for line in lines[1:])
   return (
     f"{len(lines) - 1} lines: {counts['ok']} within tolerance, "
@@ -237,7 +237,7 @@ def summary(lines: Sequence[Sequence[str]]) -> str:
 def draw_milliseconds(
   matrix: WeightMatrix, num_rows: int, head_dim: int, heads: int
 ) -> float:
-  """Least of ten times that all heads' rows take, compiled."""
+  """Returns the least of ten times of drawing all heads' rows, compiled."""
 
   @jax.jit
   def draw(rng):
@@ -288,7 +288,7 @@ def compare_errors(results: Iterable[Result]) -> Iterator[list[str]]:
 
 
 def _print_table(lines):
-  """A Markdown table whose figures stand to the right."""
+  """Formats a Markdown table with figures to the right."""
   table = Table(box=box.MARKDOWN)
   for name in lines[0]:
     left = name in ("matrix", "verdict")
@@ -299,7 +299,7 @@ def _print_table(lines):
 
 
 def main(argv: Sequence[str] | None = None) -> list[list[str]]:
-  """Measures, prints and, if asked to, writes CSV.
+  """Measures, prints, and writes the CSV of --csv.
 
   Returns:
     The table as printed, the header first.
