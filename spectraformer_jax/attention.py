@@ -245,11 +245,7 @@ def _spectral_attention(
       options,
       feature_map.prepare(variables, stats),
       initial_state,
-      query,
-      key,
-      value,
-      key_mask,
-      segment_ids,
+      AttentionArrays(query, key, value, *masks),
     )
     longest = feature_map.component.longest
     if longest is not None and initial_state is not None:

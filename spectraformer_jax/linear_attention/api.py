@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from spectraformer_jax import checks, meshes
+from spectraformer_jax.checks import AttentionArrays
 from spectraformer_jax.linear_attention.empty import attend_empty
 from spectraformer_jax.linear_attention.implementations import (
   names_of,
@@ -25,23 +27,28 @@ from spectraformer_jax.linear_attention.state import (
   empty_state,
   with_rest,
 )
-from spectraformer_jax.typing import Array, PyTree
+from spectraformer_jax.typing import Array, Mask, PyTree, SegmentIds
 
 
-# `return_state` decides the type of the result.
+class LinearOptions(TypedDict, total=False):
+  """Keyword arguments of `linear_attention`, except `return_state`."""
+
+  is_causal: bool
+  key_mask: Mask
+  segment_ids: SegmentIds | None
+  initial_state: State | None
+  chunk_size: int | None
+  implementation: str | Sequence[str] | None
+
+
 @overload
 def linear_attention(
   query_features: Array,
   key_features: Array,
   value: Array,
   *,
-  is_causal: bool = False,
-  key_mask: Array | None = None,
-  segment_ids: Array | tuple[Array, Array] | None = None,
-  initial_state: State | None = None,
   return_state: Literal[False] = False,
-  chunk_size: int | None = None,
-  implementation: str | Sequence[str] | None = None,
+  **options: Unpack[LinearOptions],
 ) -> Array: ...
 
 
@@ -51,29 +58,26 @@ def linear_attention(
   key_features: Array,
   value: Array,
   *,
-  is_causal: bool = False,
-  key_mask: Array | None = None,
-  segment_ids: Array | tuple[Array, Array] | None = None,
-  initial_state: State | None = None,
   return_state: Literal[True],
-  chunk_size: int | None = None,
-  implementation: str | Sequence[str] | None = None,
+  **options: Unpack[LinearOptions],
 ) -> tuple[Array, State]: ...
 
 
 def linear_attention(
-  query_features: Array,
-  key_features: Array,
-  value: Array,
+  query_features: Float[Array, "B T NG F"],
+  key_features: Float[Array, "B S N F"],
+  value: Float[Array, "B S N V"],
   *,
   is_causal: bool = False,
-  key_mask: Array | None = None,
-  segment_ids: Array | tuple[Array, Array] | None = None,
+  key_mask: Bool[Array, "B S"] | None = None,
+  segment_ids: Int[Array, "B T"]
+  | tuple[Int[Array, "B T"], Int[Array, "B S"]]
+  | None = None,
   initial_state: State | None = None,
   return_state: bool = False,
   chunk_size: int | None = None,
   implementation: str | Sequence[str] | None = None,
-) -> Array | tuple[Array, State]:
+) -> Float[Array, "B T NG V"] | tuple[Float[Array, "B T NG V"], State]:
   r"""Computes normalized linear attention on given features, in O(T).
 
   .. math::
@@ -155,15 +159,10 @@ def linear_attention(
     implementation=names_of(implementation),
     is_signed=False,
   )
-  out, state = _linear_attention(
-    options,
-    initial_state,
-    query_features,
-    key_features,
-    value,
-    key_mask,
-    segment_ids,
+  arrays = AttentionArrays(
+    query_features, key_features, value, key_mask, None, segment_ids
   )
+  out, state = _linear_attention(options, initial_state, arrays)
   return (out, state) if return_state else out
 
 
@@ -188,13 +187,7 @@ class AttendOptions:
 
 @functools.partial(jax.jit, static_argnames=("options",))
 def _linear_attention(
-  options: AttendOptions,
-  initial_state: State | None,
-  query: Array,
-  key: Array,
-  value: Array,
-  key_mask: Array | None,
-  segment_ids: Array | tuple[Array, Array] | None,
+  options: AttendOptions, initial_state: State | None, arrays: AttentionArrays
 ) -> tuple[Array, State | None]:
   """Computes `linear_attention` of checked arguments."""
 
@@ -202,21 +195,19 @@ def _linear_attention(
     query: Array,
     key: Array,
     value: Array,
-    constants: tuple,
+    constants: tuple[()],
     initial_state: State | None,
     masks: tuple,
   ) -> tuple[Array, State | None]:
-    arrays = query, key, value, *masks
-    return attend(_PLAIN, options, constants, initial_state, *arrays)
+    arrays = AttentionArrays(query, key, value, *masks)
+    return attend(_PLAIN, options, constants, initial_state, arrays)
 
   return meshes.on_shards(
     on_one_device,
-    query,
-    key,
-    value,
+    *arrays[:3],
     by_head=(),
     by_row=initial_state,
-    by_example=(key_mask, segment_ids),
+    by_example=arrays[3:],
   )
 
 
@@ -229,18 +220,14 @@ def _plain(constants: PyTree, x: Array, position: Array) -> PlainFeatures:
 _PLAIN = Maps(_plain, _plain)
 
 
-# Jitted, so that calls outside of jit are compiled once as well.
+# Jitted, so that layers of equal shapes are traced once.
 @functools.partial(jax.jit, static_argnames=("maps", "options"))
 def attend(
   maps: Maps,
   options: AttendOptions,
   constants: PyTree,
   initial_state: State | None,
-  query: Array,
-  key: Array,
-  value: Array,
-  key_mask: Array | None,
-  segment_ids: Array | tuple[Array, Array] | None,
+  arrays: AttentionArrays,
 ) -> tuple[Array, State | None]:
   """Maps and attends.
 
@@ -249,16 +236,13 @@ def attend(
     options: see `AttendOptions`.
     constants: variables of the maps; they take gradients.
     initial_state: see `linear_attention`.
-    query: ``[B, T, N G, H]``: G queries share a key head.
-    key: ``[B, S, N, H]``.
-    value: ``[B, S, N, V]``.
-    key_mask: see `linear_attention`.
-    segment_ids: see `linear_attention`.
+    arrays: see `AttentionArrays`; `query_mask` is not used.
 
   Returns:
     ``[B, T, N G, V]`` in value's dtype and, with `return_state`, the state
     after all keys (else None).
   """
+  query, key, value, key_mask, _, segment_ids = arrays
   checks.check_key_mask(key_mask, key)
   if options.chunk_size is not None:
     checks.check_positive_int("chunk_size", options.chunk_size)

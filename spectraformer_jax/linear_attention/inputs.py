@@ -33,6 +33,10 @@ class Maps(NamedTuple):
   key: FeatureFn
 
 
+# Key, value and key mask, see `Inputs`.
+KeyArrays = tuple[Array, Array, Array | None]
+
+
 class Inputs(NamedTuple):
   """The arrays of one call.
 
@@ -50,6 +54,11 @@ class Inputs(NamedTuple):
   value: Array
   key_mask: Array | None
   segment_ids: tuple[Array, Array] | None
+
+  @property
+  def keys(self) -> KeyArrays:
+    """The arrays of keys."""
+    return self.key, self.value, self.key_mask
 
 
 class Call(NamedTuple):

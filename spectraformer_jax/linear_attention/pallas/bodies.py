@@ -10,13 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention.exponents import (
-  KEY_EXPONENT,
-  LOWEST,
-  QUERY_EXPONENT,
-  power_of_two,
-  split,
-)
+from spectraformer_jax.linear_attention import exponents
 from spectraformer_jax.linear_attention.normalize import divide
 from spectraformer_jax.typing import Array
 
@@ -96,7 +90,7 @@ def causal_chunk(
 def empty_like(sums: HeadState) -> HeadState:
   """Returns the sums before any key."""
   kv, total = jnp.zeros_like(sums.kv), jnp.zeros_like(sums.total)
-  return HeadState(kv, total, jnp.full_like(sums.exponent, LOWEST))
+  return HeadState(kv, total, jnp.full_like(sums.exponent, exponents.LOWEST))
 
 
 def join(a: HeadState, b: HeadState) -> HeadState:
@@ -114,12 +108,12 @@ def _key_features(
   exponent: Array,
 ) -> tuple[Array, Array]:
   """Returns features ``[C, F]``, and the exponent ``[1, F]`` divided out."""
-  features, own = split(key_map(constants, key), jnp.exp)
-  visible = own if mask is None else jnp.where(mask, own, LOWEST)
+  features, own = exponents.split(key_map(constants, key), jnp.exp)
+  visible = own if mask is None else jnp.where(mask, own, exponents.LOWEST)
   exponent = jax.lax.stop_gradient(exponent)
   exponent = jnp.maximum(exponent, jnp.max(visible, axis=0, keepdims=True))
   below = jnp.minimum(own - exponent, 0.0)
-  features = features * power_of_two(below + KEY_EXPONENT)
+  features = features * exponents.power_of_two(below + exponents.KEY_EXPONENT)
   if mask is not None:
     features = jnp.where(mask, features, 0.0)
   return features, exponent
@@ -129,15 +123,15 @@ def _query_features(
   query_map: LogMap, constants: Sequence[Array], query: Array, exponent: Array
 ) -> Array:
   """Returns features ``[C, F]`` of queries for sums of that exponent."""
-  features, own = split(query_map(constants, query), jnp.exp)
+  features, own = exponents.split(query_map(constants, query), jnp.exp)
   own = own + jax.lax.stop_gradient(exponent)
   below = own - jnp.max(own, axis=1, keepdims=True)
-  return features * power_of_two(below + QUERY_EXPONENT)
+  return features * exponents.power_of_two(below + exponents.QUERY_EXPONENT)
 
 
 def _rescale(sums: HeadState, exponent: Array) -> HeadState:
   """Returns the same sums, relative to a larger exponent."""
-  factor = power_of_two(sums.exponent - exponent)
+  factor = exponents.power_of_two(sums.exponent - exponent)
   return HeadState(sums.kv * factor, sums.total * factor, exponent)
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention import derivatives, leaves
-from spectraformer_jax.linear_attention.inputs import Call
+from spectraformer_jax.linear_attention.inputs import Call, KeyArrays
 from spectraformer_jax.linear_attention.platforms import current_platform
 from spectraformer_jax.linear_attention.state import (
   JoinedState,
@@ -30,14 +30,11 @@ from spectraformer_jax.linear_attention.state import (
 )
 from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.linear_attention.xla import blocks, chunks
-from spectraformer_jax.linear_attention.xla.blocks import Blocks
 from spectraformer_jax.linear_attention.xla.chunks import Pass, Saved
 from spectraformer_jax.linear_attention.xla.plan import plan_blocks
 from spectraformer_jax.linear_attention.xla.products import EXACT, FAST
 from spectraformer_jax.typing import Array, PyTree
 
-# Key, value and key mask.
-_Keys = tuple[Array, Array, Array | None]
 # The gradients of a loop so far: of constants, key and value; and of constants,
 # sums and query.
 _KeyGradients = tuple[list[Array], Array, Array]
@@ -54,20 +51,23 @@ def accumulate(call: Call) -> State:
     functools.partial(_sum_backward, cut, how),
     functools.partial(_sum, cut, how._replace(products=EXACT)),
   )
-  keys = inputs.key, inputs.value, inputs.key_mask
-  return part(run(*alike(call.constants, join(call.state), keys)))
+  return part(run(*alike(call.constants, join(call.state), inputs.keys)))
 
 
 def _sum(
-  cut: Blocks, how: Pass, constants: PyTree, state: JoinedState, keys: _Keys
+  cut: blocks.Blocks,
+  how: Pass,
+  constants: PyTree,
+  state: JoinedState,
+  keys: KeyArrays,
 ) -> tuple[JoinedState, Array]:
   """Returns the state after all keys; the backward pass gets its exponent."""
   start, length = state.length, keys[0].shape[1]
-  padded = blocks.pad_keys(*keys, cut.length)
+  padded = blocks.pad_keys(keys, cut.length)
 
   def step(state: JoinedState, index: Array) -> tuple[JoinedState, None]:
     place = cut.place(index)
-    block = cut.take_keys(*padded, place, start)
+    block = cut.take_keys(padded, place, start)
     of_rows = cut.rows((constants, state), place)
     return cut.write_rows(
       state, chunks.add_keys(how, *of_rows, block), place
@@ -78,24 +78,24 @@ def _sum(
 
 
 def _sum_backward(
-  cut: Blocks,
+  cut: blocks.Blocks,
   how: Pass,
-  primals: tuple[PyTree, JoinedState, _Keys],
+  primals: tuple[PyTree, JoinedState, KeyArrays],
   exponent: Array,
   gradient: JoinedState,
-) -> tuple[PyTree, JoinedState, _Keys]:
+) -> tuple[PyTree, JoinedState, KeyArrays]:
   """Returns the gradients of each block's own contribution to the sums.
 
   Relative to the final exponent contributions are added without rescaling, so
   blocks are independent.
   """
   constants, state, keys = primals
-  padded = blocks.pad_keys(*keys, cut.length)
+  padded = blocks.pad_keys(keys, cut.length)
 
   def step(carry: _KeyGradients, index: Array) -> tuple[_KeyGradients, None]:
     d_floats, d_key, d_value = carry
     place = cut.place(index)
-    block = cut.take_keys(*padded, place, state.length)
+    block = cut.take_keys(padded, place, state.length)
     of_rows = cut.rows((constants, exponent, gradient.linear), place)
     d_rows, d_block_key, d_block_value = chunks.add_keys_vjp(
       how, *of_rows[:2], block, of_rows[2]
@@ -136,7 +136,7 @@ def read(call: Call, position: Array) -> Array:
 
 
 def _read(
-  cut: Blocks,
+  cut: blocks.Blocks,
   dtype: jnp.dtype,
   how: Pass,
   constants: PyTree,
@@ -164,7 +164,7 @@ def _read(
 
 
 def _read_backward(
-  cut: Blocks,
+  cut: blocks.Blocks,
   how: Pass,
   primals: tuple[PyTree, JoinedState, Array, Array],
   saved: tuple[Array, Saved],
@@ -206,7 +206,7 @@ def _read_backward(
   )
 
 
-def _cut(x: Array, chunk_size: int | None) -> Blocks:
+def _cut(x: Array, chunk_size: int | None) -> blocks.Blocks:
   """Plans the blocks of queries or keys ``[B, S, N, ...]``."""
   batch, length, heads = x.shape[:3]
   plan = plan_blocks(
@@ -216,4 +216,4 @@ def _cut(x: Array, chunk_size: int | None) -> Blocks:
     num_devices=jax.device_count(),
     platform=current_platform(),
   )
-  return Blocks(batch, heads, *plan)
+  return blocks.Blocks(batch, heads, *plan)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention import leaves
-from spectraformer_jax.linear_attention.inputs import Inputs
+from spectraformer_jax.linear_attention.inputs import Inputs, KeyArrays
 from spectraformer_jax.linear_attention.varying import varying_like
 from spectraformer_jax.linear_attention.xla.plan import is_known
 from spectraformer_jax.typing import Array, PyTree
@@ -61,10 +61,9 @@ def pad(x: Array, length: int, mode: str = "constant") -> Array:
   return jnp.pad(x, widths, mode=mode)
 
 
-def pad_keys(
-  key: Array, value: Array, key_mask: Array | None, length: int
-) -> tuple[Array, Array, Array | None]:
+def pad_keys(keys: KeyArrays, length: int) -> KeyArrays:
   """Pads the arrays of keys to a length, and masks the padding."""
+  key, value, key_mask = keys
   if key_mask is None and length != key.shape[1]:
     key_mask = jnp.ones(key.shape[:2], bool)
   mask = None if key_mask is None else pad(key_mask, length)
@@ -73,12 +72,10 @@ def pad_keys(
 
 def pad_inputs(inputs: Inputs, length: int) -> Inputs:
   """Pads all arrays to a length, masks the padding, and flattens queries."""
-  query, key, value, key_mask, segment_ids = inputs
+  query, ids = pad(flat(inputs.query), length), inputs.segment_ids
   # Padding belongs to the last segment: it is masked in any case.
-  ids = jax.tree.map(lambda ids: pad(ids, length, mode="edge"), segment_ids)
-  return Inputs(
-    pad(flat(query), length), *pad_keys(key, value, key_mask, length), ids
-  )
+  ids = jax.tree.map(lambda ids: pad(ids, length, mode="edge"), ids)
+  return Inputs(query, *pad_keys(inputs.keys, length), ids)
 
 
 def flat(query: Array) -> Array:
@@ -144,18 +141,11 @@ class Blocks(NamedTuple):
 
   def take(self, x: Array, place: Place) -> Array:
     """Reads a block of ``[B, S, N (G), .]`` or of ``[B, S]``."""
-    start, size = self._of_array(x, place)
-    return jax.lax.dynamic_slice(x, start, size)
+    return jax.lax.dynamic_slice(x, *self._of_array(x, place))
 
-  def take_keys(
-    self,
-    key: Array,
-    value: Array,
-    key_mask: Array | None,
-    place: Place,
-    start: Array,
-  ) -> Keys:
+  def take_keys(self, keys: KeyArrays, place: Place, start: Array) -> Keys:
     """Reads the keys of a block; `start` is the position of the first key."""
+    key, value, key_mask = keys
     if key_mask is not None:
       key_mask = self.take(key_mask, place)[:, None, :, None]
     return Keys(
@@ -178,7 +168,7 @@ class Blocks(NamedTuple):
     segment_ids = inputs.segment_ids
     return CausalBlock(
       self.take_queries(inputs.query, place),
-      self.take_keys(*inputs[1:4], place, start),
+      self.take_keys(inputs.keys, place, start),
       None if segment_ids is None else self.take(segment_ids[0], place),
     )
 
@@ -205,8 +195,7 @@ class Blocks(NamedTuple):
     def one(leaf: Array) -> Array:
       if not leaf.ndim:
         return leaf
-      start, size = self._of_rows(leaf, place)
-      return jax.lax.dynamic_slice(leaf, start, size)
+      return jax.lax.dynamic_slice(leaf, *self._of_rows(leaf, place))
 
     return jax.tree.map(one, tree)
 

@@ -33,11 +33,6 @@ from spectraformer_jax.linear_attention.state import (
 )
 from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.linear_attention.xla import blocks, steps
-from spectraformer_jax.linear_attention.xla.blocks import (
-  Blocks,
-  CausalBlock,
-  Place,
-)
 from spectraformer_jax.linear_attention.xla.chunks import Pass, Saved
 from spectraformer_jax.linear_attention.xla.plan import CausalPlan, plan_causal
 from spectraformer_jax.linear_attention.xla.products import EXACT, FAST
@@ -143,7 +138,7 @@ def _backward(
   ) -> tuple[_Gradients, None]:
     stride_index, (before, of_steps) = x
 
-    def block_of(index: Array) -> tuple[Place, CausalBlock]:
+    def block_of(index: Array) -> tuple[blocks.Place, blocks.CausalBlock]:
       place = cut.place(stride_index * plan.steps_per_stride + index)
       return place, cut.take_causal(padded, place, initial.length)
 
@@ -195,7 +190,7 @@ def _backward(
   )
 
 
-def _cut(plan: CausalPlan, inputs: Inputs) -> Blocks:
+def _cut(plan: CausalPlan, inputs: Inputs) -> blocks.Blocks:
   """Returns the steps of a plan, as blocks."""
   batch, _, heads, _ = inputs.key.shape
-  return Blocks(batch, heads, plan.step_size, plan.num_steps)
+  return blocks.Blocks(batch, heads, plan.step_size, plan.num_steps)

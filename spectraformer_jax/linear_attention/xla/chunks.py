@@ -11,12 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention import leaves
-from spectraformer_jax.linear_attention.exponents import (
-  LOWEST,
-  SMALLEST_NORMALIZER,
-  TOO_LARGE,
-)
+from spectraformer_jax.linear_attention import exponents, leaves
 from spectraformer_jax.linear_attention.inputs import Features, Maps
 from spectraformer_jax.linear_attention.layouts import in_columns
 from spectraformer_jax.linear_attention.normalize import divide, normalize
@@ -238,7 +233,7 @@ def mean(
   out = normalize(numerator, normalizer, sums.magnitude)
   size = normalizer if sums.magnitude is None else sums.magnitude
   if needs_weight is not None:
-    is_lost = needs_weight & (size < SMALLEST_NORMALIZER)
+    is_lost = needs_weight & (size < exponents.SMALLEST_NORMALIZER)
     out = jnp.where(is_lost[..., None], jnp.nan, out)
     normalizer = jnp.where(is_lost, jnp.nan, normalizer)
   return out, normalizer if sums.magnitude is None else None
@@ -290,7 +285,7 @@ def needs_weight(
     return None
   is_zero = jnp.all(phi == 0.0, axis=-1)
   if query_exponent is not None:
-    is_zero &= query_exponent[..., 0] < TOO_LARGE
+    is_zero &= query_exponent[..., 0] < exponents.TOO_LARGE
   return sees_keys & ~is_zero
 
 
@@ -320,7 +315,7 @@ def unless_unused(
     normalizer = jnp.where(rows.reshape(normalizer.shape), 1.0, normalizer)
   if query_exponent is not None:
     # So large a divisor makes their features zero.
-    query_exponent = jnp.where(rows, -LOWEST, query_exponent)
+    query_exponent = jnp.where(rows, -exponents.LOWEST, query_exponent)
   out = jnp.where(unused, 0, out).astype(jnp.float32)
   saved = Saved(normalizer, query_exponent)
   return jnp.where(unused, 0, query), out, saved
@@ -348,7 +343,7 @@ def times_magnitude(phi: Array, state: JoinedState) -> Array | None:
 
 def has_keys(state: JoinedState) -> Array:
   """Whether keys were seen, bool ``[B, N, 1]``; False without exponents."""
-  return jnp.any(state.exponent > LOWEST, axis=-1, keepdims=True)
+  return jnp.any(state.exponent > exponents.LOWEST, axis=-1, keepdims=True)
 
 
 def with_ones(value: Array) -> Array:

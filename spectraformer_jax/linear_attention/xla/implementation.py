@@ -27,16 +27,14 @@ def attend(call: Call) -> tuple[Array, State]:
     return causal(call)
   # The causal triangle starts at the top left, whatever T and S are.
   both = min(length, num_keys)
-  keys = inputs.key, inputs.value, inputs.key_mask
-  key, value, key_mask = jax.tree.map(lambda x: x[:, :both], keys)
+  keys = jax.tree.map(lambda x: x[:, :both], inputs.keys)
   # Queries from S on see all keys: those that follow are padding.
-  padded = blocks.pad_keys(key, value, key_mask, length)
-  earlier = Inputs(inputs.query, *padded, None)
+  earlier = Inputs(inputs.query, *blocks.pad_keys(keys, length), None)
   out, state = causal(call._replace(inputs=earlier))
   state = state._replace(length=call.state.length + both)
   if both < num_keys:
     # Keys from T on are seen by no query, but belong to the state.
-    key, value, key_mask = jax.tree.map(lambda x: x[:, both:], keys)
+    key, value, key_mask = jax.tree.map(lambda x: x[:, both:], inputs.keys)
     later = Inputs(inputs.query, key, value, key_mask, None)
     state = bidirectional.accumulate(call._replace(state=state, inputs=later))
   return out, state
