@@ -21,7 +21,7 @@ from spectraformer_jax.linear_attention.normalize import normalize
 from spectraformer_jax.linear_attention.state import State, join, part
 from spectraformer_jax.linear_attention.xla import chunks
 from spectraformer_jax.linear_attention.xla.blocks import Keys
-from spectraformer_jax.linear_attention.xla.chunks import Pass
+from spectraformer_jax.linear_attention.xla.chunks import Engine
 from spectraformer_jax.linear_attention.xla.products import EXACT
 from spectraformer_jax.typing import Array
 
@@ -78,15 +78,20 @@ def attend(call: Call) -> tuple[Array, State]:
   # Queries that hold NaN give NaN, but no gradient of their own.
   is_bad = ~jnp.all(jnp.isfinite(query), axis=-1, keepdims=True)
   first = position if is_causal else jnp.zeros_like(position)
-  phi = in_groups(constants, jnp.where(is_bad, 0, query), first)
-  psi = maps.key(constants, key, position)
-  is_visible = is_visible[:, :, None]
-  out = _attend_features(phi, psi, value, is_visible, state, segment_ids)
+  out = _attend_features(
+    in_groups(constants, jnp.where(is_bad, 0, query), first),
+    maps.key(constants, key, position),
+    value,
+    is_visible[:, :, None],
+    state,
+    segment_ids,
+  )
   out = jnp.where(is_bad, jnp.nan, out)
   if key_mask is not None:
     key_mask = key_mask[:, None, :, None]
-  keys, how = Keys(key, value, key_mask, position), Pass(maps, EXACT, 0)
-  after = chunks.add_keys(how, constants, join(state), keys)
+  keys = Keys(key, value, key_mask, position)
+  engine = Engine(maps, EXACT, chunk_size=key.shape[2])
+  after = chunks.add_keys(engine, constants, join(state), keys)
   after = after._replace(length=position + key.shape[2])
   return jnp.moveaxis(out, 3, 1), part(after)
 

@@ -6,10 +6,12 @@ With features phi of queries and psi of keys:
   o_i = \frac{\phi_i \cdot S}{\phi_i \cdot z},
   \quad S = \sum_j \psi_j v_j^\top, \quad z = \sum_j \psi_j
 
-`accumulate` makes S and z, which are one array (`chunks`), and `read` makes o.
-Both go through the sequence in blocks. Features are made block by block and
-dropped again, in the backward pass as well: saved in between are query, key,
-value, output, S and z, and two numbers a query.
+`accumulate` computes S and z, which are one array (`chunks`), and `read`
+computes o. Both go through the sequence in blocks.
+
+Features of the whole sequence never exist at once: each block computes its own,
+in the backward pass again. The backward pass gets query, key, value, output, S
+and z, and two numbers a query.
 """
 
 import functools
@@ -30,7 +32,7 @@ from spectraformer_jax.linear_attention.state import (
 )
 from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.linear_attention.xla import blocks, chunks
-from spectraformer_jax.linear_attention.xla.chunks import Pass, Saved
+from spectraformer_jax.linear_attention.xla.chunks import Engine, Saved
 from spectraformer_jax.linear_attention.xla.plan import plan_blocks
 from spectraformer_jax.linear_attention.xla.products import EXACT, FAST
 from spectraformer_jax.typing import Array, PyTree
@@ -45,18 +47,18 @@ def accumulate(call: Call) -> State:
   """Returns the state after all keys; queries are not used."""
   inputs = call.inputs
   cut = _cut(inputs.key, call.chunk_size)
-  how = Pass(call.maps, FAST, cut.size)
+  engine = Engine(call.maps, FAST, cut.size)
   run = derivatives.with_backward(
-    functools.partial(_sum, cut, how),
-    functools.partial(_sum_backward, cut, how),
-    functools.partial(_sum, cut, how._replace(products=EXACT)),
+    functools.partial(_sum, cut, engine),
+    functools.partial(_sum_backward, cut, engine),
+    functools.partial(_sum, cut, engine._replace(products=EXACT)),
   )
   return part(run(*alike(call.constants, join(call.state), inputs.keys)))
 
 
 def _sum(
   cut: blocks.Blocks,
-  how: Pass,
+  engine: Engine,
   constants: PyTree,
   state: JoinedState,
   keys: KeyArrays,
@@ -70,16 +72,18 @@ def _sum(
     block = cut.take_keys(padded, place, start)
     of_rows = cut.rows((constants, state), place)
     return cut.write_rows(
-      state, chunks.add_keys(how, *of_rows, block), place
+      state, chunks.add_keys(engine, *of_rows, block), place
     ), None
 
-  state, _ = jax.lax.scan(how.products.checkpoint(step), state, cut.indices())
+  state, _ = jax.lax.scan(
+    engine.products.checkpoint(step), state, cut.indices()
+  )
   return state._replace(length=start + length), state.exponent
 
 
 def _sum_backward(
   cut: blocks.Blocks,
-  how: Pass,
+  engine: Engine,
   primals: tuple[PyTree, JoinedState, KeyArrays],
   exponent: Array,
   gradient: JoinedState,
@@ -98,7 +102,7 @@ def _sum_backward(
     block = cut.take_keys(padded, place, state.length)
     of_rows = cut.rows((constants, exponent, gradient.linear), place)
     d_rows, d_block_key, d_block_value = chunks.add_keys_vjp(
-      how, *of_rows[:2], block, of_rows[2]
+      engine, *of_rows[:2], block, of_rows[2]
     )
     d_floats = cut.add_to_rows(d_floats, d_rows, place)
     d_key = cut.write(d_key, d_block_key, place)
@@ -126,11 +130,11 @@ def read(call: Call, position: Array) -> Array:
   """
   query, dtype = call.inputs.query, call.inputs.value.dtype
   cut = _cut(query, call.chunk_size)
-  how = Pass(call.maps, FAST, cut.size)
+  engine = Engine(call.maps, FAST, cut.size)
   run = derivatives.with_backward(
-    functools.partial(_read, cut, dtype, how),
-    functools.partial(_read_backward, cut, how),
-    functools.partial(_read, cut, dtype, how._replace(products=EXACT)),
+    functools.partial(_read, cut, dtype, engine),
+    functools.partial(_read_backward, cut, engine),
+    functools.partial(_read, cut, dtype, engine._replace(products=EXACT)),
   )
   return run(*alike(call.constants, join(call.state), query), position)
 
@@ -138,7 +142,7 @@ def read(call: Call, position: Array) -> Array:
 def _read(
   cut: blocks.Blocks,
   dtype: jnp.dtype,
-  how: Pass,
+  engine: Engine,
   constants: PyTree,
   state: JoinedState,
   query: Array,
@@ -152,12 +156,12 @@ def _read(
     of_rows = cut.rows((constants, state), place)
     block = cut.take_queries(padded, place)
     block_out, saved = chunks.read(
-      how, *of_rows, block, position + place.position
+      engine, *of_rows, block, position + place.position
     )
     return cut.write(out, block_out, place), saved
 
   out = blocks.empty_like(padded, state.sums.shape[-1] - 1, dtype)
-  step = how.products.checkpoint(step)
+  step = engine.products.checkpoint(step)
   out, saved = jax.lax.scan(step, out, cut.indices())
   out = out[:, : query.shape[1]].reshape(*query.shape[:-1], -1)
   return out, (out, saved)
@@ -165,7 +169,7 @@ def _read(
 
 def _read_backward(
   cut: blocks.Blocks,
-  how: Pass,
+  engine: Engine,
   primals: tuple[PyTree, JoinedState, Array, Array],
   saved: tuple[Array, Saved],
   d_out: Array,
@@ -183,7 +187,7 @@ def _read_backward(
     index, saved = x
     place = cut.place(index)
     d_floats, d_linear, d_block = chunks.read_vjp(
-      how,
+      engine,
       *cut.rows((constants, state), place),
       cut.take_queries(padded, place),
       position + place.position,

@@ -11,9 +11,11 @@ For query i in chunk c, with features phi of queries and psi of keys:
 
 `reference.causal_in_chunks` is this equation and nothing else. Here features
 are scaled (`features`), several chunks make a step (`steps`), and S and z are
-one array (`chunks`). Features are made step by step and dropped again, in the
-backward pass as well: saved in between are query, key, value, output, two
-numbers a query, and the state before each stride of steps.
+one array (`chunks`).
+
+Features of the whole sequence never exist at once: each step computes its own,
+in the backward pass again. The backward pass gets query, key, value, output,
+two numbers a query, and the state before each stride of steps (`plan`).
 """
 
 import functools
@@ -33,7 +35,7 @@ from spectraformer_jax.linear_attention.state import (
 )
 from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.linear_attention.xla import blocks, steps
-from spectraformer_jax.linear_attention.xla.chunks import Pass, Saved
+from spectraformer_jax.linear_attention.xla.chunks import Engine, Saved
 from spectraformer_jax.linear_attention.xla.plan import CausalPlan, plan_causal
 from spectraformer_jax.linear_attention.xla.products import EXACT, FAST
 from spectraformer_jax.typing import Array, PyTree
@@ -66,11 +68,11 @@ def causal(call: Call) -> tuple[Array, State]:
     is_packed=segment_ids is not None,
     platform=current_platform(),
   )
-  how = Pass(call.maps, FAST, plan.chunk_size)
+  engine = Engine(call.maps, FAST, plan.chunk_size)
   run = derivatives.with_backward(
-    functools.partial(_run, plan, how),
-    functools.partial(_backward, plan, how),
-    functools.partial(_run, plan, how._replace(products=EXACT)),
+    functools.partial(_run, plan, engine),
+    functools.partial(_backward, plan, engine),
+    functools.partial(_run, plan, engine._replace(products=EXACT)),
   )
   state = join(call.state)
   if segment_ids is not None:
@@ -81,7 +83,7 @@ def causal(call: Call) -> tuple[Array, State]:
 
 def _run(
   plan: CausalPlan,
-  how: Pass,
+  engine: Engine,
   constants: PyTree,
   state: JoinedState,
   inputs: Inputs,
@@ -98,11 +100,13 @@ def _run(
       state, out = carry
       place = cut.place(stride_index * plan.steps_per_stride + index)
       block = cut.take_causal(padded, place, start)
-      state, block_out, saved = steps.attend(how, constants, state, block)
+      state, block_out, saved = steps.attend(engine, constants, state, block)
       return (state, cut.write(out, block_out, place)), saved
 
     indices = jnp.arange(plan.steps_per_stride)
-    after, saved = jax.lax.scan(how.products.checkpoint(step), carry, indices)
+    after, saved = jax.lax.scan(
+      engine.products.checkpoint(step), carry, indices
+    )
     return after, (carry[0], saved)
 
   value = inputs.value
@@ -116,15 +120,16 @@ def _run(
 
 def _backward(
   plan: CausalPlan,
-  how: Pass,
+  engine: Engine,
   primals: tuple[PyTree, JoinedState, Inputs],
   saved: _Saved,
   gradients: tuple[Array, JoinedState],
 ) -> tuple[PyTree, JoinedState, Inputs]:
-  """Goes from the last stride to the first.
+  """Computes the gradients of all inputs, from the last stride to the first.
 
-  In each, the states before its steps are computed again, first to last; then
-  the steps are differentiated, last to first.
+  In each stride it computes the states before the steps again, from the first
+  step to the last, and then differentiates the steps, from the last to the
+  first.
   """
   constants, initial, inputs = primals
   (out, of_strides), (d_out, d_last) = saved, gradients
@@ -146,7 +151,7 @@ def _backward(
       state: JoinedState, index: Array
     ) -> tuple[JoinedState, JoinedState]:
       block = block_of(index)[1]
-      return steps.state_after(how, constants, state, block), state
+      return steps.state_after(engine, constants, state, block), state
 
     def step(
       carry: _Gradients, x: tuple[Array, JoinedState, Saved]
@@ -155,7 +160,7 @@ def _backward(
       index, state, saved = x
       place, block = block_of(index)
       d_more, d_before, *d_block = steps.attend_vjp(
-        how,
+        engine,
         constants,
         state,
         block,
@@ -165,8 +170,8 @@ def _backward(
         cut.take_queries(d_out, place).astype(jnp.float32),
       )
       d_inputs = [
-        cut.write(whole, part, place)
-        for whole, part in zip(d_inputs, d_block, strict=True)
+        cut.write(whole, of_block, place)
+        for whole, of_block in zip(d_inputs, d_block, strict=True)
       ]
       return (leaves.tree_add(d_floats, d_more), d_before, d_inputs), None
 

@@ -27,8 +27,8 @@ from spectraformer_jax.linear_attention.xla.products import Products
 from spectraformer_jax.typing import Array, PyTree
 
 
-class Pass(NamedTuple):
-  """The static choices of a pass through a sequence.
+class Engine(NamedTuple):
+  """What the functions of a pass through a sequence share; static.
 
   Attributes:
     maps: the feature maps.
@@ -69,22 +69,28 @@ class Saved(NamedTuple):
 
 
 def add_keys(
-  how: Pass, constants: PyTree, state: JoinedState, keys: Keys
+  engine: Engine, constants: PyTree, state: JoinedState, keys: Keys
 ) -> JoinedState:
   """Returns the state after the keys of a block."""
-  features, mask = map_keys(how, constants, keys, 1)
+  features, mask = map_keys(engine, constants, keys, 1)
   exponent = scaled.key_exponents(features, state.exponent, mask)
-  psi = scaled.scale_keys(features, exponent, mask, how.products)
-  return add(how, rescale(state, exponent), psi[:, :, 0], with_ones(keys.value))
+  psi = scaled.scale_keys(features, exponent, mask, engine.products)
+  return add(
+    engine, rescale(state, exponent), psi[:, :, 0], with_ones(keys.value)
+  )
 
 
 def add_keys_vjp(
-  how: Pass, constants: PyTree, exponent: Array, keys: Keys, gradient: Linear
+  engine: Engine,
+  constants: PyTree,
+  exponent: Array,
+  keys: Keys,
+  gradient: Linear,
 ) -> tuple[list[Array], Array, Array]:
   """Returns the gradients of a block's contribution to the final state.
 
   Args:
-    how: see `Pass`.
+    engine: see `Engine`.
     constants: variables of the maps.
     exponent: of the final state, to which all sums are relative.
     keys: of the block.
@@ -96,9 +102,9 @@ def add_keys_vjp(
 
   def contribution(floats: list[Array], key: Array, value: Array) -> Linear:
     variables = leaves.with_floats(constants, floats)
-    features, mask = map_keys(how, variables, keys._replace(key=key), 1)
-    psi = scaled.scale_keys(features, exponent, mask, how.products)[:, :, 0]
-    sums = how.products.keys_times_values(psi, with_ones(value))
+    features, mask = map_keys(engine, variables, keys._replace(key=key), 1)
+    psi = scaled.scale_keys(features, exponent, mask, engine.products)[:, :, 0]
+    sums = engine.products.keys_times_values(psi, with_ones(value))
     return sums, None if gradient[1] is None else jnp.sum(jnp.abs(psi), axis=2)
 
   floats = leaves.floats(constants)
@@ -106,7 +112,7 @@ def add_keys_vjp(
 
 
 def read(
-  how: Pass,
+  engine: Engine,
   constants: PyTree,
   state: JoinedState,
   query: Array,
@@ -115,7 +121,7 @@ def read(
   """Returns the outputs of queries that see the state.
 
   Args:
-    how: see `Pass`.
+    engine: see `Engine`.
     constants: variables of the maps.
     state: sums over all keys.
     query: ``[B, N, G, C, H]``.
@@ -124,16 +130,16 @@ def read(
   Returns:
     Outputs ``[B, N, G, C, V]``, and what the backward pass gets.
   """
-  features = map_queries(how, constants, query, position, 1)
+  features = map_queries(engine, constants, query, position, 1)
   query_exponent = scaled.query_exponents(features, state.exponent)
-  sums, needs_weight = _read_sums(how, features, query_exponent, state)
+  sums, needs_weight = _read_sums(engine, features, query_exponent, state)
   out, normalizer = mean(sums, needs_weight)
   out = out.reshape(*query.shape[:-1], -1)
   return out, Saved(normalizer, query_exponent)
 
 
 def read_vjp(
-  how: Pass,
+  engine: Engine,
   constants: PyTree,
   state: JoinedState,
   query: Array,
@@ -145,7 +151,7 @@ def read_vjp(
   """Returns the gradients of `read` for the constants' floats, sums and query.
 
   Args:
-    how: see `read`.
+    engine: see `read`.
     constants: see `read`.
     state: see `read`.
     query: see `read`.
@@ -160,9 +166,9 @@ def read_vjp(
     floats: list[Array], linear: Linear, query: Array
   ) -> tuple[QuerySums, Array | None]:
     variables = leaves.with_floats(constants, floats)
-    features = map_queries(how, variables, query, position, 1)
+    features = map_queries(engine, variables, query, position, 1)
     sums = state.with_linear(linear)
-    return _read_sums(how, features, saved.query_exponent, sums)
+    return _read_sums(engine, features, saved.query_exponent, sums)
 
   floats = leaves.floats(constants)
   sums, pull, needs_weight = jax.vjp(
@@ -172,19 +178,19 @@ def read_vjp(
 
 
 def _read_sums(
-  how: Pass,
+  engine: Engine,
   features: Features,
   query_exponent: Array | None,
   state: JoinedState,
 ) -> tuple[QuerySums, Array | None]:
   """Returns the sums of queries that see the state, and `needs_weight`."""
   phi = scaled.scale_queries(
-    features, state.exponent, query_exponent, how.products
+    features, state.exponent, query_exponent, engine.products
   )[:, :, 0]
   if query_exponent is not None:
     query_exponent = query_exponent[:, :, 0]
   sums = QuerySums(
-    how.products.queries_times_state(phi, state.sums),
+    engine.products.queries_times_state(phi, state.sums),
     times_magnitude(phi, state),
   )
   seen = has_keys(state)
@@ -192,27 +198,27 @@ def _read_sums(
 
 
 def map_keys(
-  how: Pass, constants: PyTree, keys: Keys, count: int
+  engine: Engine, constants: PyTree, keys: Keys, count: int
 ) -> tuple[Features, Array | None]:
   """Returns unscaled features ``[B, N, L, C, F]`` of L chunks, and the mask."""
   size = keys.key.shape[2] // count
   positions = keys.position + size * jnp.arange(count)
   features = scaled.map_chunks(
-    how.maps.key, constants, in_chunks(keys.key, count), positions
+    engine.maps.key, constants, in_chunks(keys.key, count), positions
   )
   mask = keys.key_mask
   return features, None if mask is None else in_chunks(mask, count)
 
 
 def map_queries(
-  how: Pass, constants: PyTree, query: Array, position: Array, count: int
+  engine: Engine, constants: PyTree, query: Array, position: Array, count: int
 ) -> Features:
   """Returns unscaled features ``[B, N, L, G C, F]`` of queries in L chunks."""
   query = chunks_first(query, count)
   batch, heads, _, groups, size, head_dim = query.shape
   positions = position + size * jnp.arange(count)
   features = scaled.map_chunks(
-    how.maps.query,
+    engine.maps.query,
     constants,
     query.reshape(batch, heads, -1, size, head_dim),
     jnp.repeat(positions, groups),
@@ -321,12 +327,14 @@ def unless_unused(
   return jnp.where(unused, 0, query), out, saved
 
 
-def add(how: Pass, state: JoinedState, psi: Array, value: Array) -> JoinedState:
+def add(
+  engine: Engine, state: JoinedState, psi: Array, value: Array
+) -> JoinedState:
   """Adds keys ``[B, N, C, F]`` of the state's exponent; values `with_ones`."""
   magnitude = state.magnitude
   if magnitude is not None:
     magnitude = magnitude + jnp.sum(jnp.abs(psi), axis=2)
-  sums, rest = how.products.keys_times_values(psi, value), state.rest
+  sums, rest = engine.products.keys_times_values(psi, value), state.rest
   if rest is None:
     sums = state.sums + sums
   else:

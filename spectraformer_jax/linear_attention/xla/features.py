@@ -37,8 +37,9 @@ def map_chunks(
     position: of the first token of each chunk, ``[L]``.
   """
   if x.shape[2] == 1:
-    # With an axis of size 1 XLA for CPUs lays out products worse: 6 % of the
-    # causal time (docs/decisions/08-tpu-layouts.md).
+    # With an axis of size 1 XLA for CPUs lays out products worse, at 6 % of the
+    # causal time (docs/decisions/08-tpu-layouts.md). To be dropped once that is
+    # no longer measured.
     features = feature_map(constants, x[:, :, 0], position[0])
     features = jax.tree.map(lambda leaf: leaf[:, :, None], features)
   else:

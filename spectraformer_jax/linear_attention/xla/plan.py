@@ -1,25 +1,26 @@
-"""How many positions a loop handles at a time: pure functions of sizes."""
+"""How many positions a loop handles at once: pure functions of sizes."""
 
 from typing import NamedTuple
 
 
 class Sizes(NamedTuple):
-  """The fastest sizes on one platform, in positions.
+  """The fastest sizes on one platform.
 
   Attributes:
-    chunk: of a causal chunk. Its masked product costs C (F + V) a token and its
-      state F V, so that C near V is cheapest on a CPU; matrix units want more
-      rows.
-    step: of all rows (examples times heads) in a causal step, which has at
-      least one chunk. Smaller steps cost as much to launch as to compute; on a
-      CPU the features of larger ones leave the cache.
-    stride: between two states that are saved for the backward pass, at least
-      one step. States in between are computed again. A state has F (V + 1)
-      numbers; query, key and value of one position have 2 H + V.
-    block: of all rows in a block where every key is seen.
-    is_by_row: a block is a part of one row where a row has `block` positions.
-      XLA for CPUs runs a batch of products on one thread, and one long product
-      on all threads.
+    chunk: positions of a causal chunk, C. The masked product costs C (F + V) a
+      token, and the state F V, so C near V is cheapest on a CPU; matrix units
+      need more rows.
+    step: positions of a causal step, counted over all rows (examples times
+      heads); a step has at least one chunk. Smaller steps cost as much to
+      launch as to compute; on a CPU the features of larger steps do not fit
+      into the cache.
+    stride: positions between two states that are saved for the backward pass,
+      at least one step. States in between are computed again. A state has
+      F (V + 1) numbers; query, key and value of one position have 2 H + V.
+    block: positions of a block where every key is seen, counted over all rows.
+    is_by_row: rows of at least `block` positions have blocks of their own,
+      because XLA for CPUs runs a batch of products on one thread, and one long
+      product on all threads.
   """
 
   chunk: int
@@ -30,18 +31,18 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-  # chunk: the cost above. step: "causal steps of 2048 positions of all rows on
-  # a CPU too", docs/decisions/07. stride: "states kept every 256 positions",
-  # 07. block: "blocks of 2048 positions", and by rows: "blocks of 2048 to 4095
-  # positions of one head", both docs/decisions/05.
+  # Each size was chosen by a row of docs/decisions. chunk: the cost above.
+  # step: 07, "causal steps of 2048 positions". stride: 07, "states kept every
+  # 256 positions". block: 05, "blocks of 2048 positions". is_by_row: 05,
+  # "blocks of 2048 to 4095 positions".
   "cpu": Sizes(chunk=64, step=2048, stride=256, block=2048, is_by_row=True),
-  # step, block: "blocks of 16,384 positions of all rows on accelerators", 05,
-  # and "several chunks in a causal step", 07. stride: the H100 in "states kept
-  # every 256 positions", 07. Compiled, never timed.
+  # Compiled, never timed. step: 07, "several chunks in a causal step". stride:
+  # 07, H100 in "states kept every 256 positions". block: 05, "blocks of 16,384
+  # positions".
   "gpu": Sizes(chunk=128, step=16384, stride=2048, block=16384),
-  # chunk: "chunks of 128" is slower, docs/decisions/README. step, block: "steps
-  # of 32,768 positions, blocks too", 05. stride: "every state between causal
-  # steps kept", 07. Estimated by the compiler for v5e (benchmarks/aot.csv).
+  # Estimated by the compiler for v5e. chunk: README, "chunks of 128". step,
+  # block: 05, "steps of 32,768 positions". stride: 07, "every state between
+  # causal steps kept".
   "tpu": Sizes(chunk=256, step=32768, stride=256, block=32768),
 }
 
@@ -105,8 +106,8 @@ def plan_causal(
     length: T.
     num_rows: examples times heads.
     chunk_size: positions of a chunk, one chunk a step; None: the fastest sizes.
-    is_packed: rows have segments. A step is one chunk then: where segments
-      meet, a state belongs to the last one.
+    is_packed: rows have segments. A step is one chunk then, because a state
+      belongs to one segment, the last one of its step.
     platform: a key of `SIZES`; another one plans as a GPU.
   """
   best = _sizes(platform)
@@ -144,8 +145,8 @@ def plan_blocks(
     length: T or S.
     num_rows: examples times heads.
     chunk_size: positions of a block of all rows; None: the fastest sizes.
-    num_devices: rows may be divided over several, and then none can be looked
-      up by its number.
+    num_devices: with more than one, rows may be divided over devices, so that
+      no row can be looked up by its number.
     platform: a key of `SIZES`; another one plans as a GPU.
   """
   best = _sizes(platform)

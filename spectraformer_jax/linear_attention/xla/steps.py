@@ -18,7 +18,7 @@ from spectraformer_jax.linear_attention.xla import chunks
 from spectraformer_jax.linear_attention.xla import features as scaled
 from spectraformer_jax.linear_attention.xla.blocks import CausalBlock
 from spectraformer_jax.linear_attention.xla.chunks import (
-  Pass,
+  Engine,
   QuerySums,
   Saved,
 )
@@ -47,12 +47,12 @@ class _StepKeys(NamedTuple):
 
 
 def attend(
-  how: Pass, constants: PyTree, state: JoinedState, block: CausalBlock
+  engine: Engine, constants: PyTree, state: JoinedState, block: CausalBlock
 ) -> tuple[JoinedState, Array, Saved]:
   """Attends in L chunks whose queries see the state and earlier keys.
 
   Args:
-    how: see `Pass`.
+    engine: see `Engine`.
     constants: variables of the maps.
     state: sums over the keys before the step.
     block: queries and keys of L C positions; with segments, L is 1.
@@ -61,20 +61,20 @@ def attend(
     The state after the step, the outputs ``[B, N, G, L C, V]``, and what the
     backward pass gets.
   """
-  step = _sum_keys(how, constants, state, block)
-  features = _map_queries(how, constants, block)
+  step = _sum_keys(engine, constants, state, block)
+  features = _map_queries(engine, constants, block)
   exponent = _of_queries(step.exponent, block)
   query_exponent = scaled.query_exponents(features, exponent)
-  sums, needs_weight = _sums(how, features, query_exponent, step, block)
+  sums, needs_weight = _sums(engine, features, query_exponent, step, block)
   out, normalizer = chunks.mean(sums, needs_weight)
   groups = block.query.shape[2]
-  out = out.reshape(*out.shape[:3], groups, how.chunk_size, -1)
+  out = out.reshape(*out.shape[:3], groups, engine.chunk_size, -1)
   out = jnp.swapaxes(out, 2, 3).reshape(*block.query.shape[:-1], -1)
   return step.after, out, Saved(normalizer, query_exponent)
 
 
 def attend_vjp(
-  how: Pass,
+  engine: Engine,
   constants: PyTree,
   state: JoinedState,
   block: CausalBlock,
@@ -86,7 +86,7 @@ def attend_vjp(
   """Returns gradients of `attend`.
 
   Args:
-    how: see `attend`.
+    engine: see `attend`.
     constants: see `attend`.
     state: see `attend`.
     block: see `attend`.
@@ -98,7 +98,7 @@ def attend_vjp(
   Returns:
     Gradients of the constants' floats, the state's sums, query, key and value.
   """
-  count = block.query.shape[3] // how.chunk_size
+  count = block.query.shape[3] // engine.chunk_size
   query, out, saved = chunks.unless_unused(
     block.query, out, saved, d_out, count
   )
@@ -109,9 +109,11 @@ def attend_vjp(
     variables = leaves.with_floats(constants, floats)
     keys = block.keys._replace(key=key, value=value)
     moved = CausalBlock(query, keys, block.segment)
-    step = _sum_keys(how, variables, state.with_linear(linear), moved)
-    features = _map_queries(how, variables, moved)
-    sums, needs_weight = _sums(how, features, saved.query_exponent, step, moved)
+    step = _sum_keys(engine, variables, state.with_linear(linear), moved)
+    features = _map_queries(engine, variables, moved)
+    sums, needs_weight = _sums(
+      engine, features, saved.query_exponent, step, moved
+    )
     return (step.after.linear, sums), needs_weight
 
   floats, keys = leaves.floats(constants), block.keys
@@ -124,39 +126,39 @@ def attend_vjp(
 
 
 def state_after(
-  how: Pass, constants: PyTree, state: JoinedState, block: CausalBlock
+  engine: Engine, constants: PyTree, state: JoinedState, block: CausalBlock
 ) -> JoinedState:
-  """Returns the first result of `attend`, without the work for the others."""
-  return _sum_keys(how, constants, state, block).after
+  """Returns the first result of `attend` alone, at less cost."""
+  return _sum_keys(engine, constants, state, block).after
 
 
 def _sum_keys(
-  how: Pass, constants: PyTree, state: JoinedState, block: CausalBlock
+  engine: Engine, constants: PyTree, state: JoinedState, block: CausalBlock
 ) -> _StepKeys:
-  """Sums over the keys of a step; see `attend`."""
+  """Maps the keys of a step and sums over them; see `attend`."""
   keys, segment = block.keys, block.segment
-  count = keys.key.shape[2] // how.chunk_size
+  count = keys.key.shape[2] // engine.chunk_size
   if segment is not None:
     state = _seen_by(state, segment[:, 0])
   has_keys = chunks.has_keys(state)
-  features, mask = chunks.map_keys(how, constants, keys, count)
+  features, mask = chunks.map_keys(engine, constants, keys, count)
   exponent = scaled.key_exponents(features, state.exponent, mask, segment)
-  psi = scaled.scale_keys(features, exponent, mask, how.products)
+  psi = scaled.scale_keys(features, exponent, mask, engine.products)
   value = chunks.in_chunks(chunks.with_ones(keys.value), count)
-  first = exponent if segment is None else exponent[:, :, 0]
-  before, after = _prefix_sums(how, rescale(state, first), psi, value)
+  state = rescale(state, exponent if segment is None else exponent[:, :, 0])
+  before, after = _prefix_sums(engine, state, psi, value)
   if segment is not None:
-    # The state after the step is that of the last segment alone.
-    state = _seen_by(rescale(state, first), segment[:, -1])
+    # The state after the step has the keys of the last segment alone.
+    state = _seen_by(state, segment[:, -1])
     is_last = (segment == segment[:, -1:])[:, None, :, None]
     last = jnp.where(is_last, psi[:, :, 0], 0.0)
     state = rescale(state, exponent[:, :, -1])
-    after = chunks.add(how, state, last, value[:, :, 0])
+    after = chunks.add(engine, state, last, value[:, :, 0])
   return _StepKeys(psi, value, exponent, before, after, has_keys)
 
 
 def _sums(
-  how: Pass,
+  engine: Engine,
   features: Features,
   query_exponent: Array | None,
   step: _StepKeys,
@@ -165,8 +167,10 @@ def _sums(
   """Returns the sums over the keys that each query sees, and `needs_weight`."""
   groups, segment = block.query.shape[2], block.segment
   exponent = _of_queries(step.exponent, block)
-  phi = scaled.scale_queries(features, exponent, query_exponent, how.products)
-  is_visible = jnp.tril(jnp.ones((how.chunk_size, how.chunk_size), bool))
+  phi = scaled.scale_queries(
+    features, exponent, query_exponent, engine.products
+  )
+  is_visible = jnp.tril(jnp.ones((engine.chunk_size, engine.chunk_size), bool))
   is_visible = is_visible[None, None, None]
   if segment is not None:
     same = segment[:, :, None] == segment[:, None, :]
@@ -177,30 +181,35 @@ def _sums(
     weights = jnp.einsum("...cf,...df->...cd", phi, psi)
     return jnp.where(is_visible, weights, 0.0)
 
-  sums = how.products.queries_times_state(phi, step.before.sums)
+  # Numerators, and in the last column normalizers, of the equation in `causal`:
+  # phi S_<c + tril(phi psi^T) value.
+  sums = engine.products.queries_times_state(phi, step.before.sums)
   magnitude = chunks.times_magnitude(phi, step.before)
   if segment is not None:
-    of_state = jnp.tile(segment == segment[:, :1], (1, groups))[:, None, None]
-    sums = jnp.where(of_state[..., None], sums, 0.0)
+    # The state is that of the first segment.
+    is_first = jnp.tile(segment == segment[:, :1], (1, groups))[:, None, None]
+    sums = jnp.where(is_first[..., None], sums, 0.0)
     if magnitude is not None:
-      magnitude = jnp.where(of_state, magnitude, 0.0)
+      magnitude = jnp.where(is_first, magnitude, 0.0)
   weights = within_chunk(phi, step.psi)
   sums += jnp.einsum("...cd,...dv->...cv", weights, step.value)
   if magnitude is not None:
     weights = within_chunk(jnp.abs(phi), jnp.abs(step.psi))
     magnitude += jnp.sum(weights, axis=-1)
   found = QuerySums(sums, magnitude)
-  sees_keys = step.has_keys[:, :, None] | _sees_new_keys(how, block)
+  sees_keys = step.has_keys[:, :, None] | _sees_new_keys(engine, block)
   return found, chunks.needs_weight(
     sees_keys, features, phi, query_exponent, found
   )
 
 
-def _map_queries(how: Pass, constants: PyTree, block: CausalBlock) -> Features:
+def _map_queries(
+  engine: Engine, constants: PyTree, block: CausalBlock
+) -> Features:
   """Returns unscaled features ``[B, N, L, G C, F]`` of the step's queries."""
-  count = block.query.shape[3] // how.chunk_size
+  count = block.query.shape[3] // engine.chunk_size
   position = block.keys.position
-  return chunks.map_queries(how, constants, block.query, position, count)
+  return chunks.map_queries(engine, constants, block.query, position, count)
 
 
 def _of_queries(exponent: Array, block: CausalBlock) -> Array:
@@ -210,8 +219,8 @@ def _of_queries(exponent: Array, block: CausalBlock) -> Array:
   return jnp.tile(exponent, (1, 1, block.query.shape[2], 1))
 
 
-def _sees_new_keys(how: Pass, block: CausalBlock) -> Array:
-  """Whether queries see keys of their step, bool ``[B, 1, L, G C]`` or ones."""
+def _sees_new_keys(engine: Engine, block: CausalBlock) -> Array:
+  """Whether each query sees keys of its step; bool ``[B, 1, L, G C]``."""
   mask = block.keys.key_mask
   if mask is None:
     return jnp.ones((1, 1, 1, 1), bool)
@@ -220,15 +229,16 @@ def _sees_new_keys(how: Pass, block: CausalBlock) -> Array:
     place = jnp.arange(visible.shape[-1])[None, None]
     first = jnp.argmax(visible, axis=-1, keepdims=True)
     visible = jnp.any(visible, axis=-1, keepdims=True) & (place >= first)
-  visible = visible.reshape(*visible.shape[:2], -1, how.chunk_size)
+  visible = visible.reshape(*visible.shape[:2], -1, engine.chunk_size)
   return jnp.tile(visible, (1, 1, 1, block.query.shape[2]))
 
 
 def _seen_by(state: JoinedState, segment: Array) -> JoinedState:
-  """Returns the state as queries of a segment ``[B]`` see it.
+  """Returns the state for queries of `segment` ``[B]``.
 
-  It is empty where it belongs to another segment. Its exponent is the lowest
-  then: keys of another segment must not decide which features underflow.
+  Where the state belongs to another segment it becomes empty. Its exponent
+  becomes the lowest: keys of another segment must not decide which features
+  underflow.
   """
   same = (state.segment == segment)[:, None, None]
   magnitude = state.magnitude
@@ -241,10 +251,10 @@ def _seen_by(state: JoinedState, segment: Array) -> JoinedState:
 
 
 def _prefix_sums(
-  how: Pass, state: JoinedState, psi: Array, value: Array
+  engine: Engine, state: JoinedState, psi: Array, value: Array
 ) -> tuple[JoinedState, JoinedState]:
-  """Returns the states before each chunk, ``[B, N, L, ...]``, and after all."""
-  of_chunks = how.products.keys_times_values(psi, value)
+  """Returns the state before each chunk, ``[B, N, L, ...]``, and after all."""
+  of_chunks = engine.products.keys_times_values(psi, value)
   before, sums = _running(state.sums, of_chunks)
   rest = state.rest
   if rest is not None:
@@ -258,11 +268,11 @@ def _prefix_sums(
 
 
 def _running(first: Array, parts: Array) -> tuple[Array, Array]:
-  """Returns sums before each of L parts, ``[B, N, L, ...]``, and after all.
+  """Returns the sum before each part, ``[B, N, L, ...]``, and after all.
 
-  On a CPU they are added one by one, since XLA makes a cumulative sum there by
-  L^2 / 2 additions (docs/decisions/07-causal-steps.md). To be dropped once
-  `_running_at_once` is as fast there for 32 chunks.
+  On a CPU the parts are added one by one, because XLA computes a cumulative sum
+  there by L^2 / 2 additions (docs/decisions/07-causal-steps.md). To be dropped
+  once `_running_at_once` is as fast there for 32 chunks.
   """
   if parts.shape[2] == 1:
     return first[:, :, None], first + parts[:, :, 0]
