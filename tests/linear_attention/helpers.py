@@ -16,14 +16,14 @@ CAUSAL = {
 
 
 @functools.cache
-def build(component="posrf", num_heads=2, **kwargs):
-  """A map and its variables for heads of 4."""
+def build_map(component="posrf", num_heads=2, **kwargs):
+  """Returns a map with 8 features and its variables, for heads of 4."""
   fm = sf.feature_map(component, "orf", num_features=8, component_kwargs=kwargs)
   return fm, fm.init(jax.random.key(7), head_dim=4, num_heads=num_heads)
 
 
-def make(length, keys=None, heads=2, key_heads=2, batch=2, scale=1.0):
-  """Random query, key, value; value dim 3."""
+def draw_arrays(length, keys=None, heads=2, key_heads=2, batch=2, scale=1.0):
+  """Returns random query, key and value with value dim 3."""
   rngs = jax.random.split(jax.random.key(length), 3)
   keys = keys or length
   return (
@@ -33,8 +33,8 @@ def make(length, keys=None, heads=2, key_heads=2, batch=2, scale=1.0):
   )
 
 
-def run(arrays, fm, variables, state=None, **kwargs):
-  """Output and gradients for query, key, value, projection-free variables."""
+def output_and_gradients(arrays, fm, variables, state=None, **kwargs):
+  """Returns the output, and gradients of query, key, value and the state."""
 
   @jax.jit
   def both(arrays, state):
@@ -63,7 +63,7 @@ def run(arrays, fm, variables, state=None, **kwargs):
 
 
 def assert_close(actual, expected, tolerance=3e-5):
-  """Same trees up to float32 sums in another order."""
+  """Asserts that trees agree up to the order of float32 sums."""
   for a, b in zip(
     jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
   ):

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.linear_attention.helpers import build, make
+from tests.linear_attention.helpers import build_map, draw_arrays
 
 LENGTH = 4
 
 
 def line(component, is_causal, implementation=None, chunk_size=2):
   """A function of one number, along a random direction of all three arrays."""
-  fm, variables = build(component)
-  arrays, direction = make(LENGTH), make(LENGTH, scale=0.3)
+  fm, variables = build_map(component)
+  arrays, direction = draw_arrays(LENGTH), draw_arrays(LENGTH, scale=0.3)
   direction = jax.tree.map(lambda x: x[::-1], direction)
 
   def loss(t):
@@ -85,8 +85,8 @@ def test_every_order_of_modes(component, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.quick_every(4)
 def test_products_with_the_hessian(implementation, is_causal):
-  fm, variables = build("posrf")
-  query, key, value = make(LENGTH, batch=1)
+  fm, variables = build_map("posrf")
+  query, key, value = draw_arrays(LENGTH, batch=1)
   move = jnp.sin(jnp.arange(query.size, dtype=jnp.float32)).reshape(query.shape)
 
   def loss(query):
@@ -121,8 +121,8 @@ def test_products_with_the_hessian(implementation, is_causal):
 @pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_second_derivatives_through_a_scan_of_layers(is_causal):
-  fm, variables = build("posrf")
-  x = make(LENGTH)[0]
+  fm, variables = build_map("posrf")
+  x = draw_arrays(LENGTH)[0]
   scales = jnp.array([0.7, 1.3, 0.9])
   attend = functools.partial(
     sf.spectral_attention,
@@ -153,8 +153,8 @@ def test_second_derivatives_through_a_scan_of_layers(is_causal):
 
 @pytest.mark.slow
 def test_gradients_of_many_at_once():
-  fm, variables = build("posrf")
-  query, key, value = make(LENGTH, batch=3)
+  fm, variables = build_map("posrf")
+  query, key, value = draw_arrays(LENGTH, batch=3)
 
   def loss(query, value):
     out = sf.spectral_attention(

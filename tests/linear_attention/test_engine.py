@@ -14,9 +14,9 @@ from spectraformer_jax.attention import _spectral_attention
 from tests.linear_attention.helpers import (
   CAUSAL,
   assert_close,
-  build,
-  make,
-  run,
+  build_map,
+  draw_arrays,
+  output_and_gradients,
 )
 
 
@@ -25,12 +25,14 @@ from tests.linear_attention.helpers import (
 @pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
 @pytest.mark.quick_every(11)
 def test_values_and_gradients_equal_the_reference(component, is_causal, length):
-  fm, variables = build(component, **CAUSAL[component])
-  arrays = make(length, scale=0.5)
+  fm, variables = build_map(component, **CAUSAL[component])
+  arrays = draw_arrays(length, scale=0.5)
   mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, length))
   kwargs = {"is_causal": is_causal, "key_mask": mask.at[:, 0].set(True)}
-  actual = run(arrays, fm, variables, chunk_size=16, **kwargs)
-  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  actual = output_and_gradients(arrays, fm, variables, chunk_size=16, **kwargs)
+  expected = output_and_gradients(
+    arrays, fm, variables, implementation="reference", **kwargs
+  )
   # A signed normalizer amplifies rounding where it nearly cancels.
   assert_close(actual, expected, 2e-2 if component == "trigrf" else 5e-5)
 
@@ -38,11 +40,13 @@ def test_values_and_gradients_equal_the_reference(component, is_causal, length):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.quick_every(2)
 def test_bfloat16_inputs(is_causal):
-  fm, variables = build()
-  arrays = tuple(a.astype(jnp.bfloat16) for a in make(100))
+  fm, variables = build_map()
+  arrays = tuple(a.astype(jnp.bfloat16) for a in draw_arrays(100))
   exact = tuple(a.astype(jnp.float32) for a in arrays)
-  out, grads = run(arrays, fm, variables, is_causal=is_causal, chunk_size=16)
-  expected, expected_grads = run(
+  out, grads = output_and_gradients(
+    arrays, fm, variables, is_causal=is_causal, chunk_size=16
+  )
+  expected, expected_grads = output_and_gradients(
     exact, fm, variables, is_causal=is_causal, implementation="reference"
   )
   assert out.dtype == jnp.bfloat16
@@ -58,8 +62,8 @@ def test_bfloat16_inputs(is_causal):
 def test_second_derivatives_equal_those_of_the_reference(is_causal):
   # The backward pass takes the outputs as known: it must still say how its own
   # result depends on them.
-  fm, variables = build()
-  arrays = make(21, scale=0.5)
+  fm, variables = build_map()
+  arrays = draw_arrays(21, scale=0.5)
 
   def second(**options):
     loss = lambda *arrays: jnp.sum(
@@ -83,8 +87,8 @@ def test_second_derivatives_equal_those_of_the_reference(is_causal):
 
 @pytest.mark.slow
 def test_learnable_parameters_take_gradients_through_every_chunk():
-  fm, variables = build("oprf", statistics="learned")
-  arrays = make(50)
+  fm, variables = build_map("oprf", statistics="learned")
+  arrays = draw_arrays(50)
 
   @functools.partial(jax.jit, static_argnames="implementation")
   def grad(params, implementation):
@@ -121,7 +125,7 @@ def test_learnable_parameters_take_gradients_through_every_chunk():
 )
 @pytest.mark.quick_every(4)
 def test_the_future_changes_no_bit(component, scale):
-  fm, variables = build(component, **CAUSAL[component])
+  fm, variables = build_map(component, **CAUSAL[component])
   attend = jax.jit(
     functools.partial(
       sf.spectral_attention,
@@ -131,7 +135,7 @@ def test_the_future_changes_no_bit(component, scale):
       chunk_size=8,
     )
   )
-  arrays = make(30, scale=scale)
+  arrays = draw_arrays(30, scale=scale)
   before = attend(*arrays)
   for changed in (29, 13, 8):
     later = [a.at[:, changed:].multiply(-1.7) for a in arrays]
@@ -142,8 +146,8 @@ def test_the_future_changes_no_bit(component, scale):
 
 
 def test_large_norms_are_accurate_in_causal_attention():
-  fm, variables = build()
-  query, key, value = make(40, scale=8.0)
+  fm, variables = build_map()
+  query, key, value = draw_arrays(40, scale=8.0)
   out = sf.spectral_attention(
     query,
     key,
@@ -197,8 +201,8 @@ def test_memory_of_forward_and_backward_does_not_hold_features():
 
 
 def test_repeated_eager_calls_compile_once():
-  fm, variables = build()
-  arrays = make(10)
+  fm, variables = build_map()
+  arrays = draw_arrays(10)
   sf.spectral_attention(*arrays, feature_map=fm, variables=variables)
   before = _spectral_attention._cache_size()
   for _ in range(3):
@@ -215,7 +219,7 @@ def test_repeated_eager_calls_compile_once():
   is_causal=st.booleans(),
 )
 def test_padding_never_matters(seed, scale, fill, hidden, is_causal):
-  fm, variables = build()
+  fm, variables = build_map()
   rngs = jax.random.split(jax.random.key(seed), 3)
   query, key = (scale * jax.random.normal(r, (1, 12, 2, 4)) for r in rngs[:2])
   value = jax.random.normal(rngs[2], (1, 12, 2, 3))
@@ -241,8 +245,8 @@ def test_padding_never_matters(seed, scale, fill, hidden, is_causal):
 @hypothesis.settings(deadline=None, max_examples=15, derandomize=True)
 @hypothesis.given(seed=st.integers(0, 2**16))
 def test_order_of_keys_does_not_matter(seed):
-  fm, variables = build()
-  query, key, value = make(12)
+  fm, variables = build_map()
+  query, key, value = draw_arrays(12)
   order = jax.random.permutation(jax.random.key(seed), 12)
   kwargs = {"feature_map": fm, "variables": variables}
   assert_close(
@@ -260,8 +264,8 @@ def test_order_of_keys_does_not_matter(seed):
   ],
 )
 def test_errors(kwargs, words):
-  fm, variables = build()
-  arrays = make(10)
+  fm, variables = build_map()
+  arrays = draw_arrays(10)
   stand_ins = {
     "ids": jnp.zeros((2, 10), int),
     "short": jnp.zeros((2, 9), int),
@@ -284,9 +288,9 @@ def test_errors(kwargs, words):
 
 
 def test_packed_rows_refuse_statistics_of_the_whole_row():
-  fm, variables = build("oprf")
+  fm, variables = build_map("oprf")
   ids = jnp.zeros((2, 10), int)
   with pytest.raises(ValueError, match="mix packed rows"):
     sf.spectral_attention(
-      *make(10), feature_map=fm, variables=variables, segment_ids=ids
+      *draw_arrays(10), feature_map=fm, variables=variables, segment_ids=ids
     )

@@ -16,7 +16,7 @@ LINEAR = [
 ]
 
 
-def make(length, dtype=jnp.float32, keys=None, batch=2, heads=2):
+def draw_features(length, dtype=jnp.float32, keys=None, batch=2, heads=2):
   """Positive features and values."""
   rngs = jax.random.split(jax.random.key(length), 3)
   keys = keys or length
@@ -26,7 +26,7 @@ def make(length, dtype=jnp.float32, keys=None, batch=2, heads=2):
   return tuple(a.astype(dtype) for a in (phi, psi, value))
 
 
-def run(arrays, **kwargs):
+def output_and_gradients(arrays, **kwargs):
   """Output, and gradients of a fixed weighting of it."""
 
   def loss(*arrays):
@@ -44,15 +44,17 @@ def run(arrays, **kwargs):
 @pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
 @pytest.mark.quick_every(7)
 def test_values_and_gradients(implementation, is_causal, masked, length):
-  arrays = make(length)
+  arrays = draw_features(length)
   kwargs = {"is_causal": is_causal}
   if masked:
     mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, length))
     kwargs["key_mask"] = mask.at[1].set(False)
-  out, grads = run(
+  out, grads = output_and_gradients(
     arrays, implementation=implementation, chunk_size=32, **kwargs
   )
-  expected, expected_grads = run(arrays, implementation="reference", **kwargs)
+  expected, expected_grads = output_and_gradients(
+    arrays, implementation="reference", **kwargs
+  )
   np.testing.assert_allclose(out, expected, atol=2e-6)  # float32 sums
   for grad, expected_grad in zip(grads, expected_grads, strict=True):
     np.testing.assert_allclose(grad, expected_grad, atol=2e-5)
@@ -61,15 +63,17 @@ def test_values_and_gradients(implementation, is_causal, masked, length):
 @pytest.mark.parametrize("chunk_size", [1, 7, 50, 100, 1000])
 @pytest.mark.quick_every(2)
 def test_chunk_size_does_not_matter(chunk_size):
-  arrays = make(100)
-  out, _ = run(arrays, is_causal=True, chunk_size=chunk_size)
-  expected, _ = run(arrays, is_causal=True, implementation="reference")
+  arrays = draw_features(100)
+  out, _ = output_and_gradients(arrays, is_causal=True, chunk_size=chunk_size)
+  expected, _ = output_and_gradients(
+    arrays, is_causal=True, implementation="reference"
+  )
   np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_bfloat16_inputs_are_summed_in_float32(is_causal):
-  arrays = make(257, jnp.bfloat16)
+  arrays = draw_features(257, jnp.bfloat16)
   out = sf.linear_attention(*arrays, is_causal=is_causal)
   assert out.dtype == jnp.bfloat16
   exact = sf.linear_attention(
@@ -83,9 +87,11 @@ def test_bfloat16_inputs_are_summed_in_float32(is_causal):
 
 @pytest.mark.slow
 def test_cross_attention():
-  arrays = make(5, keys=9)
-  out, grads = run(arrays)
-  expected, expected_grads = run(arrays, implementation="reference")
+  arrays = draw_features(5, keys=9)
+  out, grads = output_and_gradients(arrays)
+  expected, expected_grads = output_and_gradients(
+    arrays, implementation="reference"
+  )
   np.testing.assert_allclose(out, expected, atol=2e-6)
   for grad, expected_grad in zip(grads, expected_grads, strict=True):
     np.testing.assert_allclose(grad, expected_grad, atol=2e-5)
@@ -95,7 +101,7 @@ def test_cross_attention():
 @pytest.mark.parametrize("poison", [jnp.nan, 1e30, -jnp.inf])
 @pytest.mark.quick_every(4)
 def test_padding_has_no_influence(is_causal, poison):
-  phi, psi, value = make(20)
+  phi, psi, value = draw_features(20)
   mask = jnp.arange(20)[None, :] < jnp.array([[13], [20]])
   hidden = ~mask[:, :, None, None]
   poisoned = (
@@ -104,8 +110,12 @@ def test_padding_has_no_influence(is_causal, poison):
     jnp.where(hidden, poison, value),
   )
   clean = (phi, jnp.where(hidden, 1.0, psi), jnp.where(hidden, 1.0, value))
-  out, grads = run(poisoned, is_causal=is_causal, key_mask=mask)
-  expected, expected_grads = run(clean, is_causal=is_causal, key_mask=mask)
+  out, grads = output_and_gradients(
+    poisoned, is_causal=is_causal, key_mask=mask
+  )
+  expected, expected_grads = output_and_gradients(
+    clean, is_causal=is_causal, key_mask=mask
+  )
   np.testing.assert_array_equal(out, expected)
   for grad, expected_grad in zip(grads, expected_grads, strict=True):
     np.testing.assert_array_equal(grad, expected_grad)
@@ -115,14 +125,16 @@ def test_padding_has_no_influence(is_causal, poison):
 @pytest.mark.quick_every(2)
 def test_no_visible_key_gives_zeros_and_zero_gradients(is_causal):
   mask = jnp.zeros((2, 9), bool)
-  out, grads = run(make(9), is_causal=is_causal, key_mask=mask)
+  out, grads = output_and_gradients(
+    draw_features(9), is_causal=is_causal, key_mask=mask
+  )
   np.testing.assert_array_equal(out, 0.0)
   for grad in grads:
     np.testing.assert_array_equal(grad, 0.0)
 
 
 def test_implementation_is_chosen_by_name():
-  arrays = make(4)
+  arrays = draw_features(4)
   with pytest.raises(ValueError, match="Did you mean 'reference'"):
     sf.linear_attention(*arrays, implementation="referense")
   out = sf.linear_attention(*arrays, implementation=("reference", "xla"))
@@ -132,7 +144,9 @@ def test_implementation_is_chosen_by_name():
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.5])
 def test_chunk_size_must_be_positive(chunk_size):
   with pytest.raises(ValueError, match="chunk_size must be a positive integer"):
-    sf.linear_attention(*make(4), is_causal=True, chunk_size=chunk_size)
+    sf.linear_attention(
+      *draw_features(4), is_causal=True, chunk_size=chunk_size
+    )
 
 
 def test_causal_memory_does_not_grow_with_the_square():

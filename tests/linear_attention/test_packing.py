@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.linear_attention.helpers import assert_close, build, make, run
+from tests.linear_attention.helpers import (
+  assert_close,
+  build_map,
+  draw_arrays,
+  output_and_gradients,
+)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("component", ["posrf", "trigrf"])
 @pytest.mark.quick_every(4)
 def test_packed_rows_equal_separate_rows(is_causal, component):
-  fm, variables = build(component)
-  query, key, value = make(24, batch=1, scale=0.5)
+  fm, variables = build_map(component)
+  query, key, value = draw_arrays(24, batch=1, scale=0.5)
   ids = jnp.array([[3] * 5 + [7] * 1 + [8] * 12 + [9] * 6])
-  out, grads = run(
+  out, grads = output_and_gradients(
     (query, key, value),
     fm,
     variables,
@@ -36,7 +41,7 @@ def test_packed_rows_equal_separate_rows(is_causal, component):
       is_causal=is_causal,
     )
     assert_close(out[:, own], alone, tolerance)
-  expected = run(
+  expected = output_and_gradients(
     (query, key, value),
     fm,
     variables,
@@ -65,8 +70,8 @@ SCALES = {"posrf": (1.0, 60.0), "trigrf": (20.0, 1.0)}
 def test_segments_of_other_scales_do_not_push_each_other_out(
   implementation, is_causal, chunk_size, backwards, component
 ):
-  fm, variables = build(component)
-  query, key, value = make(36, batch=2, scale=1.0)
+  fm, variables = build_map(component)
+  query, key, value = draw_arrays(36, batch=2, scale=1.0)
   big, small = jnp.array(SCALES[component][:: -1 if backwards else 1])
   # Within a segment all have one scale; the second example has three segments
   # in one chunk, some of one position.
@@ -74,7 +79,7 @@ def test_segments_of_other_scales_do_not_push_each_other_out(
   factor = jnp.where(ids % 2 == 0, big, small)[:, :, None, None]
   arrays = (query * factor, key * factor, value)
   options = {"is_causal": is_causal, "implementation": implementation}
-  out, grads = run(
+  out, grads = output_and_gradients(
     arrays, fm, variables, segment_ids=ids, chunk_size=chunk_size, **options
   )
   weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
@@ -110,16 +115,18 @@ def test_segments_of_other_scales_do_not_push_each_other_out(
 
 @pytest.mark.slow
 def test_segments_need_not_be_contiguous_and_may_differ_in_length():
-  fm, variables = build()
-  arrays = make(10, keys=14)
+  fm, variables = build_map()
+  arrays = draw_arrays(10, keys=14)
   ids = (
     jnp.tile(jnp.arange(10) % 3, (2, 1)),
     jnp.tile(jnp.arange(14) % 4, (2, 1)),
   )
   mask = jnp.tile(jnp.arange(14) != 5, (2, 1))
   kwargs = {"segment_ids": ids, "key_mask": mask}
-  actual = run(arrays, fm, variables, chunk_size=4, **kwargs)
-  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  actual = output_and_gradients(arrays, fm, variables, chunk_size=4, **kwargs)
+  expected = output_and_gradients(
+    arrays, fm, variables, implementation="reference", **kwargs
+  )
   assert_close(actual, expected)
 
 
@@ -127,14 +134,16 @@ def test_segments_need_not_be_contiguous_and_may_differ_in_length():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.quick_every(4)
 def test_grouped_queries_equal_repeated_keys(is_causal, packed):
-  fm, variables = build()
-  query, key, value = make(20, heads=6)
+  fm, variables = build_map()
+  query, key, value = draw_arrays(20, heads=6)
   kwargs = {"is_causal": is_causal, "chunk_size": 8}
   if packed:
     kwargs["segment_ids"] = jnp.tile(jnp.arange(20) // 7, (2, 1))
-  out, grads = run((query, key, value), fm, variables, **kwargs)
+  out, grads = output_and_gradients(
+    (query, key, value), fm, variables, **kwargs
+  )
   repeated = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), variables)
-  expected, expected_grads = run(
+  expected, expected_grads = output_and_gradients(
     (query, jnp.repeat(key, 3, axis=2), jnp.repeat(value, 3, axis=2)),
     fm,
     repeated,
@@ -149,8 +158,8 @@ def test_grouped_queries_equal_repeated_keys(is_causal, packed):
 
 @pytest.mark.slow
 def test_statistics_of_grouped_queries():
-  fm, variables = build("oprf")
-  query, key, value = make(20, heads=4)
+  fm, variables = build_map("oprf")
+  query, key, value = draw_arrays(20, heads=4)
   mask = jnp.arange(20)[None, :] < jnp.array([[15], [20]])
   out = sf.spectral_attention(
     query, key, value, feature_map=fm, variables=variables, key_mask=mask

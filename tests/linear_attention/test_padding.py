@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 
 import spectraformer_jax as sf
-from tests.linear_attention.helpers import CAUSAL, make
+from tests.linear_attention.helpers import CAUSAL, draw_arrays
 
 LENGTH = 12
 REAL = jnp.arange(LENGTH)[None] < jnp.array([[7], [12]])
@@ -69,7 +69,7 @@ def test_padding_reaches_no_gradient(name, is_causal):
 
     return jax.grad(loss, (0, 1), has_aux=True)(params, arrays)
 
-  arrays = make(LENGTH)
+  arrays = draw_arrays(LENGTH)
   expected = run(params, arrays, 0.0)
   for held in HELD:
     jax.tree.map(
@@ -80,7 +80,7 @@ def test_padding_reaches_no_gradient(name, is_causal):
 @pytest.mark.parametrize("name", ["posrf", "posrf reference", "softmax"])
 def test_nan_at_a_real_position_shows(name):
   params, attend = attention(name, True)
-  query, key, value = make(LENGTH)
+  query, key, value = draw_arrays(LENGTH)
   out = attend(params, query.at[1, 5].set(jnp.nan), key, value)
   assert jnp.all(jnp.isnan(out[1, 5]))
   assert jnp.all(jnp.isfinite(out[1, :5])) and jnp.all(jnp.isfinite(out[0]))

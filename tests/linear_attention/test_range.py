@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.linear_attention.helpers import build, make
+from tests.linear_attention.helpers import build_map, draw_arrays
 
 
 def attend(component, scale, is_causal, chunk_size=None):
   """Attention of queries and keys of that standard deviation, values."""
-  fm, variables = build(component)
-  query, key, value = make(90, batch=1)
+  fm, variables = build_map(component)
+  query, key, value = draw_arrays(90, batch=1)
   out = sf.spectral_attention(
     query * scale,
     key * scale,
@@ -51,8 +51,8 @@ def test_where_every_key_is_seen_the_range_is_wide(component):
 
 
 def test_no_key_is_still_zero_and_has_no_gradient():
-  fm, variables = build("posrf")
-  query, key, value = make(6)
+  fm, variables = build_map("posrf")
+  query, key, value = draw_arrays(6)
   hidden = jnp.zeros((2, 6), bool).at[1, 3:].set(True)
 
   def loss(query, is_causal):

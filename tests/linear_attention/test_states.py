@@ -11,9 +11,9 @@ import spectraformer_jax as sf
 from tests.linear_attention.helpers import (
   CAUSAL,
   assert_close,
-  build,
-  make,
-  run,
+  build_map,
+  draw_arrays,
+  output_and_gradients,
 )
 
 
@@ -21,8 +21,8 @@ from tests.linear_attention.helpers import (
 @pytest.mark.parametrize("splits", [(1, 29), (13, 17), (16, 13, 1)])
 @pytest.mark.quick_every(4)
 def test_prefill_and_decoding_equal_one_pass(component, splits):
-  fm, variables = build(component, **CAUSAL[component])
-  arrays = make(30, scale=2.0)
+  fm, variables = build_map(component, **CAUSAL[component])
+  arrays = draw_arrays(30, scale=2.0)
   kwargs = {"feature_map": fm, "variables": variables}
   expected = sf.spectral_attention(*arrays, is_causal=True, **kwargs)
   state = sf.init_state(
@@ -50,8 +50,8 @@ def test_prefill_and_decoding_equal_one_pass(component, splits):
 
 
 def test_decoding_token_by_token_does_not_grow_the_state():
-  fm, variables = build()
-  arrays = make(12, scale=3.0)
+  fm, variables = build_map()
+  arrays = draw_arrays(12, scale=3.0)
   kwargs = {"feature_map": fm, "variables": variables}
   expected = sf.spectral_attention(*arrays, is_causal=True, **kwargs)
   state = sf.init_state(
@@ -68,12 +68,14 @@ def test_decoding_token_by_token_does_not_grow_the_state():
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.quick_every(2)
 def test_gradients_flow_through_a_state(is_causal):
-  fm, variables = build()
-  first, second = make(9), make(14)
+  fm, variables = build_map()
+  first, second = draw_arrays(9), draw_arrays(14)
   kwargs = {"feature_map": fm, "variables": variables, "return_state": True}
   _, state = sf.spectral_attention(*first, is_causal=True, **kwargs)
-  actual = run(second, fm, variables, state, is_causal=is_causal, chunk_size=4)
-  expected = run(
+  actual = output_and_gradients(
+    second, fm, variables, state, is_causal=is_causal, chunk_size=4
+  )
+  expected = output_and_gradients(
     second,
     fm,
     variables,
@@ -86,8 +88,8 @@ def test_gradients_flow_through_a_state(is_causal):
 
 @pytest.mark.slow
 def test_gradients_reach_what_made_the_state():
-  fm, variables = build()
-  arrays = make(20)
+  fm, variables = build_map()
+  arrays = draw_arrays(20)
 
   def loss(split, *arrays):
     first = [a[:, :split] for a in arrays]
@@ -111,8 +113,8 @@ def decode_one_key(num_tokens, weight):
     num_tokens: that are decoded with value 1.
     weight: how often the key was seen before.
   """
-  fm, variables = build(num_heads=1)
-  key = make(1, batch=1, key_heads=1)[1]
+  fm, variables = build_map(num_heads=1)
+  key = draw_arrays(1, batch=1, key_heads=1)[1]
   one = jnp.ones((1, 1, 1, 1))
   kwargs = {"feature_map": fm, "variables": variables}
   state = sf.init_state(
@@ -143,8 +145,8 @@ def test_a_million_equal_tokens():
 
 
 def test_states_without_a_rest_are_taken():
-  fm, variables = build()
-  arrays = make(6)
+  fm, variables = build_map()
+  arrays = draw_arrays(6)
   kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
   _, state = sf.spectral_attention(*arrays, return_state=True, **kwargs)
   out = []

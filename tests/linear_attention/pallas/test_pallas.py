@@ -41,7 +41,7 @@ def add(monkeypatch, name, kernels):
 
 
 @functools.cache
-def build(component="posrf", num_heads=2, **kwargs):
+def build_map(component="posrf", num_heads=2, **kwargs):
   """A map with 16 features and its variables, for heads of 16."""
   options = FAMILY.get(component, {}) | kwargs
   fm = sf.feature_map(
@@ -51,7 +51,9 @@ def build(component="posrf", num_heads=2, **kwargs):
   return fm, variables
 
 
-def make(length, keys=None, heads=2, dtype=jnp.float32, value_dim=16, batch=2):
+def draw_arrays(
+  length, keys=None, heads=2, dtype=jnp.float32, value_dim=16, batch=2
+):
   """Random query, key, value."""
   rngs = jax.random.split(jax.random.key(length), 3)
   shapes = (length, heads, 16), (keys or length, 2, 16), (keys or length, 2)
@@ -66,7 +68,7 @@ def make(length, keys=None, heads=2, dtype=jnp.float32, value_dim=16, batch=2):
   )
 
 
-def run(implementation, arrays, fm, variables, **kwargs):
+def output_and_gradients(implementation, arrays, fm, variables, **kwargs):
   """Output, and gradients for query, key, value and learnable parameters."""
 
   @jax.jit
@@ -111,18 +113,18 @@ def chunk_of(platform):
 )
 @pytest.mark.quick_every(4)
 def test_values_and_gradients_equal_the_reference(platform, is_causal, chunks):
-  fm, variables = build()
+  fm, variables = build_map()
   length = int(chunks * chunk_of(platform)) or 1
-  arrays = make(length)
+  arrays = draw_arrays(length)
   mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, length))
   kwargs = {"is_causal": is_causal, "key_mask": mask.at[:, 0].set(True)}
-  actual = run(
+  actual = output_and_gradients(
     f"interpreted_{platform}",
     *(arrays, fm, variables),
     chunk_size=chunk_of(platform),
     **kwargs,
   )
-  expected = run("reference", arrays, fm, variables, **kwargs)
+  expected = output_and_gradients("reference", arrays, fm, variables, **kwargs)
   assert_close(actual, expected, 5e-5)
 
 
@@ -137,10 +139,12 @@ def test_values_and_gradients_equal_the_reference(platform, is_causal, chunks):
 )
 @pytest.mark.quick_every(2)
 def test_components_of_the_family(component, platform):
-  fm, variables = build(component)
-  arrays = make(40, keys=50)
-  actual = run(f"interpreted_{platform}", arrays, fm, variables, chunk_size=16)
-  expected = run("reference", arrays, fm, variables)
+  fm, variables = build_map(component)
+  arrays = draw_arrays(40, keys=50)
+  actual = output_and_gradients(
+    f"interpreted_{platform}", arrays, fm, variables, chunk_size=16
+  )
+  expected = output_and_gradients("reference", arrays, fm, variables)
   if component == "saderf":
     grads = jax.tree.leaves(expected[1][1])
     assert grads and all(float(jnp.abs(g).min()) > 0 for g in grads)
@@ -149,12 +153,14 @@ def test_components_of_the_family(component, platform):
 
 @pytest.mark.parametrize("platform", ONE_QUICK)
 def test_bfloat16_inputs(platform):
-  fm, variables = build(num_heads=1)
-  arrays = make(40, dtype=jnp.bfloat16)
+  fm, variables = build_map(num_heads=1)
+  arrays = draw_arrays(40, dtype=jnp.bfloat16)
   exact = tuple(a.astype(jnp.float32) for a in arrays)
   kwargs = {"is_causal": True}
-  out, grads = run(f"interpreted_{platform}", arrays, fm, variables, **kwargs)
-  expected = run("reference", exact, fm, variables, **kwargs)
+  out, grads = output_and_gradients(
+    f"interpreted_{platform}", arrays, fm, variables, **kwargs
+  )
+  expected = output_and_gradients("reference", exact, fm, variables, **kwargs)
   # One rounding to 8 bits of each result.
   as_bfloat16 = lambda tree: jax.tree.map(
     lambda a: a.astype(jnp.bfloat16), tree
@@ -176,8 +182,8 @@ def test_values_in_parts(num_heads, is_causal, monkeypatch):
     return scan.Tile(16, sizes.value_dim // 4)
 
   monkeypatch.setattr(gpu, "fit", fit)
-  fm, variables = build(num_heads=num_heads)
-  arrays = make(40)
+  fm, variables = build_map(num_heads=num_heads)
+  arrays = draw_arrays(40)
   first, second = ([a[:, :20] for a in arrays], [a[:, 20:] for a in arrays])
   kwargs = {"feature_map": fm, "variables": variables, "return_state": True}
 
@@ -192,8 +198,12 @@ def test_values_in_parts(num_heads, is_causal, monkeypatch):
   means = lambda state: state.kv / state.total[..., None]
   assert_close((out, means(state)), (expected, means(after)), 5e-5)
   kwargs = {"is_causal": is_causal}
-  actual = run("interpreted_gpu", arrays, fm, variables, **kwargs)
-  assert_close(actual, run("xla", arrays, fm, variables, **kwargs), 5e-5)
+  actual = output_and_gradients(
+    "interpreted_gpu", arrays, fm, variables, **kwargs
+  )
+  assert_close(
+    actual, output_and_gradients("xla", arrays, fm, variables, **kwargs), 5e-5
+  )
   assert set(parts) == {16}
 
 
@@ -207,8 +217,8 @@ def test_values_in_parts(num_heads, is_causal, monkeypatch):
 )
 @pytest.mark.slow
 def test_states_go_in_and_out(platform, is_causal):
-  fm, variables = build("oprf", statistics="constant")
-  first, second = make(20), make(36)
+  fm, variables = build_map("oprf", statistics="constant")
+  first, second = draw_arrays(20), draw_arrays(36)
 
   @functools.partial(jax.jit, static_argnums=0)
   def both(implementation, first, second):
@@ -240,11 +250,11 @@ def test_states_go_in_and_out(platform, is_causal):
 
 @pytest.mark.parametrize("platform", ONE_QUICK)
 def test_what_padding_holds_does_not_matter(platform):
-  fm, variables = build()
-  query, key, value = make(40)
+  fm, variables = build_map()
+  query, key, value = draw_arrays(40)
   mask = jnp.arange(40)[None, :] < jnp.array([[23], [0]])
   outs = [
-    run(
+    output_and_gradients(
       f"interpreted_{platform}",
       (
         query,
@@ -266,8 +276,8 @@ def test_what_padding_holds_does_not_matter(platform):
 
 @pytest.mark.parametrize("platform", ONE_QUICK)
 def test_the_future_changes_no_bit(platform):
-  fm, variables = build()
-  arrays = [4.0 * a for a in make(300)]
+  fm, variables = build_map()
+  arrays = [4.0 * a for a in draw_arrays(300)]
   attend = functools.partial(
     sf.spectral_attention,
     feature_map=fm,
@@ -295,20 +305,22 @@ def test_no_races_and_nothing_out_of_bounds(is_causal, monkeypatch, capfd):
     uninitialized_memory="nan",
   )
   add(monkeypatch, "checked", Kernels("tpu", checked))
-  fm, variables = build()
-  arrays = make(200, batch=1)
+  fm, variables = build_map()
+  arrays = draw_arrays(200, batch=1)
   mask = jnp.arange(200)[None] != 3
   kwargs = {"is_causal": is_causal, "key_mask": mask, "chunk_size": 128}
-  actual = run("checked", arrays, fm, variables, **kwargs)
-  assert_close(actual, run("xla", arrays, fm, variables, **kwargs), 5e-5)
+  actual = output_and_gradients("checked", arrays, fm, variables, **kwargs)
+  assert_close(
+    actual, output_and_gradients("xla", arrays, fm, variables, **kwargs), 5e-5
+  )
   assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 def attend(implementation, fm=None, arrays=None, **kwargs):
   """One call with small arrays."""
-  fm, variables = fm or build()
+  fm, variables = fm or build_map()
   return sf.spectral_attention(
-    *(arrays or make(20)),
+    *(arrays or draw_arrays(20)),
     feature_map=fm,
     variables=variables,
     implementation=implementation,
@@ -323,16 +335,16 @@ def test_what_cannot_run_is_refused_in_words(platform):
   with refused(match=f"'{name}' cannot run: it takes no segment_ids"):
     attend(name, segment_ids=jnp.zeros((2, 20), jnp.int32))
   with refused(match="as many query heads as key heads"):
-    attend(name, arrays=make(20, heads=4))
+    attend(name, arrays=draw_arrays(20, heads=4))
   with refused(match="not query of type float16"):
-    attend(name, arrays=make(20, dtype=jnp.float16))
+    attend(name, arrays=draw_arrays(20, dtype=jnp.float16))
   with refused(match="positive feature maps"):
-    attend(name, build("trigrf"))
+    attend(name, build_map("trigrf"))
   fm = sf.feature_map("relu", "orf", num_features=16)
   with refused(match="without a factor"):
     attend(name, (fm, fm.init(jax.random.key(0), head_dim=16)))
   with refused(match="no feature map to fuse"):
-    sf.linear_attention(*make(20), implementation=name)
+    sf.linear_attention(*draw_arrays(20), implementation=name)
   with refused(match=r"bytes of (VMEM|shared memory)"):
     big = jnp.zeros((1, 4096, 1, 128))
     fm = sf.feature_map("posrf", "orf", num_features=8192)
@@ -340,7 +352,7 @@ def test_what_cannot_run_is_refused_in_words(platform):
 
 
 def test_sizes_that_triton_cannot_do():
-  query, key, value = make(20)
+  query, key, value = draw_arrays(20)
   with pytest.raises(
     ValueError, match="powers of two from 16.*'value_dim': 12"
   ):

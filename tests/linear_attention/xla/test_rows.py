@@ -8,7 +8,12 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax.linear_attention.xla import plan
-from tests.linear_attention.helpers import assert_close, build, make, run
+from tests.linear_attention.helpers import (
+  assert_close,
+  build_map,
+  draw_arrays,
+  output_and_gradients,
+)
 
 BLOCK = 16
 
@@ -43,22 +48,24 @@ def test_blocks_are_at_least_of_the_planned_size_and_little_is_padded(
 def test_values_and_gradients_equal_the_reference(component, length):
   # The statistics of oprf are each example's and head's own; queries come in
   # groups of two; and there are keys before the first.
-  fm, variables = build(component)
-  arrays = make(length, heads=4, batch=3, scale=0.5)
+  fm, variables = build_map(component)
+  arrays = draw_arrays(length, heads=4, batch=3, scale=0.5)
   mask = jax.random.bernoulli(jax.random.key(1), 0.7, (3, length))
   stats = None
   if component == "oprf":
     stats = fm.calibrate(variables, arrays[0][:, :, ::2], arrays[1])
   _, state = sf.spectral_attention(
-    *make(7, batch=3, scale=0.5),
+    *draw_arrays(7, batch=3, scale=0.5),
     feature_map=fm,
     variables=variables,
     stats=stats,
     return_state=True,
   )
   kwargs = {"key_mask": mask, "stats": stats, "state": state}
-  actual = run(arrays, fm, variables, **kwargs)
-  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  actual = output_and_gradients(arrays, fm, variables, **kwargs)
+  expected = output_and_gradients(
+    arrays, fm, variables, implementation="reference", **kwargs
+  )
   # As in test_engine.py: a signed normalizer amplifies rounding.
   assert_close(actual, expected, 2e-2 if component == "trigrf" else 5e-5)
 
@@ -66,17 +73,20 @@ def test_values_and_gradients_equal_the_reference(component, length):
 @pytest.mark.parametrize(("queries", "keys"), [(5, 100), (100, 5), (40, 70)])
 @pytest.mark.quick_every(3)
 def test_each_side_is_cut_by_its_own_length(queries, keys):
-  fm, variables = build()
-  arrays = make(queries, keys)
-  actual = run(arrays, fm, variables)
-  assert_close(actual, run(arrays, fm, variables, implementation="reference"))
+  fm, variables = build_map()
+  arrays = draw_arrays(queries, keys)
+  actual = output_and_gradients(arrays, fm, variables)
+  assert_close(
+    actual,
+    output_and_gradients(arrays, fm, variables, implementation="reference"),
+  )
 
 
 @pytest.mark.parametrize("num_heads", [1, 2], ids=["shared", "own"])
 @pytest.mark.quick_every(2)
 def test_learnable_parameters_take_gradients_from_every_row(num_heads):
-  fm, variables = build("oprf", num_heads=num_heads, statistics="learned")
-  arrays = make(50, batch=3)
+  fm, variables = build_map("oprf", num_heads=num_heads, statistics="learned")
+  arrays = draw_arrays(50, batch=3)
 
   @functools.partial(jax.jit, static_argnames="implementation")
   def grad(params, implementation):
@@ -104,6 +114,9 @@ def test_positions_are_those_of_the_row():
     component_kwargs={"max_length": 100},
   )
   variables = fm.init(jax.random.key(0), head_dim=4)
-  arrays = make(100)
-  actual = run(arrays, fm, variables)
-  assert_close(actual, run(arrays, fm, variables, implementation="reference"))
+  arrays = draw_arrays(100)
+  actual = output_and_gradients(arrays, fm, variables)
+  assert_close(
+    actual,
+    output_and_gradients(arrays, fm, variables, implementation="reference"),
+  )

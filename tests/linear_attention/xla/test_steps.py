@@ -10,9 +10,9 @@ from spectraformer_jax.linear_attention.xla import plan, steps
 from tests.linear_attention.helpers import (
   CAUSAL,
   assert_close,
-  build,
-  make,
-  run,
+  build_map,
+  draw_arrays,
+  output_and_gradients,
 )
 
 CHUNK = 12
@@ -40,26 +40,28 @@ def test_values_and_gradients_equal_the_reference(
 ):
   planned = plan.plan_causal(100, 4, None, is_packed=False, platform="cpu")
   assert planned[:2] == (CHUNK, -(-9 // -(-9 // chunks_per_step)))
-  fm, variables = build(component, **CAUSAL[component])
-  arrays = make(100, heads=heads, scale=0.5)
+  fm, variables = build_map(component, **CAUSAL[component])
+  arrays = draw_arrays(100, heads=heads, scale=0.5)
   mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, 100))
   _, state = sf.spectral_attention(
-    *make(7, scale=0.5),
+    *draw_arrays(7, scale=0.5),
     feature_map=fm,
     variables=variables,
     is_causal=True,
     return_state=True,
   )
   kwargs = {"is_causal": True, "key_mask": mask, "state": state}
-  actual = run(arrays, fm, variables, **kwargs)
-  expected = run(arrays, fm, variables, implementation="reference", **kwargs)
+  actual = output_and_gradients(arrays, fm, variables, **kwargs)
+  expected = output_and_gradients(
+    arrays, fm, variables, implementation="reference", **kwargs
+  )
   # As in test_engine.py: a signed normalizer amplifies rounding.
   assert_close(actual, expected, 2e-2 if component == "trigrf" else 5e-5)
 
 
 def test_the_future_changes_no_bit(chunks_per_step):
-  fm, variables = build()
-  arrays = make(100, scale=3.0)
+  fm, variables = build_map()
+  arrays = draw_arrays(100, scale=3.0)
   other = [a.at[:, 50:].multiply(-7.0) for a in arrays]
 
   def attend(arrays):
@@ -76,12 +78,12 @@ def test_the_future_changes_no_bit(chunks_per_step):
 
 
 def test_the_state_equals_that_of_single_chunks(chunks_per_step):
-  fm, variables = build()
+  fm, variables = build_map()
   kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
 
   def after(chunk_size):
     _, state = sf.spectral_attention(
-      *make(100), return_state=True, chunk_size=chunk_size, **kwargs
+      *draw_arrays(100), return_state=True, chunk_size=chunk_size, **kwargs
     )
     return state._replace(rest=None)  # what rounding left out is not the same
 
@@ -97,7 +99,7 @@ def test_sums_of_chunks_one_by_one_equal_those_at_once(count):
     for i, n in enumerate([(), (count,), (count,)])
   )
 
-  def run(running):
+  def sums_and_gradients(running):
     def loss(first, own):
       before, last = running(first, own)
       return jnp.sum(before * weight) + jnp.sum(jnp.sin(last))
@@ -106,7 +108,9 @@ def test_sums_of_chunks_one_by_one_equal_those_at_once(count):
 
   # A sum of 20 normal numbers, each rounded to 6e-8 of it.
   assert_close(
-    run(steps._running_one_by_one), run(steps._running_at_once), 1e-5
+    sums_and_gradients(steps._running_one_by_one),
+    sums_and_gradients(steps._running_at_once),
+    1e-5,
   )
   before, last = steps._running(first, own)
   np.testing.assert_array_equal(before[:, :, 0], first)
