@@ -32,44 +32,81 @@ class HeadState(NamedTuple):
   exponent: Array
 
 
-def add_keys(
+def key_step(
   key_map: LogMap,
-  constants: Sequence[Array],
+  constants: list[Array],
   sums: HeadState,
   xs: list[Array],
   mask: Array | None,
-) -> HeadState:
-  """Adds xs, keys ``[C, H]`` and values ``[C, V]``; mask ``[C, 1]``."""
+) -> tuple[HeadState, list[Array]]:
+  """Adds the keys of a chunk; a `scan.Step` but for its first argument.
+
+  Args:
+    key_map: log-features of keys.
+    constants: what the map needs.
+    sums: over the keys before the chunk.
+    xs: keys ``[C, H]`` and values ``[C, V]``.
+    mask: bool ``[C, 1]``, False for hidden keys; or None.
+
+  Returns:
+    The sums after the chunk, and no outputs.
+  """
   key, value = xs
   psi, exponent = _key_features(key_map, constants, key, mask, sums.exponent)
-  return _add(_rescale(sums, exponent), psi, value.astype(jnp.float32))
+  sums = _rescale(sums, exponent)
+  return _add(sums, psi, value.astype(jnp.float32)), []
 
 
-def read(
-  query_map: LogMap, constants: Sequence[Array], sums: HeadState, query: Array
-) -> Array:
-  """Returns the outputs ``[C, V]`` of queries ``[C, H]`` that see the sums."""
-  phi = _query_features(query_map, constants, query, sums.exponent)
-  return divide(*_sums_of_state(sums, phi))
+def query_step(
+  query_map: LogMap,
+  dtype: jnp.dtype,
+  constants: list[Array],
+  carry: tuple[()],
+  xs: list[Array],
+  mask: Array | None,
+) -> tuple[tuple[()], list[Array]]:
+  """Attends the queries of a chunk to finished sums; see `key_step`.
+
+  Args:
+    query_map: log-features of queries.
+    dtype: of the outputs.
+    constants: what the map needs, and the three arrays of a `HeadState`.
+    carry: empty.
+    xs: queries ``[C, H]``.
+    mask: not used.
+
+  Returns:
+    The carry, and outputs ``[C, V]``.
+  """
+  del mask
+  *constants, kv, total, exponent = constants
+  sums = HeadState(kv, total, exponent)
+  phi = _query_features(query_map, constants, xs[0], exponent)
+  return carry, [divide(*_sums_of_state(sums, phi)).astype(dtype)]
 
 
-def causal_chunk(
+def causal_step(
   query_map: LogMap,
   key_map: LogMap,
-  constants: Sequence[Array],
+  dtype: jnp.dtype,
+  constants: list[Array],
   sums: HeadState,
   xs: list[Array],
   mask: Array | None,
-) -> tuple[HeadState, Array]:
-  """Returns the sums after a chunk, and the outputs ``[C, V]`` of its queries.
+) -> tuple[HeadState, list[Array]]:
+  """Attends the queries of a chunk to earlier keys; see `key_step`.
 
   Args:
     query_map: log-features of queries.
     key_map: log-features of keys.
-    constants: variables of the maps.
+    dtype: of the outputs.
+    constants: what the maps need.
     sums: over the keys before the chunk.
     xs: queries and keys ``[C, H]`` and values ``[C, V]``.
     mask: bool ``[C, 1]``, False for hidden keys; or None.
+
+  Returns:
+    The sums after the chunk, and outputs ``[C, V]``.
   """
   query, key, value = xs
   psi, exponent = _key_features(key_map, constants, key, mask, sums.exponent)
@@ -84,7 +121,8 @@ def causal_chunk(
   numerator, normalizer = _sums_of_state(before, phi)
   numerator += _dot(weights, value, 1, 0)
   normalizer += jnp.sum(weights, axis=1, keepdims=True)
-  return _add(before, psi, value), divide(numerator, normalizer)
+  out = divide(numerator, normalizer).astype(dtype)
+  return _add(before, psi, value), [out]
 
 
 def empty_like(sums: HeadState) -> HeadState:

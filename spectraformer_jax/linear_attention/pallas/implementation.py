@@ -5,6 +5,7 @@ value are read once and features exist on chip only.
 """
 
 import dataclasses
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,9 +20,6 @@ from spectraformer_jax.linear_attention.state import State, with_rest
 from spectraformer_jax.typing import Array, PyTree
 
 DTYPES = (jnp.float32, jnp.bfloat16)
-
-Mask = Array | None
-Xs = list[Array]
 
 
 class _Plan(NamedTuple):
@@ -136,41 +134,23 @@ class Kernels:
     ]
     sums = _to_heads_state(call.state, parts)
 
-    def causal_step(
-      constants: list[Array], sums: HeadState, xs: Xs, mask: Mask
-    ) -> tuple[HeadState, list[Array]]:
-      sums, out = bodies.causal_chunk(
-        query_map, key_map, constants, sums, xs, mask
-      )
-      return sums, [out.astype(value.dtype)]
-
-    def key_step(
-      constants: list[Array], sums: HeadState, xs: Xs, mask: Mask
-    ) -> tuple[HeadState, list[Array]]:
-      return bodies.add_keys(key_map, constants, sums, xs, mask), []
-
-    def query_step(
-      constants: list[Array], carry: tuple[()], xs: Xs, mask: Mask
-    ) -> tuple[tuple[()], list[Array]]:
-      del mask
-      constants, sums = constants[:-3], HeadState(*constants[-3:])
-      out = bodies.read(query_map, constants, sums, xs[0])
-      return carry, [out.astype(value.dtype)]
-
     def run(step: scan.Step, is_linear: bool, *inputs: PyTree) -> tuple:
       calls = self.module.Calls(step, chunk_size, self.interpret)
       inputs = scan.ForwardInputs(*inputs)
       return scan.scan(calls, inputs, is_linear=is_linear)
 
+    dtype, partial = value.dtype, functools.partial
     if call.is_causal:
+      step = partial(bodies.causal_step, query_map, key_map, dtype)
       xs = [query, key, value]
-      sums, [out] = run(causal_step, False, constants, sums, xs, mask)
+      sums, [out] = run(step, False, constants, sums, xs, mask)
     else:
-      xs, empty = [key, value], bodies.empty_like(sums)
-      own, _ = run(key_step, True, constants, empty, xs, mask)
+      step, xs = partial(bodies.key_step, key_map), [key, value]
+      empty = bodies.empty_like(sums)
+      own, _ = run(step, True, constants, empty, xs, mask)
       sums = bodies.join(sums, own)
-      with_sums = [*constants, *sums]
-      _, [out] = run(query_step, True, with_sums, (), [query], None)
+      step = partial(bodies.query_step, query_map, dtype)
+      _, [out] = run(step, True, [*constants, *sums], (), [query], None)
     out = _from_heads(out[:, :, :length], 3, parts)
     out = jnp.swapaxes(out, 1, 2)[:, :, :, None]
     return out, _from_heads_state(sums, call.state, num_keys, parts)
