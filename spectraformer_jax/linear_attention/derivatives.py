@@ -209,9 +209,7 @@ def _pull_back(
   """Applies the transpose."""
   depends, arguments = linear.parts(arrays)
   pulled = _linear_p.bind(
-    *depends,
-    *map(ad.instantiate_zeros, gradients),
-    linear=linear.transposed(),
+    *depends, *map(ad.instantiate_zeros, gradients), linear=linear.transposed()
   )
   return [
     *(None for _ in depends),

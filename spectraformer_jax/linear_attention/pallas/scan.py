@@ -240,9 +240,7 @@ def scan(
     inputs = ForwardInputs(constants, carry, xs, mask)
     return calls.forward(inputs, saves=False)[:2]
 
-  def forward(
-    *primals: PyTree,
-  ) -> tuple[tuple[PyTree, list[Array]], tuple]:
+  def forward(*primals: PyTree) -> tuple[tuple[PyTree, list[Array]], tuple]:
     inputs = ForwardInputs(*jax.tree.map(lambda primal: primal.value, primals))
     last, ys, saved = calls.forward(inputs, saves=not is_linear)
     # Which are wanted is static, so it must not be a leaf: None is none.

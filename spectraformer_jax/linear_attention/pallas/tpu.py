@@ -216,8 +216,7 @@ def _whole(array: Array) -> pl.BlockSpec:
 def _saved_spec(array: Array, order: Order = _forwards) -> pl.BlockSpec:
   """Returns the spec of one chunk's carry, of ``[B, N, T / C, R, K]``."""
   return pl.BlockSpec(
-    (None, None, None, *array.shape[3:]),
-    lambda b, n, c: (b, n, order(c), 0, 0),
+    (None, None, None, *array.shape[3:]), lambda b, n, c: (b, n, order(c), 0, 0)
   )
 
 
