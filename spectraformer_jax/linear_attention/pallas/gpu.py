@@ -27,6 +27,7 @@ from spectraformer_jax.linear_attention.pallas.scan import (
 )
 from spectraformer_jax.typing import Array, PyTree
 
+# Default positions of a chunk. Never timed.
 CHUNK = 64
 SMALLEST = scan.SMALLEST_CHUNK
 NUM_WARPS = 8
@@ -70,7 +71,10 @@ def _power_of_two(size: int) -> int:
 
 
 def shared_bytes(sizes: scan.Sizes, chunk: int, value_dim: int) -> int:
-  """Returns bytes for the backward kernel; the compiler needed less so far."""
+  """Returns a bound on the memory of the backward kernel, in bytes.
+
+  It is above what the compiler used for the cases in docs/kernels.md.
+  """
   # Operands of matrix products: constants; sums and their gradient; features
   # and their gradients; values.
   numbers = sum(math.prod(shape) for shape in sizes.constants if min(shape) > 1)

@@ -33,11 +33,13 @@ def _forwards(c: Array) -> Array:
   return c
 
 
-# Positions in a chunk; rows of masks come in whole tiles of 128.
+# Default positions of a chunk, causal and not. Never timed.
 CAUSAL_CHUNK = 256
 BLOCK = 512
+# Chunks of a long sequence are multiples of LANES, because the mask of a chunk
+# is a row; those of a short one are multiples of SUBLANES, since two bfloat16
+# numbers share a register.
 LANES = 128
-# Two bfloat16 numbers share a register.
 SUBLANES = 16
 # Bytes that the compilers for v5e and v6e give to one kernel at least.
 VMEM = 16 * 2**20
@@ -65,12 +67,12 @@ def fit(sizes: scan.Sizes, chunk_size: int | None) -> scan.Tile | str:
 
 
 def _round_up(size: int, multiple: int) -> int:
-  """Returns the next multiple."""
+  """Returns the size rounded up to a multiple."""
   return -(-size // multiple) * multiple
 
 
 def vmem_bytes(sizes: scan.Sizes, chunk: int) -> int:
-  """Returns bytes for the backward kernel; compilers were seen to use less."""
+  """Returns a bound on the VMEM of the backward kernel, from compiled cases."""
 
   def tile(rows: int, columns: int, item_bytes: int = 4) -> int:
     return _round_up(rows, SUBLANES) * _round_up(columns, LANES) * item_bytes
@@ -85,7 +87,7 @@ def vmem_bytes(sizes: scan.Sizes, chunk: int) -> int:
   temporary = 5 * tile(chunk, features)
   if sizes.is_causal:
     temporary += 3 * tile(chunk, chunk)
-  # Twice: the next block is read and the last one written meanwhile.
+  # Twice, because the next block is read and the last one written meanwhile.
   return 2 * blocks + temporary
 
 
@@ -140,7 +142,7 @@ class Calls(scan.Calls):
         for ref in outputs.d_constants:
           ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
-      block = read(inputs._replace(mask=None))._replace(
+      block = read(inputs._replace(mask=None, d_last=None))._replace(
         mask=_column(inputs.mask), d_last=read(outputs.d_carry)
       )
       d_constants, d_before, d_xs = self.pull_back(block, wanted)
