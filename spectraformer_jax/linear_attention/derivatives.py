@@ -40,14 +40,14 @@ def with_backward(
   """
   run = jax.custom_jvp(forward)
 
-  def rule(inputs: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+  def jvp(inputs: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     out, saved = run(*inputs)
-    tangents_, in_tree = jax.tree.flatten(tangents)
-    moves = [not isinstance(t, SymbolicZero) for t in tangents_]
+    flat_tangents, in_tree = jax.tree.flatten(tangents)
+    moves = [not isinstance(t, SymbolicZero) for t in flat_tangents]
     depends, tree = jax.tree.flatten((inputs, out, saved))
 
     def of_moving(depends: list[Array]) -> tuple[Callable, list[Array]]:
-      """Returns the exact output, as a function of the inputs that move."""
+      """Returns the exact output as a function of moving inputs, and these."""
       flat = jax.tree.leaves(tree.unflatten(depends)[0])
 
       def function(moving: list[Array]) -> list[Array]:
@@ -81,14 +81,14 @@ def with_backward(
       [place for place, is_moving in enumerate(moves) if is_moving],
       [place for place in of_out if leaves.is_float(depends[place])],
     )
-    moving = _select(tangents_, moves)
+    moving = _select(flat_tangents, moves)
     pushed = iter(_linear_p.bind(*depends, *moving, linear=linear))
     d_out = jax.tree.map(
       lambda x: next(pushed) if leaves.is_float(x) else _no_tangent(x), out
     )
     return (out, saved), (d_out, jax.tree.map(_no_tangent, saved))
 
-  run.defjvp(rule, symbolic_zeros=True)
+  run.defjvp(jvp, symbolic_zeros=True)
   return lambda *inputs: run(*inputs)[0]
 
 

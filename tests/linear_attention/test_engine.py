@@ -60,8 +60,8 @@ def test_bfloat16_inputs(is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.quick_every(2)
 def test_second_derivatives_equal_those_of_the_reference(is_causal):
-  # The backward pass takes the outputs as known: it must still say how its own
-  # result depends on them.
+  # The backward pass reads saved outputs; its own derivative must still depend
+  # on them.
   fm, variables = build_map()
   arrays = draw_arrays(21, scale=0.5)
 
