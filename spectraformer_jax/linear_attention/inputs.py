@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
 
 
 class Call(NamedTuple):
-  """One call of the engine; its fields are the arguments of every door.
+  """One call of the engine: what every implementation takes.
 
   Attributes:
     maps: the feature maps.

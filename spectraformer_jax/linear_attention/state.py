@@ -40,7 +40,7 @@ Linear = tuple[Array, Array | None]
 
 
 class JoinedState(NamedTuple):
-  """The same sums as chunks use them, where one product reads or makes both.
+  """A `State` in the layout of the loops, where one product computes both sums.
 
   Attributes:
     sums: `State.kv` with `State.total` as one more column,

@@ -88,10 +88,10 @@ def _sum_backward(
   exponent: Array,
   gradient: JoinedState,
 ) -> tuple[PyTree, JoinedState, KeyArrays]:
-  """Returns the gradients of each block's own contribution to the sums.
+  """Computes gradients block by block.
 
-  Relative to the final exponent contributions are added without rescaling, so
-  blocks are independent.
+  Each block contributes its own sums to the final ones. Relative to the final
+  exponent they are added without rescaling, so blocks are independent.
   """
   constants, state, keys = primals
   padded = blocks.pad_keys(keys, cut.length)
@@ -174,7 +174,7 @@ def _read_backward(
   saved: tuple[Array, Saved],
   d_out: Array,
 ) -> tuple[PyTree, JoinedState, Array, None]:
-  """Returns the gradients of independent blocks; those of sums are added."""
+  """Computes gradients block by block; the gradients of the sums add up."""
   (constants, state, query, position), (out, of_blocks) = primals, saved
   padded, out, d_out = (
     blocks.pad(blocks.flat(x), cut.length) for x in (query, out, d_out)

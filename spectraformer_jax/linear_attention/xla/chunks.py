@@ -1,4 +1,4 @@
-"""What one block of a loop computes: forward, and its vector-Jacobian product.
+"""The work on one block of a loop, and its vector-Jacobian product.
 
 Names follow the equations of `bidirectional` and `causal`: phi and psi are the
 features of queries and keys. `JoinedState.sums` holds S, the sum of
@@ -56,7 +56,7 @@ class QuerySums(NamedTuple):
 
 
 class Saved(NamedTuple):
-  """What the backward pass gets of a block's queries, beside their outputs.
+  """What the backward pass gets of a block's queries, besides their outputs.
 
   Attributes:
     normalizer: the divisor of each query, ``[B, N, (L,) G C]``; None for signed
@@ -183,7 +183,7 @@ def _read_sums(
   query_exponent: Array | None,
   state: JoinedState,
 ) -> tuple[QuerySums, Array | None]:
-  """Returns the sums of queries that see the state, and `needs_weight`."""
+  """Returns the sums of queries that see the state, and their `needs_weight`."""
   phi = scaled.scale_queries(
     features, state.exponent, query_exponent, engine.products
   )[:, :, 0]
@@ -233,7 +233,7 @@ def mean(
 ) -> tuple[Array, Array | None]:
   """Returns outputs ``[..., C, V]`` and, for positive maps, their normalizers.
 
-  Both are NaN where `needs_weight` is True and float32 holds no weight.
+  Both are NaN where `needs_weight` is True but the weights have underflowed.
   """
   numerator, normalizer = sums.sums[..., :-1], sums.sums[..., -1]
   out = normalize(numerator, normalizer, sums.magnitude)
@@ -254,7 +254,7 @@ def mean_vjp(
 ) -> QuerySums:
   """Returns the gradient of `mean`'s outputs for the sums.
 
-  With a normalizer it needs only the results of `mean`, so that XLA does not
+  For positive maps it reads only the results of `mean`, so that XLA does not
   compute the sums again.
   """
   shape = (*sums.sums.shape[:-1], -1)
@@ -273,7 +273,7 @@ def needs_weight(
   query_exponent: Array | None,
   sums: QuerySums,
 ) -> Array | None:
-  """Returns for which queries a sum of weights of zero means underflow.
+  """Returns the queries for which a zero sum of weights means underflow.
 
   Args:
     sees_keys: bool, broadcastable to ``[..., C]``.
@@ -298,10 +298,10 @@ def needs_weight(
 def unless_unused(
   query: Array, out: Array, saved: Saved, d_out: Array, count: int
 ) -> tuple[Array, Array, Saved]:
-  """Replaces queries whose outputs nobody uses: they may hold anything.
+  """Replaces queries whose outputs have no gradient, such as padding.
 
-  Padding is among them. A zero gradient of the output is not enough, since a
-  product of zero with what NaN or 1e30 makes of a feature is NaN.
+  They may hold anything, NaN or 1e30 for example. A zero gradient is not enough
+  to keep them out, because zero times the feature of such a query is NaN.
 
   Args:
     query: ``[B, N, G, L C, H]``.
@@ -343,7 +343,7 @@ def add(
 
 
 def times_magnitude(phi: Array, state: JoinedState) -> Array | None:
-  """Sums ``[..., C]`` of absolute weights; None for positive maps."""
+  """Returns sums ``[..., C]`` of absolute weights; None for positive maps."""
   if state.magnitude is None:
     return None
   return jnp.einsum("...cf,...f->...c", jnp.abs(phi), state.magnitude)

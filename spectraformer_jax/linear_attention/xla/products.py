@@ -80,11 +80,11 @@ def _exponential_of_jvp(
 
 
 class Products(NamedTuple):
-  """The operations of a pass whose derivatives are not left to autodiff.
+  """The operations of a pass that FAST and EXACT differentiate differently.
 
   Attributes:
-    keys_times_values: see there.
-    queries_times_state: see there.
+    keys_times_values: see `keys_times_values`.
+    queries_times_state: see `queries_times_state`.
     exponential: returns features with a gradient, given log-features and the
       features that were made of them.
     checkpoint: wraps the body of a loop over steps.
@@ -102,9 +102,9 @@ def _exact_exponential(log_magnitude: Array, features: Array) -> Array:
   return jnp.exp(log_magnitude - fixed(log_magnitude)) * fixed(features)
 
 
-# For the forward pass and the first backward pass, which are written out. It
-# has no second derivative: JAX may drop the rule of `exponential_of` where it
-# differentiates a loop twice.
+# For the forward pass and the first backward pass, which are written by hand.
+# It must not be differentiated twice: JAX may drop the rule of `exponential_of`
+# where it differentiates a loop a second time.
 FAST = Products(
   keys_times_values, queries_times_state, exponential_of, lambda body: body
 )

@@ -164,7 +164,7 @@ def _sums(
   step: _StepKeys,
   block: CausalBlock,
 ) -> tuple[QuerySums, Array | None]:
-  """Returns the sums over the keys that each query sees, and `needs_weight`."""
+  """Returns the sums over each query's keys, and their `needs_weight`."""
   groups, segment = block.query.shape[2], block.segment
   exponent = _of_queries(step.exponent, block)
   phi = scaled.scale_queries(
