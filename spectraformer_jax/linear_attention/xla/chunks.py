@@ -183,7 +183,7 @@ def _read_sums(
   query_exponent: Array | None,
   state: JoinedState,
 ) -> tuple[QuerySums, Array | None]:
-  """Returns the sums of queries that see the state, and their `needs_weight`."""
+  """Returns the sums of queries over a state, and their `needs_weight`."""
   phi = scaled.scale_queries(
     features, state.exponent, query_exponent, engine.products
   )[:, :, 0]
