@@ -1,1 +1,6 @@
-"""Linear attention as Pallas kernels, for GPUs (`gpu`) and TPUs (`tpu`)."""
+"""Linear attention as Pallas kernels.
+
+`implementation` says which calls the kernels take, and puts them to `tpu` or
+`gpu`, which loop over chunks as `scan` defines it. `bodies` does the work on
+one chunk, and `hoist` takes from a feature map what does not depend on tokens.
+"""

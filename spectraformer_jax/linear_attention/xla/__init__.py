@@ -1,5 +1,9 @@
-"""Linear attention in plain XLA: `bidirectional`, `causal`, `segments`.
+"""Linear attention in plain XLA.
 
-`blocks` plans steps and cuts sequences, `chunks` computes one block, and
-`products` holds its matrix products.
+`implementation` sorts calls: packed rows go to `segments`, which sorts them for
+`causal`; other calls go to `causal` or `bidirectional`. These two loop over
+blocks of positions, forward and backward. `plan` chooses the sizes of blocks,
+and `blocks` reads and writes them. `chunks` does the work on one block, and
+`steps` the work on one causal step; both scale features by `features` and
+multiply matrices by `products`.
 """

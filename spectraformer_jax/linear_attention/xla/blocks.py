@@ -1,4 +1,4 @@
-"""Reading and writing sequences block by block."""
+"""Padding sequences, and reading and writing them block by block."""
 
 from typing import NamedTuple, TypeVar
 
@@ -82,7 +82,8 @@ def flat(query: Array) -> Array:
   """``[B, T, N, G, H] -> [B, T, N G, H]``, the layout for loops.
 
   With an axis of size 1, as G often is, XLA for CPUs copies the whole array
-  (docs/decisions/01-blocks-in-place.md).
+  (docs/decisions/01-blocks-in-place.md). To be dropped once a program without
+  it needs no more temporary memory.
   """
   return query.reshape(*query.shape[:2], -1, query.shape[-1])
 
@@ -92,8 +93,8 @@ def empty_like(
 ) -> Array:
   """Returns zeros that a loop overwrites block by block.
 
-  `jax.lax.empty` would save a write, but seems to depend on what `vmap` maps
-  over, which `jax.jacfwd` does not allow.
+  `jax.lax.empty` would save a write, but under `vmap` its result counts as
+  mapped, which `jax.jacfwd` does not allow.
 
   Args:
     x: gives shape and dtype.
