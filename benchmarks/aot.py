@@ -186,7 +186,9 @@ def _compile_attention(case: Case):
     if case.program == "naive":
       return naive(query, key, value, variables)
     return sf.spectral_attention(
-      *(query, key, value),
+      query,
+      key,
+      value,
       feature_map=fm,
       variables=variables,
       is_causal=case.program == "causal",

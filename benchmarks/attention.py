@@ -45,11 +45,11 @@ def attention_of(form: str, is_causal: bool):
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM, num_heads=HEADS)
   if form == "spectral":
     return lambda q, k, v: sf.spectral_attention(
-      *(q, k, v), feature_map=fm, variables=variables, is_causal=is_causal
+      q, k, v, feature_map=fm, variables=variables, is_causal=is_causal
     )
   if form == "softmax":
     return lambda q, k, v: jax.nn.dot_product_attention(
-      *(q, k, v), is_causal=is_causal
+      q, k, v, is_causal=is_causal
     )
   if form == "exact":
     return lambda q, k, v: sf.exact_attention(q, k, v, is_causal=is_causal)

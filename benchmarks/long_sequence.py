@@ -48,7 +48,9 @@ def compile_one(mesh: Mesh, args: argparse.Namespace, is_causal: bool):
 
   def loss(query, key, value, variables):
     out = sf.sequence_parallel_attention(
-      *(query, key, value),
+      query,
+      key,
+      value,
       mesh=mesh,
       axis="sequence",
       feature_map=fm,

@@ -141,7 +141,7 @@ def torch_attention(form: str, is_causal: bool, paths: dict) -> Callable:
 
   if form == "torch_softmax":
     return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
-      *(q, k, v), is_causal=is_causal
+      q, k, v, is_causal=is_causal
     )
   if form == "official":
     _official(paths["spectraformer"])
@@ -324,8 +324,11 @@ def print_table(rows: list[dict]) -> None:
   for row in sorted(rows, key=key):
     other = base.get(key(row))
     table.add_row(
-      *(", ".join(what(row)), row["form"], str(row["threads"])),
-      *("yes" if row["keep_freed"] else "no", f"{row['ms']:,.1f}"),
+      ", ".join(what(row)),
+      row["form"],
+      str(row["threads"]),
+      "yes" if row["keep_freed"] else "no",
+      f"{row['ms']:,.1f}",
       f"{row['cpu_ms']:,.1f}",
       f"{row['cpu_ms'] / other:.2f}" if other else "",
       f"{row['mib']:,.0f}",

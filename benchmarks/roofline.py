@@ -148,13 +148,24 @@ def main() -> None:
   keep_freed_memory()
   peak, bandwidth, rows = measure()
   table = Table(
-    *("part", "Mop", "MiB", "limit ms", "by", "CPU ms", "reached"),
+    "part",
+    "Mop",
+    "MiB",
+    "limit ms",
+    "by",
+    "CPU ms",
+    "reached",
     title=f"{peak / 1e9:.0f} Gop/s, {bandwidth / 2**30:.1f} GiB/s",
   )
   for name, operations, moved, limit, by, spent in rows:
     table.add_row(
-      *(name, f"{operations / 1e6:,.0f}", f"{moved / 2**20:,.0f}"),
-      *(f"{1e3 * limit:.2f}", by, f"{1e3 * spent:.2f}", f"{limit / spent:.2f}"),
+      name,
+      f"{operations / 1e6:,.0f}",
+      f"{moved / 2**20:,.0f}",
+      f"{1e3 * limit:.2f}",
+      by,
+      f"{1e3 * spent:.2f}",
+      f"{limit / spent:.2f}",
     )
   Console(width=100).print(table)
   if args.plot:

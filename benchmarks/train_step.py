@@ -157,9 +157,14 @@ def main() -> None:
   for task, pair in track(cases, "measuring"):
     child = subprocess.run(
       [
-        *(sys.executable, "-m", "benchmarks.train_step"),
-        *("--one", task, pair),
-        *("--repeats", str(args.repeats)),
+        sys.executable,
+        "-m",
+        "benchmarks.train_step",
+        "--one",
+        task,
+        pair,
+        "--repeats",
+        str(args.repeats),
         *(["--threads", str(args.threads)] if args.threads else []),
         *(["--remat"] if args.remat else []),
       ],
@@ -171,8 +176,12 @@ def main() -> None:
       continue
     row = json.loads(child.stdout.splitlines()[-1])
     table.add_row(
-      *(task, pair, f"{row['cpu_s']:.2f}", f"{row['wall_s']:.2f}"),
-      *(f"{row['temp_mib']:,.0f}", f"{row['first_s']:.1f}"),
+      task,
+      pair,
+      f"{row['cpu_s']:.2f}",
+      f"{row['wall_s']:.2f}",
+      f"{row['temp_mib']:,.0f}",
+      f"{row['first_s']:.1f}",
       f"{100 * row['input']:.2f}",
     )
   Console(width=90).print(table)

@@ -215,18 +215,19 @@ def _escape_latex(text: str) -> str:
   return text.replace(PAPER, r"$^\dagger$")
 
 
+_AVERAGED = ("accuracy", "seconds", "peak_bytes")
+_AVERAGED += ("paper_accuracy", "paper_hours", "paper_gigabytes")
+
+
 def entries_csv(comparison: Comparison) -> str:
   """A row for each task and attention, figures in full; then the means."""
-  own = Entry._fields[:-2]
+  own, paper = Entry._fields[:-2], Published._fields
+  of_difference = ("points", "p", "verdict")
   rows: list[dict[str, Any]] = [
     {name: getattr(entry, name) for name in own}
     | {"against": comparison.against}
-    | {
-      x: getattr(entry.difference, x, None) for x in ("points", "p", "verdict")
-    }
-    | {
-      f"paper_{x}": getattr(entry.published, x, None) for x in Published._fields
-    }
+    | {name: getattr(entry.difference, name, None) for name in of_difference}
+    | {f"paper_{name}": getattr(entry.published, name, None) for name in paper}
     for entry in comparison.entries.values()
   ]
   means = []
@@ -234,11 +235,7 @@ def entries_csv(comparison: Comparison) -> str:
     of_all = [row for row in rows if row["attention"] == attention]
     if 1 < len(comparison.tasks) == len(of_all):
       mean = dict.fromkeys(rows[0]) | {"task": MEAN, "attention": attention}
-      for name in ("accuracy", "seconds", "peak_bytes") + (
-        "paper_accuracy",
-        "paper_hours",
-        "paper_gigabytes",
-      ):
+      for name in _AVERAGED:
         values = [row[name] for row in of_all]
         mean[name] = None if None in values else statistics.fmean(values)
       means.append(mean)

@@ -11,11 +11,26 @@ def row(pair="posrf-iid", num_features=64, error=0.5, **changes):
   """A measurement; `changes` are fields of its key or figures."""
   component, matrix = pair.split("-")
   key = Key(
-    *("random", "f00", 256, 1.0, component, matrix, num_features),
-    *(False, "softmax", 10, 0, 32),
+    "random",
+    "f00",
+    256,
+    1.0,
+    component,
+    matrix,
+    num_features,
+    False,
+    "softmax",
+    10,
+    0,
+    32,
   )
   figures = Figures(
-    *(error, 0.01, 0.014, 0.8, None, None),
+    error,
+    0.01,
+    0.014,
+    0.8,
+    None,
+    None,
     kernel_mse_median=1.5,
     ms=2.0,
     exact_ms=1.0,

@@ -40,7 +40,8 @@ def test_captured_inputs_give_what_the_layer_gave(positions):
   assert [layer.name for layer in layers] == ["layer_0", "layer_1"]
   _, seen = model.apply(
     variables,
-    *(tokens, length),
+    tokens,
+    length,
     capture_intermediates=lambda module, _: module.name == "attention",
   )
   for layer in layers:

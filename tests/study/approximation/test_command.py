@@ -9,8 +9,19 @@ from tests.study.approximation.helpers import row
 
 SMALL = [
   "approximation",
-  *("--num_features", "8", "16", "--lengths", "16", "--draws", "3"),
-  *("--batch", "1", "--heads", "1", "--head_dim", "4"),
+  "--num_features",
+  "8",
+  "16",
+  "--lengths",
+  "16",
+  "--draws",
+  "3",
+  "--batch",
+  "1",
+  "--heads",
+  "1",
+  "--head_dim",
+  "4",
 ]
 
 

@@ -235,7 +235,8 @@ def test_dask_is_asked_for_in_one_line(tmp_path, monkeypatch):
 def test_a_cell_ends_with_its_sweep_however_that_ends():
   cell = subprocess.Popen(
     [
-      *(sys.executable, "-c"),
+      sys.executable,
+      "-c",
       "import time; from spectraformer_jax.study.sweep import run_cell as r; "
       "r.stop_with_the_sweep(); print('up', flush=True); time.sleep(60)",
     ],

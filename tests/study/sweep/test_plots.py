@@ -14,8 +14,15 @@ from spectraformer_jax.study.sweep.runs import read_runs
 from tests.study.sweep.helpers import write_run, write_sweep
 
 ATTENTIONS = [
-  *("oprf-orf", "posrf-orf", "oprf-fastfood_learnable", "posrf-mm"),
-  *("softmax", "gaussian", "linformer", "local", "nystromformer"),
+  "oprf-orf",
+  "posrf-orf",
+  "oprf-fastfood_learnable",
+  "posrf-mm",
+  "softmax",
+  "gaussian",
+  "linformer",
+  "local",
+  "nystromformer",
 ]
 
 
