@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
   except OSError as error:
     fail(error, USER_ERROR if error.errno in run_folder.MISTAKES else IO_ERROR)
   except Exception as error:
-    if hosts.lost(error):
+    if hosts.is_lost_process(error):
       logging.debug("traceback:", exc_info=error)
       print(
         "error: another process of this run has gone; the same command on all "

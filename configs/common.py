@@ -1,35 +1,46 @@
-"""What the experiments share."""
+"""Functions that the experiments share."""
 
 import functools
-
-from ml_collections import ConfigDict
+from collections.abc import Callable
+from typing import Protocol
 
 from spectraformer_jax.train import recipes
-from spectraformer_jax.train.config import default_config, pair_name
+from spectraformer_jax.train.config import Config, default_config, pair_name
 
 STAGES = ("pretrain", "finetune")
 
 
-def base(task: str) -> ConfigDict:
-  """The paper's model and the official training settings, for `task`."""
+class Experiment(Protocol):
+  """The type of a decorated `get_config`."""
+
+  def __call__(self, text: str | None = None) -> Config:
+    """Makes a config; `text` is behind the colon in --config=file.py:text."""
+    ...
+
+
+def base(task: str) -> Config:
+  """Returns the paper's model and training settings for `task`."""
   config = default_config()
   config.task.name = task
   return config
 
 
-def experiment(*variants: str):
-  """Decorates a `get_config(variant)`, whose variants have these names.
+def experiment(
+  *variants: str,
+) -> Callable[[Callable[[str | None], Config]], Experiment]:
+  """Decorates a `get_config(variant)` that knows the variants of these names.
 
-  What follows the colon in --config=file.py:... is then one of them, a stage of
-  self-pretraining of it (pretrain, finetune; VARIANT-pretrain,
-  VARIANT-finetune; see `set_stage`), or recipe=NAME for an optimiser of
-  `spectraformer_jax.train.recipes`, or two of these with a comma between. The
-  recipe comes last, so it is whole; flags for single keys come after it.
+  The text behind the colon in --config=file.py:text is then a variant; a stage
+  of self-pretraining (pretrain, finetune; see `set_stage`); a variant and a
+  stage (VARIANT-pretrain); recipe=NAME for an optimiser of
+  `spectraformer_jax.train.recipes`; or one of these and a recipe with a comma
+  between. The recipe is applied last, so all its values hold; flags for single
+  keys are applied after it.
   """
 
-  def decorate(get_config):
+  def decorate(get_config: Callable[[str | None], Config]) -> Experiment:
     @functools.wraps(get_config)
-    def with_recipe(text: str | None = None) -> ConfigDict:
+    def with_recipe(text: str | None = None) -> Config:
       parts = text.split(",") if text else []
       names = [part for part in parts if part.startswith("recipe=")]
       rest = ",".join(part for part in parts if part not in names) or None
@@ -50,7 +61,7 @@ def experiment(*variants: str):
 
 
 def check_variant(variant: str | None, known: tuple[str, ...] = ()) -> None:
-  """Refuses what follows the colon in --config=file.py:variant if unknown."""
+  """Refuses an unknown variant in --config=file.py:variant."""
   if variant not in (None, *known):
     options = f"known: {', '.join(known)}" if known else "it has none"
     raise ValueError(
@@ -60,7 +71,7 @@ def check_variant(variant: str | None, known: tuple[str, ...] = ()) -> None:
 
 
 def split_stage(text: str | None) -> tuple[str | None, str | None]:
-  """Parts "VARIANT-STAGE" in two; either may be missing.
+  """Splits "VARIANT-STAGE"; either part may be missing.
 
   Example:
     >>> split_stage("deep-pretrain"), split_stage("finetune")
@@ -72,12 +83,12 @@ def split_stage(text: str | None) -> tuple[str | None, str | None]:
   return text, None
 
 
-def set_stage(config: ConfigDict, variant: str | None, stage: str) -> None:
-  """Self-pretraining (Amos et al., arXiv 2310.02980) in two runs.
+def set_stage(config: Config, variant: str | None, stage: str) -> None:
+  """Makes `config` one of the two runs of self-pretraining (arXiv 2310.02980).
 
-  "pretrain" learns hidden tokens of the task's own inputs, "finetune" the
-  labels, from the weights of the other run where `train.py` puts it; elsewhere
-  --config.model.init_from finds it.
+  "pretrain" learns hidden tokens of the task's own inputs. "finetune" learns
+  the labels and starts from the weights of the "pretrain" run in its default
+  workdir; --config.model.init_from names another.
   """
   if stage == "pretrain":
     config.train.objective = "masked"
@@ -87,14 +98,8 @@ def set_stage(config: ConfigDict, variant: str | None, stage: str) -> None:
   config.model.init_from = f"runs/{name}-pretrain-{pair}-seed{seed}"
 
 
-def set_model(config: ConfigDict, **sizes: int | float | str) -> None:
-  """Changes several keys of the model."""
-  for name, value in sizes.items():
-    config.model[name] = value
-
-
-def set_quick(config: ConfigDict) -> None:
-  """A short run that shows whether anything is learnt."""
+def set_quick(config: Config) -> None:
+  """Makes `config` a run of minutes that shows whether anything is learnt."""
   config.train.num_steps = 300
   recipes.use(config, "modern")
   config.optim.warmup_steps = 30

@@ -3,8 +3,9 @@
   python train.py --config=configs/pathx.py \
     --config.task.kwargs.data_dir=/data/lra_release
 
-Files: docs/lra.md; look at them with `python -m spectraformer_jax.data check
-pathx` first. The split is by content, not Long Range Arena's.
+Files: docs/lra.md; check them with `python -m spectraformer_jax.data check
+pathx` first. The splits are made by content and are not those of Long Range
+Arena.
 
 Default: the Spectraformer release has no settings for this task. These are its
 settings for Pathfinder with the batch size of Long Range Arena. No figure is
@@ -13,23 +14,23 @@ published for them.
 pathx.py:lra: the settings of Long Range Arena's code (image/configs/
 pathfinder128/base_pathfinder128_config.py: 1 layer, 2 heads of 8, 200 epochs)
 with random-feature attention. Column Path-X of the leaderboard in its README is
-FAIL for every model: none beats 50 %. It differs: there is no dropout of
-attention weights, which linear attention does not form.
+FAIL for every model: none beats 50 %. One difference: attention weights have no
+dropout, since linear attention does not form them.
 """
 
 from configs import common
 from spectraformer_jax.train import recipes
+from spectraformer_jax.train.config import Config
 
 
 @common.experiment("lra")
-def get_config(variant):
+def get_config(variant: str | None) -> Config:
   config = common.base("pathx")
   config.train.batch_size = config.eval.batch_size = 64
   if variant == "lra":
-    common.set_model(
-      config, embed_dim=32, num_layers=1, num_heads=2, head_dim=8
+    config.model.update(
+      embed_dim=32, num_layers=1, num_heads=2, head_dim=8, mlp_dim=32
     )
-    common.set_model(config, mlp_dim=32)
     recipes.use(config, "lra")
     config.optim.lr = 1e-3
     config.optim.schedule = "cosine"

@@ -3,18 +3,18 @@
   LRA_DATA=/data python -m spectraformer_jax.study sweep \
     configs/sweeps/paper.py --out=runs/paper --shard=1/8
 
-Full length, the settings of the Spectraformer release (configs/*.py). 360
-cells; one takes 0.5 to 8 hours on the authors' GPU by their table. It was not
-run here.
+Each cell is a run of full length with the settings of the Spectraformer release
+(configs/*.py). There are 360; by the authors' table one takes 0.5 to 8 hours on
+their GPU. The sweep was not run here.
 
 $LRA_DATA holds ``aclImdb``, ``cifar-10-batches-bin`` and ``lra_release``
-(docs/lra.md); ListOps is drawn here.
+(docs/lra.md); ListOps is generated.
 
-A sparse grid (sgq) has 2 H + 1 = 65 rows and no other number at level 2; all
-other pairs have the paper's 128.
+A sparse grid (sgq) of level 2 always has 2 H + 1 = 65 rows; all other pairs
+have the paper's 128.
 
-The rows of the paper that are missing: Big Bird, Reformer, Informer
-(docs/sweep.md says why). Those that are not in it: gaussian, local.
+The paper's rows Big Bird, Reformer and Informer are missing (docs/sweep.md says
+why); the rows gaussian and local are not in the paper.
 """
 
 import os
@@ -31,7 +31,7 @@ FILES = {
 }
 
 
-def get_sweep():
+def get_sweep() -> Sweep:
   root = os.environ.get("LRA_DATA", "data")
   tasks = ("listops", *FILES)
   return Sweep(
@@ -44,7 +44,7 @@ def get_sweep():
       },
       "softmax": {},
       "gaussian": {},
-      # As many landmarks, or projected positions, as pairs have features.
+      # The number of landmarks, or of projected positions, is that of features.
       "linformer": {"model.attention_kwargs.projected_length": 128},
       "nystromformer": {"model.attention_kwargs.num_landmarks": 128},
       "skyformer": {"model.attention_kwargs.num_landmarks": 128},

@@ -4,17 +4,17 @@
   python -m spectraformer_jax.study sweep configs/sweeps/small.py \
     --out=runs/small --jobs=2
 
-Data at hand on the machine that runs it: the digits of scikit-learn (64
-pixels), ListOps of 32 to 127 tokens from the grammar of Long Range Arena, and
-the first 512 bytes of the mails of spam_bodies. None of these is a task of the
-paper. The model is the paper's with half the features, for sequences this
-short. The optimiser is that of the quick variants, which suits few steps.
+The data need no large download: the digits of scikit-learn (64 pixels), ListOps
+of 32 to 127 tokens from the grammar of Long Range Arena, and the first 512
+bytes of the mails of spam_bodies. None of these is a task of the paper. The
+model is the paper's with half the features, since the sequences are short. The
+optimiser is that of the quick variants, which suits few steps.
 """
 
 from spectraformer_jax.study.sweep import Sweep
 
 
-def get_sweep():
+def get_sweep() -> Sweep:
   return Sweep(
     tasks={
       "digits": "configs/digits.py",

@@ -1,14 +1,15 @@
-"""The configuration: every key there is, and the checks made before any work.
+"""The configuration of a run: every key with its type, default and check.
 
 Experiments (``configs/*.py``) start from `default_config` and change values.
 """
 
 import difflib
+import inspect
 import json
 import math
 import numbers
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, cast, get_args
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -21,92 +22,245 @@ from spectraformer_jax.nn.positions import POSITIONS
 from spectraformer_jax.nn.sequence_encoder import POOLED_NORMS, POOLINGS
 from spectraformer_jax.seeds import check_seed
 from spectraformer_jax.train.devices.parallel import ENGINES
-from spectraformer_jax.train.recipes import recipe
 from spectraformer_jax.train.step.objectives import OBJECTIVES
 
-# Sections whose keys belong to somebody else (a component, a matrix, a task),
-# who checks them; any key may be set there.
-OPEN_SECTIONS = (
-  "task.kwargs",
-  "model.attention_kwargs",
-  "feature_map.component_kwargs",
-  "feature_map.weight_matrix_kwargs",
-)
+# `check(name, value)` raises ValueError unless the key may have the value.
+Check = Callable[[str, Any], object]
 
-
-def _is_count(x) -> bool:
-  return isinstance(x, numbers.Integral) and x >= 0
-
-
-CHOICES = {
-  "model.attention": ATTENTIONS,
-  "model.pooling": POOLINGS,
-  "model.pooled_norm": POOLED_NORMS,
-  "model.positions": POSITIONS,
-  "model.mlp": MLPS,
-  "model.norm": NORMS,
-  "train.objective": OBJECTIVES,
-  "optim.schedule": ("linear", "cosine", "rsqrt"),
-  "optim.clip": ("value", "global_norm", "none"),
-  "train.parallel": ENGINES,
-  "train.precision": ("float32", "bfloat16"),
-  "train.remat": (False, True),
-}
-POSITIVE_INTS = (
-  *("model.embed_dim", "model.num_layers", "model.num_heads"),
-  *("model.head_dim", "model.mlp_dim"),
-  *("train.num_steps", "train.batch_size", "train.max_skipped_steps"),
-  "train.accumulate",
-  *("eval.every", "eval.batch_size"),
-  *("checkpoint.every", "checkpoint.keep", "logging.every"),
-  "task.pad_to_multiple",
-)
-# None takes the data set's size, or is that of a pair without weight matrix.
-OPTIONAL_POSITIVE_INTS = (
-  *("model.vocab_size", "model.max_len"),
-  "feature_map.num_features",
-)
-SEEDS = ("task.seed", "train.seed")
-NAMES = ("task.name", "feature_map.component", "feature_map.weight_matrix")
-OPTIONAL_NAMES = (
-  *("task.cache_dir", "task.tokenizer"),
-  *("model.init_from", "logging.wandb"),
-)
-# On the command line these are None when they are written as none.
-OPTIONAL = (
-  *OPTIONAL_POSITIVE_INTS,
-  *OPTIONAL_NAMES,
-  *("optim.feature_map_lr", "logging.progress_bar"),
-)
-# key: (test of a finite number, what is right)
-RANGES = {
-  "model.dropout_rate": (
-    lambda x: 0 <= x < MAX_RATE,
-    "in [0, 1) when rounded to a multiple of 2**-16",
-  ),
-  "optim.lr": (lambda x: x > 0, "positive"),
-  "optim.b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
-  "optim.b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
-  "optim.eps": (lambda x: x > 0, "positive"),
-  "optim.weight_decay": (lambda x: x >= 0, "0 or more"),
-  "optim.clip_threshold": (lambda x: x > 0, "positive"),
-  "optim.label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
-  "optim.ema_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
-  "logging.interval_seconds": (lambda x: x >= 0, "0 or more"),
-  "feature_map.redraw_interval": (_is_count, "0 (never) or more"),
-  "optim.warmup_steps": (_is_count, "0 or more"),
-  "eval.patience": (_is_count, "0 (never) or more"),
-  "profile": (_is_count, "0 (off) or more steps"),
-}
 # Arguments of `data.load` that have keys of their own.
 _RESERVED = ("seed", "tokenizer", "cache_dir", "progress")
 
 
-NUM_STEPS = 50_000
+def _must_be(right: str, is_right: Callable[[Any], bool]) -> Check:
+  def check(name: str, value: Any) -> None:
+    if not is_right(value):
+      raise ValueError(f"{name} must be {right}, got {value!r}.")
+
+  return check
 
 
-def default_config() -> ConfigDict:
-  """The paper's model and the official training settings.
+def _one_of(*choices: Any) -> Check:
+  right = f"one of {', '.join(map(str, choices))}"
+  return _must_be(right, lambda x: x in choices)
+
+
+def _number(right: str, is_right: Callable[[float], bool]) -> Check:
+  return _must_be(right, lambda x: _is_finite(x) and is_right(x))
+
+
+def _count(right: str) -> Check:
+  return _number(right, lambda x: isinstance(x, numbers.Integral) and x >= 0)
+
+
+def _is_finite(x: Any) -> bool:
+  is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+  return is_number and math.isfinite(x)
+
+
+def _check_buckets(name: str, buckets: Any) -> None:
+  if not isinstance(buckets, tuple | list):
+    raise ValueError(f"{name} must be a tuple of lengths, got {buckets!r}.")
+  for bucket in buckets:
+    check_positive_int(name, bucket)
+
+
+def _check_options(section: str, options: Any) -> None:
+  """Checks that a section of options is flat; their owner checks the values."""
+  if not isinstance(options, Mapping):
+    raise ValueError(f"{section} must be options by name, got {options!r}.")
+  for name, value in options.items():
+    if isinstance(value, Mapping):
+      raise ValueError(
+        f"{section}.{name} must be a number, text or tuple, got "
+        f"{dict(value)!r}."
+      )
+    if section == "config.task.kwargs" and name in _RESERVED:
+      raise ValueError(
+        f"{section} cannot have {name!r}; set config.task.{name}."
+      )
+
+
+Text = Annotated[str, _must_be("text", lambda x: isinstance(x, str))]
+OptionalText = Annotated[
+  str | None, _must_be("text or None", lambda x: isinstance(x, str))
+]
+Seed = Annotated[int, check_seed]
+PositiveInt = Annotated[int, check_positive_int]
+OptionalPositiveInt = Annotated[int | None, check_positive_int]
+Positive = Annotated[float, _number("positive", lambda x: x > 0)]
+NonNegative = Annotated[float, _number("0 or more", lambda x: x >= 0)]
+Fraction = Annotated[float, _number("in [0, 1)", lambda x: 0 <= x < 1)]
+# Options of a component, a matrix, a baseline or a task, which checks them
+# itself: the section takes any key.
+Options = Annotated[ConfigDict | dict[str, Any], _check_options]
+
+
+# The classes below are never instantiated. A configuration is a `ConfigDict`,
+# whose attributes a type checker does not know; these subclasses declare them.
+
+
+class TaskSection(ConfigDict):
+  """The data."""
+
+  name: Text = "digits"
+  seed: Seed = 0
+  cache_dir: OptionalText = None
+  tokenizer: OptionalText = None
+  pad_to_multiple: PositiveInt = 1
+  buckets: Annotated[tuple[int, ...], _check_buckets] = ()
+  kwargs: Options = {}
+
+
+class ModelSection(ConfigDict):
+  """The model; a `vocab_size` or `max_len` of None is that of the data."""
+
+  attention: Annotated[str, _one_of(*ATTENTIONS)] = "spectral"
+  attention_kwargs: Options = {}
+  embed_dim: PositiveInt = 64
+  num_layers: PositiveInt = 2
+  num_heads: PositiveInt = 2
+  head_dim: PositiveInt = 32
+  mlp_dim: PositiveInt = 128
+  dropout_rate: Annotated[
+    float,
+    _number(
+      "in [0, 1) when rounded to a multiple of 2**-16",
+      lambda x: 0 <= x < MAX_RATE,
+    ),
+  ] = 0.1
+  pooling: Annotated[str, _one_of(*POOLINGS)] = "mean"
+  pooled_norm: Annotated[str, _one_of(*POOLED_NORMS)] = "none"
+  positions: Annotated[str, _one_of(*POSITIONS)] = "learned"
+  mlp: Annotated[str, _one_of(*MLPS)] = "gelu"
+  norm: Annotated[str, _one_of(*NORMS)] = "pre"
+  vocab_size: OptionalPositiveInt = None
+  max_len: OptionalPositiveInt = None
+  init_from: OptionalText = None
+
+
+class FeatureMapSection(ConfigDict):
+  """The pair; without a weight matrix `num_features` has no effect."""
+
+  component: Text = "oprf"
+  weight_matrix: Text = "orf"
+  num_features: OptionalPositiveInt = 128
+  redraw_interval: Annotated[int, _count("0 (never) or more")] = 0
+  component_kwargs: Options = {}
+  weight_matrix_kwargs: Options = {}
+
+
+class OptimSection(ConfigDict):
+  """The optimiser; the defaults are the recipe "official" of `recipes`."""
+
+  lr: Positive = 1e-4
+  schedule: Annotated[str, _one_of("linear", "cosine", "rsqrt")] = "linear"
+  warmup_steps: Annotated[int, _count("0 or more")] = 1000
+  b1: Fraction = 0.9
+  b2: Fraction = 0.999
+  eps: Positive = 1e-6
+  weight_decay: NonNegative = 0.0
+  clip: Annotated[str, _one_of("value", "global_norm", "none")] = "value"
+  clip_threshold: Positive = 1.0
+  feature_map_lr: Annotated[
+    float | None,
+    _number("0 or more, or None for config.optim.lr", lambda x: x >= 0),
+  ] = None
+  label_smoothing: Fraction = 0.0
+  ema_decay: Fraction = 0.0
+
+
+class TrainSection(ConfigDict):
+  """The training loop; `batch_size` is that of all devices together."""
+
+  seed: Seed = 0
+  objective: Annotated[str, _one_of(*OBJECTIVES)] = "classify"
+  num_steps: PositiveInt = 50_000
+  batch_size: PositiveInt = 32
+  max_skipped_steps: PositiveInt = 10
+  parallel: Annotated[str, _one_of(*ENGINES)] = "pmap"
+  precision: Annotated[str, _one_of("float32", "bfloat16")] = "float32"
+  accumulate: PositiveInt = 1
+  remat: Annotated[bool, _one_of(False, True)] = False
+
+
+class EvalSection(ConfigDict):
+  """Evaluation on the dev split."""
+
+  every: PositiveInt = 500
+  batch_size: PositiveInt = 32
+  patience: Annotated[int, _count("0 (never) or more")] = 0
+
+
+class CheckpointSection(ConfigDict):
+  """How often checkpoints are written, and how many of the last are kept."""
+
+  every: PositiveInt = 500
+  keep: PositiveInt = 2
+
+
+class LoggingSection(ConfigDict):
+  """Rows of metrics, and what shows them."""
+
+  every: PositiveInt = 50
+  interval_seconds: NonNegative = 15.0
+  tensorboard: Annotated[bool, _one_of(True, False)] = True
+  wandb: OptionalText = None
+  progress_bar: Annotated[bool | None, _one_of(True, False, None)] = None
+
+
+class Config(ConfigDict):
+  """The configuration of a run; docs/training.md explains each key."""
+
+  task: TaskSection
+  model: ModelSection
+  feature_map: FeatureMapSection
+  optim: OptimSection
+  train: TrainSection
+  eval: EvalSection
+  checkpoint: CheckpointSection
+  logging: LoggingSection
+  profile: Annotated[int, _count("0 (off) or more steps")] = 0
+
+
+class Key(NamedTuple):
+  """What the classes above declare about one key.
+
+  Attributes:
+    default: its value in `default_config`.
+    kind: the type of its values other than None.
+    is_optional: whether it may be None.
+    check: raises ValueError for a wrong value that is not None.
+  """
+
+  default: Any
+  kind: type
+  is_optional: bool
+  check: Check
+
+
+def _declared_keys(
+  section: type, prefix: str = ""
+) -> Iterator[tuple[str, Key]]:
+  for name, annotation in inspect.get_annotations(section).items():
+    if isinstance(annotation, type):
+      yield from _declared_keys(annotation, f"{name}.")
+      continue
+    kind, check = get_args(annotation)
+    is_optional = type(None) in get_args(kind)
+    if is_optional:
+      kind = get_args(kind)[0]
+    yield prefix + name, Key(vars(section)[name], kind, is_optional, check)
+
+
+# By dotted path: "optim.lr".
+KEYS = dict(_declared_keys(Config))
+OPEN_SECTIONS = tuple(
+  path for path, key in KEYS.items() if key.check is _check_options
+)
+
+
+def default_config() -> Config:
+  """Makes a configuration of the paper's model and its training settings.
 
   Model and optimiser are those of the Spectraformer release for Long Range
   Arena (Nguyen, Joshi, Salim, arXiv 2405.15310, and its code): 2 layers, 2
@@ -120,97 +274,36 @@ def default_config() -> ConfigDict:
     >>> default_config().feature_map.component
     'oprf'
   """
-  return ConfigDict(
-    {
-      "task": {
-        "name": "digits",
-        "seed": 0,
-        "cache_dir": placeholder(str),
-        "tokenizer": placeholder(str),
-        "pad_to_multiple": 1,
-        "buckets": (),
-        "kwargs": {},
-      },
-      "model": {
-        "attention": "spectral",
-        "attention_kwargs": {},
-        "embed_dim": 64,
-        "num_layers": 2,
-        "num_heads": 2,
-        "head_dim": 32,
-        "mlp_dim": 128,
-        "dropout_rate": 0.1,
-        "pooling": "mean",
-        "pooled_norm": "none",
-        "positions": "learned",
-        "mlp": "gelu",
-        "norm": "pre",
-        "vocab_size": placeholder(int),
-        "max_len": placeholder(int),
-        "init_from": placeholder(str),
-      },
-      "feature_map": {
-        "component": "oprf",
-        "weight_matrix": "orf",
-        "num_features": 128,
-        "redraw_interval": 0,
-        "component_kwargs": {},
-        "weight_matrix_kwargs": {},
-      },
-      "optim": {
-        **recipe("official", NUM_STEPS),
-        "feature_map_lr": placeholder(float),
-        "label_smoothing": 0.0,
-        "ema_decay": 0.0,
-      },
-      "train": {
-        "seed": 0,
-        "objective": "classify",
-        "num_steps": NUM_STEPS,
-        "batch_size": 32,
-        "max_skipped_steps": 10,
-        "parallel": "pmap",
-        "precision": "float32",
-        "accumulate": 1,
-        "remat": False,
-      },
-      "eval": {"every": 500, "batch_size": 32, "patience": 0},
-      "checkpoint": {"every": 500, "keep": 2},
-      "logging": {
-        "every": 50,
-        "interval_seconds": 15.0,
-        "tensorboard": True,
-        "wandb": placeholder(str),
-        "progress_bar": placeholder(bool),
-      },
-      "profile": 0,
-    }
-  )
+  values: dict[str, Any] = {}
+  for path, key in KEYS.items():
+    section, _, name = path.rpartition(".")
+    target = values.setdefault(section, {}) if section else values
+    # A placeholder is None, and takes values of its type alone.
+    target[name] = placeholder(key.kind) if key.default is None else key.default
+  return cast(Config, ConfigDict(values))
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-  """`config` as plain nested JSON values (tuples become lists)."""
-  # Of numpy's numbers the Python ones.
+  """Returns `config` as nested JSON values; tuples become lists."""
+  # NumPy's numbers become Python's.
   return json.loads(json.dumps(config.to_dict(), default=lambda x: x.item()))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Leaves by dotted path; an open section stays one leaf.
+  """Returns leaves by dotted path; a section of `OPEN_SECTIONS` is one leaf.
 
   Example:
     >>> flatten({"optim": {"lr": 0.1}})
     {'optim.lr': 0.1}
   """
-  return dict(_walk(tree, prefix))
-
-
-def _walk(tree, prefix) -> Iterator[tuple[str, Any]]:
+  leaves = {}
   for name, value in tree.items():
     path = f"{prefix}.{name}" if prefix else name
     if isinstance(value, Mapping) and path not in OPEN_SECTIONS:
-      yield from _walk(value, path)
+      leaves |= flatten(value, path)
     else:
-      yield path, value
+      leaves[path] = value
+  return leaves
 
 
 def check_key(path: str) -> None:
@@ -220,13 +313,12 @@ def check_key(path: str) -> None:
     path: dotted, without "config.": "optim.lr".
 
   Raises:
-    ValueError: unknown; the message names the nearest known key.
+    ValueError: unknown key; the message names the nearest known one.
 
   Example:
     >>> check_key("optim.lr")
   """
-  known = flatten(default_config().to_dict())
-  if path in known:
+  if path in KEYS:
     return
   section, _, option = path.rpartition(".")
   if section in OPEN_SECTIONS and option.isidentifier():
@@ -237,31 +329,32 @@ def check_key(path: str) -> None:
         f"Config key {path!r} must be one name after {section!r}: its options "
         "are numbers, texts and tuples."
       )
-  raise ValueError(f"Unknown config key {path!r}.{_nearest(path, known)}")
+  raise ValueError(f"Unknown config key {path!r}.{_hint(path)}")
 
 
-def _nearest(path, known) -> str:
-  """Where `path` may have been meant to point."""
-  sections = sorted({key.split(".")[0] for key in known})
-  section, _, rest = path.partition(".")
-  inside = [key.split(".", 1)[1] for key in known if key.startswith(path + ".")]
-  if inside:
-    return f" It is a section; set one of {', '.join(sorted(inside))}."
-  same_name = [key for key in known if key.split(".")[-1] == rest]
-  close = same_name or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+def _hint(path: str) -> str:
+  """Returns which key an unknown path may stand for, and which are known."""
+  if inside := _keys_in(path):
+    return f" It is a section; set one of {', '.join(inside)}."
+  section, _, name = path.partition(".")
+  same_name = [key for key in KEYS if key.split(".")[-1] == name]
+  close = same_name or difflib.get_close_matches(path, KEYS, n=1, cutoff=0.5)
   hint = f" Did you mean {close[0]!r}?" if close else ""
-  siblings = sorted(
-    k.split(".", 1)[1] for k in known if k.startswith(f"{section}.")
-  )
-  if section in sections:
+  if siblings := _keys_in(section):
     return f"{hint} Known in {section}: {', '.join(siblings)}."
+  sections = sorted({key.split(".")[0] for key in KEYS})
   return f"{hint} Known sections: {', '.join(sections)}."
 
 
-def validate(config: ConfigDict) -> None:
-  """Checks keys and values; nothing is built or compiled.
+def _keys_in(section: str) -> list[str]:
+  prefix = f"{section}."
+  return sorted(k.removeprefix(prefix) for k in KEYS if k.startswith(prefix))
 
-  Names of components, matrices and tasks are checked by those who own them.
+
+def validate(config: ConfigDict) -> None:
+  """Checks keys and values; builds and compiles nothing.
+
+  Names of components, matrices and tasks are checked where they are looked up.
 
   Args:
     config: as `default_config` or an experiment returns it.
@@ -277,15 +370,17 @@ def validate(config: ConfigDict) -> None:
   values = flatten(config.to_dict())
   for path in values:
     check_key(path)
-  for path in flatten(default_config().to_dict()):
+  for path, key in KEYS.items():
     if path not in values:
       raise ValueError(
         f"Config key {path!r} is missing; start from "
         "spectraformer_jax.train.config.default_config()."
       )
-  _check_types(values)
+    if not (key.is_optional and values[path] is None):
+      key.check(f"config.{path}", values[path])
   steps, warmup = values["train.num_steps"], values["optim.warmup_steps"]
-  # The schedule "rsqrt" knows no last step: a run may end while it rises.
+  # The schedule "rsqrt" does not depend on the last step: a run may end while
+  # the learning rate still rises.
   if warmup >= steps and values["optim.schedule"] != "rsqrt":
     raise ValueError(
       f"config.optim.warmup_steps must be less than config.train.num_steps "
@@ -294,81 +389,8 @@ def validate(config: ConfigDict) -> None:
   _check_pooled_norm(values)
 
 
-def _check_types(values: Mapping[str, Any]) -> None:
-  """Every value by itself."""
-  for path in POSITIVE_INTS:
-    check_positive_int(f"config.{path}", values[path])
-  for path in OPTIONAL_POSITIVE_INTS:
-    if values[path] is not None:
-      check_positive_int(f"config.{path}", values[path])
-  for path in SEEDS:
-    check_seed(f"config.{path}", values[path])
-  for path in (*NAMES, *OPTIONAL_NAMES):
-    optional = path in OPTIONAL_NAMES and values[path] is None
-    if not (optional or isinstance(values[path], str)):
-      right = "text or None" if path in OPTIONAL_NAMES else "text"
-      raise ValueError(f"config.{path} must be {right}, got {values[path]!r}.")
-  for path, known in CHOICES.items():
-    if values[path] not in known:
-      raise ValueError(
-        f"config.{path} must be one of {', '.join(map(str, known))}, "
-        f"got {values[path]!r}."
-      )
-  for path, (is_right, right) in RANGES.items():
-    if not (_is_finite(values[path]) and is_right(values[path])):
-      raise ValueError(f"config.{path} must be {right}, got {values[path]!r}.")
-  rate = values["optim.feature_map_lr"]
-  if not (rate is None or (_is_finite(rate) and rate >= 0)):
-    raise ValueError(
-      "config.optim.feature_map_lr must be 0 or more, or None for "
-      f"config.optim.lr, got {rate!r}."
-    )
-  for path, right in (
-    ("logging.tensorboard", (True, False)),
-    ("logging.progress_bar", (True, False, None)),
-  ):
-    if values[path] not in right:
-      raise ValueError(
-        f"config.{path} must be one of {', '.join(map(str, right))}, got "
-        f"{values[path]!r}."
-      )
-  buckets = values["task.buckets"]
-  if not isinstance(buckets, tuple | list):
-    raise ValueError(
-      f"config.task.buckets must be a tuple of lengths, got {buckets!r}."
-    )
-  for bucket in buckets:
-    check_positive_int("config.task.buckets", bucket)
-  for path in OPEN_SECTIONS:
-    _check_options(path, values[path])
-
-
-def _is_finite(x: Any) -> bool:
-  """Whether it is a number, and not NaN or infinite."""
-  is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
-  return is_number and math.isfinite(x)
-
-
-def _check_options(section: str, options: Any) -> None:
-  """An open section is flat: the owner of an option takes plain values."""
-  if not isinstance(options, Mapping):
-    raise ValueError(
-      f"config.{section} must be options by name, got {options!r}."
-    )
-  for name, value in options.items():
-    if isinstance(value, Mapping):
-      raise ValueError(
-        f"config.{section}.{name} must be a number, text or tuple, got "
-        f"{dict(value)!r}."
-      )
-    if section == "task.kwargs" and name in _RESERVED:
-      raise ValueError(
-        f"config.task.kwargs cannot have {name!r}; set config.task.{name}."
-      )
-
-
 def _check_pooled_norm(values: Mapping[str, Any]) -> None:
-  """Batch normalisation of one example gives 0, whatever it is."""
+  """Refuses batch normalisation over one example, which gives 0 for any."""
   if values["model.pooled_norm"] != "batch":
     return
   if values["train.objective"] != "classify":
@@ -384,7 +406,7 @@ def _check_pooled_norm(values: Mapping[str, Any]) -> None:
 
 
 def is_none(path: str, text: Any) -> bool:
-  """Whether `text` unsets a key that may be None, as on the command line.
+  """Whether `text`, from the command line, sets a key that may be None to None.
 
   Example:
     >>> is_none("feature_map.num_features", "none")
@@ -392,11 +414,12 @@ def is_none(path: str, text: Any) -> bool:
     >>> is_none("feature_map.weight_matrix", "none")
     False
   """
-  return path in OPTIONAL and isinstance(text, str) and text.lower() == "none"
+  is_optional = path in KEYS and KEYS[path].is_optional
+  return is_optional and isinstance(text, str) and text.lower() == "none"
 
 
-def pair_name(config: ConfigDict) -> str:
-  """The pair as it is written, or the name of the baseline.
+def pair_name(config: Config) -> str:
+  """Returns "component-matrix", or the name of the baseline.
 
   Example:
     >>> pair_name(default_config())

@@ -1,6 +1,5 @@
-"""Loss and accuracy of a checkpoint, on any number of devices."""
+"""The command `evaluate`: loss and accuracy of a checkpoint."""
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from spectraformer_jax import commands, data
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.nn.pretrained import find_step
 from spectraformer_jax.train.devices import parallel
-from spectraformer_jax.train.loop import evaluate_split, load_data
+from spectraformer_jax.train.loop import evaluate_split, load_data, on_devices
 from spectraformer_jax.train.run import describe, run_folder, strict_json
-from spectraformer_jax.train.step import objectives, steps
+from spectraformer_jax.train.step import steps
 from spectraformer_jax.train.step.state import TrainState
 
 
@@ -26,22 +25,23 @@ def evaluate(
   batch_size: int | None = None,
   cache_dir: str | None = None,
 ) -> dict[str, Any]:
-  """Evaluates a checkpoint of a run again.
+  """Evaluates a checkpoint of a run again, on any number of devices.
 
   Args:
     workdir: of the run.
     step: "best" (by dev accuracy), "last", or the number of a checkpoint.
     split: "train", "dev" or "test".
     batch_size: of all devices together; None for the run's, rounded up to a
-      multiple of the devices.
+      multiple of the number of devices.
     cache_dir: root of the token cache; None for the run's.
 
   Returns:
     "step", "split", "examples", "loss", "accuracy", "devices".
 
   Raises:
-    ValueError: no run, no such checkpoint, a checkpoint that is damaged, other
-      data than the run had, or a batch that the devices cannot share.
+    ValueError: the folder holds no run or no such checkpoint, the checkpoint is
+      damaged, the data are not those of the run, or the devices cannot share
+      the batch.
   """
   workdir = Path(workdir)
   config = run_folder.stored_config(workdir)
@@ -54,30 +54,19 @@ def evaluate(
     devices = jax.device_count()
     batch_size = -(-config.eval.batch_size // devices) * devices
   parallel.check_batch_size("batch_size", batch_size)
+  config.eval.batch_size = batch_size
   if cache_dir is not None:
     config.task.cache_dir = cache_dir
   (dataset,) = load_data(config, [split]).values()
   run_folder.check_data(workdir, {split: describe.split(dataset)})
   model, variables = load_pretrained(workdir, step=step)
   params = variables.pop("params")
-  eval_step = parallel.DataParallelStep(
-    objectives.guessing(
-      functools.partial(steps.eval_step, apply_fn=model.apply),
-      objective=config.train.objective,
-      mask_token=model.vocab_size - 1,
-    ),
-    engine=config.train.parallel,
-  )
-  make_batches = functools.partial(
-    data.Batches,
-    seed=0,
-    pad_to_multiple=config.task.pad_to_multiple,
-    buckets=config.task.buckets,
-    **parallel.hosts(),
-  )
   state = TrainState(jnp.int32(step), params, variables, opt_state=())
   means = evaluate_split(
-    eval_step, make_batches, batch_size, parallel.replicate(state), dataset
+    config,
+    on_devices(config, model, steps.eval_step),
+    parallel.replicate(state),
+    dataset,
   )
   return {
     "step": step,

@@ -1,22 +1,20 @@
 """A run from its config to its report, in the order in which things happen."""
 
-import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+import jax
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
 from spectraformer_jax import data, nn
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn import from_config
 from spectraformer_jax.train import pretrained
-from spectraformer_jax.train.config import to_dict, validate
+from spectraformer_jax.train.config import Config, to_dict, validate
 from spectraformer_jax.train.devices import hosts, parallel
 from spectraformer_jax.train.run import (
   describe,
@@ -26,10 +24,15 @@ from spectraformer_jax.train.run import (
   wandb_run,
 )
 from spectraformer_jax.train.run.lock import workdir_lock
-from spectraformer_jax.train.run.meters import Clock, Record, Window
+from spectraformer_jax.train.run.meters import (
+  Clock,
+  Evaluation,
+  Record,
+  Window,
+)
 from spectraformer_jax.train.run.nonfinite import SkippedSteps
 from spectraformer_jax.train.run.profiler import Profiler
-from spectraformer_jax.train.run.progress import Progress
+from spectraformer_jax.train.run.progress import Interval, Progress
 from spectraformer_jax.train.run.selection import is_better, out_of_patience
 from spectraformer_jax.train.run.signals import StopSignals
 from spectraformer_jax.train.run.storage import Storage
@@ -44,28 +47,28 @@ from spectraformer_jax.typing import Array
 
 
 def train_and_evaluate(
-  config: ConfigDict, workdir: Path | str, *, command: str | None = None
+  config: Config, workdir: Path | str, *, command: str | None = None
 ) -> dict[str, Any]:
-  """Trains a model, or goes on training it, and evaluates it.
+  """Trains a model, or continues to train it, and evaluates it.
 
-  A second call with the same config and workdir goes on from the last
-  checkpoint, bit for bit on the same devices; if the run has finished it only
-  returns the result again. SIGTERM and SIGINT end a run after the step that is
-  under way, with its state saved.
+  A second call with the same config and workdir resumes from the last
+  checkpoint, bit for bit on the same devices; if the run has finished, it only
+  returns the result again. SIGTERM and SIGINT end a run after the current step,
+  with its state saved.
 
   Args:
     config: all sections of `config.default_config`.
-    workdir: made if it is not there. See docs/training.md for its contents.
-    command: what to type to get this run, for its report.
+    workdir: made if it does not exist. docs/training.md lists its contents.
+    command: the command line of this run, for its report.
 
   Returns:
     The last row of metrics.jsonl: "test/accuracy" and more; "diverged" says why
     the result is no good, None if it is.
 
   Raises:
-    ValueError: before anything is compiled: a key or value of the config, a
-      name, a batch size that the devices cannot share, or a workdir that holds
-      another config or is in use.
+    ValueError: before anything is compiled: a wrong key or value of the config,
+      an unknown name, a batch size that the devices cannot share, or a workdir
+      that holds another config or is in use.
     KeyboardInterrupt: a signal has ended the run.
     NonFiniteError: `train.max_skipped_steps` steps in a row had a loss or
       gradient that is not finite.
@@ -73,9 +76,9 @@ def train_and_evaluate(
   """
   workdir = Path(workdir)
 
-  # 1. Whatever can be wrong is found before anything is compiled.
+  # 1. Checks that need no data.
   validate(config)
-  hosts.from_main(lambda: run_folder.check_folder(workdir))
+  hosts.from_main(run_folder.check_folder, workdir)
   wandb_run.load(config.logging.wandb)
   feature_map = from_config.make_feature_map(config)
   optim.check_feature_map_lr(config.optim, feature_map)
@@ -83,67 +86,58 @@ def train_and_evaluate(
     "config.train.batch_size", config.train.batch_size, config.train.accumulate
   )
   parallel.check_batch_size("config.eval.batch_size", config.eval.batch_size)
-  finished = hosts.from_main(lambda: find_result(workdir, config))
-  if finished:
+  if finished := hosts.from_main(find_result, workdir, config):
     logging.info("%s holds a finished run.", workdir)
     return finished
-
   if source := config.model.init_from:
-    hosts.from_main(lambda: pretrained.check_source(workdir, source))
+    hosts.from_main(pretrained.check_source, workdir, source)
 
-  # 2. Data and model.
+  # 2. Data and model, whose own checks come before compilation too.
   datasets = load_data(config)
   objectives.check_lengths(config.train.objective, datasets)
   facts = {
     split: describe.split(dataset) for split, dataset in datasets.items()
   }
-  make_batches = functools.partial(
-    data.Batches,
-    seed=config.train.seed,
-    pad_to_multiple=config.task.pad_to_multiple,
-    buckets=config.task.buckets,
-    **parallel.hosts(),
-  )
-  # Its own checks: of the batch size and the buckets.
-  make_batches(datasets["train"], config.train.batch_size, train=True)
+  batches = make_batches(config, datasets["train"], train=True)
   model = from_config.make_model(config, feature_map, facts["train"])
   if hasattr(model, "batch_axis"):
     model = model.clone(batch_axis=parallel.AXIS)
-  with contextlib.ExitStack() as held:
 
-    def claim_workdir():
-      held.enter_context(workdir_lock(workdir))
-      # Again: another run may have been at work here since.
-      if found := find_result(workdir, config):
-        return found
-      run_folder.check_data(workdir, facts)
-      run_folder.write_config(workdir, to_dict(config), facts, command)
-      return None
-
-    finished = hosts.from_main(claim_workdir)
-    if finished:
+  with hosts.entered_by_main(workdir_lock(workdir)):
+    # Again, since another run may have used the workdir in the meantime.
+    if finished := hosts.from_main(find_result, workdir, config):
       logging.info("%s holds a finished run by now.", workdir)
       return finished
-    train(config, workdir, feature_map, model, datasets, facts, make_batches)
-
-    def conclude():
-      report.write_report(workdir)
-      return result_row(read_rows(workdir))
-
-    return hosts.from_main(conclude)
+    hosts.from_main(run_folder.check_data, workdir, facts)
+    hosts.from_main(
+      run_folder.write_config, workdir, to_dict(config), facts, command
+    )
+    train(config, workdir, feature_map, model, datasets, facts, batches)
+    hosts.from_main(report.write_report, workdir)
+    return hosts.from_main(lambda: result_row(read_rows(workdir)))
 
 
 def train(
-  config: ConfigDict,
+  config: Config,
   workdir: Path,
   feature_map: FeatureMap | None,
   model: from_config.Model,
   datasets: Mapping[str, data.Dataset],
   facts: Mapping[str, Mapping[str, Any]],
-  make_batches: Callable[..., data.Batches],
+  batches: data.Batches,
 ) -> None:
-  """Steps 3 to 6 of a run: from its initial or last state to its result."""
-  # 3. The state: new, or that of the last checkpoint.
+  """Runs steps 3 to 6 of a run: from its state to its result.
+
+  Args:
+    config: of the run.
+    workdir: its folder, locked for this run.
+    feature_map: that of the model, None for a baseline.
+    model: of `from_config.make_model`.
+    datasets: by name of the split.
+    facts: of `describe.split`, by name of the split.
+    batches: of the train split, from its start.
+  """
+  # 3. The state: initial, or that of the last checkpoint.
   num_steps = config.train.num_steps
   keys = state.run_keys(config.train.seed)
   schedule = optim.learning_rate(config.optim, num_steps)
@@ -154,16 +148,13 @@ def train(
   storage = Storage(
     workdir / run_folder.CHECKPOINTS, keep=config.checkpoint.keep
   )
-  record = Record(
-    data=make_batches(
-      datasets["train"], config.train.batch_size, train=True
-    ).state()
-  )
-  init_lines = []
-  restored = storage.restore_latest(train_state)
-  if restored:
+  record, init_lines = Record(), []
+  if restored := storage.restore_latest(train_state):
     train_state, stored = restored
     record = Record(**stored)
+    batches = make_batches(
+      config, datasets["train"], train=True, state=record.data
+    )
   elif config.model.init_from:
     train_state, init_lines = pretrained.start_from(train_state, config)
   start = int(train_state.step)
@@ -171,29 +162,18 @@ def train(
   dropout_rng = parallel.replicate(keys.dropout_rng)
 
   # 4. Step functions.
-  guessing = functools.partial(
-    objectives.guessing,
-    objective=config.train.objective,
-    mask_token=model.vocab_size - 1,
-  )
-  train_step = parallel.DataParallelStep(
-    guessing(
-      functools.partial(
-        steps.train_step,
-        apply_fn=model.apply,
-        tx=tx,
-        accumulate=config.train.accumulate,
-        label_smoothing=config.optim.label_smoothing,
-        ema_decay=ema_decay,
-      )
-    ),
-    engine=config.train.parallel,
+  train_step = on_devices(
+    config,
+    model,
+    steps.train_step,
     donate_state=True,
+    tx=tx,
+    accumulate=config.train.accumulate,
+    label_smoothing=config.optim.label_smoothing,
+    ema_decay=ema_decay,
   )
-  eval_step = parallel.DataParallelStep(
-    guessing(functools.partial(steps.eval_step, apply_fn=model.apply)),
-    engine=config.train.parallel,
-  )
+  eval_step = on_devices(config, model, steps.eval_step)
+  evaluate = functools.partial(evaluate_split, config, eval_step)
   interval = config.feature_map.redraw_interval if feature_map else 0
   redraw = parallel.on_one_device(
     functools.partial(
@@ -202,39 +182,30 @@ def train(
       interval=interval,
     )
   )
-  evaluate = functools.partial(
-    evaluate_split, eval_step, make_batches, config.eval.batch_size
-  )
 
   # 5. Training.
+  is_main = hosts.is_main()
   with (
     storage,
-    data.Prefetch(
-      make_batches(
-        datasets["train"],
-        config.train.batch_size,
-        train=True,
-        state=record.data,
-      )
-    ) as batches,
+    data.Prefetch(batches) as prefetched,
     MetricWriter(
       workdir,
       start_step=start,
       tensorboard=config.logging.tensorboard,
       first_row=min(config.logging.every, config.eval.every),
       wandb=wandb_run.start(config.logging.wandb, workdir, to_dict(config))
-      if hosts.is_main()
+      if is_main
       else None,
-      enabled=hosts.is_main(),
+      enabled=is_main,
     ) as writer,
     Profiler(
-      workdir / run_folder.PROFILE, config.profile if hosts.is_main() else 0
+      workdir / run_folder.PROFILE, config.profile if is_main else 0
     ) as profiler,
     Progress(
       num_steps,
       start,
       interval_seconds=config.logging.interval_seconds,
-      bar=config.logging.progress_bar if hosts.is_main() else False,
+      bar=config.logging.progress_bar if is_main else False,
     ) as progress,
   ):
     for line in (
@@ -253,7 +224,7 @@ def train(
           break
         if interval and step and step % interval == 0:
           train_state = redraw(train_state, keys.redraw_rng)
-        batch = next(batches)
+        batch = next(prefetched)
         if step == start:
           train_step.compile(train_state, batch, dropout_rng)
           if plan := train_step.memory_plan():
@@ -266,33 +237,19 @@ def train(
         skipped.add(done, batch, sums)
         progress.step(done)
 
-        last = done == num_steps
         stop = signals.stop_after(done)
-        log_now = last or done % config.logging.every == 0
-        evaluate_now = last or done % config.eval.every == 0
-        save_now = last or stop or done % config.checkpoint.every == 0
-        if log_now or evaluate_now or save_now:
+        now = due(config, done, stop=stop)
+        if any(now):
           window.collect()
           skipped.collect()
         if skipped.too_many:
-          raise explain_skipped(
-            workdir,
-            skipped,
-            record,
-            guessing(
-              functools.partial(
-                steps.gradient_norms,
-                apply_fn=model.apply,
-                label_smoothing=config.optim.label_smoothing,
-              )
-            ),
-            train_state,
-            dropout_rng,
+          fail_not_finite(
+            config, workdir, model, skipped, record, train_state, dropout_rng
           )
-        if not (log_now or evaluate_now or save_now):
+        if not any(now):
           continue
         clock.stop()
-        if log_now:
+        if now.log:
           values = {f"train/{name}": x for name, x in window.means().items()}
           values["train/learning_rate"] = float(schedule(step - record.skipped))
           values["train/examples_per_second"] = clock.rate(window.weight)
@@ -300,19 +257,22 @@ def train(
           window.reset()
           writer.write(done, values)
           progress.values(done, values)
-        if evaluate_now:
-          dev = evaluate(train_state, datasets["dev"])
-          values = {f"dev/{name}": x for name, x in dev.items()}
+        save = now.save
+        if now.evaluate:
+          means = evaluate(train_state, datasets["dev"])
+          values = {f"dev/{name}": x for name, x in means.items()}
           writer.write(done, values)
           progress.values(done, values)
-          record.dev = {"step": done, **dev}
+          record.dev = Evaluation(
+            step=done, loss=means["loss"], accuracy=means["accuracy"]
+          )
           if is_better(record.dev, record.best):
-            record.best, save_now = record.dev, True
-          save_now = save_now or out_of_patience(record, config.eval)
-          progress.line(describe.dev(record))
-        if save_now:
+            record.best, save = record.dev, True
+          save = save or out_of_patience(record, config.eval)
+          progress.line(describe.dev(record.dev, record.best))
+        if save:
           writer.sync()
-          record.data, record.window = batches.state(), window.sums
+          record.data, record.window = prefetched.state(), window.sums
           storage.save(
             train_state,
             dataclasses.asdict(record),
@@ -324,27 +284,59 @@ def train(
         clock.start()
 
     # 6. Test accuracy of the last and of the best-dev parameters.
+    dev, best = record.dev, record.best
+    assert dev and best  # the last step of a run evaluates
     test_last = test_best = evaluate(train_state, datasets["test"])
-    if record.best["step"] != record.dev["step"]:
-      best_state, _ = storage.restore(record.best["step"], train_state)
+    if best["step"] != dev["step"]:
+      best_state, _ = storage.restore(best["step"], train_state)
       test_best = evaluate(parallel.replicate(best_state), datasets["test"])
-    outcome = {
-      **{f"test/{name}_best": x for name, x in test_best.items()},
-      **{f"test/{name}_last": x for name, x in test_last.items()},
-      **describe.result(config, datasets["test"], record),
-      **sizes,
-    }
-    losses = {
+    test_losses = {
       "test split, best-dev parameters": test_best["loss"],
       "test split, last parameters": test_last["loss"],
     }
-    outcome["diverged"] = describe.divergence(record, losses)
-    outcome["test/accuracy"] = test_best["accuracy"]
-    writer.write(record.dev["step"], outcome)
+    outcome = {
+      **{f"test/{name}_best": x for name, x in test_best.items()},
+      **{f"test/{name}_last": x for name, x in test_last.items()},
+      **describe.result(config, datasets["test"], record, dev, best),
+      **sizes,
+      "diverged": describe.divergence(record, dev, test_losses),
+      "test/accuracy": test_best["accuracy"],
+    }
+    writer.write(dev["step"], outcome)
 
 
-def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
-  """The result of a finished run, whose report is written again if it can be.
+class Due(NamedTuple):
+  """What is to be done after a training step.
+
+  Attributes:
+    log: write a row of training metrics.
+    evaluate: evaluate on the dev split.
+    save: write a checkpoint.
+  """
+
+  log: bool
+  evaluate: bool
+  save: bool
+
+
+def due(config: Config, step: int, *, stop: bool = False) -> Due:
+  """Returns what is to be done after a training step.
+
+  Args:
+    config: of the run.
+    step: number of the step, from 1 on.
+    stop: whether the run stops after it.
+  """
+  last = step == config.train.num_steps
+  return Due(
+    log=last or step % config.logging.every == 0,
+    evaluate=last or step % config.eval.every == 0,
+    save=last or stop or step % config.checkpoint.every == 0,
+  )
+
+
+def find_result(workdir: Path, config: Config) -> dict[str, Any] | None:
+  """Returns the result of a finished run, and writes its report again.
 
   Raises:
     ValueError: the workdir holds another config, or a damaged result.
@@ -354,22 +346,20 @@ def find_result(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
   if result:
     try:
       report.write_report(workdir)
-    except OSError as error:  # such as a folder that is for reading alone
+    except OSError as error:  # such as a read-only folder
       logging.warning("The report is not written again: %s", error)
   return result
 
 
 def load_data(
-  config: ConfigDict, splits: Sequence[str] = data.SPLITS
+  config: Config, splits: Sequence[str] = data.SPLITS
 ) -> dict[str, data.Dataset]:
-  """Splits of the task, from the cache or built into it."""
+  """Loads splits of the task; the first call builds the token cache."""
   task = config.task
-  last_line = time.monotonic()
+  interval = Interval(config.logging.interval_seconds)
 
   def progress(done: int, total: int) -> None:
-    nonlocal last_line
-    if time.monotonic() - last_line > config.logging.interval_seconds:
-      last_line = time.monotonic()
+    if interval.is_over():
       logging.info("building %s: %d of %d examples", task.name, done, total)
 
   return {
@@ -386,40 +376,96 @@ def load_data(
   }
 
 
+def make_batches(
+  config: Config,
+  dataset: data.Dataset,
+  *,
+  train: bool,
+  state: Mapping[str, Any] | None = None,
+) -> data.Batches:
+  """Makes this process's batches of a split; `state` is where they resume."""
+  return data.Batches(
+    dataset,
+    config.train.batch_size if train else config.eval.batch_size,
+    seed=config.train.seed,
+    train=train,
+    state=state,
+    pad_to_multiple=config.task.pad_to_multiple,
+    buckets=config.task.buckets,
+    **parallel.hosts(),
+  )
+
+
+def on_devices(
+  config: Config,
+  model: from_config.Model,
+  step: Callable[..., Any],
+  *,
+  donate_state: bool = False,
+  **options: Any,
+) -> parallel.DataParallelStep:
+  """Makes a step of `steps` that learns the config's objective on all devices.
+
+  Args:
+    config: of the run.
+    model: whose `apply` the step calls.
+    step: `train_step`, `eval_step` or `gradient_norms`.
+    donate_state: see `DataParallelStep`.
+    **options: of the step.
+  """
+  return parallel.DataParallelStep(
+    objectives.guessing(
+      functools.partial(step, apply_fn=model.apply, **options),
+      objective=config.train.objective,
+      mask_token=model.vocab_size - 1,
+    ),
+    engine=config.train.parallel,
+    donate_state=donate_state,
+  )
+
+
 def evaluate_split(
+  config: Config,
   eval_step: Callable[..., steps.Sums],
-  make_batches: Callable[..., data.Batches],
-  batch_size: int,
   train_state: state.TrainState,
   dataset: data.Dataset,
 ) -> dict[str, float]:
-  """Mean loss and accuracy over every example of a split, each once."""
+  """Returns mean loss and accuracy over every example of a split, each once."""
   window = Window()
-  with data.Prefetch(make_batches(dataset, batch_size, train=False)) as batches:
+  with data.Prefetch(make_batches(config, dataset, train=False)) as batches:
     for batch in batches:
       window.add(eval_step(train_state, batch))
   window.collect()
   return window.means()
 
 
-def explain_skipped(
+def fail_not_finite(
+  config: Config,
   workdir: Path,
+  model: from_config.Model,
   skipped: SkippedSteps,
   record: Record,
-  gradient_norms: Callable[..., Any],
   train_state: state.TrainState,
   dropout_rng: Array,
-) -> Exception:
-  """Reports the steps that were skipped; returns the error to raise."""
+) -> NoReturn:
+  """Writes a report about the skipped steps and raises `NonFiniteError`."""
+  assert skipped.too_many
   step, batch = skipped.too_many
-  norms = parallel.DataParallelStep(gradient_norms)
-  # Those parameters are what the step saw, unless one of the few steps that
-  # were under way since has changed them: the steps before it did not.
+  gradient_norms = on_devices(
+    config,
+    model,
+    steps.gradient_norms,
+    label_smoothing=config.optim.label_smoothing,
+  )
+  # The parameters are those that the skipped step found, unless one of the few
+  # steps that were dispatched after it was not skipped.
   before = train_state._replace(step=parallel.replicate(np.int32(step - 1)))
-  return nonfinite.write_report(
-    workdir,
-    step,
-    batch,
-    record,
-    lambda batch: norms(before, batch, dropout_rng),
+  norms, loss = jax.device_get(gradient_norms(before, batch, dropout_rng))
+  folder = workdir / f"nonfinite-step-{step}"
+  if hosts.is_main():
+    nonfinite.write_report(folder, step, batch, record, norms, loss)
+  raise nonfinite.NonFiniteError(
+    f"Loss or gradient were not finite in {record.skipped_in_a_row} steps in "
+    f"a row, the last of them step {step}; see {folder}/report.md. A lower "
+    "config.optim.lr or another config.optim.clip may help."
   )

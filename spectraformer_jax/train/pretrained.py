@@ -1,16 +1,15 @@
-"""The start of a run from what another one has learnt."""
+"""The start of a run from the weights of another one."""
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from spectraformer_jax.nn import load_pretrained
-from spectraformer_jax.train.config import flatten, to_dict
+from spectraformer_jax.train.config import Config, flatten, to_dict
 from spectraformer_jax.train.devices import hosts
 from spectraformer_jax.train.run import run_folder
 from spectraformer_jax.train.run.writers import read_rows, result_row
@@ -18,68 +17,55 @@ from spectraformer_jax.train.step import state
 from spectraformer_jax.train.step.optim import FEATURE_MAP
 from spectraformer_jax.typing import PyTree
 
-# What is taken over. The rest of a model belongs to what it is asked.
+# Parts of a model that do not depend on its task. Head and pooling do, and are
+# initialised again.
 SHARED = ("token_embedding", "position_embedding", "encoder")
+EMBEDDINGS = SHARED[:2]
 
 # Keys of the sections model and feature_map that may differ.
-_FREE = (
-  *("model.init_from", "model.pooling", "model.pooled_norm"),
-  *("model.dropout_rate", "model.vocab_size", "model.max_len"),
+_FREE = {
+  "model.init_from",
+  "model.pooling",
+  "model.pooled_norm",
+  "model.dropout_rate",
+  "model.vocab_size",
+  "model.max_len",
   "feature_map.redraw_interval",
-)
-
-# Keys that differ with another attention.
-_OF_ATTENTION = ("model.attention", "model.attention_kwargs")
-# The collection of projections.
-_DRAWN = "random_features"
+}
+# Keys that may differ as well where the attention does.
+_OF_ATTENTION = {"model.attention", "model.attention_kwargs"}
 
 Variables = Mapping[str, PyTree]
 
 
 def start_from(
-  train_state: state.TrainState, config: ConfigDict
+  train_state: state.TrainState, config: Config
 ) -> tuple[state.TrainState, list[str]]:
-  """The first state of a run, with the weights of `config.model.init_from`.
+  """Returns the first state of a run that starts from `config.model.init_from`.
 
-  Embeddings, positions and encoder come from the best-dev parameters of that
-  run, and so do its projections and running statistics, to which the weights
-  belong. Heads, pooling and optimiser start anew.
+  Embeddings, positions and encoder are those of the best-dev parameters of that
+  run, and so are its projections and running statistics, to which the weights
+  are adapted. Head, pooling and optimiser stay as they were initialised.
 
-  A run with another `model.attention`, such as the exact one, gives all
-  parameters whose names and shapes are those of this model, its head included
-  where the objective is the same. What belongs to the attention itself (feature
-  maps, projections and their statistics) starts anew.
+  From a run with another `model.attention`, such as the exact one, all
+  parameters are taken whose names and shapes are those of this model, its head
+  included where the objective is the same. Feature maps, projections and their
+  statistics, which belong to the attention, stay as they were initialised.
 
   Args:
     train_state: of `state.create`.
     config: of this run.
 
   Returns:
-    The state, and lines that say what it has from where.
+    The state, and lines that say which parts were taken.
 
   Raises:
-    ValueError: no finished run is there, or its model is another.
+    ValueError: the folder holds no finished run, or one of another model.
   """
-
-  def read():
-    nonlocal variables
-    workdir = Path(config.model.init_from)
-    _check_finished(workdir)
-    source = run_folder.stored_config(workdir)
-    _check_same(workdir, to_dict(source), to_dict(config))
-    trained = dict(load_pretrained(workdir).variables)
-    ours = {"params": train_state.params, **train_state.collections}
-    if source.model.attention == config.model.attention:
-      variables = _take_shared(trained, ours)
-    else:
-      same = source.train.objective == config.train.objective
-      variables = _take_fitting(trained, ours, None if same else SHARED)
-    return _lines(workdir, trained, ours, variables)
-
-  variables = None
-  lines = hosts.from_main(read)
-  like = {"params": train_state.params, **train_state.collections}
-  variables = hosts.arrays_from_main(variables, like)
+  initial = {"params": train_state.params, **train_state.collections}
+  variables, lines = hosts.arrays_from_main(
+    lambda: _merge(initial, config), like=initial
+  )
   params = variables.pop("params")
   new = train_state._replace(
     params=params,
@@ -89,69 +75,96 @@ def start_from(
   return new, lines
 
 
-def _take_shared(trained: Variables, ours: Variables) -> Variables:
-  """Of a model with the same attention: all of the shared parts."""
-  params = dict(ours["params"])
+def _merge(
+  initial: Variables, config: Config
+) -> tuple[dict[str, PyTree], list[str]]:
+  """Returns `initial` with what is taken from the other run, and the lines."""
+  workdir = Path(config.model.init_from or "")
+  _check_finished(workdir)
+  source = run_folder.stored_config(workdir)
+  _check_same_model(workdir, to_dict(source), to_dict(config))
+  trained = load_pretrained(workdir).variables
+  if source.model.attention == config.model.attention:
+    variables = _with_shared_parts(initial, trained)
+  else:
+    same_head = source.train.objective == config.train.objective
+    variables = _with_fitting_leaves(
+      initial, trained, None if same_head else SHARED
+    )
+  return variables, _describe(workdir, trained, initial, variables)
+
+
+def _with_shared_parts(
+  initial: Variables, trained: Variables
+) -> dict[str, PyTree]:
+  """Replaces the shared parts by those of a model with the same attention."""
+  params = dict(initial["params"])
   for name in SHARED:
     if name in params:
-      params[name] = _take(name, trained["params"][name], params[name])
-  variables = {**ours, "params": params}
-  for collection, found in trained.items():
+      params[name] = _fit(name, trained["params"][name], params[name])
+  variables = {**initial, "params": params}
+  for collection, parts in trained.items():
     if collection != "params":
-      shared = {k: v for k, v in found.items() if k in SHARED}
-      variables[collection] = {**ours.get(collection, {}), **shared}
+      taken = {name: part for name, part in parts.items() if name in SHARED}
+      variables[collection] = {**initial.get(collection, {}), **taken}
   return variables
 
 
-def _take_fitting(
-  trained: Variables, ours: Variables, parts: Sequence[str] | None
-) -> Variables:
-  """Of a model with another attention: leaves of equal names and shapes.
+def _with_fitting_leaves(
+  initial: Variables, trained: Variables, parts: Collection[str] | None
+) -> dict[str, PyTree]:
+  """Replaces leaves by those of equal name and shape, feature maps apart.
 
   Args:
-    trained: variables of the other run.
-    ours: initial ones.
-    parts: of the model; None for all.
+    initial: variables of the new model.
+    trained: variables of a model with another attention.
+    parts: names of the parts whose leaves are replaced; None for all.
   """
-  for name in ("token_embedding", "position_embedding"):
-    if name in ours["params"] and name in trained["params"]:
-      taken = _take(name, trained["params"][name], ours["params"][name])
-      trained = {**trained, "params": {**trained["params"], name: taken}}
-  found = _by_path({k: v for k, v in trained.items() if k != _DRAWN})
+  params = dict(trained["params"])
+  for name in EMBEDDINGS:
+    if name in params and name in initial["params"]:
+      params[name] = _fit(name, params[name], initial["params"][name])
+  others = {k: v for k, v in trained.items() if k != "random_features"}
+  found = _by_path({**others, "params": params})
 
-  def pick(path, leaf):
-    names = [part.key for part in path]
+  def choose(path: tuple[Any, ...], leaf: Any) -> Any:
+    names = [entry.key for entry in path]
     other = found.get(jax.tree_util.keystr(path))
     if other is None or other.shape != leaf.shape or FEATURE_MAP in names:
       return leaf
     return other if parts is None or names[1] in parts else leaf
 
-  return jax.tree_util.tree_map_with_path(pick, ours)
+  return jax.tree_util.tree_map_with_path(choose, dict(initial))
 
 
-def _lines(
-  workdir: Path, trained: Variables, ours: Variables, variables: Variables
+def _describe(
+  workdir: Path, trained: Variables, initial: Variables, variables: Variables
 ) -> list[str]:
-  """What was taken, what starts anew and what was left, by part."""
-  old, new = _by_path(ours), _by_path(variables)
-  taken = {path for path in new if new[path] is not old[path]}
-  there = _by_path(trained)
+  """Returns lines: parts that were taken, that start anew, that were left."""
+  old, new, source = map(_by_path, (initial, variables, trained))
+  taken = {path for path in new if new[path] is not old.get(path)}
   groups = {
     "taken": taken,
     "anew": new.keys() - taken,
-    "left": there.keys() - taken,
+    "left": source.keys() - taken,
   }
   return [
-    f"config.model.init_from={str(workdir)!r}: {word}: {_parts(paths)}"
+    f"config.model.init_from={str(workdir)!r}: {word}: {_count_by_part(paths)}"
     for word, paths in groups.items()
     if paths
   ]
 
 
-def _parts(paths: Iterable[str]) -> str:
-  """Names of leaves, those of a part counted: encoder/layer_0 (12)."""
+def _count_by_part(paths: Iterable[str]) -> str:
+  """Counts leaves: of parameters by part, of other collections by collection.
+
+  Args:
+    paths: of leaves, as `jax.tree_util.keystr` writes them.
+
+  Returns:
+    Text like "encoder/layer_0 (12), random_features (4)".
+  """
   names = (path[2:-2].split("']['") for path in paths)
-  # Of the parameters by part; of other collections by name.
   parts = collections.Counter(
     "/".join(name[1:-1][:2] or name[1:]) if name[0] == "params" else name[0]
     for name in names
@@ -160,7 +173,6 @@ def _parts(paths: Iterable[str]) -> str:
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
-  """Leaves by path."""
   return {
     jax.tree_util.keystr(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -168,21 +180,20 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def check_source(workdir: Path, init_from: str) -> None:
-  """Refuses what a new run cannot start from; one that resumes needs it not.
+  """Refuses an `init_from` without a finished run, unless the run resumes.
 
   Args:
-    workdir: of the run.
-    init_from: the config's.
+    workdir: of the new run.
+    init_from: `config.model.init_from`.
 
   Raises:
-    ValueError: no finished run is there.
+    ValueError: `init_from` holds no finished run.
   """
   if not any((workdir / run_folder.CHECKPOINTS).glob("[0-9]*")):
     _check_finished(Path(init_from))
 
 
 def _check_finished(workdir: Path) -> None:
-  """Refuses a folder that holds no finished run."""
   stored = run_folder.read_config(workdir)
   if stored is None or result_row(read_rows(workdir)) is None:
     raise ValueError(
@@ -191,14 +202,14 @@ def _check_finished(workdir: Path) -> None:
     )
 
 
-def _check_same(
+def _check_same_model(
   workdir: Path, source: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-  """Refuses weights of another encoder."""
+  """Refuses a source whose model or feature map differs from the config's."""
   theirs, ours = flatten(source), flatten(config)
   free, sections = _FREE, ("model.", "feature_map.")
   if theirs["model.attention"] != ours["model.attention"]:
-    free, sections = (*_FREE, *_OF_ATTENTION), ("model.",)
+    free, sections = _FREE | _OF_ATTENTION, ("model.",)
   for path in ours:
     if path in free or not path.startswith(sections):
       continue
@@ -209,25 +220,25 @@ def _check_same(
       )
 
 
-def _take(name: str, found: PyTree, wanted: PyTree) -> PyTree:
-  """`found`, whose shapes must be those of `wanted`."""
+def _fit(name: str, trained: PyTree, initial: PyTree) -> PyTree:
+  """Returns `trained`, whose leaves must have the shapes of `initial`.
+
+  The token embedding may have one row more: the last one, of the mask token,
+  which a classifier does not have, is dropped.
+  """
   if name == "token_embedding":
-    # The mask token's row is the last; those who classify have no such token.
-    rows = wanted["embedding"].shape[0]
-    if found["embedding"].shape[0] == rows + 1:
-      found = {"embedding": found["embedding"][:rows]}
-  shapes = [
-    {
-      jax.tree_util.keystr(path): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    for tree in (found, wanted)
-  ]
-  for path in sorted(shapes[0].keys() | shapes[1].keys()):
-    there, here = (tree.get(path) for tree in shapes)
-    if there != here:
+    rows = initial["embedding"].shape[0]
+    if trained["embedding"].shape[0] == rows + 1:
+      trained = {"embedding": trained["embedding"][:rows]}
+  there, here = (
+    {path: leaf.shape for path, leaf in _by_path(tree).items()}
+    for tree in (trained, initial)
+  )
+  for path in sorted(there.keys() | here.keys()):
+    if there.get(path) != here.get(path):
       raise ValueError(
-        f"config.model.init_from holds {name}{path} of shape {there}, and this "
-        f"model needs {here}; set config.model.vocab_size and max_len alike."
+        f"config.model.init_from holds {name}{path} of shape "
+        f"{there.get(path)}, and this model needs {here.get(path)}; set "
+        "config.model.vocab_size and max_len alike."
       )
-  return found
+  return trained

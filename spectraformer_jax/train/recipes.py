@@ -1,23 +1,23 @@
-"""Optimisers by name: settings that belong together, set in one go.
+"""Recipes: values of `config.optim` that belong together, set by one name.
 
-A recipe is a set of values for `config.optim`, nothing more: any of them can
-be changed afterwards, and config.json shows what a run used.
+A recipe sets values and nothing else: each can be changed afterwards, and
+config.json shows what a run used.
 """
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from spectraformer_jax.registry import nearest
+from spectraformer_jax.train.config import KEYS, Config
 
 NAMES = ("official", "lra", "modern")
 
 
 def recipe(name: str, num_steps: int) -> dict[str, Any]:
-  """The values of a recipe, by key of `config.optim`.
+  """Returns the values of a recipe, by key of `config.optim`.
 
   "official": the Spectraformer release (Nguyen, Joshi, Salim, arXiv 2405.15310,
-  and its code). "lra": Long Range Arena's code for its texts (Tay et al., 2021,
+  and its code), the defaults of the config. "lra": Long Range Arena's code for
+  its texts (Tay et al., 2021,
   lra_benchmarks/text_classification/configs/base_tc_config.py). "modern": what
   is usual for Transformers now, after Loshchilov and Hutter, 2019.
 
@@ -36,48 +36,37 @@ def recipe(name: str, num_steps: int) -> dict[str, Any]:
     raise ValueError(
       f"Unknown recipe {name!r} of the optimiser.{nearest(name, NAMES)}"
     )
-  return {
-    "official": {
-      "lr": 1e-4,
-      "schedule": "linear",
-      "warmup_steps": 1000,
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-6,
-      "weight_decay": 0.0,
-      "clip": "value",
-      "clip_threshold": 1.0,
-    },
-    "lra": {
-      "lr": 0.05 / 8000**0.5,
-      "schedule": "rsqrt",
-      "warmup_steps": 8000,
-      "b1": 0.9,
-      "b2": 0.98,
-      "eps": 1e-9,
-      "weight_decay": 0.1,
-      "clip": "none",
-      "clip_threshold": 1.0,
-    },
-    "modern": {
-      "lr": 1e-3,
-      "schedule": "cosine",
-      "warmup_steps": num_steps // 20,
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-6,
-      "weight_decay": 0.05,
-      "clip": "global_norm",
-      "clip_threshold": 1.0,
-    },
-  }[name]
+  lra = {
+    "lr": 0.05 / 8000**0.5,
+    "schedule": "rsqrt",
+    "warmup_steps": 8000,
+    "b1": 0.9,
+    "b2": 0.98,
+    "eps": 1e-9,
+    "weight_decay": 0.1,
+    "clip": "none",
+    "clip_threshold": 1.0,
+  }
+  modern = {
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "warmup_steps": num_steps // 20,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-6,
+    "weight_decay": 0.05,
+    "clip": "global_norm",
+    "clip_threshold": 1.0,
+  }
+  official = {key: KEYS[f"optim.{key}"].default for key in modern}
+  return {"official": official, "lra": lra, "modern": modern}[name]
 
 
-def use(config: ConfigDict, name: str) -> None:
-  """Sets `config.optim` to a recipe; its other keys stay.
+def use(config: Config, name: str) -> None:
+  """Sets the keys of a recipe in `config.optim`; its other keys stay.
 
   Args:
-    config: with the number of steps of the run.
+    config: has the number of steps of the run.
     name: one of `NAMES`.
 
   Raises:

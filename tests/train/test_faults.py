@@ -276,7 +276,7 @@ def test_what_a_diverged_run_is(dev_loss, in_a_row, test_loss, words):
   record = Record({}, dev={"step": 3, "loss": dev_loss})
   # Steps that were skipped before others that were made are no end.
   record.skipped, record.skipped_in_a_row = 5, in_a_row
-  found = describe.divergence(record, {"test split": test_loss})
+  found = describe.divergence(record, record.dev, {"test split": test_loss})
   assert found is None if words is None else re.search(words, found)
 
 

@@ -1,15 +1,17 @@
-"""Processes of one run: how they find each other, and what process 0 tells.
+"""Processes of one run: how they connect, and how process 0 shares its data.
 
-Every process trains on its own rows. Process 0 alone touches the workdir: it
-reads and writes the checkpoints, so the others need no access to its disk.
+Every process trains on its own rows. Process 0 alone uses the workdir: it reads
+and writes the checkpoints, so the others need no access to its disk.
 """
 
+import contextlib
 import glob
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from spectraformer_jax.typing import PyTree
 
-# How collectives and the coordination service begin their messages.
+# Messages of collectives and of the coordination service begin like this.
 _FROM_THE_RUNTIME = re.compile(
   r"Gloo|^(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN):"
 )
@@ -32,22 +34,22 @@ def connect(
   detect: bool = False,
   heartbeat_seconds: int = 100,
 ) -> None:
-  """Joins the other processes of the run; before anything else uses jax.
+  """Connects to the other processes of the run; call it before jax is used.
 
-  Without arguments this is a run of one process, except on TPU machines, whose
-  pods JAX knows. The environment variables JAX_COORDINATOR_ADDRESS,
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID stand in for the arguments.
+  Without arguments this is a run of one process, except on TPU machines, where
+  JAX finds the processes of the pod itself. The environment variables
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are the defaults
+  of the first three arguments.
 
   Args:
-    coordinator: "host:port" of process 0, any free port.
-    num_processes: how many there are.
-    process_id: which of them this is, from 0 on.
-    detect: ask the cluster (Slurm, Open MPI, Kubernetes) for all three.
-    heartbeat_seconds: without a sign of life a process counts as gone.
+    coordinator: "host:port" of process 0; any free port.
+    num_processes: number of processes of the run.
+    process_id: number of this process, from 0 on.
+    detect: asks the cluster (Slurm, Open MPI, Kubernetes) for all three.
+    heartbeat_seconds: a process that is silent for longer counts as gone.
 
   Raises:
-    ValueError: some of the three are given and others are not, or one is not
-      what it should be.
+    ValueError: one of the three is missing while others are given, or wrong.
   """
   given = {
     "coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -56,7 +58,7 @@ def connect(
   }
   missing = [name for name, value in given.items() if value is None]
   if not missing:
-    _check(**given)
+    _check_address(**given)
     jax.distributed.initialize(
       *given.values(),
       heartbeat_timeout_seconds=heartbeat_seconds,
@@ -80,7 +82,9 @@ def _integer(value: int | None, variable: str) -> int | None:
   return int(text)
 
 
-def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+def _check_address(
+  coordinator: str, num_processes: int, process_id: int
+) -> None:
   if not re.fullmatch(r".+:\d+", coordinator):
     raise ValueError(f"--coordinator must be host:port, got {coordinator!r}.")
   if not 0 <= process_id < num_processes:
@@ -100,39 +104,72 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
-def from_main(function: Callable[[], Any]) -> Any:
-  """Calls `function` in process 0; its JSON value or ValueError is everyone's.
+def from_main(function: Callable[..., Any], *args: Any) -> Any:
+  """Calls `function(*args)` in process 0 and returns its value in all.
+
+  Args:
+    function: returns a JSON value. A ValueError of it is raised in every
+      process, so that none waits for the others.
+    *args: of `function`.
 
   Example:
-    >>> from_main(lambda: {"step": 3})
+    >>> from_main(dict, [("step", 3)])
     {'step': 3}
   """
   if jax.process_count() == 1:
-    return function()
-  message, error = b"", None
-  if is_main():
-    try:
-      message = json.dumps({"value": function()}).encode()
-    except ValueError as caught:
-      error = caught
-      message = json.dumps({"error": str(caught)}).encode()
-  answer = json.loads(_broadcast(message))
-  if error is not None:
-    raise error
-  if "error" in answer:
-    raise ValueError(answer["error"])
-  return answer["value"]
+    return function(*args)
+  return _broadcast_outcome(*_call_in_main(function, *args))
 
 
-def arrays_from_main(tree: PyTree | None, like: PyTree) -> PyTree:
-  """Process 0's host arrays, bit for bit.
+def arrays_from_main(
+  function: Callable[[], tuple[PyTree, Any]], like: PyTree
+) -> tuple[PyTree, Any]:
+  """Calls `function` in process 0 and returns its arrays, bit for bit, in all.
 
   Args:
-    tree: of process 0; the others' is not looked at.
-    like: a tree of the same shapes and dtypes.
+    function: returns host arrays, or None for none, and a JSON value. A
+      ValueError of it is raised in every process.
+    like: a tree of the same shapes and dtypes as the arrays.
   """
   if jax.process_count() == 1:
-    return tree
+    return function()
+  result, error = _call_in_main(function)
+  arrays, value = result or (None, None)
+  has_arrays, value = _broadcast_outcome([arrays is not None, value], error)
+  return _broadcast_arrays(arrays, like) if has_arrays else None, value
+
+
+@contextlib.contextmanager
+def entered_by_main(context: AbstractContextManager[None]) -> Iterator[None]:
+  """Enters `context` in process 0; raises its ValueError in every process."""
+  with contextlib.ExitStack() as stack:
+    from_main(stack.enter_context, context)
+    yield
+
+
+def _call_in_main(
+  function: Callable[..., Any], *args: Any
+) -> tuple[Any, ValueError | None]:
+  """Returns the value or the ValueError of a call; None and None elsewhere."""
+  if not is_main():
+    return None, None
+  try:
+    return function(*args), None
+  except ValueError as error:
+    return None, error
+
+
+def _broadcast_outcome(value: Any, error: ValueError | None) -> Any:
+  """Returns process 0's JSON value, or raises its error, in every process."""
+  message = json.dumps([value, error and str(error)]).encode()
+  value, text = json.loads(_broadcast(message))
+  if text is not None:
+    raise error or ValueError(text)
+  return value
+
+
+def _broadcast_arrays(tree: PyTree, like: PyTree) -> PyTree:
+  """Returns process 0's `tree`, of the shapes and dtypes of `like`."""
   leaves = jax.tree.leaves(tree) if is_main() else []
   content = _broadcast(b"".join(np.asarray(a).tobytes() for a in leaves))
   shapes, structure = jax.tree.flatten(like)
@@ -146,8 +183,8 @@ def arrays_from_main(tree: PyTree | None, like: PyTree) -> PyTree:
 
 
 def _broadcast(content: bytes) -> bytes:
-  """Process 0's content."""
-  # As bytes, since the sum behind a broadcast makes 0.0 of -0.0.
+  """Returns process 0's `content` in every process."""
+  # A broadcast is a sum, which turns -0.0 into 0.0: arrays are sent as bytes.
   send = multihost_utils.broadcast_one_to_all
   size = int(send(np.int32(len(content))))
   array = np.zeros(size, np.uint8)
@@ -156,6 +193,6 @@ def _broadcast(content: bytes) -> bytes:
   return np.asarray(send(array)).astype(np.uint8).tobytes()
 
 
-def lost(error: Exception) -> bool:
-  """Whether `error` is what a process gets when another one has gone."""
+def is_lost_process(error: Exception) -> bool:
+  """Whether `error` says that another process of the run has ended."""
   return jax.process_count() > 1 and bool(_FROM_THE_RUNTIME.search(str(error)))

@@ -1,4 +1,4 @@
-"""What a run says about itself: in its log, config.json and last row."""
+"""Texts and facts about a run: for its log, config.json and last row."""
 
 import collections
 import math
@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from spectraformer_jax.data import Dataset
-from spectraformer_jax.train.config import pair_name
+from spectraformer_jax.train.config import Config, pair_name
 from spectraformer_jax.train.devices import parallel
-from spectraformer_jax.train.run.meters import Record
+from spectraformer_jax.train.run.meters import Evaluation, Record
 from spectraformer_jax.train.step.state import TrainState
 from spectraformer_jax.typing import PyTree
 
 
 def split(dataset: Dataset) -> dict[str, Any]:
-  """Facts about a split for config.json."""
+  """Returns the facts about a split that config.json holds."""
   return {
     **dataset.facts(),
     "num_examples": dataset.num_examples,
@@ -30,22 +29,19 @@ def split(dataset: Dataset) -> dict[str, Any]:
 
 
 def run(
-  config: ConfigDict,
+  config: Config,
   workdir: Path,
   facts: Mapping[str, Mapping[str, Any]],
   sizes: Mapping[str, int],
   start: int,
 ) -> list[str]:
-  """Lines that say what is about to happen."""
+  """Returns lines about the data, the model and the steps of a run."""
   train = facts["train"]
   counts = ", ".join(f"{f['num_examples']:,} {s}" for s, f in facts.items())
   kinds = parallel.device_kinds()
   begins = f"resumes at step {start}" if start else "starts"
-  unused = (
-    ""
-    if config.model.attention == "spectral"
-    else (" (config.feature_map has no effect)")
-  )
+  is_spectral = config.model.attention == "spectral"
+  unused = "" if is_spectral else " (config.feature_map has no effect)"
   return [
     f"data: {train['name']} ({train['provenance']}), {counts}",
     f"model: {pair_name(config)}{unused}, {sizes['parameters']:,} parameters, "
@@ -57,7 +53,7 @@ def run(
 
 
 def variables(state: TrainState) -> list[str]:
-  """A table of the model's parts: numbers learnt, and numbers drawn.
+  """Returns a table of the model's parts: numbers learnt, and numbers drawn.
 
   Example:
     >>> import numpy as np
@@ -84,9 +80,9 @@ def variables(state: TrainState) -> list[str]:
   ]
 
 
-def _counts(tree: PyTree) -> collections.Counter:
-  """Numbers in each part: by the first two names of a path, not the leaf's."""
-  counts = collections.Counter()
+def _counts(tree: PyTree) -> collections.Counter[str]:
+  """Counts numbers by part: the first two names of a path before the leaf's."""
+  counts = collections.Counter[str]()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     names = [str(getattr(part, "key", part)) for part in path]
     counts["/".join(names[:-1][:2] or names)] += leaf.size
@@ -94,7 +90,7 @@ def _counts(tree: PyTree) -> collections.Counter:
 
 
 def memory(plan: Mapping[str, int]) -> str:
-  """One line about the memory of a training step.
+  """Returns one line about the memory of a training step.
 
   Example:
     >>> memory({"arguments": 2**20, "temporary": 2**21, "total": 3 * 2**20})
@@ -105,10 +101,9 @@ def memory(plan: Mapping[str, int]) -> str:
   return f"memory of a step on each device: {sizes}"
 
 
-def dev(record: Record) -> str:
-  """One line about the last evaluation."""
-  dev = record.dev
-  mark = "  (best so far)" if record.best is dev else ""
+def dev(dev: Evaluation, best: Evaluation | None) -> str:
+  """Returns one line about the evaluation `dev`."""
+  mark = "  (best so far)" if dev is best else ""
   return (
     f"step {dev['step']}: dev accuracy {dev['accuracy']:.4f}, "
     f"loss {dev['loss']:.4f}{mark}"
@@ -116,7 +111,8 @@ def dev(record: Record) -> str:
 
 
 def out_of_patience(record: Record, patience: int) -> str:
-  """One line about why the run ends before its last step."""
+  """Returns one line about why the run ends before its last step."""
+  assert record.dev and record.best  # without evaluations no run stops early
   return (
     f"stops early at step {record.dev['step']}: {patience} evaluations without "
     f"a better one than that of step {record.best['step']} "
@@ -124,17 +120,24 @@ def out_of_patience(record: Record, patience: int) -> str:
   )
 
 
-def divergence(record: Record, test_losses: Mapping[str, float]) -> str | None:
-  """Why a run that has ended is no good; None if it is.
+def divergence(
+  record: Record, dev: Evaluation, test_losses: Mapping[str, float]
+) -> str | None:
+  """Returns why the result of a run is no good; None if it is good.
+
+  Args:
+    record: at the end of the run.
+    dev: the last evaluation.
+    test_losses: by name of the split and the parameters.
 
   Example:
-    >>> divergence(Record({}, dev={"step": 3, "loss": float("nan")}), {})
+    >>> dev = {"step": 3, "loss": float("nan"), "accuracy": 0.1}
+    >>> divergence(Record(), dev, {})
     'diverged: the loss on the dev split is nan after step 3'
   """
-  step, dev_loss = record.dev["step"], record.dev["loss"]
   faults = [
-    f"the loss on the {name} is {loss:.4g} after step {step}"
-    for name, loss in {"dev split": dev_loss, **test_losses}.items()
+    f"the loss on the {name} is {loss:.4g} after step {dev['step']}"
+    for name, loss in {"dev split": dev["loss"], **test_losses}.items()
     if not math.isfinite(loss)
   ]
   if record.skipped_in_a_row:
@@ -145,14 +148,28 @@ def divergence(record: Record, test_losses: Mapping[str, float]) -> str | None:
   return f"diverged: {', and '.join(faults)}" if faults else None
 
 
-def result(config: ConfigDict, test: Dataset, record: Record) -> dict[str, Any]:
-  """What the last row holds beside test metrics and sizes."""
+def result(
+  config: Config,
+  test: Dataset,
+  record: Record,
+  dev: Evaluation,
+  best: Evaluation,
+) -> dict[str, Any]:
+  """Returns the part of the last row beside test metrics and sizes.
+
+  Args:
+    config: of the run.
+    test: the test split.
+    record: at the end of the run.
+    dev: the last evaluation.
+    best: the best evaluation.
+  """
   batch_size = config.train.batch_size
-  speed = record.dev["step"] * batch_size / record.train_seconds
+  speed = dev["step"] * batch_size / record.train_seconds
   return {
-    "dev/accuracy_best": record.best["accuracy"],
-    "dev/accuracy_last": record.dev["accuracy"],
-    "best_step": record.best["step"],
+    "dev/accuracy_best": best["accuracy"],
+    "dev/accuracy_last": dev["accuracy"],
+    "best_step": best["step"],
     "num_steps": config.train.num_steps,
     "skipped_steps": record.skipped,
     "task": test.name,
@@ -168,14 +185,14 @@ def result(config: ConfigDict, test: Dataset, record: Record) -> dict[str, Any]:
   }
 
 
-def baselines(config: ConfigDict, dataset: Dataset) -> dict[str, float]:
-  """What simple rules reach, where the labels are what is learnt."""
+def baselines(config: Config, dataset: Dataset) -> dict[str, float]:
+  """Returns the accuracy of simple rules, if the run learns the labels."""
   if config.train.objective != "classify":
     return {}
   return dict(dataset.baselines)
 
 
 def peak_process_bytes() -> int:
-  """The most memory this process has had resident."""
+  """Returns the largest resident memory of this process so far."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else peak * 1024

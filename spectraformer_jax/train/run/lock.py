@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""A lock that lets one run at a time use a workdir."""
 
 import contextlib
 import fcntl
@@ -7,12 +7,13 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 LOCK = ".lock"
 
 
 def in_use(workdir: Path) -> bool:
-  """Whether another process holds the lock of a workdir; makes nothing."""
+  """Whether another process holds the lock of a workdir; creates no file."""
   try:
     with (workdir / LOCK).open() as file:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -25,17 +26,17 @@ def in_use(workdir: Path) -> bool:
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path) -> Iterator[None]:
-  """Keeps other runs out of a workdir, on this and on other machines.
+  """Keeps other runs out of a workdir, on this machine and on others.
 
-  The operating system holds the lock for as long as this process lives, so
-  nothing is left behind by a kill. The file stays: removing it would let two
-  runs hold locks on two files of the same name.
+  The operating system holds the lock as long as this process lives, so a kill
+  releases it. The lock file is never removed: otherwise two runs could hold
+  locks on two files of the same name.
 
   Args:
-    workdir: made if it is not there.
+    workdir: made if it does not exist.
 
   Raises:
-    ValueError: another run is at work in it.
+    ValueError: another run uses the workdir.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / LOCK).open("a+") as file:
@@ -52,8 +53,8 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
     yield
 
 
-def _acquire(file) -> bool:
-  """Takes the lock; waits a moment for `in_use`, which holds it to look."""
+def _acquire(file: TextIO) -> bool:
+  """Takes the lock if it is free; retries, since `in_use` holds it briefly."""
   for _ in range(5):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

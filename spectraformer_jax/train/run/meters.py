@@ -1,9 +1,9 @@
-"""Counting: metrics over steps, seconds spent, and what is saved of both."""
+"""Metrics summed over steps, the time of training, and the record of both."""
 
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 
@@ -15,26 +15,35 @@ from spectraformer_jax.train.step.steps import Sums
 RUN_AHEAD = 8
 
 
+class Evaluation(TypedDict):
+  """Mean loss and accuracy on the dev split after a step."""
+
+  step: int
+  loss: float
+  accuracy: float
+
+
 @dataclasses.dataclass
 class Record:
-  """What a checkpoint holds beside the state, as JSON values.
+  """The JSON values that a checkpoint holds beside the state.
 
   Attributes:
-    data: position in the training data.
+    data: position in the training data, of `data.Batches.state`.
     window: sums of loss, hits and weights since the last row of metrics.
-    dev: the last evaluation on the dev set.
-    best: the best one; both are step, accuracy and loss, or None.
-    train_seconds: spent training so far, without compiling, evaluating, saving.
+    dev: the last evaluation on the dev split; None before the first.
+    best: the best evaluation on the dev split; None before the first.
+    train_seconds: time of training, without compiling, evaluating and saving.
     row_seconds: `train_seconds` at the last row of metrics.
-    compile_seconds: spent compiling so far.
-    skipped: steps that were not made because of numbers that are not finite.
-    skipped_in_a_row: those among them since the last step that was made.
+    compile_seconds: time of compiling.
+    skipped: number of steps that were skipped, since their loss or gradient was
+      not finite.
+    skipped_in_a_row: number of those since the last step that was not skipped.
   """
 
-  data: dict[str, Any]
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)
   window: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 3)
-  dev: dict[str, float] | None = None
-  best: dict[str, float] | None = None
+  dev: Evaluation | None = None
+  best: Evaluation | None = None
   train_seconds: float = 0.0
   row_seconds: float = 0.0
   compile_seconds: float = 0.0
@@ -43,18 +52,21 @@ class Record:
 
 
 class Window:
-  """Sums over some steps; fetched from the device only when asked for.
+  """Sums metrics over steps; `collect` fetches them from the device.
 
   Args:
     sums: loss, hits and weight to start from.
+
+  Attributes:
+    sums: loss, hits and weight of the collected steps.
   """
 
-  def __init__(self, sums: Sequence[float] = (0.0, 0.0, 0.0)):
+  def __init__(self, sums: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
     self.sums = list(sums)
     self._pending: list[Sums] = []
 
   def add(self, sums: Sums) -> None:
-    """Counts one step; waits for an old one if too many are under way."""
+    """Adds a step; waits for an old one if too many are being computed."""
     self._pending.append(sums)
     if len(self._pending) > RUN_AHEAD:
       jax.block_until_ready(self._pending[-RUN_AHEAD])
@@ -67,7 +79,7 @@ class Window:
     self._pending.clear()
 
   def means(self) -> dict[str, float]:
-    """Weighted mean loss and accuracy of the collected steps, if any count."""
+    """Returns weighted means over the collected steps; {} without weight."""
     loss, correct, weight = self.sums
     if not weight:
       return {}
@@ -75,41 +87,46 @@ class Window:
 
   @property
   def weight(self) -> float:
-    """How many examples were counted."""
+    """The sum of weights, which is the number of examples."""
     return self.sums[2]
 
   def reset(self) -> None:
-    """Starts anew."""
+    """Sets all sums to 0."""
     self.sums = [0.0] * 3
 
 
 class Clock:
-  """Adds the seconds of training, and of compiling, to a record."""
+  """Adds the time of training, and that of compiling, to a record.
 
-  def __init__(self, record: Record, *compiling: DataParallelStep):
+  Args:
+    record: its seconds are updated.
+    *compiling: steps whose `compile_seconds` do not count as training.
+  """
+
+  def __init__(self, record: Record, *compiling: DataParallelStep) -> None:
     self._record = record
     self._compiling = compiling
     self._compiled = 0.0
     self.start()
 
   def start(self) -> None:
-    """Training goes on."""
+    """Restarts the training timer."""
     self._since = time.perf_counter()
     self._add_compilation()
 
   def stop(self) -> None:
-    """Something else than training comes next."""
+    """Adds the time since `start` to the record, without compilation."""
     elapsed = time.perf_counter() - self._since
     self._record.train_seconds += elapsed - self._add_compilation()
 
   def rate(self, examples: float) -> float:
-    """Examples per second since the last row, whose end this marks."""
+    """Returns examples per second of training since the last call."""
     seconds = self._record.train_seconds - self._record.row_seconds
     self._record.row_seconds = self._record.train_seconds
     return examples / seconds
 
   def _add_compilation(self) -> float:
-    """Records what was compiled since the last call; returns its seconds."""
+    """Adds the time of compiling since the last call, and returns it."""
     total = sum(step.compile_seconds for step in self._compiling)
     new, self._compiled = total - self._compiled, total
     self._record.compile_seconds += new

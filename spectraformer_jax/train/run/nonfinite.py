@@ -1,14 +1,13 @@
 """Steps whose loss or gradient is not finite: counted, then reported."""
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from spectraformer_jax.train.devices import hosts
 from spectraformer_jax.train.run import run_folder
 from spectraformer_jax.train.run.meters import RUN_AHEAD, Record
 from spectraformer_jax.train.step.steps import Sums
@@ -20,36 +19,34 @@ class NonFiniteError(ArithmeticError):
 
 
 class SkippedSteps:
-  """Counts skipped steps, a few steps late so that no device has to wait.
+  """Counts skipped steps, `RUN_AHEAD` steps late so that no device waits.
 
   Args:
     record: its `skipped` and `skipped_in_a_row` are updated.
-    limit: how many in a row are too many.
+    limit: number of skipped steps in a row that is too many.
 
   Attributes:
     too_many: the step that reached the limit and its batch, None before.
   """
 
-  def __init__(self, record: Record, limit: int):
+  def __init__(self, record: Record, limit: int) -> None:
     self._record = record
     self._limit = limit
-    self._pending: collections.deque[tuple[int, Any, Sums]] = (
-      collections.deque()
-    )
+    self._pending = collections.deque[tuple[int, Any, Sums]]()
     self.too_many: tuple[int, Mapping[str, np.ndarray]] | None = None
 
   def add(self, step: int, batch: Mapping[str, np.ndarray], sums: Sums) -> None:
-    """Notes a step that is under way; looks at the one `RUN_AHEAD` before."""
+    """Adds a step that was dispatched; counts the one `RUN_AHEAD` before it."""
     self._pending.append((step, batch, sums))
     if len(self._pending) > RUN_AHEAD:
-      self._look()
+      self._count_oldest()
 
   def collect(self) -> None:
-    """Looks at all steps that were added."""
+    """Counts all steps that were added."""
     while self._pending:
-      self._look()
+      self._count_oldest()
 
-  def _look(self) -> None:
+  def _count_oldest(self) -> None:
     step, batch, sums = self._pending.popleft()
     if self.too_many:
       return
@@ -63,33 +60,23 @@ class SkippedSteps:
 
 
 def write_report(
-  workdir: Path,
+  folder: Path,
   step: int,
   batch: Mapping[str, np.ndarray],
   record: Record,
-  gradient_norms: Callable[[Mapping[str, np.ndarray]], tuple[PyTree, Any]],
-) -> NonFiniteError:
-  """Leaves what explains the skipped steps in the workdir.
+  norms: PyTree,
+  loss: float,
+) -> None:
+  """Writes report.md and batch.npz about a skipped step.
 
   Args:
-    workdir: gets a folder nonfinite-step-<step>.
+    folder: made if it does not exist.
     step: the last one skipped.
     batch: of that step.
     record: of the run.
-    gradient_norms: of a batch, at that step; see `steps.gradient_norms`.
-
-  Returns:
-    The error to raise.
+    norms: of parameters and gradients at that step, see `steps.gradient_norms`.
+    loss: mean loss of that step.
   """
-  norms, loss = jax.device_get(gradient_norms(batch))
-  folder = workdir / f"nonfinite-step-{step}"
-  error = NonFiniteError(
-    f"Loss or gradient were not finite in {record.skipped_in_a_row} steps in "
-    f"a row, the last of them step {step}; see {folder}/report.md. A lower "
-    "config.optim.lr or another config.optim.clip may help."
-  )
-  if not hosts.is_main():
-    return error
   folder.mkdir(parents=True, exist_ok=True)
   np.savez(folder / "batch.npz", **batch)
   rows = [
@@ -99,18 +86,15 @@ def write_report(
       norms
     )
   ]
-  text = [
-    f"# No finite loss and gradient at step {step}",
-    "",
-    f"{record.skipped_in_a_row} steps in a row were skipped, the last of them "
-    f"step {step}; {record.skipped} in the whole run. Loss on that step's "
-    f"batch: {loss:.4g}. The batch, or process 0's part of it, is in batch.npz "
-    "(`numpy.load`).",
-    "",
-    "| parameter | its norm | norm of its gradient | not finite |",
-    "|---|---|---|---|",
-    *rows,
-    "",
-  ]
-  run_folder.write_text(folder / "report.md", "\n".join(text))
-  return error
+  text = f"""\
+# No finite loss and gradient at step {step}
+
+{record.skipped_in_a_row} steps in a row were skipped, the last of them step \
+{step}; {record.skipped} in the whole run. Loss on that step's batch: \
+{loss:.4g}. The batch, or process 0's part of it, is in batch.npz \
+(`numpy.load`).
+
+| parameter | its norm | norm of its gradient | not finite |
+|---|---|---|---|
+"""
+  run_folder.write_text(folder / "report.md", text + "\n".join(rows) + "\n")

@@ -1,7 +1,6 @@
 """A JAX profiler trace of some training steps."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -11,30 +10,30 @@ from spectraformer_jax.typing import PyTree
 class Profiler:
   """Traces steps into a folder; a context manager.
 
-  The trace begins after the first step of this start, which waits for memory
-  and caches, and ends after `num_steps` more, or with the run.
+  The trace begins after the first step of the process, which is slower since
+  memory and caches are cold, and ends after `num_steps` more, or with the run.
 
   Args:
-    folder: gets plugins/profile/<time>/ with what TensorBoard's profile plugin
-      and ui.perfetto.dev read.
-    num_steps: how many to trace; 0 for none.
+    folder: gets plugins/profile/<time>/ with files for TensorBoard's profile
+      plugin and ui.perfetto.dev.
+    num_steps: number of steps to trace; 0 for none.
   """
 
-  def __init__(self, folder: Path, num_steps: int):
+  def __init__(self, folder: Path, num_steps: int) -> None:
     self._folder = folder
     self._num_steps = num_steps
     self._first: int | None = None
     self._is_on = False
 
   def step(self, done: int, result: PyTree) -> str | None:
-    """Notes a step that is under way; starts or ends the trace.
+    """Starts or ends the trace after a step that was dispatched.
 
     Args:
       done: number of the step.
-      result: arrays to wait for where the trace starts and ends.
+      result: arrays of the step, which the start and the end wait for.
 
     Returns:
-      A line to show once the trace is written.
+      A line to show when the trace is written; None otherwise.
     """
     if not self._num_steps:
       return None
@@ -55,6 +54,6 @@ class Profiler:
   def __enter__(self) -> "Profiler":
     return self
 
-  def __exit__(self, *exc_info: Any) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     if self._is_on:
       self._stop()

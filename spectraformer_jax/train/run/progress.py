@@ -1,12 +1,32 @@
-"""What a person sees while training: a live bar, or plain log lines."""
+"""Progress of a run on the terminal: a live bar, or plain log lines."""
 
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
 
 from absl import logging
 from rich import progress as bars
 from rich.console import Console
+
+
+class Interval:
+  """Limits how often something is done.
+
+  Args:
+    seconds: between two times that `is_over` is true.
+  """
+
+  def __init__(self, seconds: float) -> None:
+    self._seconds = seconds
+    self._start = time.monotonic()
+
+  def is_over(self) -> bool:
+    """Whether the interval is over; if so, the next one starts."""
+    now = time.monotonic()
+    if now - self._start < self._seconds:
+      return False
+    self._start = now
+    return True
 
 
 class Progress:
@@ -19,18 +39,17 @@ class Progress:
     total: steps of the whole run.
     start: steps that are done already.
     interval_seconds: between plain lines.
-    bar: whether to draw a bar; None means if stderr is a terminal.
+    bar: whether to draw a bar; None draws one if stderr is a terminal.
   """
 
   def __init__(
     self, total: int, start: int, *, interval_seconds: float, bar: bool | None
-  ):
+  ) -> None:
     self._total = total
-    self._interval = interval_seconds
+    self._interval = Interval(interval_seconds)
     self._values: dict[str, float] = {}
-    self._last_line = time.monotonic()
     self._first: tuple[int, float] | None = None
-    self._bar = None
+    self._bar: bars.Progress | None = None
     if sys.stderr.isatty() if bar is None else bar:
       self._bar = bars.Progress(
         bars.TextColumn("{task.completed}/{task.total}"),
@@ -44,35 +63,29 @@ class Progress:
         "train", total=total, completed=start, text="compiling"
       )
 
-  def __enter__(self):
+  def __enter__(self) -> "Progress":
     if self._bar:
       self._bar.start()
     return self
 
-  def __exit__(self, *exc_info: Any):
+  def __exit__(self, *exc_info: object) -> None:
     if self._bar:
       self._bar.stop()
 
   def step(self, step: int) -> None:
-    """Moves the bar; cheap, for every step."""
+    """Moves the bar; cheap enough for every step."""
     if self._bar:
       self._bar.update(self._task, completed=step)
 
-  def values(self, step: int, values: dict[str, float]) -> None:
-    """Takes new metrics; prints a line if the interval is over."""
+  def values(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows new metrics; without a bar, once in an interval."""
     self._values |= values
     self._first = self._first or (step, time.monotonic())
     if self._bar:
       self._bar.update(self._task, completed=step, text=self._text())
-    elif time.monotonic() - self._last_line >= self._interval:
-      self._last_line = time.monotonic()
-      logging.info(
-        "step %d/%d  %s%s",
-        step,
-        self._total,
-        self._text(),
-        self._time_left(step),
-      )
+    elif self._interval.is_over():
+      text, left = self._text(), self._time_left(step, *self._first)
+      logging.info("step %d/%d  %s%s", step, self._total, text, left)
 
   def line(self, text: str) -> None:
     """Prints a line now, above the bar if there is one."""
@@ -82,23 +95,21 @@ class Progress:
       logging.info("%s", text)
 
   def _text(self) -> str:
-    """The latest values."""
-    names = {
+    """Returns the latest metrics as text."""
+    forms = {
       "train/loss": "loss {:.3f}",
       "train/accuracy": "acc {:.3f}",
       "dev/accuracy": "dev {:.3f}",
       "train/examples_per_second": "{:.0f} ex/s",
     }
-    shown = [
+    return "  ".join(
       form.format(self._values[name])
-      for name, form in names.items()
+      for name, form in forms.items()
       if name in self._values
-    ]
-    return "  ".join(shown)
+    )
 
-  def _time_left(self, step: int) -> str:
-    """From the speed since the first values, evaluations included."""
-    first_step, first_time = self._first
+  def _time_left(self, step: int, first_step: int, first_time: float) -> str:
+    """Returns the time left at the speed since the first metrics, as text."""
     if step == first_step:
       return ""
     pace = (time.monotonic() - first_time) / (step - first_step)

@@ -1,8 +1,7 @@
-"""The folder of a run: what it holds, and which run may go on in it."""
+"""The folder of a run: its files, and which runs may resume in it."""
 
 import errno
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -12,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 import spectraformer_jax
 from spectraformer_jax.nn import pretrained
 from spectraformer_jax.train.config import (
+  Config,
   default_config,
   flatten,
   to_dict,
@@ -35,12 +33,15 @@ PARTS = ("config", "data", "environments")  # of config.json
 NUM_STEPS = "train.num_steps"
 # Schedules whose learning rates do not depend on the number of steps.
 ENDLESS = ("rsqrt",)
-# What no second try mends: a wrong name.
+# Errors of a wrong name, which a second try does not mend.
 MISTAKES = (
-  *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR),
+  errno.ENAMETOOLONG,
+  errno.ENOTDIR,
+  errno.ELOOP,
+  errno.EISDIR,
   errno.EEXIST,
 )
-# What does not change the training, so it may change between two starts.
+# Keys that do not change the training, so they may change between two starts.
 FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel", "profile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -49,14 +50,14 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
   """Refuses a workdir that holds another run.
 
   Args:
-    workdir: may not exist.
+    workdir: need not exist.
     config: plain values (`config.to_dict`).
 
   Raises:
     ValueError: names the first key that differs, with both values. Keys of
       `FREE_SECTIONS` may differ, and the number of steps may grow with one of
-      the schedules `ENDLESS`. A key that the stored config does not know
-      yet had what is its default now.
+      the schedules `ENDLESS`. A key that is missing in the stored config, since
+      an earlier version wrote it, has its default.
   """
   stored = read_config(workdir, parts=("config",))
   if stored is None:
@@ -66,50 +67,44 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
         "of which run; put the file back or use another --workdir."
       )
     return
-  # A key that was not there yet had its default's effect.
   defaults = flatten(to_dict(default_config()))
   old = defaults | flatten(stored["config"])
   new = flatten(config)
   for path in sorted(old.keys() | new.keys()):
     if path.startswith(FREE_SECTIONS) or old.get(path) == new.get(path):
       continue
-    if path == NUM_STEPS:
-      _check_growth(workdir, old, new)
+    why = _why_no_other_length(old, new) if path == NUM_STEPS else ""
+    if why is None:
       continue
     raise ValueError(
       f"workdir {str(workdir)!r} holds another config: config.{path} is "
-      f"{old.get(path)!r} there and {new.get(path)!r} here; use the old value "
-      "or another --workdir."
+      f"{old.get(path)!r} there and {new.get(path)!r} here{why}; use the old "
+      "value or another --workdir."
     )
 
 
-def _check_growth(
-  workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]
-) -> None:
-  """A run may go on for more steps if no step before depends on how many."""
+def _why_no_other_length(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> str | None:
+  """Returns why the number of steps may not change; None if it may."""
   schedule = new["optim.schedule"]
   if not isinstance(old[NUM_STEPS], int) or new[NUM_STEPS] < old[NUM_STEPS]:
-    why = "it can only grow"
-  elif schedule not in ENDLESS:
-    why = (
-      f"the learning rate of config.optim.schedule={schedule!r} depends on it "
-      f"from the first step (that of {' and '.join(map(repr, ENDLESS))} does "
-      "not)"
-    )
-  else:
-    return
-  raise ValueError(
-    f"workdir {str(workdir)!r} holds another config: config.{NUM_STEPS} is "
-    f"{old[NUM_STEPS]!r} there and {new[NUM_STEPS]!r} here, and {why}; use the "
-    "old value or another --workdir."
+    return ", and it can only grow"
+  if schedule in ENDLESS:
+    return None
+  return (
+    f", and the learning rate of config.optim.schedule={schedule!r} depends on "
+    f"it from the first step (that of {' and '.join(map(repr, ENDLESS))} does "
+    "not)"
   )
 
 
 def check_folder(workdir: Path) -> None:
-  """Refuses what can never be a folder, before any work.
+  """Refuses a path that can never be a folder, before any work.
 
   Raises:
-    ValueError: it, or one of its parents, is a file, or its name is too long.
+    ValueError: the path or one of its parents is a file, or its name is too
+      long.
   """
   for path in (workdir, *workdir.parents):
     try:
@@ -131,7 +126,7 @@ def check_folder(workdir: Path) -> None:
 
 
 def check_data(workdir: Path, data: Mapping[str, Any]) -> None:
-  """Refuses to go on with other examples than the run started with.
+  """Refuses to resume with other examples than the run started with.
 
   Raises:
     ValueError: names the split whose fingerprint differs.
@@ -156,7 +151,7 @@ def write_config(
   data: Mapping[str, Any],
   command: str | None,
 ) -> None:
-  """Writes config.json; a later start adds its environment if it differs."""
+  """Writes config.json; a resumed run adds its environment if it differs."""
   stored = read_config(workdir) or {"environments": []}
   now = environment(command)
   environments = stored["environments"]
@@ -171,16 +166,16 @@ def write_config(
 def read_config(
   workdir: Path, *, parts: Sequence[str] = PARTS
 ) -> dict[str, Any] | None:
-  """config.json, which has at least these parts; None where there is none.
+  """Reads config.json, which must have these parts; None if it is missing.
 
   Raises:
-    ValueError: it is damaged.
+    ValueError: the file is damaged.
   """
   return pretrained.read_config(workdir, parts)
 
 
 def stored_run(workdir: Path) -> dict[str, Any]:
-  """The content of config.json.
+  """Reads config.json of a run.
 
   Raises:
     ValueError: the folder holds no run, or the file is damaged.
@@ -191,8 +186,8 @@ def stored_run(workdir: Path) -> dict[str, Any]:
   return stored
 
 
-def stored_config(workdir: Path) -> ConfigDict:
-  """The config of a run, where a key that is new has its default.
+def stored_config(workdir: Path) -> Config:
+  """Reads the config of a run; keys that it lacks have their defaults.
 
   Raises:
     ValueError: the folder holds no run, or the file is damaged.
@@ -208,11 +203,11 @@ def stored_config(workdir: Path) -> ConfigDict:
 
 
 def set_aside(path: Path) -> Path:
-  """Moves a damaged file; returns its new name, which none has had before."""
-  for number in itertools.count(1):
-    place = path.with_name(f"{path.name}.damaged-{number}")
-    if not place.exists():
-      return path.replace(place)
+  """Renames a damaged file to a name that is not used yet, and returns it."""
+  number = 1
+  while (place := path.with_name(f"{path.name}.damaged-{number}")).exists():
+    number += 1
+  return path.replace(place)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -232,7 +227,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def environment(command: str | None) -> dict[str, Any]:
-  """Versions, revision, devices and the command, as JSON values."""
+  """Returns versions, revision, devices and the command, as JSON values."""
   return {
     "command": command,
     "spectraformer_jax": spectraformer_jax.__version__,
@@ -246,7 +241,7 @@ def environment(command: str | None) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-  """Of the checkout this code runs from; None outside of one."""
+  """Returns the revision of the checkout of this code; None outside of one."""
   root = Path(spectraformer_jax.__file__).parents[1]
   if not (root / ".git").exists():
     return None

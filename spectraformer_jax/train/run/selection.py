@@ -1,19 +1,15 @@
-"""Which parameters are the best, and when to look no further."""
+"""Which evaluation is the best, and when a run stops early."""
 
 import math
-from collections.abc import Mapping
 
-from ml_collections import ConfigDict
-
-from spectraformer_jax.train.run.meters import Record
+from spectraformer_jax.train.config import EvalSection
+from spectraformer_jax.train.run.meters import Evaluation, Record
 
 
-def is_better(
-  dev: Mapping[str, float], best: Mapping[str, float] | None
-) -> bool:
-  """Higher dev accuracy; among equals, lower dev loss.
+def is_better(dev: Evaluation, best: Evaluation | None) -> bool:
+  """Whether `dev` has the higher accuracy, or an equal one and the lower loss.
 
-  Parameters whose loss is not finite are worse than any others.
+  An evaluation whose loss is not finite is worse than any other.
 
   Example:
     >>> dev = {"accuracy": 0.5, "loss": 1.0}
@@ -24,22 +20,24 @@ def is_better(
   return best is None or rank(dev) > rank(best)
 
 
-def out_of_patience(record: Record, section: ConfigDict) -> bool:
-  """Whether the last `patience` evaluations brought nothing better.
+def out_of_patience(record: Record, section: EvalSection) -> bool:
+  """Whether none of the last `patience` evaluations was the best one.
 
-  It follows from the record alone, so a run that goes on from a checkpoint
-  stops where it would have stopped.
+  It depends on the record alone, so a resumed run stops at the same step.
 
   Args:
     record: of the run.
-    section: `config.eval`; a patience of 0 has no end.
+    section: `config.eval`; with a patience of 0 no run stops early.
 
   Example:
-    >>> record = Record({}, dev={"step": 300}, best={"step": 100})
-    >>> out_of_patience(record, ConfigDict({"patience": 2, "every": 100}))
+    >>> from spectraformer_jax.train.config import default_config
+    >>> section = default_config().eval
+    >>> section.update(patience=2, every=100)
+    >>> record = Record(dev={"step": 300}, best={"step": 100})
+    >>> out_of_patience(record, section)
     True
   """
-  if not section.patience or record.dev is None:
+  if not section.patience or record.dev is None or record.best is None:
     return False
   since = record.dev["step"] - record.best["step"]
   return since >= section.patience * section.every

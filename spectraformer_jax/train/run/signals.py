@@ -1,4 +1,4 @@
-"""Being told to stop: a run ends after a step, with its state saved."""
+"""Signals that end a run after the current step, with its state saved."""
 
 import os
 import signal
@@ -9,30 +9,31 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# Ctrl-C reaches a run twice where a launcher passes it on; a person who means
-# it presses again after having seen that the first one did not stop the run.
+# Where a launcher passes Ctrl-C on, it reaches a run twice at once. A person
+# presses it again only after seeing that the first one did not stop the run.
 AGAIN_AFTER_SECONDS = 1.0
 
 
 class StopSignals:
-  """Notes SIGTERM and SIGINT instead of acting on them; a context manager.
+  """Records SIGTERM and SIGINT instead of ending the run; a context manager.
 
-  It leaves with a KeyboardInterrupt if one came. A second SIGINT raises it at
-  once. Outside of the main thread, where Python allows no handlers, it does
-  nothing. With several processes a signal to one of them stops all after the
-  same step, by JAX's preemption service, which has the handler of SIGTERM.
+  At its end it raises KeyboardInterrupt if a signal was received. A second
+  SIGINT raises it at once. Outside of the main thread, where Python allows no
+  handlers, it does nothing. With several processes, a signal to one of them
+  stops all after the same step, by JAX's preemption service, which handles
+  SIGTERM itself.
 
   Attributes:
-    received: the name of the first signal, None if there was none.
+    received: name of the first signal; None if none was received.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.received: str | None = None
     self._since = 0.0
     self._previous: dict[int, Any] = {}
 
   def stop_after(self, step: int) -> bool:
-    """Whether to stop after this step; to be asked after every one."""
+    """Whether to stop after this step; call it after every step."""
     if jax.process_count() > 1:
       if multihost_utils.reached_preemption_sync_point(step):
         self.received = self.received or "SIGTERM"
@@ -47,18 +48,18 @@ class StopSignals:
         self._previous[number] = signal.signal(number, self._handle)
     return self
 
-  def __exit__(self, *exc_info: Any) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
     if self.received and exc_info[0] is None:
       raise KeyboardInterrupt(self.received)
 
-  def _handle(self, number: int, frame: Any) -> None:
+  def _handle(self, number: int, frame: object) -> None:
     del frame
     now = time.monotonic()
     if self.received is None:
       self.received, self._since = signal.Signals(number).name, now
       if jax.process_count() > 1:
-        os.kill(os.getpid(), signal.SIGTERM)  # tells the others
+        os.kill(os.getpid(), signal.SIGTERM)  # stops the other processes
     elif number == signal.SIGINT and now > self._since + AGAIN_AFTER_SECONDS:
       raise KeyboardInterrupt

@@ -1,14 +1,15 @@
-"""JSON as its standard has it: NaN and infinities, which it lacks, as texts."""
+"""Standard JSON, with texts for NaN and infinities, which it cannot express."""
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def dumps(value: Any) -> str:
-  """JSON that every reader takes.
+  """Writes JSON that every reader accepts.
 
   Example:
     >>> dumps({"dev/loss": float("nan"), "step": 3})
@@ -18,10 +19,10 @@ def dumps(value: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-  """What `dumps` wrote; bare NaN, which older versions wrote, as well.
+  """Reads what `dumps` wrote, or older versions, which wrote a bare NaN.
 
   Raises:
-    ValueError: no JSON; it says where.
+    ValueError: it is not JSON; the message says where.
 
   Example:
     >>> loads('{"dev/loss": "NaN"}'), loads("NaN")
@@ -33,8 +34,8 @@ def loads(text: str | bytes) -> Any:
     raise ValueError("too deeply nested") from None
 
 
-def _map(function, value):
-  """`function` of every leaf of dicts and lists."""
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+  """Applies `function` to every leaf of nested dicts and lists."""
   if isinstance(value, dict):
     return {name: _map(function, item) for name, item in value.items()}
   if isinstance(value, list | tuple):
@@ -42,11 +43,11 @@ def _map(function, value):
   return function(value)
 
 
-def _name(value):
+def _name(value: Any) -> Any:
   if not isinstance(value, float) or math.isfinite(value):
     return value
   return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
 
 
-def _number(value):
+def _number(value: Any) -> Any:
   return _NAMES.get(value, value) if isinstance(value, str) else value

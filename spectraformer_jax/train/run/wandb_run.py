@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who have it: one more view of metrics.jsonl."""
+"""Weights & Biases, an optional view of metrics.jsonl."""
 
 import importlib
 import uuid
@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Names the run at Weights & Biases, so that a later start goes on in it.
+# Holds the id of the run at Weights & Biases, which a later start continues.
 ID_FILE = "wandb_id.txt"
 
 
 def load(project: str | None) -> Any | None:
-  """The package if it is asked for.
+  """Imports the package `wandb` if there is a project; None otherwise.
 
   Args:
-    project: `config.logging.wandb`; None for no.
+    project: `config.logging.wandb`.
 
   Raises:
     ValueError: it cannot be imported.
@@ -33,15 +33,18 @@ def load(project: str | None) -> Any | None:
 def start(
   project: str | None, workdir: Path, config: Mapping[str, Any]
 ) -> Any | None:
-  """A new run of a project, or that of an earlier start in this workdir.
+  """Starts a run of a project, or continues that of this workdir.
 
-  Rows that are written again after a resume are dropped there, since the step
-  went back; they are equal to those it has.
+  After a resume, Weights & Biases drops rows whose step it has already; they
+  are equal to those it has.
 
   Args:
-    project: as for `load`.
-    workdir: keeps the run's id, and Weights & Biases' own files.
+    project: `config.logging.wandb`; None starts no run.
+    workdir: holds the run's id and the package's own files.
     config: shown beside the run.
+
+  Returns:
+    The run, None without a project.
   """
   wandb = load(project)
   if wandb is None:

@@ -14,15 +14,15 @@ from spectraformer_jax.nn.pretrained import one_line
 from spectraformer_jax.train.config import flatten
 from spectraformer_jax.train.run import run_folder, strict_json
 
-# How a row begins.
+# The first bytes of a row.
 _START = b'{"step": '
 
 
 def read_rows(workdir: Path | str) -> list[dict[str, Any]]:
-  """All rows of a workdir's metrics.jsonl that can be read, in order.
+  """Reads all valid rows of a workdir's metrics.jsonl, in order.
 
-  A last line that a kill has cut short, or that is being written, is left out;
-  other lines that are no rows are left out with a warning.
+  A last line that is incomplete, after a kill or while it is being written, is
+  left out; other lines that are no rows are left out with a warning.
 
   Example:
     >>> read_rows("no/such/folder")
@@ -34,7 +34,7 @@ def read_rows(workdir: Path | str) -> list[dict[str, Any]]:
   return rows
 
 
-@functools.cache  # once for each line
+@functools.cache  # warns once for each line
 def _warn(workdir: str, number: int, reason: str) -> None:
   logging.warning(
     "line %d of %s is no row of metrics and is left out: %s",
@@ -43,7 +43,7 @@ def _warn(workdir: str, number: int, reason: str) -> None:
 
 
 def _scan(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-  """Rows; and number and fault of each line that is none."""
+  """Returns the rows, and number and fault of each line that is no row."""
   rows, bad = [], []
   content = path.read_bytes() if path.exists() else b""
   *lines, rest = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -52,16 +52,16 @@ def _scan(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
       rows.append(_row(line))
     except ValueError as error:
       bad.append((number, one_line(error)))
-  try:  # a whole row without its end
+  try:  # a complete row without its newline
     rows += [_row(rest)] if rest else []
   except ValueError as error:
-    if rest[: len(_START)] != _START[: len(rest)]:  # not the start of one
+    if rest[: len(_START)] != _START[: len(rest)]:  # not the start of a row
       bad.append((len(lines) + 1, one_line(error)))
   return rows, bad
 
 
 def _row(line: bytes) -> dict[str, Any]:
-  """One row; ValueError says why it is none."""
+  """Parses one row; a ValueError says why the line is no row."""
   if not line.strip():
     raise ValueError("it is blank")
   row = strict_json.loads(line.decode())
@@ -79,15 +79,15 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def finished_result(workdir: Path, num_steps: int) -> dict[str, Any] | None:
-  """The result of a run of that many steps, None if it has not finished.
+  """Returns the result of a run of `num_steps`; None if it has not finished.
 
-  A run that is to go on for more steps than its result is of has not.
+  A run with the result of fewer steps has not finished.
   """
   result = result_row(read_rows(workdir))
   if result is None:
     return None
   planned = result.get("num_steps")
-  if planned is None:  # of a version in which no run could go on
+  if planned is None:  # written before runs could be made longer
     stored = run_folder.read_config(workdir, parts=("config",)) or {
       "config": {}
     }
@@ -96,25 +96,25 @@ def finished_result(workdir: Path, num_steps: int) -> dict[str, Any] | None:
 
 
 def result_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-  """The last row of a finished run, None if it has not finished."""
+  """Returns the last row of a finished run; None if it has not finished."""
   return rows[-1] if rows and "test/accuracy" in rows[-1] else None
 
 
 class MetricWriter:
-  """Appends rows to metrics.jsonl, and to what else shows them.
+  """Appends rows to metrics.jsonl and to its views.
 
   A context manager.
 
   Args:
     workdir: the run's folder.
-    start_step: rows of later steps, left by a run that was stopped after its
-      last checkpoint, are removed first: training will write them again. Where
-      a line is no row, the file as it was is kept beside it.
-    tensorboard: write event files too.
-    first_row: the step of the first row; there have to be rows if `start_step`
-      is not before it.
-    wandb: of `wandb_run.start`, to log to as well.
-    enabled: False makes one that writes nothing, for all processes but one.
+    start_step: the step that the run resumes from. Rows of later steps are
+      removed, since training writes them again. If a line is no row, the file
+      as it was is kept beside the new one.
+    tensorboard: whether to write event files too.
+    first_row: the step of the first row; a warning is logged if `start_step` is
+      not before it and there is no row.
+    wandb: a run of `wandb_run.start` to log to as well.
+    enabled: False writes nothing, for all processes but process 0.
   """
 
   def __init__(
@@ -126,7 +126,7 @@ class MetricWriter:
     first_row: int = 1,
     wandb: Any | None = None,
     enabled: bool = True,
-  ):
+  ) -> None:
     self._file = self._tensorboard = None
     self._wandb = wandb
     if not enabled:
@@ -144,8 +144,8 @@ class MetricWriter:
       )
 
   def _rewrite(self, workdir: Path, start_step: int) -> None:
-    """Leaves the rows up to `start_step`, and says what goes."""
-    rows = read_rows(workdir)  # warns of lines that are none
+    """Removes rows after `start_step`, and logs what is removed."""
+    rows = read_rows(workdir)  # warns about lines that are no rows
     _, bad = _scan(self._path)
     if bad:
       logging.warning(
@@ -173,7 +173,7 @@ class MetricWriter:
     run_folder.write_text(self._path, "".join(lines))
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """One row; metrics ("train/loss") go to the other views as well."""
+    """Writes one row; its metrics ("train/loss") go to the views as well."""
     if not self._file:
       return
     row = {"step": step, **values, "time": round(time.time(), 3)}
@@ -196,7 +196,7 @@ class MetricWriter:
   def __enter__(self) -> "MetricWriter":
     return self
 
-  def __exit__(self, *exc_info: Any) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self.sync()
     if self._file:
       self._file.close()
