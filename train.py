@@ -3,8 +3,8 @@
   python train.py [--config=configs/X.py[:variant]] [--workdir=DIR]
                   [--config.section.key=value ...]
 
-The same command again goes on where the run was stopped. One run on several
-machines: the same command on each, with --coordinator=HOST:PORT,
+The same command again resumes a run that was stopped. For one run on several
+machines, use the same command on each with --coordinator=HOST:PORT,
 --num_processes=N and --process_id=0 ... N-1, or with --multihost in a cluster.
 """
 
@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -28,9 +29,9 @@ from spectraformer_jax.train.run import report, run_folder
 from spectraformer_jax.train.run.nonfinite import NonFiniteError
 
 ROOT = Path(__file__).resolve().parent
-# Exit statuses. The last two are those of sysexits.h: the same command goes on
-# from the last checkpoint after RESUMABLE, and after IO_ERROR once there is
-# space on the disk.
+# Exit statuses; the last two are those of sysexits.h. The same command resumes
+# from the last checkpoint after RESUMABLE, and after IO_ERROR once the disk has
+# space.
 USER_ERROR, DIVERGED, IO_ERROR, RESUMABLE = 2, 3, 74, 75
 
 ADVICE = "{}; a lower config.optim.lr or another config.optim.clip may help"
@@ -39,7 +40,7 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
 def _is_sound(arg: str) -> bool:
-  """Whether `config_flags` can look at an argument without a traceback."""
+  """Whether `config_flags` can read an argument without a traceback."""
   override = _OVERRIDE.match(arg)
   try:
     return not override or train_config.check_key(override[1]) is None
@@ -53,11 +54,11 @@ _CONFIG = config_flags.DEFINE_config_file(
   "The experiment: a file, and after a colon its variant if it has any, "
   "recipe=NAME for another optimiser, or both with a comma between. "
   "Change any key with --config.section.key=value.",
-  # New keys are let through here and refused by `check_key`, which knows the
-  # sections that take any key and names the nearest one otherwise.
+  # New keys are accepted here and refused by `check_key`, which accepts any key
+  # in some sections and names the nearest key in the others.
   lock_config=False,
   accept_new_attributes=True,
-  # It reads them here; `parse_flags` says what is wrong with the others.
+  # The flag reads these arguments now; `parse_flags` reports the others.
   sys_argv=list(filter(_is_sound, sys.argv)),
 )
 _WORKDIR = flags.DEFINE_string(
@@ -70,30 +71,30 @@ _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Address host:port of process 0, with any free port."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "How many processes make the run."
+  "num_processes", None, "Number of processes of the run."
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Which of them this is, from 0 on."
+  "process_id", None, "Number of this process, from 0 on."
 )
 _MULTIHOST = flags.DEFINE_bool(
   "multihost", False, "Ask Slurm, Open MPI or Kubernetes for these three."
 )
 _HEARTBEAT_SECONDS = flags.DEFINE_integer(
-  "heartbeat_seconds", 100, "A process that is silent for so long is gone."
+  "heartbeat_seconds", 100, "A process silent for longer counts as gone."
 )
 
 flags.FLAGS.set_default("verbosity", logging.INFO)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses with absl; a mistake ends in one line, not in a traceback."""
+  """Parses with absl; reports a mistake in one line, without a traceback."""
   try:
     kept, unset = argv[:1], {}
     for arg in argv[1:]:
       override = _OVERRIDE.match(arg)
       if override:
         train_config.check_key(override[1])
-        # absl reads an integer as an integer, so None takes another way.
+        # The flag of an integer cannot read None, so it is set below.
         unset[override[1]] = train_config.is_none(override[1], override[2])
       if not (override and unset[override[1]]):
         kept.append(arg)
@@ -108,18 +109,18 @@ def parse_flags(argv: list[str]) -> list[str]:
     fail(error)
 
 
-def fail(error: Exception, status: int = USER_ERROR) -> None:
+def fail(error: Exception, status: int = USER_ERROR) -> NoReturn:
   """Prints one line and exits; --verbosity=1 shows the traceback as well."""
   logging.debug("traceback:", exc_info=error)
-  # Others' errors may be long; what went wrong is then in the last line.
+  # A long message of a dependency names the cause in its last line.
   lines = [line for line in str(error).splitlines() if line.strip()]
   message = lines[-1].strip() if lines else repr(error)
   print(f"error: {message}", file=sys.stderr)
   leave(status)
 
 
-def leave(status: int) -> None:
-  """Exits; one of several processes does so without waiting for the others."""
+def leave(status: int) -> NoReturn:
+  """Exits; one of several processes does not wait for the others."""
   if jax.distributed.is_initialized():
     sys.stdout.flush()
     sys.stderr.flush()
@@ -127,9 +128,10 @@ def leave(status: int) -> None:
   sys.exit(status)
 
 
-def default_workdir(config) -> Path:
-  """runs/<config>-<pair>-seed<seed>, in the current folder."""
-  source, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+def default_workdir(config: train_config.Config) -> Path:
+  """Returns runs/<config>-<pair>-seed<seed>, in the current folder."""
+  filename = config_flags.get_config_filename(flags.FLAGS["config"])
+  source, _, variant = filename.partition(":")
   variant = re.sub(r"\W+", "-", variant)  # "quick,recipe=lra"
   name = Path(source).stem + (f"-{variant}" if variant else "")
   pair = train_config.pair_name(config)
@@ -137,7 +139,7 @@ def default_workdir(config) -> Path:
 
 
 def set_up_logging() -> None:
-  """Time and text of each line; of other packages only warnings."""
+  """Logs time and text of each line; of other packages, warnings alone."""
   handler = logging.get_absl_handler()
   handler.setFormatter(
     python_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
@@ -184,7 +186,7 @@ def main(argv: list[str]) -> None:
         file=sys.stderr,
       )
       leave(RESUMABLE)
-    # A user's mistake has one line.
+    # An error of one line is a mistake of the user.
     if isinstance(error, ValueError) and "\n" not in str(error):
       fail(error)
     if jax.distributed.is_initialized():

@@ -174,14 +174,15 @@ def train(
   )
   eval_step = on_devices(config, model, steps.eval_step)
   evaluate = functools.partial(evaluate_split, config, eval_step)
-  interval = config.feature_map.redraw_interval if feature_map else 0
-  redraw = parallel.on_one_device(
-    functools.partial(
-      steps.redraw_step,
-      redraw_fn=functools.partial(nn.redraw, feature_map),
-      interval=interval,
+  redraw, interval = None, config.feature_map.redraw_interval
+  if feature_map and interval:
+    redraw = parallel.on_one_device(
+      functools.partial(
+        steps.redraw_step,
+        redraw_fn=functools.partial(nn.redraw, feature_map),
+        interval=interval,
+      )
     )
-  )
 
   # 5. Training.
   is_main = hosts.is_main()
@@ -222,7 +223,7 @@ def train(
         if out_of_patience(record, config.eval):
           progress.line(describe.out_of_patience(record, config.eval.patience))
           break
-        if interval and step and step % interval == 0:
+        if redraw and step and step % interval == 0:
           train_state = redraw(train_state, keys.redraw_rng)
         batch = next(prefetched)
         if step == start:
@@ -251,7 +252,8 @@ def train(
         clock.stop()
         if now.log:
           values = {f"train/{name}": x for name, x in window.means().items()}
-          values["train/learning_rate"] = float(schedule(step - record.skipped))
+          rate = np.asarray(schedule(step - record.skipped))
+          values["train/learning_rate"] = float(rate)
           values["train/examples_per_second"] = clock.rate(window.weight)
           values["train/skipped_steps"] = record.skipped
           window.reset()

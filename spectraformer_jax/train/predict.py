@@ -1,12 +1,13 @@
-"""Classes and their probabilities for inputs that a user gives."""
+"""The command `predict`: classes of texts or token ids, by a trained model."""
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spectraformer_jax import commands
@@ -15,8 +16,9 @@ from spectraformer_jax.data.words import hash_words
 from spectraformer_jax.nn import Classifier, DualClassifier, load_pretrained
 from spectraformer_jax.nn.pretrained import damaged, one_line
 from spectraformer_jax.train.run import run_folder, strict_json
+from spectraformer_jax.typing import Array
 
-# Ids of each input: of one sequence, or of two for a task of pairs.
+# The ids of each input: one sequence, or two for a task of pairs.
 Inputs = list[tuple[np.ndarray, ...]]
 
 
@@ -27,19 +29,20 @@ def predict(
   step: int | str = "best",
   batch_size: int = 32,
 ) -> Iterator[np.ndarray]:
-  """Probabilities of the classes for each input.
+  """Computes the probabilities of the classes for each input.
 
   Args:
     workdir: of the run.
     inputs: of `read_text` or `read_npz`.
     step: "best" (by dev accuracy), "last", or the number of a checkpoint.
-    batch_size: inputs that go through the model together.
+    batch_size: number of inputs that go through the model together.
 
   Yields:
     ``[classes]`` float32 for each input, in order.
 
   Raises:
-    ValueError: no run, no such checkpoint, or one that is damaged.
+    ValueError: the folder holds no run or no such checkpoint, the checkpoint is
+      damaged, or the model is no classifier.
   """
   model, variables = load_pretrained(workdir, step=step)
   if not isinstance(model, Classifier | DualClassifier):
@@ -50,12 +53,12 @@ def predict(
   width = max(len(ids) for pair in inputs for ids in pair)
 
   @jax.jit
-  def probabilities(*args):
-    return jax.nn.softmax(model.apply(variables, *args))
+  def probabilities(*args: Array) -> Array:
+    return jax.nn.softmax(jnp.asarray(model.apply(variables, *args)))
 
   for first in range(0, len(inputs), batch_size):
     rows = inputs[first : first + batch_size]
-    # Rows that fill the batch up, for one shape: their result is dropped.
+    # The first row fills up the batch, so that all batches have one shape.
     full = rows + rows[:1] * (batch_size - len(rows))
     args = [
       array for part in zip(*full, strict=True) for array in _pad(part, width)
@@ -63,8 +66,10 @@ def predict(
     yield from np.asarray(probabilities(*args))[: len(rows)]
 
 
-def _pad(sequences: Sequence[np.ndarray], width: int):
-  """``[B, width]`` ids, and ``[B]`` lengths."""
+def _pad(
+  sequences: Sequence[np.ndarray], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns ids ``[B, width]`` and lengths ``[B]``."""
   tokens = np.zeros((len(sequences), width), np.int32)
   for row, ids in zip(tokens, sequences, strict=True):
     row[: len(ids)] = ids
@@ -72,14 +77,14 @@ def _pad(sequences: Sequence[np.ndarray], width: int):
 
 
 def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
-  """Inputs from text, one a line; two with a tab between for pairs.
+  """Reads inputs from lines of text; a pair is two texts with a tab between.
 
-  Bytes and words are cut after the task's length, as the task does.
+  Texts of bytes and of words are cut to the task's length, as the task does.
   Expressions of ListOps are written as in its files. For all other tasks a line
-  holds ids as the model reads them, separated by spaces.
+  holds the ids that the model reads, separated by spaces.
 
   Args:
-    lines: with or without their ends.
+    lines: with or without newlines.
     facts: of the data, from config.json: tokenizer, id_shift, length, pair,
       vocab_size.
 
@@ -92,15 +97,17 @@ def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
     >>> read_text(["hello"], facts)[0][0].tolist()
     [105, 102, 109, 109]
   """
-  wanted = 2 if facts["pair"] else 1
+  num_texts = 2 if facts["pair"] else 1
   inputs = []
   for number, line in enumerate(lines, 1):
-    if number == 1:  # a byte order mark is no part of the text
+    if number == 1:  # a byte order mark is not part of the text
       line = line.removeprefix("\ufeff")
-    texts = line.rstrip("\r\n").split("\t") if wanted == 2 else [line.strip()]
+    texts = (
+      line.rstrip("\r\n").split("\t") if num_texts == 2 else [line.strip()]
+    )
     try:
       _check_utf8(line)
-      if len(texts) != wanted:
+      if len(texts) != num_texts:
         raise ValueError(
           f"a pair is two texts with a tab between, got {len(texts)}."
         )
@@ -114,7 +121,7 @@ def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
 
 
 def _check_utf8(line: str) -> None:
-  """ValueError if bytes that are no UTF-8 were read into `line`."""
+  """Refuses a line that holds bytes which are not UTF-8."""
   try:
     line.encode()
   except UnicodeEncodeError as error:
@@ -124,7 +131,7 @@ def _check_utf8(line: str) -> None:
 
 
 def _encode(text: str, facts: dict[str, Any]) -> np.ndarray:
-  """Ids of one text, by the task's tokeniser."""
+  """Returns the ids of one text, by the task's tokeniser."""
   tokenizer = facts["tokenizer"]
   if tokenizer == "bytes":
     raw = np.frombuffer(text.encode()[: facts["length"]], np.uint8)
@@ -136,7 +143,7 @@ def _encode(text: str, facts: dict[str, Any]) -> np.ndarray:
     ids = encode(text)
     return ids[ids != CLOSE] if tokenizer == "no_close" else ids
   words = text.split()
-  # Not what else int() takes, such as 1_0.
+  # int() accepts more, such as 1_0.
   wrong = [word for word in words if not re.fullmatch(r"-?[0-9]+", word)]
   if wrong:
     raise ValueError(
@@ -152,16 +159,16 @@ def _encode(text: str, facts: dict[str, Any]) -> np.ndarray:
 
 
 def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
-  """Inputs from arrays of ids.
+  """Reads inputs from arrays of ids.
 
   Args:
     path: a file of `numpy.savez`: tokens [n, T] ints, and length [n] ints if
-      rows are shorter than T; tokens_2 and length_2 as well for pairs. A batch
-      of `data.Batches` is of this form.
+      rows are shorter than T; for pairs also tokens_2 and length_2. A batch of
+      `data.Batches` has this form.
     facts: as for `read_text`.
 
   Raises:
-    ValueError: names the array or the row that is not right.
+    ValueError: names the array or the row that is wrong.
   """
   try:
     file = np.load(path, allow_pickle=False)
@@ -175,32 +182,8 @@ def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
     raise ValueError(
       f"{str(path)!r} is no .npz of arrays: {one_line(error)}"
     ) from error
-  parts = []
-  for suffix in ("", "_2") if facts["pair"] else ("",):
-    name = f"tokens{suffix}"
-    tokens = arrays.get(name)
-    if tokens is None or tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-      got = f"{tokens.dtype}{tokens.shape}" if tokens is not None else "none"
-      raise ValueError(f"{name} must be ints [n, T], got {got}.")
-    lengths = arrays.get(
-      f"length{suffix}", np.full(len(tokens), tokens.shape[1])
-    )
-    if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
-      raise ValueError(
-        f"length{suffix} must be ints [{len(tokens)}], got "
-        f"{lengths.dtype}{lengths.shape}."
-      )
-    if (
-      lengths.size
-      and not 0 <= lengths.min() <= lengths.max() <= tokens.shape[1]
-    ):
-      raise ValueError(
-        f"length{suffix} must lie in [0, {tokens.shape[1]}], got "
-        f"{lengths.min()} to {lengths.max()}."
-      )
-    parts.append(
-      [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    )
+  first = _sequences(arrays, "")
+  parts = [first, _sequences(arrays, "_2")] if facts["pair"] else [first]
   if len({len(part) for part in parts}) != 1:
     raise ValueError(
       f"tokens and tokens_2 must have as many rows, got {len(parts[0])} and "
@@ -216,8 +199,31 @@ def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
   return inputs
 
 
+def _sequences(
+  arrays: Mapping[str, np.ndarray], suffix: str
+) -> list[np.ndarray]:
+  """Returns the rows of tokens and length, cut to their lengths."""
+  tokens = arrays.get(f"tokens{suffix}")
+  if tokens is None or tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+    got = "none" if tokens is None else f"{tokens.dtype}{tokens.shape}"
+    raise ValueError(f"tokens{suffix} must be ints [n, T], got {got}.")
+  rows, width = tokens.shape
+  name = f"length{suffix}"
+  lengths = arrays.get(name, np.full(rows, width))
+  if lengths.shape != (rows,) or lengths.dtype.kind not in "iu":
+    raise ValueError(
+      f"{name} must be ints [{rows}], got {lengths.dtype}{lengths.shape}."
+    )
+  if rows and not 0 <= lengths.min() <= lengths.max() <= width:
+    raise ValueError(
+      f"{name} must lie in [0, {width}], got {lengths.min()} to "
+      f"{lengths.max()}."
+    )
+  return [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
+
+
 def _check(ids: np.ndarray, facts: dict[str, Any]) -> None:
-  """ValueError unless the model can read these ids."""
+  """Refuses ids that the model cannot read."""
   if not 1 <= len(ids) <= facts["length"]:
     raise ValueError(
       f"an input must have 1 to {facts['length']} tokens, got {len(ids)}."
@@ -230,7 +236,7 @@ def _check(ids: np.ndarray, facts: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints label and probabilities of each input, a JSON object a line."""
+  """Prints label and probabilities of each input, as one JSON object a line."""
   parser = commands.Parser(
     "spectraformer_jax.train predict",
     "Prints the label and the probabilities of all labels for each input, as\n"
@@ -258,7 +264,7 @@ def main(argv: Sequence[str]) -> None:
       inputs = read_text(sys.stdin, facts)
     else:
       path = Path(args.input)
-      # What is no UTF-8 is told by `read_text`, which knows the line.
+      # `read_text` reports bytes that are not UTF-8, with their line.
       with path.open(encoding="utf-8", errors="surrogateescape") as file:
         inputs = read_text(file, facts)
   except ValueError as error:
@@ -268,18 +274,18 @@ def main(argv: Sequence[str]) -> None:
   for row in predict(
     args.workdir, inputs, step=args.step, batch_size=args.batch_size
   ):
-    found = {
+    prediction = {
       "label": int(row.argmax()),
       "probabilities": [round(float(p), 6) for p in row],
     }
-    print(strict_json.dumps(found))
+    print(strict_json.dumps(prediction))
 
 
 def _facts(workdir: Path) -> dict[str, Any]:
-  """What config.json says of the data.
+  """Reads the facts about the data from config.json.
 
   Raises:
-    ValueError: no run, or a damaged file.
+    ValueError: the folder holds no run, or the file is damaged.
   """
   facts = run_folder.stored_run(workdir)["data"].get("train", {})
   names = ("tokenizer", "id_shift", "length", "pair", "vocab_size")

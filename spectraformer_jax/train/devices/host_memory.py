@@ -1,8 +1,8 @@
-"""Freed memory that stays with the process instead of going back.
+"""Settings of glibc's allocator that make training steps on a CPU faster.
 
-A compiled step on a CPU asks for one block of temporary memory, some hundred
-MiB, and frees it when it ends. By default glibc gives such a block back to the
-kernel, which hands out zeroed pages again at the next step, a fault for each.
+A compiled step allocates one block of temporary memory, some hundred MiB, and
+frees it when it ends. By default glibc returns such a block to the kernel, and
+the next step causes a page fault for each of its pages again.
 docs/decisions/09-memory-of-a-step.md says what that costs.
 """
 
@@ -12,19 +12,19 @@ import ctypes
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _LARGEST_INT = 2**31 - 1
 
-# For the environment of a process to be started: glibc then asks for pages of 2
-# MiB where the kernel has them on demand, one fault for 512 of the small ones.
+# Set in the environment of a new process, this makes glibc ask for pages of 2
+# MiB where the kernel offers them: one page fault in place of 512.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def keep_freed_memory() -> bool:
-  """Tells glibc to keep freed blocks, whatever their size.
+  """Makes glibc keep freed blocks of any size.
 
-  For programs that train, at their start: it holds for the whole process, which
-  then keeps the largest amount it ever had in use.
+  Call it when a program that trains starts: the whole process then keeps the
+  largest amount of memory that it ever used.
 
   Returns:
-    Whether there is a glibc that has done so.
+    Whether the C library is glibc and accepted the settings.
 
   Example:
     >>> kept = keep_freed_memory()
@@ -32,8 +32,8 @@ def keep_freed_memory() -> bool:
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is None:
     return False
-  # Blocks come from one growing heap: other arenas are too small for them, and
-  # mappings of their own end with them.
+  # All blocks come from one growing heap: other arenas are too small for them,
+  # and a block mapped by itself is unmapped when it is freed.
   settings = (
     (_ARENA_MAX, 1),
     (_MMAP_MAX, 0),

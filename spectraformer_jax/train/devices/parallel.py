@@ -1,10 +1,10 @@
-"""Devices: the only file of the training code that names them.
+"""Data parallelism over all devices of all hosts.
 
-Data parallelism over all devices of all hosts, by one of two engines that run
-the same pure step: `jax.pmap`, or `jax.jit` of a `shard_map` over a `Mesh`.
-The state has no device axis: every device holds all of it, and a checkpoint is
-that of one device. Only batches are split. Sharding parameters or optimiser
-would gain nothing at this library's sizes (below a million numbers).
+One of two engines runs the same pure step on every device: `jax.pmap`, or
+`jax.jit` of a `shard_map` over a `Mesh`. Only batches are split. The state has
+no device axis: every device holds all of it, and a checkpoint holds one copy.
+Sharding parameters or optimiser would gain nothing at this library's sizes
+(below a million numbers). No other file of the training code handles devices.
 """
 
 import functools
@@ -13,18 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spectraformer_jax.typing import PyTree
 
+Batch = Mapping[str, np.ndarray]
+Devices = Sequence[jax.Device]
+
 AXIS = "data"
 ENGINES = ("pmap", "jit")
 
-# XLA's own order of a CPU program runs what it can as early as it can, and
-# keeps the results, even buffers that are only to be written in a loop much
-# later: half as much memory again as in this order, in the same time.
-_COMPILER_OPTIONS = {
+# By default XLA runs each operation of a CPU program as early as possible and
+# keeps its result, even a buffer that a much later loop fills. That takes 1.5
+# times the memory of this schedule, in the same time.
+_COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
   "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 }
 
@@ -32,9 +36,14 @@ _COMPILER_OPTIONS = {
 def check_batch_size(name: str, batch_size: int, parts: int = 1) -> None:
   """Refuses a global batch that the devices cannot share equally.
 
+  Args:
+    name: of the batch size, for the message.
+    batch_size: of all devices together.
+    parts: number of parts into which each device divides its share.
+
   Raises:
     ValueError: `batch_size` is not a multiple of the number of devices times
-      `parts`, into which each divides its share.
+      `parts`.
   """
   devices = jax.device_count()
   if batch_size % (devices * parts):
@@ -46,12 +55,12 @@ def check_batch_size(name: str, batch_size: int, parts: int = 1) -> None:
 
 
 def hosts() -> dict[str, int]:
-  """Which process this is, and of how many: host, hosts."""
+  """Returns the index of this process and their number: host, hosts."""
   return {"host": jax.process_index(), "hosts": jax.process_count()}
 
 
-def compiler_options() -> dict[str, str]:
-  """What the compiler of the devices in use is told, for a training step.
+def compiler_options() -> dict[str, str | bool]:
+  """Returns XLA's options for a training step on the default backend.
 
   Example:
     >>> step = jax.jit(lambda x: x + 1, compiler_options=compiler_options())
@@ -62,30 +71,31 @@ def compiler_options() -> dict[str, str]:
 
 
 def device_kinds() -> list[str]:
-  """Kinds of all devices, one entry each."""
+  """Returns the kind of each device."""
   return [device.device_kind for device in jax.devices()]
 
 
 def peak_device_bytes() -> int | None:
-  """The most memory a local device has had in use; None if it cannot say."""
+  """Returns the largest memory used on a local device; None if unknown."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
   return max(peaks) if peaks else None
 
 
-def _mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def _mesh(devices: Devices | None = None) -> Mesh:
   return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
 
 
 def replicate(tree: PyTree) -> PyTree:
-  """Copies arrays (host or device), equal on all hosts, to every device."""
+  """Copies arrays, equal on all hosts, to every device."""
   sharding = NamedSharding(_mesh(), PartitionSpec())
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
 
-  def put(leaf):
-    # Only host arrays can go to other hosts' devices; JAX compares them.
-    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+  def put(leaf: Any) -> Any:
+    # JAX copies only host arrays to other hosts' devices, and compares them.
+    is_array = isinstance(leaf, jax.Array)
+    if is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
     return jax.device_put(np.asarray(leaf), sharding)
 
@@ -93,7 +103,7 @@ def replicate(tree: PyTree) -> PyTree:
 
 
 def to_host(tree: PyTree) -> PyTree:
-  """Numpy arrays with the values of a replicated tree."""
+  """Returns a replicated tree as NumPy arrays."""
   return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
@@ -102,20 +112,20 @@ def map_step(
   num_args: int,
   *,
   engine: str,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices | None = None,
   donate_state: bool = False,
-) -> Callable[..., Any]:
-  """`step(state, batch, *rest, axis_name=...)` on many devices, not compiled.
+) -> jax.stages.Wrapped:
+  """Maps `step(state, batch, *rest, axis_name=...)` over devices.
 
   Args:
-    step: pure; what it returns is the same on every replica.
-    num_args: of `step`, state and batch included.
+    step: pure; returns the same on every replica.
+    num_args: number of the step's arguments, state and batch included.
     engine: "pmap" takes batches [devices, B / devices, ...], "jit" [B, ...].
-    devices: None for all there are.
+    devices: None for all.
     donate_state: whether the old state's buffers may be reused.
 
   Returns:
-    A function that can be called and lowered.
+    A function that can be called and lowered, not compiled yet.
   """
   step = functools.partial(step, axis_name=AXIS)
   donate = (0,) if donate_state else ()
@@ -129,8 +139,8 @@ def map_step(
       donate_argnums=donate,
     )
   everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
-  # Without check_vma=False the gradient of replicated parameters would come
-  # already summed, and the step's own sum would multiply it by the devices.
+  # Without check_vma=False shard_map sums the gradient of replicated parameters
+  # itself, and the step's own sum multiplies it by the number of devices.
   mapped = jax.shard_map(
     step,
     mesh=_mesh(devices),
@@ -142,18 +152,18 @@ def map_step(
 
 
 class DataParallelStep:
-  """`step(state, batch, *rest, axis_name=...)` on all devices.
+  """Runs `step(state, batch, *rest, axis_name=...)` on all devices.
 
-  Compiled ahead of time, once for each shape of batch, by `compile` or else by
-  the first call.
+  It is compiled once for each shape of batch, by `compile` or else by the first
+  call.
 
   Args:
-    step: pure; what it returns is the same on every replica.
+    step: pure; returns the same on every replica.
     engine: one of `ENGINES`.
     donate_state: whether the old state's buffers may be reused.
 
   Attributes:
-    compile_seconds: time spent compiling so far.
+    compile_seconds: time of compiling so far.
   """
 
   def __init__(
@@ -162,14 +172,14 @@ class DataParallelStep:
     *,
     engine: str = "pmap",
     donate_state: bool = False,
-  ):
+  ) -> None:
     self._step = step
     self._engine = engine
     self._donate_state = donate_state
     self._compiled: dict[Any, Callable[..., Any]] = {}
     self.compile_seconds = 0.0
-    # Virtual CPU devices share one thread pool: collectives of two steps in
-    # flight wait for each other for ever.
+    # Virtual CPU devices share one thread pool, in which the collectives of two
+    # concurrent steps would wait for each other for ever.
     self._one_at_a_time = (
       jax.default_backend() == "cpu" and jax.local_device_count() > 1
     )
@@ -181,11 +191,11 @@ class DataParallelStep:
 
     Args:
       state: as `replicate` or this step returns it.
-      batch: this host's arrays [B, ...]; B a multiple of its devices.
-      *rest: what else `step` takes, the same for every replica.
+      batch: this host's arrays [B, ...]; B is a multiple of its devices.
+      *rest: the step's other arguments, the same for every replica.
 
     Returns:
-      What `step` returns, replicated; not waited for.
+      The step's replicated results, which need not be computed yet.
     """
     batch = self._divide(batch)
     compiled = self._find(state, batch, *rest)
@@ -195,25 +205,23 @@ class DataParallelStep:
   def compile(
     self, state: PyTree, batch: Mapping[str, np.ndarray], *rest: Any
   ) -> None:
-    """Compiles for batches of this shape, if that was not done yet."""
+    """Compiles for batches of this shape, unless that has been done."""
     self._find(state, self._divide(batch), *rest)
 
   def memory_plan(self) -> dict[str, int] | None:
-    """Bytes that the last compiled program plans with on each device.
+    """Returns the bytes that the last compiled program needs on each device.
 
     Returns:
       "arguments" (the state and one batch), "temporary" and "total"; None if
-      nothing was compiled, or the compiler does not say.
+      nothing was compiled or the compiler gives no sizes.
     """
     compiled = next(reversed(self._compiled.values()), None)
     analysis = getattr(compiled, "memory_analysis", lambda: None)()
     if analysis is None:
       return None
-    arguments, temporary = (
-      analysis.argument_size_in_bytes,
-      analysis.temp_size_in_bytes,
-    )
-    # A donated state and the new one share their memory.
+    arguments = analysis.argument_size_in_bytes
+    temporary = analysis.temp_size_in_bytes
+    # The new state shares the memory of a donated one.
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return {
       "arguments": arguments,
@@ -221,19 +229,22 @@ class DataParallelStep:
       "total": arguments + temporary + results,
     }
 
-  def _divide(self, batch):
-    """The batch as the engine lowers it."""
+  def _divide(self, batch: Batch) -> dict[str, Any]:
+    """Returns the batch in the form that the engine lowers."""
     return _split(batch) if self._engine == "pmap" else _shard(batch)
 
-  def _place(self, batch):
-    """The divided batch as the compiled program takes it."""
+  def _place(self, batch: dict[str, Any]) -> dict[str, Any]:
+    """Returns the divided batch in the form that the compiled program takes."""
     if self._engine == "pmap" and jax.process_count() > 1:
-      # A pmap makes global arrays of the hosts' parts, a compiled one does not.
+      # jax.pmap makes global arrays of the hosts' parts; once it is compiled
+      # ahead of time it does not.
       return _shard(batch)
     return batch
 
-  def _find(self, state, batch, *rest):
-    """The program for divided batches of this shape."""
+  def _find(
+    self, state: PyTree, batch: dict[str, Any], *rest: Any
+  ) -> Callable[..., Any]:
+    """Returns the program for divided batches of this shape."""
     shapes = _shapes(batch)
     if shapes not in self._compiled:
       start = time.perf_counter()
@@ -241,24 +252,24 @@ class DataParallelStep:
       self.compile_seconds += time.perf_counter() - start
     return self._compiled[shapes]
 
-  def _compile(self, *args):
+  def _compile(self, *args: Any) -> Callable[..., Any]:
     mapped = map_step(
       self._step,
       len(args),
       engine=self._engine,
-      # Of several processes in the order of `_mesh`; of one in pmap's own.
+      # Several processes need the order of `_mesh`; one uses that of pmap.
       devices=jax.devices() if jax.process_count() > 1 else None,
       donate_state=self._donate_state,
     )
     return mapped.lower(*args).compile(compiler_options())
 
 
-def _shapes(batch):
+def _shapes(batch: Mapping[str, Any]) -> tuple[Any, ...]:
   return tuple(sorted((n, a.shape, a.dtype) for n, a in batch.items()))
 
 
-def _split(batch):
-  """[B, ...] -> [local devices, B / local devices, ...]."""
+def _split(batch: Batch) -> dict[str, np.ndarray]:
+  """Reshapes [B, ...] to [local devices, B / local devices, ...]."""
   devices = jax.local_device_count()
   return {
     name: array.reshape(devices, -1, *array.shape[1:])
@@ -266,8 +277,8 @@ def _split(batch):
   }
 
 
-def _shard(batch):
-  """This host's part of axis 0 -> global arrays, split over all devices."""
+def _shard(batch: Batch) -> dict[str, jax.Array]:
+  """Makes global arrays, split over all devices, of this host's rows."""
   sharding = NamedSharding(_mesh(), PartitionSpec(AXIS))
   return {
     name: jax.make_array_from_process_local_data(sharding, array)
@@ -276,17 +287,17 @@ def _shard(batch):
 
 
 def on_one_device(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """Runs `function` under jit on one device and replicates its result.
+  """Returns a function that runs on one device and replicates its result.
 
-  For what must be the same everywhere, such as a redraw: replicas are equal by
-  construction, and work is not done once for each.
+  A redraw uses it: replicas are then equal by construction, and the projection
+  is drawn once instead of once for each.
   """
   jitted = jax.jit(function)
   return lambda *args: replicate(jitted(*jax.tree.map(_one_copy, args)))
 
 
-def _one_copy(leaf):
-  """A replicated array's first copy; anything else as it is."""
+def _one_copy(leaf: Any) -> Any:
+  """Returns the first copy of a replicated array; other leaves as they are."""
   if isinstance(leaf, jax.Array):
     return leaf.addressable_shards[0].data
   return leaf

@@ -1,12 +1,13 @@
-"""Checkpoints: the last few and the best, written so that a kill does no harm.
+"""Checkpoints: the last few and the best, safe against a kill at any moment.
 
-One orbax `CheckpointManager`. A checkpoint counts only once orbax has committed
-it, and is used only if what is read has the checksum of what was written. It
-holds the un-replicated state as host arrays, so it can be read with any number
-of devices, and a JSON record of everything else a resume needs.
+They are managed by orbax's `CheckpointManager`. A checkpoint counts once orbax
+has committed it, and is used only if its content has the checksum that was
+written. It holds one copy of the state as host arrays, which can be read with
+any number of devices, and a JSON record of everything else a resume needs.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -27,23 +28,25 @@ from spectraformer_jax.nn.pretrained import (
 )
 from spectraformer_jax.train.step.state import TrainState
 
-# Beside the folder of checkpoints: those that could not be read.
+# A folder beside that of the checkpoints, for those that cannot be read.
 DAMAGED = "damaged_checkpoints"
 
 
 class SaveError(OSError):
-  """A checkpoint could not be written; the ones before are as they were."""
+  """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _LastAndBest:
-  """Keeps the last `keep` checkpoints and those they name as the best."""
+  """Keeps the last `keep` checkpoints and the best ones that they name."""
 
   keep: int
-  best: Mapping[int, int | None]  # what each checkpoint names as the best step
+  best: Mapping[int, int | None]  # the best step, by step of the checkpoint
 
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
-    """Which of `checkpoints` stay."""
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    """Returns for each checkpoint whether it is kept."""
     del context
     newest = sorted(info.step for info in checkpoints)[-self.keep :]
     steps = {*newest, *(self.best.get(step) for step in newest)}
@@ -54,15 +57,16 @@ class Checkpointer:
   """Saves and restores `TrainState` with a JSON record; a context manager.
 
   Saving is synchronous: a state of this library's size takes about 50 ms, and
-  a step that fails to save fails here and not later. Of several processes only
-  process 0 may have one.
+  an error is raised in the step that saves. Of several processes, only process
+  0 may have a `Checkpointer`.
 
   Args:
-    directory: made if it is not there; remains of an interrupted save go away.
-    keep: how many of the last checkpoints stay, beside the best.
+    directory: made if it does not exist; remains of an interrupted save are
+      removed.
+    keep: number of the last checkpoints that are kept, beside the best.
   """
 
-  def __init__(self, directory: Path | str, *, keep: int):
+  def __init__(self, directory: Path | str, *, keep: int) -> None:
     self._directory = Path(directory).absolute()
     self._best: dict[int, int | None] = {}
     self._directory.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ class Checkpointer:
         preservation_policy=_LastAndBest(keep, self._best),
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
-        create=False,  # with processes of its own, orbax cannot
+        create=False,  # orbax cannot, if active_processes are given
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=0, active_processes={0}
         ),
@@ -86,15 +90,15 @@ class Checkpointer:
     *,
     best_step: int | None,
   ) -> None:
-    """Writes one checkpoint, then drops those no longer needed.
+    """Writes one checkpoint, then removes those no longer needed.
 
     Args:
       state: host arrays (`parallel.to_host`).
       record: JSON values.
-      best_step: the best step so far, whose checkpoint must stay.
+      best_step: the best step so far, whose checkpoint is kept.
 
     Raises:
-      SaveError: it could not be written, as when the disk is full.
+      SaveError: it could not be written, for instance to a full disk.
     """
     step = int(state.step)
     stored = {
@@ -124,21 +128,21 @@ class Checkpointer:
       ) from error
 
   def steps(self) -> list[int]:
-    """Steps of all complete checkpoints, in order."""
+    """Returns the steps of all complete checkpoints, in order."""
     return sorted(self._manager.all_steps())
 
   def restore_latest(
     self, like: TrainState
   ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Reads the newest checkpoint that is whole; None if there are none.
+    """Reads the newest undamaged checkpoint; None if there is no checkpoint.
 
-    Newer ones that are damaged are moved out of the way, with a warning.
+    Newer, damaged ones are moved to the folder `DAMAGED`, with a warning.
 
     Args:
       like: see `restore`.
 
     Raises:
-      ValueError: there are checkpoints, and none can be read.
+      ValueError: no checkpoint can be read.
     """
     damaged = {}
     for step in reversed(self.steps()):
@@ -151,7 +155,9 @@ class Checkpointer:
         place = self._set_aside(bad_step)
         logging.warning(
           "%s The checkpoint is now in %s; going on from step %d instead.",
-          *(reason, place, step),
+          reason,
+          place,
+          step,
         )
       return restored
     if damaged:
@@ -168,14 +174,13 @@ class Checkpointer:
 
     Args:
       step: one of `steps()`.
-      like: a tree of the same shapes and dtypes (arrays or structs); its
-        devices do not matter.
+      like: a state of the same shapes and dtypes, on any devices.
 
     Returns:
       The state and the record.
 
     Raises:
-      ValueError: it is damaged, or holds other shapes or dtypes than `like`.
+      ValueError: it is damaged, or has other shapes or dtypes than `like`.
     """
     target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     try:
@@ -197,7 +202,7 @@ class Checkpointer:
   def _read(
     self, step: int, target: TrainState
   ) -> tuple[TrainState, dict[str, Any]]:
-    """The state, of the target's shapes and dtypes, and the record."""
+    """Reads the state, which must have the target's shapes and dtypes."""
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -205,39 +210,40 @@ class Checkpointer:
         record=ocp.args.JsonRestore(),
       ),
     )
-    state = TrainState(**restored.state)
+    state = TrainState(**restored["state"])
     jax.tree_util.tree_map_with_path(_check_leaf, target, state)
     if int(state.step) != step:
       raise ValueError(f"it is that of step {int(state.step)}.")
-    return state, dict(restored.record)
+    return state, dict(restored["record"])
 
   def _as_written(self, step: int, target: TrainState) -> TrainState:
-    """The target with integers where an earlier version stored integers."""
+    """Returns the target with integers where an earlier version stored them."""
     folder = self._directory / str(step) / "state"
     with ocp.StandardCheckpointer() as checkpointer:
       stored = checkpointer.metadata(folder).item_metadata.tree
+    name_of = functools.partial(
+      jax.tree_util.keystr, simple=True, separator="/"
+    )
     dtypes = {
-      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
+      name_of(path): leaf.dtype
       for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
     }
 
-    def one(path, leaf):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      dtype = dtypes.get(name, leaf.dtype)
+    def as_stored(path: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
+      dtype = dtypes.get(name_of(path), leaf.dtype)
       return leaf.astype(dtype) if was_integer(leaf.dtype, dtype) else leaf
 
-    return jax.tree_util.tree_map_with_path(one, target)
+    return jax.tree_util.tree_map_with_path(as_stored, target)
 
   def _set_aside(self, step: int) -> Path:
-    """Moves a checkpoint out of the folder; returns where it is now."""
+    """Moves a checkpoint to the folder `DAMAGED`; returns its new path."""
     folder = self._directory.with_name(DAMAGED)
     folder.mkdir(exist_ok=True)
-    names = (f"{step}-{again}" for again in itertools.count(2))
-    place = next(
-      folder / name
-      for name in itertools.chain([str(step)], names)
-      if not (folder / name).exists()
-    )
+    place = folder / str(step)
+    for number in itertools.count(2):
+      if not place.exists():
+        break
+      place = folder / f"{step}-{number}"
     shutil.move(self._directory / str(step), place)
     self._manager.reload()
     return place
@@ -245,17 +251,19 @@ class Checkpointer:
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(self, *exc_info: Any) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self._manager.close()
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
-  """The parts of the state that there are."""
+  """Returns the parts of the state that are not None."""
   return {k: v for k, v in state._asdict().items() if v is not None}
 
 
-def _check_leaf(path, wanted: np.ndarray, found: np.ndarray) -> None:
-  """Orbax does not compare; a run must not go on from other arrays."""
+def _check_leaf(
+  path: tuple[Any, ...], wanted: np.ndarray, found: np.ndarray
+) -> None:
+  """Refuses a leaf of another shape or dtype, which orbax does not."""
   if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
     raise ValueError(
       f"checkpoint leaf {jax.tree_util.keystr(path)} is {found.dtype}"
@@ -264,5 +272,5 @@ def _check_leaf(path, wanted: np.ndarray, found: np.ndarray) -> None:
 
 
 def _checksum(state: TrainState, record: Mapping[str, Any]) -> str:
-  """Of every bit of the arrays and of the record's values."""
+  """Returns a checksum of all arrays and of the record."""
   return checksum(state, json.dumps(record, sort_keys=True))

@@ -78,7 +78,8 @@ def write_report(
     loss: mean loss of that step.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  np.savez(folder / "batch.npz", **batch)
+  arrays: dict[str, Any] = dict(batch)
+  np.savez(folder / "batch.npz", **arrays)
   rows = [
     f"| {jax.tree_util.keystr(path, simple=True, separator='/')} "
     f"| {param:.4g} | {gradient:.4g} | {int(bad)} |"

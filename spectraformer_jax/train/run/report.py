@@ -1,6 +1,6 @@
-"""What a finished run leaves for a reader: report.md, curves.png, a table.
+"""The report of a finished run: report.md, curves.png, and a table.
 
-Both files are made from config.json and metrics.jsonl alone.
+They are made from config.json and metrics.jsonl alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,40 +15,48 @@ from spectraformer_jax.train.config import default_config, flatten, to_dict
 from spectraformer_jax.train.run import run_folder
 from spectraformer_jax.train.run.writers import read_rows, result_row
 
-# Okabe and Ito's palette: told apart with any colour vision, and in grey.
-TRAIN_COLOUR, DEV_COLOUR = "#0072B2", "#D55E00"
+# Okabe and Ito's palette can be told apart with any colour vision, and in grey.
+_LINE = {"lw": 1.5, "ms": 3}
+_CURVES = {
+  "train": {"color": "#0072B2", "ls": "-", "marker": "", **_LINE},
+  "dev": {"color": "#D55E00", "ls": "--", "marker": "o", **_LINE},
+}
 BASELINE_COLOURS = ("#555555", "#009E73", "#CC79A7")
 
 _NUMBER, _SIZE = int | float, int | float | None
-# What the last row of a finished run holds.
+# The types of the values in the last row of a finished run.
 _RESULT = {
-  **dict.fromkeys(
-    (
-      *("test/accuracy_best", "test/accuracy_last", "examples_per_second"),
-      *("dev/accuracy_best", "dev/accuracy_last", "step_seconds"),
-      *("best_step", "train_seconds", "parameters", "projection_size"),
-    ),
-    _NUMBER,
-  ),
-  **dict.fromkeys(("pair", "provenance", "task"), str),
-  **dict.fromkeys(
-    ("compile_seconds", "peak_memory_bytes", "peak_device_bytes"), _SIZE
-  ),
+  "test/accuracy_best": _NUMBER,
+  "test/accuracy_last": _NUMBER,
+  "dev/accuracy_best": _NUMBER,
+  "dev/accuracy_last": _NUMBER,
+  "best_step": _NUMBER,
+  "examples_per_second": _NUMBER,
+  "step_seconds": _NUMBER,
+  "train_seconds": _NUMBER,
+  "parameters": _NUMBER,
+  "projection_size": _NUMBER,
+  "pair": str,
+  "provenance": str,
+  "task": str,
+  "compile_seconds": _SIZE,
+  "peak_memory_bytes": _SIZE,
+  "peak_device_bytes": _SIZE,
   "baselines": Mapping,
 }
 
+Row = Mapping[str, Any]
+
 
 def summary(workdir: Path) -> list[tuple[str, str]]:
-  """Lines of the result as (what, figure), for the report and the terminal.
+  """Returns the result as pairs (name, value), for report and terminal.
 
   Raises:
     ValueError: the run in `workdir` has not finished, or its result or its
       config is damaged.
   """
-  stored, result = (
-    run_folder.stored_run(workdir),
-    result_row(read_rows(workdir)),
-  )
+  stored = run_folder.stored_run(workdir)
+  result = result_row(read_rows(workdir))
   if result is None:
     raise ValueError(f"workdir {str(workdir)!r} holds no finished run.")
   _check_result(workdir, result)
@@ -58,24 +66,27 @@ def summary(workdir: Path) -> list[tuple[str, str]]:
     raise damaged(workdir, f"it lacks or has another {error}") from error
 
 
-def _lines(
-  stored: Mapping[str, Any], result: Mapping[str, Any]
-) -> list[tuple[str, str]]:
-  """`summary` of the content of config.json and of the last row."""
+def _lines(stored: Row, result: Row) -> list[tuple[str, str]]:
+  """Returns `summary` of the content of config.json and of the last row."""
   config = flatten(to_dict(default_config())) | flatten(stored["config"])
-  test = stored["data"]["test"]
+  test, objective = stored["data"]["test"], config["train.objective"]
   lines = [("diverged", result["diverged"])] if result.get("diverged") else []
+  lines += [("task", test["name"]), ("attention", result["pair"])]
+  if objective != "classify":
+    lines += [("objective", f"{objective}: accuracy is that of guessed tokens")]
   lines += [
-    ("task", test["name"]),
-    ("attention", result["pair"]),
-    *_objective(config["train.objective"]),
     ("data", f"{result['provenance']}; {_split_sizes(stored['data'])}"),
     (
       "seeds",
       f"training {config['train.seed']}, data {config['task.seed']}",
     ),
     ("steps", _steps(result["step"], config["train.num_steps"])),
-    *_skipped(result.get("skipped_steps", 0)),
+  ]
+  if skipped := result.get("skipped_steps", 0):
+    lines += [
+      ("skipped steps", f"{skipped:,}, loss or gradient not finite"),
+    ]
+  lines += [
     (
       "test accuracy, best-dev parameters",
       f"{_percent(result['test/accuracy_best'])} (step {result['best_step']})",
@@ -91,6 +102,7 @@ def _lines(
     (f"baseline, {name}", _percent(value))
     for name, value in result["baselines"].items()
   ]
+  compile_seconds = result["compile_seconds"]
   lines += [
     (
       "speed",
@@ -98,7 +110,10 @@ def _lines(
       f"{1e3 * result['step_seconds']:.1f} ms a step of "
       f"{config['train.batch_size']}",
     ),
-    ("compile time", _or_unknown(result["compile_seconds"], "{:.1f} s")),
+    (
+      "compile time",
+      "unknown" if compile_seconds is None else f"{compile_seconds:.1f} s",
+    ),
     ("training time", f"{result['train_seconds']:.0f} s without compilation"),
     ("peak memory, process", _mebibytes(result["peak_memory_bytes"])),
     ("peak memory, device", _mebibytes(result["peak_device_bytes"])),
@@ -114,44 +129,45 @@ def write_report(workdir: Path) -> None:
   Raises:
     ValueError: the run in `workdir` has not finished.
   """
-  lines = summary(workdir)
-  stored = run_folder.read_config(workdir)
+  lines = dict(summary(workdir))
+  stored = run_folder.stored_run(workdir)
   plot_curves(workdir)
-  env = stored["environments"][-1]
-  command = env.get("command") or (
+  environments = stored["environments"]
+  command = environments[-1].get("command") or (
     "train_and_evaluate(config, workdir)  # with the config of config.json"
   )
-  text = [
-    f"# {stored['data']['test']['name']}: {dict(lines)['attention']}",
-    "",
-    "| | |",
-    "|---|---|",
-    *(f"| {name} | {value} |" for name, value in lines),
-    "",
-    "The best-dev parameters are those of the evaluation with the highest dev "
-    "accuracy, the lower dev loss among equals. Test accuracy decides nothing. "
-    "A result near a baseline says that no more than that rule was learnt.",
-    "",
-    f"![Loss and accuracy]({run_folder.CURVES})",
-    "",
-    "## Reproduce",
-    "",
-    "```",
-    command,
-    "```",
-    "",
-    *_environment_lines(stored["environments"]),
-    "",
-    f"All settings: [{run_folder.CONFIG}]({run_folder.CONFIG}). "
-    f"All metrics: [{run_folder.METRICS}]({run_folder.METRICS}).",
-    "",
-  ]
-  run_folder.write_text(workdir / run_folder.REPORT, "\n".join(text))
+  table = "\n".join(f"| {name} | {value} |" for name, value in lines.items())
+  environment = "\n".join(_environment_lines(environments))
+  config, metrics = run_folder.CONFIG, run_folder.METRICS
+  text = f"""\
+# {stored["data"]["test"]["name"]}: {lines["attention"]}
+
+| | |
+|---|---|
+{table}
+
+The best-dev parameters are those of the evaluation with the highest dev \
+accuracy, the lower dev loss among equals. Test accuracy decides nothing. A \
+result near a baseline says that no more than that rule was learnt.
+
+![Loss and accuracy]({run_folder.CURVES})
+
+## Reproduce
+
+```
+{command}
+```
+
+{environment}
+
+All settings: [{config}]({config}). All metrics: [{metrics}]({metrics}).
+"""
+  run_folder.write_text(workdir / run_folder.REPORT, text)
 
 
 def plot_curves(workdir: Path) -> None:
   """Draws loss and accuracy against the step into curves.png."""
-  # Here, because it takes a second; the backend needs no display.
+  # Imported here, because it takes a second; the backend needs no display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -161,8 +177,11 @@ def plot_curves(workdir: Path) -> None:
   FigureCanvasAgg(figure)
   loss_axes, accuracy_axes = figure.subplots(1, 2)
   for axes, metric in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
-    _plot(axes, rows, f"train/{metric}", TRAIN_COLOUR, "train", "-", "")
-    _plot(axes, rows, f"dev/{metric}", DEV_COLOUR, "dev", "--", "o")
+    for split, style in _CURVES.items():
+      name = f"{split}/{metric}"
+      points = [(row["step"], row[name]) for row in rows if name in row]
+      if points:
+        axes.plot(*zip(*points, strict=True), label=split, **style)
     axes.set(xlabel="step", ylabel=metric)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -201,23 +220,8 @@ def print_summary(workdir: Path) -> None:
   Console().print(table)
 
 
-def _plot(axes, rows, name, colour, label, style, marker) -> None:
-  """One curve."""
-  points = [(row["step"], row[name]) for row in rows if name in row]
-  if points:
-    axes.plot(
-      *zip(*points, strict=True),
-      color=colour,
-      label=label,
-      ls=style,
-      marker=marker,
-      ms=3,
-      lw=1.5,
-    )
-
-
-def _environment_lines(environments: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Versions and machine of the last start, and how many others there were."""
+def _environment_lines(environments: Sequence[Row]) -> list[str]:
+  """Returns a table of the last environment, and the number of all."""
   env = dict(environments[-1])
   env.pop("command", None)
   devices = env.pop("devices", None) or ["unknown"]
@@ -233,34 +237,19 @@ def _environment_lines(environments: Sequence[Mapping[str, Any]]) -> list[str]:
   return lines
 
 
-def _check_result(workdir: Path, result: Mapping[str, Any]) -> None:
-  """ValueError about a last row that is not as a run writes it."""
+def _check_result(workdir: Path, result: Row) -> None:
+  """Refuses a last row that no run has written."""
   wrong = [
-    name
+    repr(name)
     for name, kind in _RESULT.items()
     if not isinstance(result.get(name), kind)
   ]
-  if not wrong:
-    return
-  raise ValueError(
-    f"The result, the last row of {str(workdir / run_folder.METRICS)!r}, is "
-    f"damaged: {', '.join(map(repr, wrong))} missing or wrong; delete the row, "
-    "and train.py makes it again from the last checkpoint."
-  )
-
-
-def _skipped(steps: int) -> list[tuple[str, str]]:
-  """A line about steps that were not made, if there are any."""
-  if not steps:
-    return []
-  return [("skipped steps", f"{steps:,}, loss or gradient not finite")]
-
-
-def _objective(objective: str) -> list[tuple[str, str]]:
-  """What accuracy is about, where it is not the labels."""
-  if objective == "classify":
-    return []
-  return [("objective", f"{objective}: accuracy is that of guessed tokens")]
+  if wrong:
+    raise ValueError(
+      f"The result, the last row of {str(workdir / run_folder.METRICS)!r}, is "
+      f"damaged: {', '.join(wrong)} missing or wrong; delete the row, and "
+      "train.py makes it again from the last checkpoint."
+    )
 
 
 def _split_sizes(data: Mapping[str, Any]) -> str:
@@ -274,10 +263,6 @@ def _steps(done: int, planned: int) -> str:
 
 def _percent(value: float) -> str:
   return f"{100 * value:.2f} %"
-
-
-def _or_unknown(value: float | None, form: str) -> str:
-  return "unknown" if value is None else form.format(value)
 
 
 def _mebibytes(value: float | None) -> str:

@@ -116,7 +116,7 @@ def check_folder(workdir: Path) -> None:
     except OSError as error:
       if error.errno not in MISTAKES:
         raise
-      why = error.strerror.lower()
+      why = str(error.strerror).lower()
     except ValueError as error:  # a null byte
       why = str(error)
     raise ValueError(

@@ -1,11 +1,12 @@
-"""What a run learns: the labels, or the tokens of its own inputs.
+"""Objectives: a run learns labels, or the tokens of its own inputs.
 
 Self-pretraining (Amos, Berant, Gupta, "Never Train from Scratch", 2023, arXiv
-2310.02980): a run with the objective "masked" or "causal" learns the task's
-tokens, and another starts from its weights (`config.model.init_from`).
+2310.02980): a run with the objective "masked" or "causal" predicts tokens of
+the task's inputs, and a later run starts from its weights
+(`config.model.init_from`).
 
-A batch of a task becomes a batch of guesses, with a label and a weight for each
-position instead of each example, and goes through the same steps.
+For these objectives, a batch with a label and a weight for each example becomes
+one with a label and a weight for each position. The steps are the same.
 """
 
 import functools
@@ -18,22 +19,24 @@ import numpy as np
 
 from spectraformer_jax.checks import positions_before
 from spectraformer_jax.data import Dataset
+from spectraformer_jax.train.step.state import TrainState
 from spectraformer_jax.train.step.steps import replica_rng
 from spectraformer_jax.typing import Array
 
 OBJECTIVES = ("classify", "masked", "causal")
 
-# Of so many tokens one is hidden.
+# One token in `_HIDDEN_PERIOD` is masked.
 _HIDDEN_PERIOD = 7
-# Sets the key of the hidden tokens apart from that of dropout.
+# Folded into the dropout key: the key of the masked tokens.
 _MASKS = 2**32 - 1
 
 
 def check_lengths(objective: str, datasets: Mapping[str, Dataset]) -> None:
-  """Refuses sequences in which there is nothing to guess.
+  """Refuses data without tokens to predict.
 
   Raises:
-    ValueError: "causal", and no sequence of a split has a next token.
+    ValueError: the objective is "causal" and no sequence of a split has a next
+      token.
   """
   if objective != "causal":
     return
@@ -53,7 +56,9 @@ def check_lengths(objective: str, datasets: Mapping[str, Dataset]) -> None:
 def guessing(
   step: Callable[..., Any], *, objective: str, mask_token: int
 ) -> Callable[..., Any]:
-  """`step` on the guesses of a batch; for "classify" `step` itself.
+  """Makes a step that calls `step` with the `guesses` of its batch.
+
+  For "classify" it is `step` itself.
 
   Args:
     step: `(state, batch, *rng, axis_name=None)`, one of `steps`.
@@ -65,7 +70,12 @@ def guessing(
   make = functools.partial(guesses, objective, mask_token)
 
   @functools.wraps(step)
-  def on_guesses(state, batch, *rng, axis_name=None):
+  def on_guesses(
+    state: TrainState,
+    batch: Mapping[str, Array],
+    *rng: Array,
+    axis_name: str | None = None,
+  ) -> Any:
     key = None
     if rng:
       key = jax.random.fold_in(rng[0], np.uint32(_MASKS))
@@ -81,23 +91,24 @@ def guesses(
   batch: Mapping[str, Array],
   rng: Array | None,
 ) -> dict[str, Array]:
-  """What a language model reads and has to say.
+  """Returns the batch of a language model: inputs, labels and weights.
 
-  "causal": at each position the next token. "masked": one token in seven, which
-  the model sees as `mask_token`: drawn anew for each batch, or, without `rng`,
-  each seventh, so that every evaluation asks the same. An example counts as
-  much as any other, however many its guesses are.
+  "causal": the label at each position is the next token. "masked": one token in
+  seven is replaced by `mask_token` and is the label at its position. Which ones
+  is drawn for each batch or, without `rng`, every seventh, so that all
+  evaluations are alike. All examples count the same, however many labels they
+  have.
 
   Args:
     objective: "masked" or "causal".
-    mask_token: id of the hidden.
-    batch: tokens [B, T] and length, weight [B], perhaps tokens_2 and length_2,
-      which become further rows of half the weight.
-    rng: PRNG key in training.
+    mask_token: id that replaces masked tokens.
+    batch: tokens [B, T] and length, weight [B]. The sequences tokens_2 and
+      length_2 of a pair become further rows; each row has half the weight.
+    rng: PRNG key in training, None in evaluation.
 
   Returns:
-    tokens, label [B, T] int32, weight [B, T] float32 and length [B]; 2B rows of
-    pairs.
+    tokens, label [B, T] int32, weight [B, T] float32 and length [B]; pairs have
+    2B rows.
 
   Example:
     >>> batch = {"tokens": jnp.array([[5, 6, 7, 0]]), "length": jnp.array([3]),
@@ -117,25 +128,25 @@ def guesses(
   tokens = tokens.astype(jnp.int32)
   if objective == "causal":
     label = jnp.roll(tokens, -1, axis=1)
-    asked = positions_before(length - 1, tokens.shape[1])
+    is_label = positions_before(length - 1, tokens.shape[1])
   else:
-    label, asked = tokens, _hidden(tokens, length, rng)
-    tokens = jnp.where(asked, mask_token, tokens)
-  count = jnp.maximum(jnp.sum(asked, axis=1), 1).astype(weight.dtype)
+    label, is_label = tokens, _masked(tokens, length, rng)
+    tokens = jnp.where(is_label, mask_token, tokens)
+  count = jnp.maximum(jnp.sum(is_label, axis=1), 1).astype(weight.dtype)
   return {
     "tokens": tokens,
     "length": length,
     "label": label,
-    "weight": jnp.where(asked, (weight / count)[:, None], 0.0),
+    "weight": jnp.where(is_label, (weight / count)[:, None], 0.0),
   }
 
 
-def _hidden(tokens: Array, length: Array, rng: Array | None) -> Array:
-  """Which real positions ``[B, T]`` are to be guessed."""
+def _masked(tokens: Array, length: Array, rng: Array | None) -> Array:
+  """Returns a bool array ``[B, T]``: True for masked tokens."""
   real = positions_before(length, tokens.shape[1])
   if rng is not None:
     return real & jax.random.bernoulli(rng, 1 / _HIDDEN_PERIOD, real.shape)
-  # The middle one is among them, so that there is one however short it is.
+  # The middle token is among them, so a sequence of any length has one.
   start = (length // 2) % _HIDDEN_PERIOD
   index = jnp.arange(tokens.shape[1]) % _HIDDEN_PERIOD
   return real & (index[None] == start[:, None])

@@ -1,30 +1,31 @@
 """The optimiser: AdamW, warm-up, decay and gradient clipping.
 
-The values that belong together are in `recipes`. The schedule "linear" of the
-official one is PyTorch's one-cycle schedule with linear annealing: from 1/25 of
-the learning rate up to it, then down to about 0. "rsqrt" is that of Long Range
-Arena's code for texts.
+The schedule "linear", of the official recipe, is PyTorch's one-cycle schedule
+with linear annealing: from 1/25 of the learning rate up to it, then down to
+about 0. "rsqrt" is the schedule of Long Range Arena's code for texts.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from ml_collections import ConfigDict
 
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.train.config import OptimSection
 from spectraformer_jax.typing import Array, PyTree
 
-# One-cycle's own numbers: it starts at lr / 25 and ends at that over 10,000.
+# PyTorch's defaults: one-cycle starts at lr / 25 and ends at lr / 25 / 10,000.
 START_DIVISOR = 25.0
 END_DIVISOR = 25.0 * 1e4
 
-# The learnable parameters of a layer's feature map lie under this name.
+# The name of the learnable parameters of a layer's feature map.
 FEATURE_MAP = "feature_map"
 
-# Any of these in a parameter's path; biases of heads have two axes.
+# A parameter with any of these in its path has no weight decay. Biases of heads
+# have two axes, so their shape does not tell.
 NOT_DECAYED = {
   "bias",
   "scale",
@@ -34,16 +35,16 @@ NOT_DECAYED = {
 }
 
 
-def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:
-  """The learning rate at each step, from 0 on.
+def learning_rate(optim: OptimSection, num_steps: int) -> optax.Schedule:
+  """Makes the schedule of the learning rate.
 
   Args:
-    optim: the section of the config.
+    optim: `config.optim`.
     num_steps: of the run; "linear" and "cosine" decay end there.
 
   Returns:
-    A function of the step. "linear" and "cosine": lr/25 at 0, lr at
-    `warmup_steps`, then decay to lr/250000 at `num_steps`; without warm-up lr
+    A function of the step, from 0 on. "linear" and "cosine": lr/25 at 0, lr at
+    `warmup_steps`, then decay to lr/250000 at `num_steps`; without warm-up, lr
     at 0. "rsqrt": lr * step / warmup_steps up to `warmup_steps`, then
     lr * sqrt(warmup_steps / step); without warm-up it decays from step 1 on.
 
@@ -57,12 +58,12 @@ def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:
   if optim.schedule == "rsqrt":
     return functools.partial(_rsqrt, lr=optim.lr, warmup=warmup)
   decay_steps, end = num_steps - warmup, optim.lr / END_DIVISOR
-  decay = {
-    "linear": lambda: optax.linear_schedule(optim.lr, end, decay_steps),
-    "cosine": lambda: optax.cosine_decay_schedule(
+  if optim.schedule == "linear":
+    decay = optax.linear_schedule(optim.lr, end, decay_steps)
+  else:
+    decay = optax.cosine_decay_schedule(
       optim.lr, decay_steps, alpha=1 / END_DIVISOR
-    ),
-  }[optim.schedule]()
+    )
   if warmup == 0:
     return decay
   rise = optax.linear_schedule(optim.lr / START_DIVISOR, optim.lr, warmup)
@@ -70,18 +71,18 @@ def learning_rate(optim: ConfigDict, num_steps: int) -> optax.Schedule:
 
 
 def _rsqrt(step: ArrayLike, *, lr: float, warmup: int) -> Array:
-  """Rises linearly from 0, then falls with the root of the step."""
+  """Rises linearly from 0, then falls with the square root of the step."""
   step, peak = jnp.asarray(step, jnp.float32), max(warmup, 1)
   rise = step / warmup if warmup else 1.0
   return lr * jnp.minimum(rise, jnp.sqrt(peak / jnp.maximum(step, peak)))
 
 
 def decay_mask(params: PyTree) -> PyTree:
-  """True where weight decay applies.
+  """Returns True for each parameter with weight decay.
 
-  Not to biases, norms and other vectors, not to embeddings of positions and of
-  the CLS token, and not to the learnable parameters of feature maps: those are
-  frequencies, and shrinking them changes which kernel is estimated.
+  Biases, norms and other vectors have none, nor do embeddings of positions and
+  of the CLS token. The learnable parameters of feature maps are frequencies:
+  decay would change which kernel they estimate, so they have none either.
 
   Example:
     >>> import jax.numpy as jnp
@@ -94,16 +95,16 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def check_feature_map_lr(
-  optim: ConfigDict, feature_map: FeatureMap | None
+  optim: OptimSection, feature_map: FeatureMap | None
 ) -> None:
-  """Refuses a learning rate for parameters that are not there.
+  """Refuses a learning rate of feature maps where they have no parameters.
 
   Args:
-    optim: the section of the config.
-    feature_map: of the model, None if it has none.
+    optim: `config.optim`.
+    feature_map: that of the model, None for a baseline.
 
   Raises:
-    ValueError: `feature_map_lr` is set, and the map has nothing to learn.
+    ValueError: `feature_map_lr` is set and the map has no parameters.
 
   Example:
     >>> from spectraformer_jax.train.config import default_config
@@ -121,7 +122,7 @@ def check_feature_map_lr(
 
 
 def feature_map_mask(params: PyTree) -> PyTree:
-  """True for the learnable parameters of feature maps.
+  """Returns True for each learnable parameter of a feature map.
 
   Example:
     >>> import jax.numpy as jnp
@@ -133,21 +134,20 @@ def feature_map_mask(params: PyTree) -> PyTree:
   )
 
 
-def _names(path) -> set[str]:
-  """The keys of a leaf's path."""
+def _names(path: tuple[Any, ...]) -> set[str]:
   return {str(getattr(part, "key", part)) for part in path}
 
 
 def make_optimizer(
-  optim: ConfigDict, num_steps: int
+  optim: OptimSection, num_steps: int
 ) -> optax.GradientTransformation:
-  """Clipping, then AdamW, as the config says.
+  """Makes the optimiser: clipping, then AdamW.
 
-  With `feature_map_lr` the learnable parameters of feature maps have a learning
-  rate of their own, which follows the same schedule.
+  With `feature_map_lr` the learnable parameters of feature maps have their own
+  learning rate, on the same schedule.
 
   Args:
-    optim: the section of the config.
+    optim: `config.optim`.
     num_steps: of the run.
 
   Example:
@@ -169,6 +169,6 @@ def make_optimizer(
   )
   if optim.feature_map_lr is None:
     return optax.chain(clip, adamw)
-  # AdamW's update is in proportion to the rate, the decay it has included.
+  # AdamW's update, weight decay included, is proportional to the rate.
   ratio = optax.scale(optim.feature_map_lr / optim.lr)
   return optax.chain(clip, adamw, optax.masked(ratio, feature_map_mask))

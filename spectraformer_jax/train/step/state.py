@@ -1,35 +1,34 @@
-"""The training state, a plain pytree, and where its first values come from."""
+"""The training state, a plain pytree, and its initial values."""
 
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen
 import jax
 import jax.numpy as jnp
 import optax
 
 from spectraformer_jax import nn
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
-from spectraformer_jax.nn.from_config import example_inputs
+from spectraformer_jax.nn.from_config import Model, example_inputs
 from spectraformer_jax.seeds import make_key
 from spectraformer_jax.typing import Array, PyTree
 
-# The one non-learnable collection that training itself updates.
+# The one collection without parameters that training steps update.
 MUTABLE_COLLECTION = "feature_stats"
 
 
 class TrainState(NamedTuple):
-  """All that changes while training.
+  """Everything that a training step changes.
 
   Attributes:
-    step: int32 scalar, the number of updates made.
+    step: int32 scalar, the number of steps made.
     params: learnable leaves.
     collections: the model's other variables by name: "random_features" (the
       projections), perhaps "feature_stats".
-    opt_state: of the optimiser.
-    ema: the moving average of the params, with which the model is evaluated;
-      None where there is none.
+    opt_state: state of the optimiser.
+    ema: moving average of the params, used in evaluation; None if the run keeps
+      none.
   """
 
   step: Array
@@ -40,19 +39,19 @@ class TrainState(NamedTuple):
 
   @property
   def variables(self) -> dict[str, PyTree]:
-    """What the model is evaluated with."""
+    """The variables that the model is evaluated with."""
     params = self.params if self.ema is None else self.ema
     return {"params": params, **self.collections}
 
 
 class RunKeys(NamedTuple):
-  """The PRNG keys of a run; all follow from the seed, so none is saved.
+  """The PRNG keys of a run, derived from its seed and therefore not saved.
 
   Attributes:
     params_rng: initial parameters.
     features_rng: initial projections.
     dropout_rng: folded with the step and the replica's index in `train_step`.
-    redraw_rng: folded with the number of the redraw; never with a replica.
+    redraw_rng: folded with the number of the redraw, not with the replica.
   """
 
   params_rng: Array
@@ -62,7 +61,7 @@ class RunKeys(NamedTuple):
 
 
 def run_keys(seed: int) -> RunKeys:
-  """The keys of the run with this seed, below 2**64.
+  """Derives the keys of a run from its seed, below 2**64.
 
   Example:
     >>> run_keys(0).dropout_rng.shape
@@ -72,21 +71,21 @@ def run_keys(seed: int) -> RunKeys:
 
 
 def create(
-  model: flax.linen.Module,
+  model: Model,
   feature_map: FeatureMap | None,
   tx: optax.GradientTransformation,
   keys: RunKeys,
   *,
   ema: bool = False,
 ) -> TrainState:
-  """The state before the first step.
+  """Makes the state before the first step.
 
   Args:
     model: of `nn.from_config.make_model`.
-    feature_map: the one it was made with, if any.
+    feature_map: that of the model, None for a baseline.
     tx: the optimiser.
     keys: of the run.
-    ema: whether the average of the parameters is kept as well.
+    ema: whether to keep a moving average of the parameters.
   """
   variables = dict(_init(model, feature_map, keys, example_inputs(model)))
   params = variables.pop("params")
@@ -96,20 +95,25 @@ def create(
     params,
     variables,
     opt_state,
-    # Of its own, since a step may reuse the buffers of both.
+    # A copy, since a step may reuse the buffers of both.
     jax.tree.map(jnp.copy, params) if ema else None,
   )
 
 
-def _init(model, feature_map, keys, inputs) -> Mapping[str, PyTree]:
-  """The model's variables; compiled where that is possible, which is faster."""
+def _init(
+  model: Model,
+  feature_map: FeatureMap | None,
+  keys: RunKeys,
+  inputs: tuple[Array, ...],
+) -> Mapping[str, PyTree]:
+  """Initialises the model's variables, in a compiled program if possible."""
   rngs = {"params": keys.params_rng, "features": keys.features_rng}
   if feature_map is None:
     return jax.jit(model.init)(rngs, *inputs)
   if not feature_map.weight_matrix.info.redrawable:
-    return model.init(rngs, *inputs)  # cannot be drawn inside jit
-  # The layers' projections are drawn together: several QR factorisations in
-  # one program, as model.init would compile to, can deadlock on few cores.
+    return model.init(rngs, *inputs)  # the matrix cannot be drawn inside jit
+  # The projections of all layers are drawn by one batched QR factorisation:
+  # several in one program, as in `model.init`, can deadlock on few cores.
   shapes = jax.eval_shape(model.init, rngs, *inputs)
   empty = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["random_features"]
@@ -123,7 +127,7 @@ def _init(model, feature_map, keys, inputs) -> Mapping[str, PyTree]:
 
 
 def count(tree: PyTree) -> int:
-  """The number of scalars in a tree.
+  """Counts the scalars in a tree.
 
   Example:
     >>> count({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
@@ -133,7 +137,7 @@ def count(tree: PyTree) -> int:
 
 
 def sizes(state: TrainState) -> dict[str, Any]:
-  """Scalars that are learnt, and scalars of the random projections."""
+  """Counts the learnable scalars and those of the random projections."""
   return {
     "parameters": count(state.params),
     "projection_size": count(state.collections.get("random_features", {})),

@@ -1,13 +1,13 @@
-"""One training step and one evaluation step: pure, for any number of devices.
+"""Training and evaluation steps: pure functions for any number of devices.
 
-Both work on the examples of one replica. With `axis_name` they add up what the
-replicas of that axis have found, so the result is that of the global batch;
-without it there is one replica.
+Each gets the examples of one replica. With `axis_name` it sums over the
+replicas of that mapped axis, so the result is that of the global batch; without
+it there is one replica.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from spectraformer_jax.typing import Array, PyTree
 class Sums(NamedTuple):
   """Weighted sums over examples, float32 scalars; divide by `weight`.
 
-  `skipped` is 1 for a training step that was not made, whose sums are 0.
+  `skipped` is 1 for a skipped training step; its sums are 0.
   """
 
   loss: Array
@@ -29,8 +29,12 @@ class Sums(NamedTuple):
   skipped: Array | float = 0.0
 
 
+# Gradient, sums, and updated collections.
+Gradients = tuple[PyTree, Sums, PyTree]
+
+
 def replica_rng(rng: Array, step: Array, axis_name: str | None) -> Array:
-  """The key of one step on one replica.
+  """Derives the key of one step on one replica.
 
   Example:
     >>> replica_rng(jax.random.key(0), 3, None).shape
@@ -41,7 +45,7 @@ def replica_rng(rng: Array, step: Array, axis_name: str | None) -> Array:
 
 
 def model_inputs(batch: Mapping[str, Array]) -> tuple[Array, ...]:
-  """What a classifier is called with: tokens, length (and those of a pair).
+  """Returns the arguments of a model: tokens, length (twice for a pair).
 
   Example:
     >>> len(model_inputs({"tokens": 0, "length": 0, "label": 0, "weight": 0}))
@@ -54,10 +58,10 @@ def model_inputs(batch: Mapping[str, Array]) -> tuple[Array, ...]:
 def weighted_sums(
   logits: Array, label: Array, weight: Array, label_smoothing: float = 0.0
 ) -> Sums:
-  """Cross-entropy and hits of logits [B, classes] float32, summed by weight.
+  """Sums cross-entropy and hits of logits [B, classes] float32, by weight.
 
-  Label smoothing gives that share of the label to all classes alike (Szegedy et
-  al., 2016, section 7).
+  Label smoothing divides that share of the label equally among all classes
+  (Szegedy et al., 2016, section 7).
 
   Example:
     >>> logits = jnp.array([[9.0, 0.0], [9.0, 0.0]])
@@ -82,28 +86,28 @@ def train_step(
   batch: Mapping[str, Array],
   rng: Array,
   *,
-  apply_fn: Callable,
+  apply_fn: Callable[..., Any],
   tx: optax.GradientTransformation,
   accumulate: int = 1,
   label_smoothing: float = 0.0,
   ema_decay: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[TrainState, Sums]:
-  """One update from one batch, or none if its numbers are not finite.
+  """Updates the state by one batch, or skips it if it is not finite.
 
-  A loss or gradient that is infinite or NaN on any replica leaves everything
-  but the step's number as it was, on all of them.
+  If loss or gradient are infinite or NaN on any replica, the state stays as it
+  was on all of them, but for the number of the step.
 
   Args:
     state: the same on every replica.
     batch: this replica's tokens [B, T] and length, label, weight [B].
-    rng: the run's dropout key; step and replica are folded in here.
+    rng: dropout key of the run; step and replica are folded in here.
     apply_fn: `model.apply`.
     tx: the optimiser.
     accumulate: see `gradients`.
-    label_smoothing: of the loss, see `weighted_sums`.
-    ema_decay: of the state's average, if it has one; see `averaged`.
-    axis_name: the mapped axis of replicas, if any.
+    label_smoothing: see `weighted_sums`.
+    ema_decay: decay of the moving average, see `averaged`.
+    axis_name: mapped axis of the replicas; None for one replica.
 
   Returns:
     The next state and the sums over the global batch; the same on every
@@ -132,16 +136,16 @@ def train_step(
 
 
 def averaged(ema: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
-  """The moving average of the parameters after a step.
+  """Returns the moving average of the parameters after a step.
 
-  The first steps count for more, so that the initial parameters are soon
-  forgotten: the decay is at most (1 + step) / (10 + step), as in TensorFlow's
-  `ExponentialMovingAverage`.
+  The decay is at most (1 + step) / (10 + step), as in TensorFlow's
+  `ExponentialMovingAverage`, so that the initial parameters lose their
+  influence within the first steps.
 
   Args:
-    ema: before the step.
-    params: after it.
-    step: its number, from 0 on; a scalar.
+    ema: the average before the step.
+    params: the parameters after the step.
+    step: number of the step, from 0 on; a scalar.
     decay: in [0, 1).
 
   Example:
@@ -158,47 +162,46 @@ def gradients(
   batch: Mapping[str, Array],
   rng: Array,
   *,
-  apply_fn: Callable,
+  apply_fn: Callable[..., Any],
   accumulate: int = 1,
   label_smoothing: float = 0.0,
   axis_name: str | None = None,
-) -> tuple[PyTree, Sums, PyTree]:
-  """Gradient of the weighted mean loss over the global batch.
+) -> Gradients:
+  """Computes the gradient of the weighted mean loss over the global batch.
 
-  It is the sum over replicas of gradients of weighted losses, divided by the
-  sum of weights (equal to the mean of replicas' means only if their weights
-  are equal).
+  That is the sum of the gradients of all replicas' weighted losses, divided by
+  the sum of all weights; the mean of the replicas' means would differ from it
+  where their weights differ.
 
   Args:
     state: the same on every replica.
     batch: this replica's, see `train_step`.
-    rng: the run's dropout key; step and replica are folded in here.
+    rng: dropout key of the run; step and replica are folded in here.
     apply_fn: `model.apply`.
-    accumulate: the replica's batch goes through the model in so many parts, one
-      after the other, to need less memory; its size is a multiple of it.
-    label_smoothing: of the loss, see `weighted_sums`.
-    axis_name: the mapped axis of replicas, if any.
+    accumulate: number of parts in which the replica's batch goes through the
+      model, one after the other, to need less memory; B is a multiple of it.
+    label_smoothing: see `weighted_sums`.
+    axis_name: mapped axis of the replicas; None for one replica.
 
   Returns:
     Gradient, sums over the global batch, and updated collections; the same on
     every replica.
   """
   dropout_rng = replica_rng(rng, state.step, axis_name)
-  find = functools.partial(
+  compute = functools.partial(
     _summed_gradients,
     state,
     apply_fn=apply_fn,
     label_smoothing=label_smoothing,
   )
   if accumulate == 1:
-    found = find(batch, dropout_rng)
+    grads, sums, updated = compute(batch, dropout_rng)
   else:
-    found = _accumulated(find, batch, dropout_rng, accumulate)
-  grads, sums, updated = found
+    grads, sums, updated = _accumulated(compute, batch, dropout_rng, accumulate)
   if axis_name is not None:
     replicas = jax.lax.axis_size(axis_name)
     updated = jax.tree.map(lambda leaf: leaf / replicas, updated)
-    # One psum of everything, so that the compiler makes one all-reduce.
+    # One psum of all three, so that the compiler makes one all-reduce.
     grads, sums, updated = jax.lax.psum((grads, sums, updated), axis_name)
   # A batch without weight has zero gradients, not NaN.
   scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
@@ -206,11 +209,18 @@ def gradients(
   return grads, sums, updated
 
 
-def _summed_gradients(state, batch, dropout_rng, *, apply_fn, label_smoothing):
-  """Gradient of the summed loss of some examples, sums, new collections."""
+def _summed_gradients(
+  state: TrainState,
+  batch: Mapping[str, Array],
+  dropout_rng: Array,
+  *,
+  apply_fn: Callable[..., Any],
+  label_smoothing: float,
+) -> Gradients:
+  """Computes the gradient of the summed loss over the examples of `batch`."""
   mutable = [name for name in state.collections if name == MUTABLE_COLLECTION]
 
-  def loss_fn(params):
+  def loss_fn(params: PyTree) -> tuple[Array, tuple[Sums, PyTree]]:
     logits, updated = apply_fn(
       {"params": params, **state.collections},
       *model_inputs(batch),
@@ -227,13 +237,18 @@ def _summed_gradients(state, batch, dropout_rng, *, apply_fn, label_smoothing):
   return grads, sums, updated
 
 
-def _accumulated(find, batch, dropout_rng, parts):
-  """What `find` finds in the parts of a batch: summed, collections averaged."""
+def _accumulated(
+  compute: Callable[[Mapping[str, Array], Array], Gradients],
+  batch: Mapping[str, Array],
+  dropout_rng: Array,
+  parts: int,
+) -> Gradients:
+  """Sums `compute` over the parts of a batch; averages the collections."""
   split = {
     name: array.reshape(parts, -1, *array.shape[1:])
     for name, array in batch.items()
   }
-  part = lambda number: find(
+  part = lambda number: compute(
     {name: array[number] for name, array in split.items()},
     jax.random.fold_in(dropout_rng, number),
   )
@@ -253,13 +268,13 @@ def _accumulated(find, batch, dropout_rng, parts):
 def apply_gradients(
   tx: optax.GradientTransformation, grads: PyTree, state: TrainState
 ) -> tuple[PyTree, PyTree]:
-  """New params and optimiser state."""
+  """Returns the new params and the new state of the optimiser."""
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   return optax.apply_updates(state.params, updates), opt_state
 
 
 def all_finite(tree: PyTree) -> Array:
-  """Whether no number of a tree is infinite or NaN; a bool scalar.
+  """Returns a bool scalar: whether no number of a tree is infinite or NaN.
 
   Example:
     >>> bool(all_finite({"w": jnp.array([1.0, jnp.nan])}))
@@ -274,24 +289,24 @@ def gradient_norms(
   batch: Mapping[str, Array],
   rng: Array,
   *,
-  apply_fn: Callable,
+  apply_fn: Callable[..., Any],
   label_smoothing: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[PyTree, Array]:
-  """What `train_step` saw, to explain why it skipped.
+  """Computes norms that explain why `train_step` skipped a batch.
 
   Args:
-    state: as the step found it.
-    batch: as the step found it.
-    rng: the run's dropout key.
+    state: before the step.
+    batch: of the step.
+    rng: dropout key of the run.
     apply_fn: `model.apply`.
-    label_smoothing: of the loss.
-    axis_name: the mapped axis of replicas, if any.
+    label_smoothing: see `weighted_sums`.
+    axis_name: mapped axis of the replicas; None for one replica.
 
   Returns:
-    A tree like the params of [3] arrays, which are the norm of the parameter,
-    that of its gradient, and how many numbers of the gradient are not finite;
-    and the mean loss.
+    A tree like the params, whose leaves [3] are the norm of the parameter, the
+    norm of its gradient, and the number of entries of the gradient that are not
+    finite; and the mean loss.
   """
   grads, sums, _ = gradients(
     state,
@@ -302,7 +317,7 @@ def gradient_norms(
     axis_name=axis_name,
   )
 
-  def norms(param, grad):
+  def norms(param: Array, grad: Array) -> Array:
     bad = jnp.sum(~jnp.isfinite(grad), dtype=jnp.float32)
     return jnp.stack([jnp.linalg.norm(param), jnp.linalg.norm(grad), bad])
 
@@ -313,16 +328,16 @@ def eval_step(
   state: TrainState,
   batch: Mapping[str, Array],
   *,
-  apply_fn: Callable,
+  apply_fn: Callable[..., Any],
   axis_name: str | None = None,
 ) -> Sums:
-  """Sums of loss, hits and weights of one batch; nothing random is drawn.
+  """Sums loss, hits and weights of one batch; draws no random numbers.
 
   Args:
-    state: the same on every replica; its average is used if it has one.
+    state: the same on every replica; its moving average is used if it has one.
     batch: as for `train_step`; examples of weight 0 do not count.
     apply_fn: `model.apply`.
-    axis_name: the mapped axis of replicas, if any.
+    axis_name: mapped axis of the replicas; None for one replica.
   """
   logits = apply_fn(state.variables, *model_inputs(batch), deterministic=True)
   sums = weighted_sums(logits, batch["label"], batch["weight"])
@@ -336,11 +351,11 @@ def redraw_step(
   redraw_fn: Callable[[Array, PyTree], PyTree],
   interval: int,
 ) -> TrainState:
-  """Fresh projections; the draw depends on the step and the run's seed only.
+  """Draws new projections, which depend on the seed and the step alone.
 
   Args:
-    state: any state; its params and optimiser stay.
-    rng: the run's redraw key, the same on every replica.
+    state: its params and optimiser stay.
+    rng: redraw key of the run, the same on every replica.
     redraw_fn: `(rng, random_features) -> random_features`.
     interval: steps between redraws.
   """
