@@ -8,7 +8,7 @@ import pytest
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.train.config import to_dict
 from spectraformer_jax.train.devices import parallel
-from spectraformer_jax.train.loop import train_and_evaluate
+from spectraformer_jax.train.loop import Due, due, train_and_evaluate
 from spectraformer_jax.train.run.checkpoints import Checkpointer
 from spectraformer_jax.train.run.run_folder import check_config
 from spectraformer_jax.train.run.writers import read_rows
@@ -19,6 +19,17 @@ from tests.train.helpers import (
   saved_arrays,
   without_times,
 )
+
+
+def test_due_after_a_step(tiny_config):
+  config = tiny_config()  # rows at 8, evaluations at 16, checkpoints at 12
+  assert due(config, 7) == Due(log=False, evaluate=False, save=False)
+  assert due(config, 8) == Due(log=True, evaluate=False, save=False)
+  assert due(config, 16) == Due(log=True, evaluate=True, save=False)
+  assert due(config, 36) == Due(log=False, evaluate=False, save=True)
+  assert due(config, 7, stop=True) == Due(log=False, evaluate=False, save=True)
+  last = tiny_config(**{"train.num_steps": 47})
+  assert due(last, 47) == Due(log=True, evaluate=True, save=True)
 
 
 def test_loss_falls_and_rows_are_complete(uninterrupted):
