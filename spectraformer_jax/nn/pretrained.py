@@ -34,7 +34,7 @@ class Pretrained(NamedTuple):
       one), "random_features" and perhaps "feature_stats"; host arrays.
   """
 
-  model: nn.Module
+  model: from_config.Model
   variables: dict[str, PyTree]
 
 
