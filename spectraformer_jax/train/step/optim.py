@@ -6,7 +6,7 @@ about 0. "rsqrt" is the schedule of Long Range Arena's code for texts.
 """
 
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ import optax
 from jax.typing import ArrayLike
 
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
-from spectraformer_jax.train.config import OptimSection
 from spectraformer_jax.typing import Array, PyTree
 
 # PyTorch's defaults: one-cycle starts at lr / 25 and ends at lr / 25 / 10,000.
@@ -35,7 +34,22 @@ NOT_DECAYED = {
 }
 
 
-def learning_rate(optim: OptimSection, num_steps: int) -> optax.Schedule:
+class OptimOptions(Protocol):
+  """The values of `config.optim` that an optimiser is made from."""
+
+  lr: float
+  schedule: str
+  warmup_steps: int
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  clip: str
+  clip_threshold: float
+  feature_map_lr: float | None
+
+
+def learning_rate(optim: OptimOptions, num_steps: int) -> optax.Schedule:
   """Makes the schedule of the learning rate.
 
   Args:
@@ -95,7 +109,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def check_feature_map_lr(
-  optim: OptimSection, feature_map: FeatureMap | None
+  optim: OptimOptions, feature_map: FeatureMap | None
 ) -> None:
   """Refuses a learning rate of feature maps where they have no parameters.
 
@@ -139,7 +153,7 @@ def _names(path: tuple[Any, ...]) -> set[str]:
 
 
 def make_optimizer(
-  optim: OptimSection, num_steps: int
+  optim: OptimOptions, num_steps: int
 ) -> optax.GradientTransformation:
   """Makes the optimiser: clipping, then AdamW.
 
