@@ -13,10 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import spectraformer_jax as sf
-from spectraformer_jax import testing
 from spectraformer_jax.baselines import BASELINES
-from spectraformer_jax.components import COMPONENTS
-from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
+from tests.helpers import smallest_map
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -35,10 +33,7 @@ def draw():
 def build(component):
   """Builds a map of the component on the first matrix that fits."""
   matrix = dict(reversed(sf.list_feature_maps()))[component]
-  component = COMPONENTS.build(component)
-  matrix = WEIGHT_MATRICES.build(matrix)
-  rows = testing.smallest_num_features(component, matrix, head_dim=HEAD_DIM)
-  fm = sf.compose(component, matrix, num_features=rows)
+  fm = smallest_map(component, matrix, head_dim=HEAD_DIM)
   return fm, fm.init(jax.random.key(1), head_dim=HEAD_DIM, num_heads=HEADS)
 
 

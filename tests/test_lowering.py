@@ -9,9 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import spectraformer_jax as sf
-from spectraformer_jax import testing
-from spectraformer_jax.components import COMPONENTS
-from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
+from tests.helpers import smallest_map
 
 pytestmark = pytest.mark.filterwarnings(
   "ignore:.* has the variance:UserWarning"
@@ -30,10 +28,7 @@ def lower(function, *args):
 
 def build(component="posrf", matrix="orf"):
   """Returns a map, its `init`, and the shapes of its variables."""
-  component = COMPONENTS.build(component)
-  matrix = WEIGHT_MATRICES.build(matrix)
-  rows = testing.smallest_num_features(component, matrix, head_dim=HEAD_DIM)
-  fm = sf.compose(component, matrix, num_features=rows)
+  fm = smallest_map(component, matrix, head_dim=HEAD_DIM)
   draw = lambda rng: fm.init(rng, head_dim=HEAD_DIM, num_heads=HEADS)
   return fm, draw, jax.eval_shape(draw, RNG)
 

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from spectraformer_jax import testing
-from spectraformer_jax.components import COMPONENTS
-from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
+from tests.helpers import smallest_map
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -35,12 +33,6 @@ def one_pair_of_each():
   return sorted(set(components.items()) | {(f, w) for w, f in matrices.items()})
 
 
-def build(component, matrix):
-  f, w = COMPONENTS.build(component), WEIGHT_MATRICES.build(matrix)
-  num_features = testing.smallest_num_features(f, w, head_dim=HEAD_DIM)
-  return sf.compose(f, w, num_features=num_features)
-
-
 def work(fm, variables, x):
   """Computes stats, features and moments of x ``[B, T, N, H]``."""
   stats = fm.calibrate(variables, x, x) if fm.info.needs_stats else None
@@ -56,7 +48,7 @@ def work(fm, variables, x):
 @pytest.mark.parametrize(("component", "matrix"), one_pair_of_each())
 @pytest.mark.quick_every(16)
 def test_everything_is_float32(component, matrix, switch):
-  fm = build(component, matrix)
+  fm = smallest_map(component, matrix, head_dim=HEAD_DIM)
   with SWITCHES[switch]():
     # Some matrices look at their rows while they draw: not traced.
     variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM, num_heads=2)
@@ -89,7 +81,7 @@ def test_attention_with_discrete_maps(name, switch):
 @pytest.mark.parametrize(("component", "matrix"), one_pair_of_each())
 @pytest.mark.quick_every(12)
 def test_gradients_of_whole_variables(component, matrix):
-  fm = build(component, matrix)
+  fm = smallest_map(component, matrix, head_dim=HEAD_DIM)
   variables = fm.init(
     jax.random.key(0), head_dim=HEAD_DIM, num_heads=1, dtype=jnp.bfloat16
   )
