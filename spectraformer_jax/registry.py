@@ -22,7 +22,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
   return f"{hint} Known: {', '.join(known)}."
 
 
-def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(option: str, value: object, choices: tuple[Any, ...]) -> None:
   """Raises ValueError unless the value of `option` is one of `choices`."""
   if value not in choices:
     raise ValueError(f"{option} must be one of {choices}, got {value!r}.")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.code_blocks import ROOT, python_blocks, run_python
+from tests.helpers import ROOT, python_blocks, run_python
 
 BLOCKS = python_blocks("CONTRIBUTING.md")
 

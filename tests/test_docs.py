@@ -9,7 +9,7 @@ import re
 import pytest
 
 import spectraformer_jax as sf
-from tests.code_blocks import ROOT, python_blocks, run_python
+from tests.helpers import ROOT, python_blocks, run_python
 
 PACKAGE = ROOT / "spectraformer_jax"
 MODULES = sorted(

@@ -101,6 +101,26 @@ def test_attention_takes_what_it_promises(maps, mesh):
   assert out.shape == (B, T, N * G, V)
 
 
+def test_linear_attention():
+  linear = with_checks(sf.linear_attention)
+  out = linear(QUERY, KEY, VALUE, key_mask=bools(B, S))
+  assert out.shape == (B, T, N * G, V)
+  for wrong in (
+    {"query_features": QUERY[..., 0]},
+    {"key_features": KEY[..., :-1]},
+    {"value": VALUE[:, :-1]},
+    {"key_mask": bools(B, T)},
+    {"segment_ids": floats(B, T)},
+  ):
+    arguments = {
+      "query_features": QUERY,
+      "key_features": KEY,
+      "value": VALUE,
+    } | wrong
+    with pytest.raises(jaxtyping.TypeCheckError):
+      linear(**arguments)
+
+
 def test_other_attention_refuses(maps, mesh):
   weights = with_checks(sf.implied_attention_weights)
   with pytest.raises(jaxtyping.TypeCheckError):

@@ -9,6 +9,7 @@ import numpy as np
 from typing_extensions import override
 
 from spectraformer_jax.components import base
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import (
   Array,
   ComponentState,
@@ -108,8 +109,7 @@ class ArcCosine(base.Component):
   order: int = 1
 
   def __post_init__(self) -> None:
-    if self.order not in ORDERS:
-      raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}.")
+    check_choice("order", self.order, ORDERS)
 
   def _info(self) -> base.ComponentInfo:
     """Returns the facts; the formula depends on the order."""
@@ -191,8 +191,7 @@ class ReLU(base.Component):
   epsilon: float = 1e-3
 
   def __post_init__(self) -> None:
-    if self.rows not in ROWS:
-      raise ValueError(f"rows must be one of {ROWS}, got {self.rows!r}.")
+    check_choice("rows", self.rows, ROWS)
     check_epsilon(self.epsilon)
 
   def _info(self) -> base.ComponentInfo:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.components import base
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import (
   Array,
   ComponentState,
@@ -93,8 +94,7 @@ class HRF(base.KernelComponent):
 
   def __post_init__(self, independent: bool) -> None:
     super().__post_init__()
-    if self.mixing not in MIXINGS:
-      raise ValueError(f"mixing must be one of {MIXINGS}, got {self.mixing!r}.")
+    check_choice("mixing", self.mixing, MIXINGS)
     check_positive_int("num_mixing_rows", self.num_mixing_rows)
     if self.tau is not None and self.mixing == "angular":
       raise ValueError(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from typing_extensions import override
 
 from spectraformer_jax.components import base
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import (
   Array,
   ComponentState,
@@ -85,10 +86,7 @@ class RFA(base.Component):
   def __post_init__(self) -> None:
     if not self.sigma > 0:
       raise ValueError(f"sigma must be positive, got {self.sigma!r}.")
-    if self.learned not in LEARNED:
-      raise ValueError(
-        f"learned must be one of {LEARNED}, got {self.learned!r}."
-      )
+    check_choice("learned", self.learned, LEARNED)
 
   @override
   def init(self, rng: Array, head_dim: int) -> Params:

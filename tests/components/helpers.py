@@ -10,7 +10,7 @@ import numpy as np
 
 import spectraformer_jax as sf
 from spectraformer_jax.components import ComponentState, build_component
-from tests.statistics import PAIRS, standard_scores
+from tests.helpers import PAIRS, standard_scores
 
 HEAD_DIM = PAIRS.shape[-1]
 

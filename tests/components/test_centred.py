@@ -14,7 +14,7 @@ from spectraformer_jax.components import (
   build_component,
 )
 from tests.components.helpers import build_case, calibrate, draw_data
-from tests.statistics import PAIRS, estimates, standard_scores
+from tests.helpers import PAIRS, estimates, standard_scores
 
 
 def lifted(shift=0.0):

@@ -22,7 +22,7 @@ from tests.components.helpers import (
   draw_data,
   random_rotation,
 )
-from tests.statistics import PAIRS, estimates, standard_scores
+from tests.helpers import PAIRS, estimates, standard_scores
 
 KERNELS = ["softmax", "gaussian"]
 DENSE = ["saderf", "perdim", "sderf", "aderf", "asderf"]

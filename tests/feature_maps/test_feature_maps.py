@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.statistics import PAIRS, estimates, standard_scores
+from tests.helpers import PAIRS, estimates, standard_scores
 
 HEAD_DIM = PAIRS.shape[-1]
 

@@ -14,7 +14,7 @@ from scipy import stats
 from scipy.special import hyp0f1
 
 from spectraformer_jax.weight_matrices import WEIGHT_MATRICES, get_row_law
-from tests.statistics import standard_scores
+from tests.helpers import standard_scores
 
 GAUSSIAN = get_row_law("gaussian")
 SIZES = {"whole": (128, 32, 2500), "truncated": (7, 5, 10_000)}

@@ -20,7 +20,7 @@ from spectraformer_jax.weight_matrices import (
   MMAnti,
   Sparse,
 )
-from tests.statistics import PAIRS, standard_scores
+from tests.helpers import PAIRS, standard_scores
 from tests.weight_matrices.helpers import (
   assert_first_moments,
   directions,

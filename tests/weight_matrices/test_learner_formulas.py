@@ -17,7 +17,7 @@ from spectraformer_jax.weight_matrices.splines import (
   identity_increments,
   monotone_spline,
 )
-from tests.statistics import PAIRS, estimates, standard_scores
+from tests.helpers import PAIRS, estimates, standard_scores
 from tests.weight_matrices.helpers import (
   compiled_init_and_draw,
   compiled_rows,

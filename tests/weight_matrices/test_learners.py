@@ -14,7 +14,7 @@ from spectraformer_jax.weight_matrices.learners import (
   inverse_softplus,
   soft_clip,
 )
-from tests.statistics import standard_scores
+from tests.helpers import standard_scores
 from tests.weight_matrices.helpers import (
   LEARNERS,
   REDRAWABLE,

@@ -20,7 +20,7 @@ from spectraformer_jax.weight_matrices import (
   qmc,
 )
 from spectraformer_jax.weight_matrices.row_laws import ENTRY_LAWS
-from tests.statistics import standard_scores
+from tests.helpers import standard_scores
 from tests.weight_matrices.helpers import (
   assert_first_moments,
   assert_rows_are_gaussian,

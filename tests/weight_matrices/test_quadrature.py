@@ -16,7 +16,7 @@ from spectraformer_jax.weight_matrices.quadrature import (
   most_nodes,
   smolyak_grid,
 )
-from tests.statistics import PAIRS, standard_scores
+from tests.helpers import PAIRS, standard_scores
 from tests.weight_matrices.helpers import (
   assert_first_moments,
   directions,

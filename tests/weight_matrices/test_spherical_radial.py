@@ -8,7 +8,7 @@ from scipy.special import gammaln, hyp0f1, hyp1f1
 import spectraformer_jax as sf
 from spectraformer_jax.weight_matrices import SROMC, SSR, SSRPos
 from spectraformer_jax.weight_matrices.spherical_radial import gauss_laguerre
-from tests.statistics import PAIRS, estimates, standard_scores
+from tests.helpers import PAIRS, estimates, standard_scores
 from tests.weight_matrices.helpers import (
   assert_first_moments,
   directions,

@@ -13,7 +13,7 @@ from spectraformer_jax.weight_matrices.spherical_structured import (
   choose_frequencies,
   structured_points,
 )
-from tests.statistics import standard_scores
+from tests.helpers import standard_scores
 from tests.weight_matrices.helpers import (
   assert_first_moments,
   assert_rows_are_gaussian,

@@ -7,7 +7,7 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax import weight_matrices
-from tests.statistics import standard_scores
+from tests.helpers import standard_scores
 from tests.weight_matrices.helpers import (
   compiled_init_and_draw,
   draw_learner_rows,

@@ -3,7 +3,7 @@ import pytest
 from spectraformer_jax.study.approximation import advice, report
 from spectraformer_jax.study.approximation.results import Results
 from spectraformer_jax.study.approximation.settings import settings_of
-from tests.code_blocks import ROOT
+from tests.helpers import ROOT
 from tests.study.approximation.helpers import row
 
 

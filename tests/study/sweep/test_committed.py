@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spectraformer_jax.study import __main__ as study
-from tests.code_blocks import ROOT
+from tests.helpers import ROOT
 
 SMALL = ROOT / "docs/results/small"
 HOW = (

@@ -6,7 +6,7 @@ import pytest
 from spectraformer_jax.nn.from_config import make_feature_map
 from spectraformer_jax.study.sweep import runs as cell_runs
 from spectraformer_jax.study.sweep.cells import expand, load_sweep
-from tests.code_blocks import ROOT
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.filterwarnings(
   "ignore:.* has the variance:UserWarning"
