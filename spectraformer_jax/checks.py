@@ -242,6 +242,21 @@ def static_position(position: Array | int | None) -> int:
   return int(position)
 
 
+def concrete(x: Array | np.ndarray) -> np.ndarray | None:
+  """Returns the content of an array; None if it cannot be read now.
+
+  That of a tracer, a deleted array, and one on devices of other processes
+  cannot.
+  """
+  if isinstance(x, jax.core.Tracer):
+    return None
+  if isinstance(x, jax.Array) and (
+    x.is_deleted() or not x.is_fully_addressable
+  ):
+    return None
+  return np.asarray(jax.device_get(x))
+
+
 def positions_before(lengths: Array, size: int) -> Array:
   """Returns a bool mask ``[B, size]``: True at positions below `lengths`."""
   return jnp.arange(size)[None, :] < lengths[:, None]

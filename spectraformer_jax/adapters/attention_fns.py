@@ -1,78 +1,41 @@
-"""Spectral attention in the places where other attention functions go.
+"""Spectral attention with the signatures of other attention functions.
 
-Both adapters get masks over query and key positions. Linear attention can
-honour those that one pass over keys in some order can make; `mask_forms`
-takes them apart. Others are refused (see `as_attention_fn`).
+Both adapters take masks over query and key positions. Linear attention can
+honour masks that one pass over the keys, in some order, can follow: see
+`mask_forms`. Any other mask is refused (see `as_attention_fn`).
 """
 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Num, Shaped
 
-from spectraformer_jax.adapters import mask_forms
 from spectraformer_jax.adapters.forms import attend
+from spectraformer_jax.adapters.record import Adapter
 from spectraformer_jax.attention_checks import check_statistics
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
-from spectraformer_jax.typing import Array, FeatureVariables, PyTree
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Adapter:
-  """A record: adapters of equal fields are equal, so nothing is traced again.
-
-  The hash looks at shapes alone; contents are compared where they are not the
-  same arrays.
-  """
-
-  feature_map: FeatureMap
-  variables: FeatureVariables
-  stats: PyTree = None
-
-  def _leaves(self):
-    return jax.tree.flatten((self.variables, self.stats))
-
-  def _static(self) -> tuple:
-    """All but the contents of arrays."""
-    leaves, tree = self._leaves()
-    shapes = tuple((jnp.shape(x), str(jnp.result_type(x))) for x in leaves)
-    return type(self), self.feature_map, tree, shapes
-
-  def __eq__(self, other):
-    if not isinstance(other, Adapter):
-      return NotImplemented
-    if self is other:
-      return True
-    pairs = zip(self._leaves()[0], other._leaves()[0], strict=False)
-    return self._static() == other._static() and all(
-      _equal(*pair) for pair in pairs
-    )
-
-  def __hash__(self):
-    return hash(self._static())
-
-  def __repr__(self):
-    return f"{type(self).__name__}({self.feature_map.info.name!r})"
+from spectraformer_jax.typing import FeatureVariables, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AttentionFn(Adapter):
-  """What `as_attention_fn` returns."""
+  """What `as_attention_fn` returns.
+
+  Attributes:
+    is_causal: query i sees keys 0..i, whatever the mask says.
+  """
 
   is_causal: bool = False
 
-  def _static(self):
-    return *super()._static(), self.is_causal
-
   def __call__(
     self,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None = None,
-    mask: Array | None = None,
+    query: Float[Array, "*batch T N*G H"],
+    key: Float[Array, "*batch S N H"],
+    value: Float[Array, "*batch S N V"],
+    bias: Num[Array, "..."] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: Array | None = None,
     dropout_rate: float = 0.0,
@@ -81,9 +44,10 @@ class AttentionFn(Adapter):
     precision: Any = None,
     module: Any = None,
     is_causal: bool = False,
-  ) -> Array:
-    """Attention in the form that Flax calls it."""
-    # `precision`: products that matter are float32 at the highest in any case.
+  ) -> Float[Array, "*batch T N*G V"]:
+    """Attends, with the arguments that Flax passes to its attention_fn."""
+    # Products take place in float32 at the highest precision, whatever
+    # `precision` says, where it matters.
     del broadcast_dropout, dropout_rng, precision
     if dropout_rate and not deterministic:
       raise ValueError(
@@ -97,28 +61,26 @@ class AttentionFn(Adapter):
     query, key, value = _arrays(query, key, value)
     if dtype is not None:
       query, key, value = (x.astype(dtype) for x in (query, key, value))
-    if is_causal or self.is_causal:
+    has_triangle = is_causal or self.is_causal
+    if has_triangle:
       check_statistics(self.feature_map, self.stats, True, None, False)
-    return attend(
-      self,
-      query,
-      key,
-      value,
-      mask,
-      bias,
-      is_causal=self._needs_triangle(query, key, mask, bias, is_causal),
-    )
+    masks = [x for x in (mask, bias) if x is not None]
+    if _say_positions(masks, query.shape[-3], key.shape[-3], is_causal):
+      has_triangle = False
+    return attend(self, query, key, value, mask, bias, is_causal=has_triangle)
 
-  def _needs_triangle(self, query, key, mask, bias, is_causal) -> bool:
-    """Whether the mask does not say all: with a cache, its rows do."""
-    length = query.shape[-3]
-    if length != key.shape[-3]:
-      rows = {np.shape(x)[-2] for x in (mask, bias) if np.ndim(x) > 1}
-      if length in rows and (length == 1 or not is_causal):
-        return False
-      if length == 1 and (mask is not None or bias is not None):
-        return False
-    return is_causal or self.is_causal
+
+def _say_positions(
+  masks: list[Array], length: int, num_keys: int, is_causal: bool
+) -> bool:
+  """Whether the rows of a mask, and no triangle, say which keys came before.
+
+  So they do with a cache: a triangle would begin at its first key.
+  """
+  if length == num_keys or length == 1:
+    return length != num_keys and bool(masks)
+  rows = [np.shape(x)[-2] for x in masks if np.ndim(x) > 1]
+  return length in rows and not is_causal
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -127,32 +89,35 @@ class DotProductAttention(Adapter):
 
   def __call__(
     self,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None = None,
-    mask: Array | None = None,
+    query: Float[Array, "*batch T N*G H"],
+    key: Float[Array, "*batch S N H"],
+    value: Float[Array, "*batch S N V"],
+    bias: Num[Array, "..."] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Array | None = None,
-    key_value_seq_lengths: Array | None = None,
+    query_seq_lengths: Int[Array, " B"] | None = None,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
-  ) -> Array:
-    """Attention in the form of `jax.nn.dot_product_attention`."""
+  ) -> Float[Array, "*batch T N*G V"]:
+    """Attends, with the arguments of `jax.nn.dot_product_attention`."""
     if is_causal:
       check_statistics(self.feature_map, self.stats, True, None, False)
-    window = local_window_size
-    _refuse("local_window_size", window, None, "the sum is over all keys")
-    _refuse("return_residual", return_residual, False, "no softmax is taken")
+    if local_window_size is not None or return_residual:
+      raise ValueError(
+        f"local_window_size ({local_window_size}) and return_residual "
+        f"({return_residual}) cannot be honoured by random-feature attention: "
+        "it sums over all keys, and takes no softmax."
+      )
     return attend(
       self,
       *_arrays(query, key, value),
       mask,
       bias,
-      is_bool=True,
+      must_be_bool=True,
       is_causal=is_causal,
       query_lengths=query_seq_lengths,
       key_lengths=key_value_seq_lengths,
@@ -168,48 +133,48 @@ def as_attention_fn(
   stats: PyTree = None,
   is_causal: bool = False,
 ) -> AttentionFn:
-  """`attention_fn` for Flax's own attention modules, Linen and NNX.
+  """Makes an `attention_fn` for Flax's own attention modules, Linen and NNX.
 
-  For `flax.linen.MultiHeadDotProductAttention` and
-  `flax.nnx.MultiHeadAttention`, with masks as `make_attention_mask`,
-  `make_causal_mask` and `combine_masks` make them, and their decode mode (which
-  keeps all keys; `decode_step` keeps a state of constant size instead).
+  It serves `flax.linen.MultiHeadDotProductAttention` and
+  `flax.nnx.MultiHeadAttention`, with masks from `make_attention_mask`,
+  `make_causal_mask` and `combine_masks`, and their decode mode (which keeps all
+  keys; `decode_step` keeps a state of constant size instead).
 
-  Honoured are masks of real queries and real keys, the causal triangle, packed
+  It honours masks of real queries and real keys, the causal triangle, packed
   rows (``make_attention_mask(ids, ids, jnp.equal)``), and their combinations,
-  also of the keys in a cache: all masks where the keys that two queries see are
-  nested or disjoint, in groups. A `bias` of 0 and -inf (or the least float) is
-  such a mask, too. Data-dependent components and `cosformer` take real queries
-  and real keys, and the triangle, alone.
+  also over the keys of a cache: all masks in which the sets of keys that any
+  two queries see are nested or disjoint, in groups. A `bias` of 0 and -inf (or
+  the least float) is such a mask, too. Data-dependent components and
+  `cosformer` take masks of real queries and real keys, and the triangle, only.
 
-  What cannot be honoured is an error: another bias, dropout of attention
-  weights, `sow_weights`, another mask. A mask that is traced cannot be looked
-  at before the program runs; outputs and gradients of examples whose mask is
-  another are then NaN, and under ``jax_debug_nans`` the error. Queries that
-  see no key give zeros (softmax gives them the mean of all values).
+  It refuses any other mask or bias, dropout of attention weights, and
+  `sow_weights`. A traced mask cannot be looked at before the program runs: if
+  it is one to refuse, outputs and gradients of its examples are NaN, and under
+  ``jax_debug_nans`` the error is raised. Queries that see no key give zeros
+  (softmax gives them the mean of all values).
 
   Args:
     feature_map: from `sf.feature_map` or `sf.compose`.
     variables: from ``feature_map.init(rng, head_dim=H, num_heads=N)``, N heads
-      of the keys, or 1 to share. Parts of the returned record: they learn where
-      it is made of variables that do, in the function that is differentiated.
+      of the keys, or 1 to share. They are part of the returned record. To learn
+      them, make the record inside the function that is differentiated.
     stats: data-dependent parameters; see `spectral_attention`.
-    is_causal: query i sees keys 0..i. State it where the mask is causal: a
-      mask that is looked at when the program runs costs twice as much. With
-      T != S, as with a cache, the rows of a mask say which keys instead.
+    is_causal: query i sees keys 0..i. Set it if the mask is causal: finding the
+      triangle in a traced mask doubles the cost. If T != S, as with a cache,
+      the rows of a mask say which keys a query sees instead.
 
   Returns:
     A frozen record that compares and hashes by its fields and can be pickled; a
-    function of query ``[..., T, N, H]``, key ``[..., S, N, H]``, value
-    ``[..., S, N, V]`` and the keyword arguments those modules pass; returns
-    ``[..., T, N, V]``.
+    function of query ``[..., T, N G, H]``, key ``[..., S, N, H]``, value
+    ``[..., S, N, V]`` and the keyword arguments that those modules pass, which
+    returns ``[..., T, N G, V]``.
 
   Raises:
     ValueError: `is_causal` with statistics of the whole sequence; when called,
-      what cannot be honoured.
+      an argument that cannot be honoured.
 
   Example:
-    >>> import flax.linen, spectraformer_jax as sf
+    >>> import flax.linen, jax, spectraformer_jax as sf
     >>> fm = sf.feature_map("oprf", "orf", num_features=32)
     >>> v = fm.init(jax.random.key(0), head_dim=8, num_heads=2)
     >>> layer = flax.linen.MultiHeadDotProductAttention(
@@ -230,13 +195,13 @@ def as_dot_product_attention(
   *,
   stats: PyTree = None,
 ) -> DotProductAttention:
-  """A function with the signature of `jax.nn.dot_product_attention`.
+  """Makes a function with the signature of `jax.nn.dot_product_attention`.
 
-  Honoured: `mask` (bool, broadcast against ``[B, N, T, S]``) and `bias`, see
-  `as_attention_fn` for which; `scale`, `is_causal` (from the top left where
-  T != S), `query_seq_lengths`, `key_value_seq_lengths`, grouped queries, and
-  arrays without batch axis. `local_window_size`, `return_residual` and
-  implementation="cudnn" are errors.
+  It honours `mask` (bool, broadcast against ``[B, N, T, S]``) and `bias` in the
+  cases that `as_attention_fn` lists; `scale`; `is_causal` (from the top left if
+  T != S); `query_seq_lengths` and `key_value_seq_lengths`; grouped queries; and
+  arrays without batch axis. It refuses `local_window_size`, `return_residual`
+  and implementation="cudnn".
 
   Args:
     feature_map: from `sf.feature_map` or `sf.compose`.
@@ -244,8 +209,11 @@ def as_dot_product_attention(
       of the keys, or 1 to share.
     stats: data-dependent parameters; see `spectral_attention`.
 
+  Returns:
+    A frozen record, as that of `as_attention_fn`.
+
   Example:
-    >>> import spectraformer_jax as sf
+    >>> import jax, spectraformer_jax as sf
     >>> fm = sf.feature_map("posrf", "orf", num_features=32)
     >>> v = fm.init(jax.random.key(0), head_dim=8)
     >>> attention = as_dot_product_attention(fm, v)
@@ -256,33 +224,12 @@ def as_dot_product_attention(
   return DotProductAttention(feature_map, variables, stats)
 
 
-def _equal(one: Any, two: Any) -> bool:
-  """Whether two leaves are the same array, or known and of equal content."""
-  if one is two:
-    return True
-  for x in (one, two):
-    if isinstance(x, jax.core.Tracer):
-      return False
-    if isinstance(x, jax.Array) and (
-      x.is_deleted() or not x.is_fully_addressable
-    ):
-      return False
-  return np.array_equal(mask_forms.known(one), mask_forms.known(two))
-
-
-def _refuse(name: str, value: Any, default: Any, reason: str) -> None:
-  """ValueError unless an argument has its default."""
-  if value is not default:
-    raise ValueError(
-      f"{name} ({value}) cannot be honoured by random-feature attention: "
-      f"{reason}."
-    )
-
-
-def _arrays(*arrays: Array) -> list[Array]:
-  """Query, key and value as arrays; ValueError unless their axes agree."""
-  arrays = [jnp.asarray(x) for x in arrays]
-  shapes = [x.shape for x in arrays]
+def _arrays(
+  query: Array, key: Array, value: Array
+) -> tuple[Array, Array, Array]:
+  """Converts to arrays; raises ValueError unless their axes agree."""
+  query, key, value = map(jnp.asarray, (query, key, value))
+  shapes = [x.shape for x in (query, key, value)]
   batches = {shape[:-3] for shape in shapes}
   if min(map(len, shapes)) < 3 or len(batches) > 1:
     raise ValueError(
@@ -290,4 +237,4 @@ def _arrays(*arrays: Array) -> list[Array]:
       f"same batch, got query.shape={shapes[0]}, key.shape={shapes[1]}, "
       f"value.shape={shapes[2]}."
     )
-  return arrays
+  return query, key, value

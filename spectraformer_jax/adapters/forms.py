@@ -1,8 +1,9 @@
-"""A mask over queries and keys, and a pass over the keys that honours it."""
+"""Attention under a mask over queries and keys, by one pass over the keys."""
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,10 @@ import numpy as np
 
 from spectraformer_jax import checks, meshes
 from spectraformer_jax.adapters import mask_forms
+from spectraformer_jax.adapters.mask_forms import Form, Mask
+from spectraformer_jax.adapters.record import Adapter
 from spectraformer_jax.attention import spectral_attention
-from spectraformer_jax.typing import Array
-
-if TYPE_CHECKING:
-  from spectraformer_jax.adapters.attention_fns import Adapter
+from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
 _NOT_HONOURED = (
   "mask must say which queries and which keys are real, and may follow the "
@@ -25,7 +25,7 @@ _NOT_HONOURED = (
 
 
 def attend(
-  adapter: "Adapter",
+  adapter: Adapter,
   query: Array,
   key: Array,
   value: Array,
@@ -33,215 +33,285 @@ def attend(
   bias: Array | None,
   *,
   is_causal: bool,
-  is_bool: bool = False,
+  must_be_bool: bool = False,
   query_lengths: Array | None = None,
   key_lengths: Array | None = None,
-  **kwargs,
+  **options: Any,
 ) -> Array:
-  """`spectral_attention` with any batch axes, and a mask over both."""
+  """`spectral_attention` with any batch axes, and a mask over queries and keys.
+
+  Args:
+    adapter: holds the feature map, its variables and stats.
+    query: ``[batch..., T, N G, H]``.
+    key: ``[batch..., S, N, H]``.
+    value: ``[batch..., S, N, V]``.
+    mask: broadcast against ``[batch..., N G, T, S]``; None for all True.
+    bias: 0 where `mask` is True and -inf where it is False.
+    is_causal: query i sees keys 0..i, within the mask.
+    must_be_bool: refuses masks of numbers.
+    query_lengths: ``[B]`` ints: later queries give zeros.
+    key_lengths: ``[B]`` ints: nobody sees later keys.
+    **options: other arguments of `spectral_attention`.
+
+  Returns:
+    ``[batch..., T, N G, V]``; NaN for examples whose mask is not honoured.
+
+  Raises:
+    ValueError: a mask that is known and cannot be honoured.
+  """
   batch = query.shape[:-3]
-  expected = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
-  seen = sound = None
+  shape = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
+  visible, is_valid = None, np.ones(1, bool)
   if mask is not None:
-    seen, sound = mask_forms.read_mask(mask, expected, is_bool=is_bool)
+    visible, is_valid = mask_forms.read_mask(
+      mask, shape, must_be_bool=must_be_bool
+    )
   if bias is not None:
-    shown, honest = mask_forms.read_bias(bias, expected)
-    seen = shown if seen is None else seen & shown
-    sound = honest if sound is None else sound & honest
+    unhidden, is_mask = mask_forms.read_bias(bias, shape)
+    visible = unhidden if visible is None else visible & unhidden
+    is_valid = is_valid & is_mask
   query, key, value = (
     x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
   )
-  work = _Work(
+  call = _Call(
     adapter,
     query,
     key,
     value,
-    give=_before(query_lengths, query),
-    keep=_before(key_lengths, key),
-    kwargs=kwargs,
+    _before(query_lengths, query),
+    _before(key_lengths, key),
+    options,
   )
-  if work.is_positional and seen is None and work.keep is not None:
-    seen, sound = work.keep[:, None, None], True  # says where a query stands
-  if seen is None:
-    out = work.plain(None, None, is_causal)
+  if call.is_positional and visible is None and call.key_mask is not None:
+    # A single query stands at the last key that it sees.
+    visible = call.key_mask[:, None, None]
+  if visible is None:
+    out = call.attend_product(None, None, is_causal)
   else:
-    out, honoured = _honour(work, seen, is_causal)
-    honoured = honoured & sound
-    if isinstance(honoured, np.ndarray):
-      if not honoured.all():
-        shape = np.shape(bias if mask is None else mask)
-        raise ValueError(f"{_NOT_HONOURED} Got a shape of {shape}.")
-    else:
-      # A product, so that gradients are NaN as well.
-      factor = jnp.where(honoured, 1.0, jnp.nan).astype(out.dtype)
+    out, is_honoured = _attend_masked(call, visible, is_causal)
+    is_honoured = is_honoured & is_valid
+    if not isinstance(is_honoured, np.ndarray):
+      # A factor, not a choice: it makes gradients NaN as well.
+      factor = jnp.where(is_honoured, 1.0, jnp.nan).astype(out.dtype)
       out = out * factor[:, None, None, None]
+    elif not is_honoured.all():
+      shapes = [x.shape for x in (mask, bias) if x is not None]
+      raise ValueError(f"{_NOT_HONOURED} Got a shape of {shapes[0]}.")
   return out.reshape(*batch, *out.shape[1:])
 
 
 def _before(lengths: Array | None, x: Array) -> Array | None:
-  """Bool ``[B, T]``: positions before `lengths` ``[B]``."""
+  """Returns bool ``[B, T]``, True before `lengths` ``[B]``; None for None."""
   if lengths is None:
     return None
   return checks.positions_before(jnp.asarray(lengths), x.shape[1])
 
 
-def _honour(work: "_Work", seen: Array, is_causal: bool):
-  """Attention under a mask ``[B or 1, N or 1, T or 1, S]``.
+def _attend_masked(
+  call: "_Call", visible: Mask, is_causal: bool
+) -> tuple[Array, Mask]:
+  """Attends under a mask ``[B or 1, N or 1, T or 1, S]``.
 
   Returns:
-    ``[B, T, N, V]``, and where the mask is honoured, bool ``[B or 1]``; numpy
-    where that is known.
+    ``[B, T, N G, V]``, and bool ``[B or 1]``, whether the mask is honoured: a
+    NumPy array if that is known.
   """
-  length, num_keys = work.query.shape[1], seen.shape[3]
-  same = (seen == seen[:, :1]).all(axis=(1, 2, 3))
-  seen = seen[:, 0]
-  is_placed = work.is_positional and length != num_keys and not is_causal
-  if seen.shape[1] == 1 and not (is_placed and length == 1):
-    return work.plain(None, seen[:, 0], is_causal), same
-  xp = mask_forms.numbers(seen)
-  seen = xp.broadcast_to(seen, (seen.shape[0], length, num_keys))
+  length, num_keys = call.query.shape[1], visible.shape[3]
+  is_for_all_heads = (visible == visible[:, :1]).all(axis=(1, 2, 3))
+  visible = visible[:, 0]
+  # With a cache of keys, the mask also says where the single query stands.
+  is_in_cache = call.is_positional and length == 1 != num_keys and not is_causal
+  if visible.shape[1] == 1 and not is_in_cache:
+    out = call.attend_product(None, visible[:, 0], is_causal)
+    return out, is_for_all_heads
+  xp = mask_forms.module_of(visible)
+  visible = xp.broadcast_to(visible, (visible.shape[0], length, num_keys))
   if is_causal:
-    seen = seen & mask_forms.triangle(length, num_keys)[None]
-  if not seen.size:
-    return work.plain(None, None, is_causal), same
-  if is_placed and length == 1:
-    form = mask_forms.placed_form(seen)
-    return work.placed(form), same & form.holds
-  if xp is np:
-    return _honour_known(work, seen, is_causal, same)
-  form = mask_forms.product_form(seen, is_causal)
-  plain = lambda: work.plain(form.queries, form.keys, is_causal)
-  others = work.others(is_causal and length == num_keys)
-  if not others:
-    return plain(), same & form.holds
-  take, attend = others[0]
-
-  def other():
-    found = take(seen)
-    return attend(found), found.holds
-
-  # Kept apart in memory as well: what `other` needs is made again.
-  out, holds = jax.lax.cond(
-    form.holds.all(), lambda: (plain(), form.holds), jax.checkpoint(other)
-  )
-  return out, same & holds
+    visible = visible & mask_forms.triangle(length, num_keys)[None]
+  if not visible.size:
+    return call.attend_product(None, None, is_causal), is_for_all_heads
+  if is_in_cache:
+    form = mask_forms.position_form(visible)
+    out, matches = call.attend_positions(form), form.matches
+  elif xp is np:
+    out, matches = _attend_known(call, visible, is_causal)
+  else:
+    out, matches = _attend_unknown(call, visible, is_causal)
+  return out, is_for_all_heads & matches
 
 
-def _honour_known(work, seen, is_causal, same):
-  """`_honour` of a mask ``[B or 1, T, S]`` whose content is known."""
-  is_square = seen.shape[1] == seen.shape[2]
+def _attend_known(
+  call: "_Call", visible: Mask, is_causal: bool
+) -> tuple[Array, Mask]:
+  """Attends under a mask ``[B or 1, T, S]`` of the first form that fits."""
+  is_square = visible.shape[1] == visible.shape[2]
   for triangle in dict.fromkeys((is_causal, is_square)):
-    if triangle and not work.can_be_causal:
+    if triangle and not call.can_be_causal:
       continue
-    form = mask_forms.product_form(seen, triangle)
-    if form.holds.all():
-      return work.plain(form.queries, form.keys, triangle), same
-  for take, attend in work.others(is_square):
-    form = take(seen)
-    if form.holds.all():
-      return attend(form), same
-  return work.plain(None, None, False), same & form.holds
+    form = mask_forms.product_form(visible, triangle)
+    if form.matches.all():
+      out = call.attend_product(form.query_mask, form.key_mask, triangle)
+      return out, form.matches
+  for find_form, attend_form in call.other_forms(is_square):
+    form = find_form(visible)
+    if form.matches.all():
+      return attend_form(form), form.matches
+  return call.attend_product(None, None, False), np.zeros(1, bool)
+
+
+def _attend_unknown(
+  call: "_Call", visible: Mask, is_causal: bool
+) -> tuple[Array, Mask]:
+  """Attends under a mask ``[B or 1, T, S]``: as a product, else one form."""
+  form = mask_forms.product_form(visible, is_causal)
+
+  def attend_product() -> tuple[Array, Mask]:
+    out = call.attend_product(form.query_mask, form.key_mask, is_causal)
+    return out, form.matches
+
+  is_square = visible.shape[1] == visible.shape[2]
+  others = call.other_forms(is_causal and is_square)
+  if not others:
+    return attend_product()
+  find_form, attend_form = others[0]
+
+  # Recomputed in the backward pass: it would else need memory for values of
+  # this branch beside those of the first, of which only one runs.
+  @jax.checkpoint
+  def attend_other() -> tuple[Array, Mask]:
+    form = find_form(visible)
+    return attend_form(form), form.matches
+
+  return jax.lax.cond(form.matches.all(), attend_product, attend_other)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
-  """One call: what is attended, with the ways to attend it.
+class _Call:
+  """One call of an adapter, and the ways to attend under each form of mask.
 
   Attributes:
-    adapter: whose feature map it is.
+    adapter: holds the feature map, its variables and stats.
     query: ``[B, T, N G, H]``.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
-    give: bool ``[B, T]`` or None: queries that lengths leave.
-    keep: bool ``[B, S]`` or None: keys, likewise.
-    kwargs: others of `spectral_attention`.
+    query_mask: bool ``[B, T]``, False where queries give zeros; None for none.
+    key_mask: bool ``[B, S]``, True where a key may be seen; None for all.
+    options: other arguments of `spectral_attention`.
   """
 
-  adapter: "Adapter"
+  adapter: Adapter
   query: Array
   key: Array
   value: Array
-  give: Array | None
-  keep: Array | None
-  kwargs: dict[str, Any]
+  query_mask: Mask
+  key_mask: Mask
+  options: dict[str, Any]
 
   @property
   def is_positional(self) -> bool:
-    """Whether features depend on where a token stands."""
+    """Whether features depend on the position of a token."""
     return self.adapter.feature_map.component.info.positional
 
   @property
   def can_be_causal(self) -> bool:
-    """Whether no statistics of the whole sequence are needed."""
+    """Whether attention needs no statistics of the whole sequence."""
     adapter = self.adapter
     return adapter.stats is not None or not adapter.feature_map.info.needs_stats
 
-  def others(self, is_square_and_causal):
-    """Forms of masks beyond products, each with the way to attend it."""
+  def other_forms(
+    self, is_square_and_causal: bool
+  ) -> list[tuple[Callable[[Mask], Form], Callable[[Form], Array]]]:
+    """Lists forms that are no products, each with the way to attend."""
     if not self.can_be_causal:
       return []
     if self.is_positional:
-      return [(mask_forms.placed_form, self.placed)]
-    segments = [(mask_forms.segment_form, self.packed)]
-    chains = [(mask_forms.chain_form, self.in_order)]
-    return segments * is_square_and_causal + chains
+      return [(mask_forms.position_form, self.attend_positions)]
+    chains = [(mask_forms.chain_form, self.attend_chain)]
+    if not is_square_and_causal:
+      return chains
+    return [(mask_forms.segment_form, self.attend_segments), *chains]
 
-  def attend(self, query, key, value, queries, keys, **kwargs):
-    """`spectral_attention`; masks are None, or ``[B or 1, length]``."""
+  def run(self, is_causal: bool, segment_ids: Array | None = None) -> Array:
+    """Attends under the masks of queries and of keys alone."""
     return spectral_attention(
-      query,
-      key,
-      value,
+      self.query,
+      self.key,
+      self.value,
       feature_map=self.adapter.feature_map,
       variables=self.adapter.variables,
       stats=self.adapter.stats,
-      query_mask=queries,
-      key_mask=keys,
-      **kwargs,
-      **self.kwargs,
+      is_causal=is_causal,
+      query_mask=self.query_mask,
+      key_mask=self.key_mask,
+      segment_ids=segment_ids,
+      **self.options,
     )
 
-  def masks(self, queries, keys):
-    """Those of a mask and of lengths together, ``[B, length]`` or None."""
-    return (
-      _both(queries, self.give, self.query),
-      _both(keys, self.keep, self.key),
+  def masked(self, query_mask: Array | None, key_mask: Array | None) -> "_Call":
+    """Adds masks ``[B or 1, T]`` and ``[B or 1, S]`` to those of the call."""
+    return dataclasses.replace(
+      self,
+      query_mask=_both(self.query_mask, query_mask, self.query),
+      key_mask=_both(self.key_mask, key_mask, self.key),
     )
 
-  def plain(self, queries, keys, is_causal):
-    """Real queries see real keys, within the triangle if asked."""
-    queries, keys = self.masks(queries, keys)
-    key, value = self.key, self.value
-    more = self.query.shape[1] - key.shape[1]
-    if is_causal and more < 0:  # nobody sees the keys from T on
-      key, value = key[:, :more], value[:, :more]
-      keys = None if keys is None else keys[:, :more]
-    elif is_causal and more > 0:  # queries from S on see all
-      if keys is None:
-        keys = jnp.ones(key.shape[:2], bool)
-      key, value, keys = (_padded(x, after=more) for x in (key, value, keys))
-    return self.attend(
-      self.query, key, value, queries, keys, is_causal=is_causal
-    )
+  def attend_product(
+    self, query_mask: Mask, key_mask: Mask, is_causal: bool
+  ) -> Array:
+    """Attends where real queries see real keys, causally or not."""
+    call = self.masked(query_mask, key_mask)
+    if is_causal:
+      call = call.with_as_many_keys()
+    return call.run(is_causal)
 
-  def in_order(self, form):
-    """See `_in_order`."""
-    return self._on_shards(_Work._in_order, form)
+  def with_as_many_keys(self) -> "_Call":
+    """Drops or pads keys to as many as there are queries, for causal calls."""
+    length, num_keys = self.query.shape[1], self.key.shape[1]
+    if length == num_keys:
+      return self
+    missing = max(length - num_keys, 0)
+    key_mask = self.key_mask
+    if missing and key_mask is None:
+      key_mask = jnp.ones(self.key.shape[:2], bool)
+    fit = lambda x: _padded(x[:, :length], after=missing)
+    key, value, key_mask = jax.tree.map(fit, (self.key, self.value, key_mask))
+    return dataclasses.replace(self, key=key, value=value, key_mask=key_mask)
 
-  def placed(self, form):
-    """See `_placed`."""
-    return self._on_shards(_Work._placed, form)
+  def attend_segments(self, form: Form) -> Array:
+    """Attends causally within each group."""
+    call = self.masked(form.query_mask, form.key_mask)
+    ids = jnp.broadcast_to(form.query_group, self.query.shape[:2])
+    return call.run(True, ids)
 
-  def _on_shards(self, method, form):
-    """Attends the examples and heads of each device of an Explicit mesh."""
+  def attend_chain(self, form: Form) -> Array:
+    """Attends to keys of the same group, of at most the query's rank."""
+    return self._on_shards(_attend_sorted, form)
 
-    def on_one_device(query, key, value, variables, stats, masks):
-      own, give, keep = masks
+  def attend_positions(self, form: Form) -> Array:
+    """Attends from the keys' positions at which the queries stand."""
+    return self._on_shards(_attend_in_place, form)
+
+  def _on_shards(
+    self, attend: Callable[["_Call", Form], Array], form: Form
+  ) -> Array:
+    """Attends to the examples and heads of each device of an Explicit mesh."""
+
+    def on_one_device(
+      query: Array,
+      key: Array,
+      value: Array,
+      variables: FeatureVariables,
+      stats: PyTree,
+      masks: tuple[Form, Mask, Mask],
+    ) -> tuple[Array, tuple[()]]:
+      form, query_mask, key_mask = masks
       adapter = dataclasses.replace(
         self.adapter, variables=variables, stats=stats
       )
-      work = _Work(adapter, query, key, value, give, keep, self.kwargs)
-      return method(work, own), ()
+      call = _Call(
+        adapter, query, key, value, query_mask, key_mask, self.options
+      )
+      return attend(call, form), ()
 
     return meshes.on_shards(
       on_one_device,
@@ -250,73 +320,62 @@ class _Work:
       self.value,
       by_head=self.adapter.variables,
       by_row=self.adapter.stats,
-      by_example=(form, self.give, self.keep),
+      by_example=(form, self.query_mask, self.key_mask),
     )[0]
 
-  def packed(self, form):
-    """Causal attention of packed rows."""
-    queries, keys = self.masks(form.queries, form.keys)
-    ids = jnp.broadcast_to(form.of_query, self.query.shape[:2])
-    return self.attend(
-      self.query,
-      self.key,
-      self.value,
-      queries,
-      keys,
-      is_causal=True,
-      segment_ids=ids,
-    )
 
-  def _in_order(self, form):
-    """All positions in one row: by group, then rank, keys before queries."""
-    length, num_keys = self.query.shape[1], self.key.shape[1]
-    queries, keys = self.masks(form.queries, form.keys)
-    both = lambda of_key, of_query: jnp.broadcast_to(
-      jnp.concatenate([of_key, of_query], axis=1),
-      (self.query.shape[0], num_keys + length),
-    )
-    ids = both(form.of_key, form.of_query)
-    rank = both(form.rank_of_key, form.rank_of_query)
-    kind = jnp.zeros_like(ids) + jnp.arange(num_keys + length)[None]
-    order = jnp.lexsort((kind, rank, ids), axis=1)
-    place = jnp.argsort(order, axis=1)[:, num_keys:]
-    query, key, value, queries, keys, ids = (
-      _take(x, order)
-      for x in (
-        _padded(self.query, before=num_keys),
-        _padded(self.key, after=length),
-        _padded(self.value, after=length),
-        _padded(queries, before=num_keys),
-        _padded(keys, after=length),
-        ids,
-      )
-    )
-    out = self.attend(
-      query, key, value, queries, keys, is_causal=True, segment_ids=ids
-    )
-    return _take(out, place)
+def _attend_sorted(call: _Call, form: Form) -> Array:
+  """Sorts keys and queries into one causal sequence, and attends.
 
-  def _placed(self, form):
-    """Queries among the keys, where they stand."""
-    queries, keys = self.masks(form.queries, form.keys)
-    place = jnp.broadcast_to(form.rank_of_query, self.query.shape[:2])
-    here = place[:, None] == jnp.arange(self.key.shape[1])[None, :, None]
-    here = here & queries[:, None]
-    which = here.argmax(axis=2)
-    out = self.attend(
-      _take(self.query, which),
-      self.key,
-      self.value,
-      here.any(axis=2),
-      keys,
-      is_causal=True,
+  They are sorted by group, then by rank, keys before queries. Keys come with
+  masked queries, and queries with masked keys.
+  """
+  batch, length = call.query.shape[:2]
+  num_keys = call.key.shape[1]
+  call = call.masked(form.query_mask, form.key_mask)
+  group, rank = (
+    jnp.broadcast_to(
+      jnp.concatenate(of_keys_and_queries, axis=1), (batch, num_keys + length)
     )
-    out = _take(out, place)
-    return jnp.where(queries[:, :, None, None], out, 0)
+    for of_keys_and_queries in (
+      (form.key_group, form.query_group),
+      (form.key_rank, form.query_rank),
+    )
+  )
+  index = jnp.zeros_like(group) + jnp.arange(num_keys + length)[None]
+  order = jnp.lexsort((index, rank, group), axis=1)
+  query, query_mask = (
+    _take(_padded(x, before=num_keys), order)
+    for x in (call.query, call.query_mask)
+  )
+  key, value, key_mask = (
+    _take(_padded(x, after=length), order)
+    for x in (call.key, call.value, call.key_mask)
+  )
+  call = _Call(
+    call.adapter, query, key, value, query_mask, key_mask, call.options
+  )
+  out = call.run(True, _take(group, order))
+  return _take(out, jnp.argsort(order, axis=1)[:, num_keys:])
 
 
-def _both(mask: Array | None, other: Array | None, x: Array) -> Array | None:
-  """The masks together, ``[B, length]`` of x."""
+def _attend_in_place(call: _Call, form: Form) -> Array:
+  """Moves queries to their positions among the keys, attends, moves back."""
+  call = call.masked(form.query_mask, form.key_mask)
+  position = jnp.broadcast_to(form.query_rank, call.query.shape[:2])
+  is_at = position[:, None] == jnp.arange(call.key.shape[1])[None, :, None]
+  is_at = is_at & call.query_mask[:, None]
+  moved = dataclasses.replace(
+    call,
+    query=_take(call.query, is_at.argmax(axis=2)),
+    query_mask=is_at.any(axis=2),
+  )
+  out = _take(moved.run(True), position)
+  return jnp.where(call.query_mask[:, :, None, None], out, 0)
+
+
+def _both(mask: Mask, other: Mask, x: Array) -> Mask:
+  """Combines masks of the positions of x to ``[B, T]``; None is all True."""
   if mask is None or other is None:
     mask = other if mask is None else mask
   else:
@@ -325,12 +384,12 @@ def _both(mask: Array | None, other: Array | None, x: Array) -> Array | None:
 
 
 def _padded(x: Array, before: int = 0, after: int = 0) -> Array:
-  """Zeros (False) before and after on axis 1."""
+  """Pads axis 1 with zeros (False)."""
   return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _take(x: Array, order: Array) -> Array:
-  """Positions of axis 1 in another order, per example."""
+  """Takes positions `order` ``[B, L]`` of axis 1."""
   return jnp.take_along_axis(
     x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1
   )

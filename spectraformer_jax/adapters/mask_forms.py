@@ -1,204 +1,228 @@
-"""Masks over query and key positions, taken apart for linear attention.
+"""Forms of masks that linear attention can honour, and how to recognise them.
 
-A mask that is known is a numpy array and looked at while a program is built;
-others are looked at when it runs. The functions here serve both.
+The content of a mask is either known while a program is built, and then a NumPy
+array, or only when the program runs. The functions here serve both: they use
+the array's own module, `xp`.
 """
 
 import math
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spectraformer_jax.typing import Array
+from spectraformer_jax import checks
 
-# Of an additive bias, as good as -inf: exp gives 0 beside any score.
-HIDDEN = -1e4
+# Content of a mask: a NumPy array if it is known while the program is built,
+# else a jax.Array. What NumPy's stubs say of the operations here differs.
+Mask: TypeAlias = Any
 
-NOT_BOOLEAN = (
+# A bias of at most this hides a key as well as -inf does: beside any score,
+# its exponential is 0.
+_HIDING_BIAS = -1e4
+
+_NOT_BOOLEAN = (
   "use mask >= 0 if it holds 0 and -inf, mask.astype(bool) if non-zero means "
   "visible"
 )
 
 
 class Form(NamedTuple):
-  """What linear attention needs to know of a mask ``[B or 1, T, S]``.
+  """A mask ``[B or 1, T, S]``, in terms that linear attention can follow.
+
+  A query sees the keys of its own group whose rank is at most its own. Groups
+  and ranks are None where all are equal.
 
   Attributes:
-    queries: bool ``[B or 1, T]``: those that see a key.
-    keys: bool ``[B or 1, S]``: those that are seen.
-    holds: bool ``[B or 1]``: whether the mask has this form.
-    of_query: ids ``[B or 1, T]``: a query sees keys of its own id alone.
-    of_key: ids ``[B or 1, S]``.
-    rank_of_query: ``[B or 1, T]``: of these, keys of this rank or a lower one.
-    rank_of_key: ``[B or 1, S]``.
+    matches: bool ``[B or 1]``: whether the mask has this form. Where it has
+      not, the other fields mean nothing.
+    query_mask: bool ``[B or 1, T]``: queries that see any key.
+    key_mask: bool ``[B or 1, S]``: keys that any query sees.
+    query_group: ints ``[B or 1, T]``.
+    key_group: ints ``[B or 1, S]``.
+    query_rank: ints ``[B or 1, T]``.
+    key_rank: ints ``[B or 1, S]``.
   """
 
-  queries: Array
-  keys: Array
-  holds: Array
-  of_query: Array | None = None
-  of_key: Array | None = None
-  rank_of_query: Array | None = None
-  rank_of_key: Array | None = None
+  matches: Mask
+  query_mask: Mask
+  key_mask: Mask
+  query_group: Mask = None
+  key_group: Mask = None
+  query_rank: Mask = None
+  key_rank: Mask = None
 
 
-def known(x: Any) -> np.ndarray | Array:
-  """A numpy array if the content can be looked at now, else `x`."""
-  if isinstance(x, jax.core.Tracer):
-    return x
-  if isinstance(x, jax.Array):
-    return np.asarray(jax.device_get(x)) if x.is_fully_addressable else x
-  return np.asarray(x)
-
-
-def numbers(x: Array) -> ModuleType:
-  """The module whose functions serve x."""
+def module_of(x: Mask) -> ModuleType:
+  """Returns numpy for a NumPy array, and jax.numpy for any other."""
   return np if isinstance(x, np.ndarray) else jnp
 
 
 def read_mask(
-  mask: Any, expected: tuple[int, ...], *, is_bool: bool
-) -> tuple[Array, Array]:
-  """Which keys a mask shows, and where its content can be trusted.
+  mask: Mask, shape: tuple[int, ...], *, must_be_bool: bool
+) -> tuple[Mask, Mask]:
+  """Reads which keys a mask lets each query see.
 
   Args:
-    mask: broadcast against `expected`; of floats and integers those that are
-      not zero show a key.
-    expected: ``[batch..., N, T, S]``.
-    is_bool: nothing but booleans is taken.
+    mask: broadcast against `shape`; entries that are not zero are visible.
+    shape: ``[batch..., N, T, S]``.
+    must_be_bool: refuses masks of numbers.
 
   Returns:
-    Bool ``[B or 1, N or 1, T or 1, S]``, and bool ``[B or 1]``.
+    Visible keys, bool ``[B or 1, N or 1, T or 1, S]``; and bool ``[B or 1]``,
+    False where the mask has negative entries, and so must be something else.
+
+  Raises:
+    ValueError: another shape or dtype, or entries known to be negative.
   """
-  mask = known(mask)
-  if is_bool and mask.dtype != np.bool_:
+  mask = _known(mask)
+  if must_be_bool and mask.dtype != np.bool_:
     raise ValueError(
       f"mask must be boolean (True = visible), got dtype {mask.dtype}; "
-      f"{NOT_BOOLEAN}."
+      f"{_NOT_BOOLEAN}."
     )
-  mask = _in_four_axes("mask", mask, expected)
+  mask = _with_four_axes("mask", mask, shape)
   if not jnp.issubdtype(mask.dtype, jnp.floating):
-    return mask != 0, numbers(mask).ones(1, bool)
-  sound = (mask >= 0).all(axis=(1, 2, 3))
-  if isinstance(sound, np.ndarray) and not sound.all():
+    return mask != 0, module_of(mask).ones(1, bool)
+  is_valid = (mask >= 0).all(axis=(1, 2, 3))
+  if isinstance(is_valid, np.ndarray) and not is_valid.all():
     raise ValueError(
       f"mask (dtype {mask.dtype}) has negative entries: an additive mask goes "
-      f"to bias=; else {NOT_BOOLEAN}."
+      f"to bias=; else {_NOT_BOOLEAN}."
     )
-  return mask != 0, sound
+  return mask != 0, is_valid
 
 
-def read_bias(bias: Any, expected: tuple[int, ...]) -> tuple[Array, Array]:
-  """Likewise for an additive bias that is a mask: 0 shows, -inf hides."""
-  bias = _in_four_axes("bias", known(bias), expected)
-  sound = ((bias == 0) | (bias <= HIDDEN)).all(axis=(1, 2, 3))
-  is_known = isinstance(sound, np.ndarray)
-  if not sound.all() if is_known else bias.shape[1] > 1:
+def read_bias(bias: Mask, shape: tuple[int, ...]) -> tuple[Mask, Mask]:
+  """Reads a bias of 0 and -inf as a mask; see `read_mask`.
+
+  Raises:
+    ValueError: another shape, or content that is known to be no mask.
+  """
+  bias = _with_four_axes("bias", _known(bias), shape)
+  is_valid = ((bias == 0) | (bias <= _HIDING_BIAS)).all(axis=(1, 2, 3))
+  is_known = isinstance(is_valid, np.ndarray)
+  if not is_valid.all() if is_known else bias.shape[1] > 1:
     raise ValueError(
       f"bias (of shape {bias.shape}) cannot be honoured by random-feature "
       "attention: there are no scores to add it to. Only a mask in the form of "
       "a bias can, the same for all heads: 0 where a key is seen, -inf or the "
       "least float where not."
     )
-  return bias == 0, sound
+  return bias == 0, is_valid
 
 
-def _in_four_axes(name: str, x: Array, expected: tuple[int, ...]) -> Array:
-  """``[B or 1, N or 1, T or 1, S]`` of what broadcasts to `expected`."""
-  shape = x.shape
-  extra = len(shape) - len(expected)
-  if extra > 0 and set(shape[:extra]) == {1}:
-    shape = shape[extra:]
-  shape = (1,) * (len(expected) - len(shape)) + shape
-  if len(shape) != len(expected) or any(
-    s not in (1, e) for s, e in zip(shape, expected, strict=True)
+def _known(x: Mask) -> Mask:
+  """Converts to a NumPy array if the content is known."""
+  values = checks.concrete(x)
+  return x if values is None else values
+
+
+def _with_four_axes(name: str, x: Mask, shape: tuple[int, ...]) -> Mask:
+  """Broadcasts x, which fits `shape`, to ``[B or 1, N or 1, T or 1, S]``."""
+  own_shape = x.shape
+  extra = len(own_shape) - len(shape)
+  if extra > 0 and set(own_shape[:extra]) == {1}:
+    own_shape = own_shape[extra:]
+  own_shape = (1,) * (len(shape) - len(own_shape)) + own_shape
+  if len(own_shape) != len(shape) or any(
+    size not in (1, full) for size, full in zip(own_shape, shape, strict=True)
   ):
     raise ValueError(
       f"{name} must be broadcastable to [batch, heads, query length, key "
-      f"length] = {list(expected)}, got {name}.shape={x.shape}; one over keys "
+      f"length] = {list(shape)}, got {name}.shape={x.shape}; one over keys "
       f"[batch, key length] is {name}[:, None, None, :]."
     )
-  xp, x = numbers(x), x.reshape(shape)
-  *batch, heads, rows, _ = shape
+  *batch, heads, rows, _ = own_shape
   if any(size != 1 for size in batch):
-    batch = expected[:-3]
-  x = xp.broadcast_to(x, (*batch, heads, rows, expected[-1]))
-  return x.reshape(math.prod(batch), heads, rows, expected[-1])
+    batch = shape[:-3]
+  x = module_of(x).broadcast_to(
+    x.reshape(own_shape), (*batch, heads, rows, shape[-1])
+  )
+  return x.reshape(math.prod(batch), heads, rows, shape[-1])
 
 
-def product_form(seen: Array, is_causal: bool) -> Form:
-  """Real queries times real keys, within the causal triangle if asked.
+def _form(visible: Mask, allowed: Mask, **fields: Mask) -> Form:
+  """Makes a form whose queries see keys where `allowed` ``[B or 1, T, S]``.
+
+  Queries that see no key, and keys that no query sees, are masked besides.
+  """
+  query_mask, key_mask = visible.any(axis=2), visible.any(axis=1)
+  allowed = allowed & query_mask[:, :, None] & key_mask[:, None]
+  matches = (allowed == visible).all(axis=(1, 2))
+  return Form(matches, query_mask, key_mask, **fields)
+
+
+def product_form(visible: Mask, is_causal: bool) -> Form:
+  """Recognises real queries times real keys, within the triangle if causal.
 
   Args:
-    seen: bool ``[B or 1, T, S]``; within the triangle already.
-    is_causal: there is one.
+    visible: bool ``[B or 1, T, S]``; if causal, within the triangle.
+    is_causal: whether there is a triangle.
   """
-  queries, keys = seen.any(axis=2), seen.any(axis=1)
-  product = queries[:, :, None] & keys[:, None]
-  if is_causal:
-    product = product & triangle(*seen.shape[1:])[None]
-  return Form(queries, keys, (product == seen).all(axis=(1, 2)))
+  size = visible.shape[1:] if is_causal else (1, 1)
+  return _form(visible, triangle(*size)[None])
 
 
-def segment_form(seen: Array) -> Form:
-  """Packed rows under the causal triangle, T == S: ids of positions.
+def segment_form(visible: Mask) -> Form:
+  """Recognises packed rows under the causal triangle, T == S, as groups.
 
-  A segment is known by the first key that a query sees; that of a key is found
-  through the first query that sees it.
+  The group of a query is the first key that it sees; the group of a key is that
+  of the first query that sees it.
   """
-  xp = numbers(seen)
-  queries, keys = seen.any(axis=2), seen.any(axis=1)
-  first = seen.argmax(axis=2)
-  of_key = xp.take_along_axis(first, seen.argmax(axis=1), axis=1)
-  ids = xp.where(keys, of_key, first)
-  visible = ids[:, :, None] == ids[:, None]
-  visible = visible & triangle(*seen.shape[1:])[None]
-  visible = visible & queries[:, :, None] & keys[:, None]
-  return Form(queries, keys, (visible == seen).all(axis=(1, 2)), ids, ids)
+  xp = module_of(visible)
+  first_key = visible.argmax(axis=2)
+  key_group = xp.take_along_axis(first_key, visible.argmax(axis=1), axis=1)
+  group = xp.where(visible.any(axis=1), key_group, first_key)
+  allowed = (group[:, :, None] == group[:, None]) & triangle(
+    *visible.shape[1:]
+  )[None]
+  return _form(visible, allowed, query_group=group, key_group=group)
 
 
-def chain_form(seen: Array) -> Form:
-  """Queries whose sets of keys are nested or disjoint, group by group.
+def chain_form(visible: Mask) -> Form:
+  """Recognises queries whose sets of keys are nested or disjoint, in groups.
 
-  Packed rows, causal or not, a prefix that all see, keys of a cache. A group is
-  known by a key that all its queries see; in it, a query of rank r sees the
-  keys that some query of rank r or less sees, rank being the number of keys.
+  Such masks are packed rows, causal or not, a prefix that all queries see, and
+  keys of a cache. The group of a query is the key, among those it sees, that
+  most queries see; the rank of a query is its number of keys, and the rank of
+  a key is the least rank of the queries that see it.
   """
-  xp = numbers(seen)
-  queries, keys = seen.any(axis=2), seen.any(axis=1)
-  count, viewers = seen.sum(axis=2), seen.sum(axis=1)
-  of_query = xp.where(seen, viewers[:, None], -1).argmax(axis=2)
-  of_key = xp.take_along_axis(of_query, seen.argmax(axis=1), axis=1)
-  most = seen.shape[2] + 1
-  rank = xp.where(seen, count[:, :, None], most).min(axis=1)
-  visible = of_query[:, :, None] == of_key[:, None]
-  visible = visible & (rank[:, None] <= count[:, :, None])
-  visible = visible & queries[:, :, None] & keys[:, None]
-  holds = (visible == seen).all(axis=(1, 2))
-  return Form(queries, keys, holds, of_query, of_key, count, rank)
+  xp = module_of(visible)
+  num_keys, num_viewers = visible.sum(axis=2), visible.sum(axis=1)
+  query_group = xp.where(visible, num_viewers[:, None], -1).argmax(axis=2)
+  key_group = xp.take_along_axis(query_group, visible.argmax(axis=1), axis=1)
+  key_rank = xp.where(visible, num_keys[:, :, None], visible.shape[2] + 1).min(
+    axis=1
+  )
+  allowed = query_group[:, :, None] == key_group[:, None]
+  allowed = allowed & (key_rank[:, None] <= num_keys[:, :, None])
+  return _form(
+    visible,
+    allowed,
+    query_group=query_group,
+    key_group=key_group,
+    query_rank=num_keys,
+    key_rank=key_rank,
+  )
 
 
-def placed_form(seen: Array) -> Form:
-  """Queries that stand at keys, and see the real ones up to there.
+def position_form(visible: Mask) -> Form:
+  """Recognises queries at positions of keys, which see the keys up to there.
 
-  `rank_of_query` is where: at the last key that it sees.
+  The rank of a query is its position: that of the last key it sees. No two
+  queries stand at the same position.
   """
-  xp = numbers(seen)
-  queries, keys = seen.any(axis=2), seen.any(axis=1)
-  length = seen.shape[2]
-  place = length - 1 - seen[:, :, ::-1].argmax(axis=2)
-  position = xp.arange(length)[None, None]
-  visible = (position <= place[:, :, None]) & keys[:, None]
-  visible = visible & queries[:, :, None]
-  holds = (visible == seen).all(axis=(1, 2))
-  here = (position == place[:, :, None]) & queries[:, :, None]
-  holds = holds & (here.sum(axis=1) <= 1).all(axis=1)
-  return Form(queries, keys, holds, rank_of_query=place)
+  num_keys = visible.shape[2]
+  rank = num_keys - 1 - visible[:, :, ::-1].argmax(axis=2)
+  position = np.arange(num_keys)[None, None]
+  form = _form(visible, position <= rank[:, :, None], query_rank=rank)
+  is_at = (position == rank[:, :, None]) & form.query_mask[:, :, None]
+  is_apart = (is_at.sum(axis=1) <= 1).all(axis=1)
+  return form._replace(matches=form.matches & is_apart)
 
 
 def triangle(num_queries: int, num_keys: int) -> np.ndarray:
-  """Bool ``[T, S]``: query i sees keys 0..i."""
+  """Returns bool ``[T, S]``: query i sees keys 0..i."""
   return np.tri(num_queries, num_keys, dtype=bool)

@@ -1,6 +1,7 @@
 """A component and a weight matrix, and the variables they draw."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,14 @@ class DrawnMap:
     if self.num_features is None:
       return 0
     return self.component.num_rows(self.num_features)
+
+  @functools.cached_property
+  def has_params(self) -> bool:
+    """Whether `init_params` makes any leaf; the same for all sizes."""
+    component = jax.eval_shape(
+      lambda rng: self.component.init(rng, 4), jax.random.key(0)
+    )
+    return self.weight_matrix.info.learnable or bool(component)
 
   def init(
     self,

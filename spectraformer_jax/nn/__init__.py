@@ -9,6 +9,7 @@ decode keep their state in ``cache``.
 
 from spectraformer_jax.nn.attention import SpectralSelfAttention
 from spectraformer_jax.nn.classifier import Classifier
+from spectraformer_jax.nn.config import EncoderConfig
 from spectraformer_jax.nn.cross_attention import SpectralCrossAttention
 from spectraformer_jax.nn.dual_classifier import DualClassifier
 from spectraformer_jax.nn.encoder import Encoder, EncoderLayer
@@ -28,6 +29,7 @@ __all__ = [
   "Classifier",
   "DualClassifier",
   "Encoder",
+  "EncoderConfig",
   "EncoderLayer",
   "LanguageModel",
   "MaskedLanguageModel",

@@ -1,6 +1,7 @@
-"""Multi-head self-attention with a feature map, exact, or a baseline."""
+"""Multi-head self-attention: spectral, exact or a baseline."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,20 +12,25 @@ from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.decoding import init_state
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
+from spectraformer_jax.nn.config import ConfiguredModule
 from spectraformer_jax.nn.feature_variables import (
   feature_variables,
   running_stats,
 )
-from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
+from spectraformer_jax.nn.inputs import (
+  check_choice,
+  check_flags,
+  check_rows,
+  without_padding,
+)
 from spectraformer_jax.nn.positions import next_positions, rotate
 from spectraformer_jax.nn.projections import projection
-from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
 ATTENTIONS = ("spectral", *KERNELS, *BASELINES)
 
 
-class SpectralSelfAttention(nn.Module):
+class SpectralSelfAttention(ConfiguredModule):
   """Multi-head self-attention, linear in the length.
 
   Attributes:
@@ -33,15 +39,13 @@ class SpectralSelfAttention(nn.Module):
     feature_map: for attention="spectral"; see `sf.feature_map`.
     attention: "spectral", or a baseline through the same module: an exact
       kernel, "softmax" or "gaussian", or one of `baselines.BASELINES`.
-    attention_kwargs: options of a baseline, as of `baselines`.
+    attention_kwargs: options of a baseline.
     max_len: longest sequence, for baselines with parameters for each position;
       None takes the length at initialisation.
     is_causal: position i sees positions 0..i.
-    rotary: queries and keys are turned by their positions before the feature
-      map or kernel; see `rotate`.
-    share_projection: one weight matrix for all heads instead of one each.
-    num_key_value_heads: heads of keys and values, each seen by equally many
-      query heads (grouped-query attention); None is `num_heads`.
+    rotary: rotates queries and keys by their positions before the feature map
+      or kernel; see `rotate`.
+    share_projection, num_key_value_heads: see `EncoderConfig`.
     dtype: of the dense layers; None takes that of the input.
     param_dtype: of the dense layers' parameters; a feature map's are float32.
 
@@ -85,13 +89,13 @@ class SpectralSelfAttention(nn.Module):
 
     Args:
       x: ``[B, T, D]``.
-      mask: ``[B, T]`` bool, True at real positions; None for all. What padding
-        holds, NaN included, reaches neither outputs at real positions nor any
-        gradient.
-      segment_ids: ints ``[B, T]`` of packed rows: a position sees those of its
-        own segment, and rotary positions start again in each.
-      decode: the positions follow those of earlier calls, whose state (and
-        number, for rotary positions) is in the collection "cache"; see
+      mask: ``[B, T]`` bool, True at real positions; None for all. The content
+        of padding, NaN included, reaches neither outputs at real positions nor
+        any gradient.
+      segment_ids: ints ``[B, T]`` of packed rows: a position sees positions of
+        its own segment only, and rotary positions start at 0 in each.
+      decode: continue the sequence of earlier calls, whose state (and number of
+        positions, if `rotary`) is in the collection "cache"; see
         `LanguageModel`.
       deterministic: False in training: updates running statistics.
 
@@ -99,12 +103,13 @@ class SpectralSelfAttention(nn.Module):
       ``[B, T, D]``.
 
     Raises:
-      ValueError: unknown `attention` or option, no `feature_map` where one is
-        needed, `is_causal` where that is not possible, `rotary` with an odd
-        `head_dim`, heads that do not divide, a `max_len` beyond that of the
-        component, `segment_ids` of a baseline or with `decode`, `decode` with
-        other attention than causal spectral or with a mask where features
-        depend on positions.
+      ValueError: unknown `attention` or option; no `feature_map` with
+        "spectral", or one with another attention; `is_causal` or `segment_ids`
+        with an attention that has none; `rotary` with an odd `head_dim`;
+        `num_key_value_heads` that does not divide `num_heads`; a `max_len`
+        above that of the component; `decode` with `segment_ids`, without causal
+        spectral attention, or with a mask and a component that counts
+        positions.
     """
     check_flags(decode=decode, deterministic=deterministic)
     mask, segment_ids = check_rows(x, mask, segment_ids)
@@ -112,110 +117,123 @@ class SpectralSelfAttention(nn.Module):
     x = without_padding(x, mask)
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     key_heads = self.num_key_value_heads or self.num_heads
+    heads = {"query": self.num_heads, "key": key_heads, "value": key_heads}
     query, key, value = (
-      projection((heads, self.head_dim), name=name, **dtypes)(x)
-      for name, heads in (
-        ("query", self.num_heads),
-        ("key", key_heads),
-        ("value", key_heads),
-      )
+      projection((number, self.head_dim), name=name, **dtypes)(x)
+      for name, number in heads.items()
     )
     if self.rotary:
       index = next_positions(self, x, mask, segment_ids, decode)
       query, key = rotate(query, index), rotate(key, index)
-    if self.attention == "spectral":
-      out = self._spectral(
-        query, key, value, mask, segment_ids, decode, deterministic
-      )
-    elif self.attention in BASELINES:
-      out = self._baseline(query, key, value, mask)
+    if decode:
+      out = self._decode(query, key, value, mask, deterministic)
     else:
-      out = exact_attention(
-        query,
-        key,
-        value,
-        kernel=self.attention,
-        is_causal=self.is_causal,
-        key_mask=mask,
-        segment_ids=segment_ids,
-      )
+      attend = self._attend(query, key, mask, segment_ids, deterministic)
+      out = attend(query, key, value, key_mask=mask)
     return projection(x.shape[-1], axis=(-2, -1), name="out", **dtypes)(out)
 
-  def _spectral(
-    self, query, key, value, mask, segment_ids, decode, deterministic
-  ):
-    """Attention of the feature map, after the keys of earlier calls."""
-    heads = {"num_heads": key.shape[2], "head_dim": self.head_dim}
-    variables = feature_variables(
-      self,
-      self.feature_map,
-      head_dim=self.head_dim,
-      num_heads=1 if self.share_projection else key.shape[2],
-    )
-    stats = running_stats(
-      self,
-      self.feature_map,
-      variables,
-      query,
-      key,
-      query_mask=mask,
-      key_mask=mask,
-      deterministic=deterministic,
-    )
-    if stats is None and not self.is_causal and segment_ids is None:
-      # Every position sees all, so queries count as well.
-      root = float(self.head_dim) ** -0.25
-      stats = statistics_of(
-        self.feature_map, variables, None, query, key, mask, mask, root
-      )
-    kwargs = {
-      "feature_map": self.feature_map,
-      "variables": variables,
-      "stats": stats,
-    }
-    state = None
-    if decode:
-      state = self.variable(
-        "cache",
-        "state",
-        lambda: init_state(batch_size=query.shape[0], **heads, **kwargs),
-      )
-    out = spectral_attention(
-      query,
-      key,
-      value,
-      is_causal=self.is_causal,
-      key_mask=mask,
-      segment_ids=segment_ids,
-      initial_state=state and state.value,
-      return_state=decode,
-      **kwargs,
-    )
-    if not decode:
-      return out
-    out, after = out
-    if not self.is_initializing():  # `init` makes an empty cache
-      state.value = after
-    return out
+  def _attend(
+    self,
+    query: Array,
+    key: Array,
+    mask: Array | None,
+    segment_ids: Array | None,
+    deterministic: bool,
+  ) -> Callable[..., Array]:
+    """Returns attention as a function of query, key, value and key_mask."""
+    if self.attention in BASELINES:
+      return self._baseline(key)
+    rows = {"is_causal": self.is_causal, "segment_ids": segment_ids}
+    if self.attention in KERNELS:
+      return functools.partial(exact_attention, kernel=self.attention, **rows)
+    sees_all = not self.is_causal and segment_ids is None
+    maps = self._maps(query, key, mask, sees_all, deterministic)
+    return functools.partial(spectral_attention, **maps, **rows)
 
-  def _baseline(self, query, key, value, mask):
-    """Attention of one of `BASELINES`, whose parameters are "baseline"."""
+  def _baseline(self, key: Array) -> Callable[..., Array]:
+    """Returns a baseline, whose parameters, if any, are called "baseline"."""
     baseline = BASELINES[self.attention]
-    kwargs = dict(self.attention_kwargs or {})
-    if baseline.init_params is not None:
+    options: dict[str, Any] = dict(self.attention_kwargs or {})
+    if init_params := baseline.init_params:
       sizes = {
         "num_heads": key.shape[2],
         "max_len": self.max_len or key.shape[1],
       }
-      kwargs = self.param(
-        "baseline", lambda rng: baseline.init_params(rng, **sizes, **kwargs)
-      )
+      init = functools.partial(init_params, **sizes, **options)
+      options = dict(self.param("baseline", init))
     if baseline.can_be_causal:
-      kwargs["is_causal"] = self.is_causal
-    return baseline.attend(query, key, value, key_mask=mask, **kwargs)
+      options["is_causal"] = self.is_causal
+    return functools.partial(baseline.attend, **options)
 
-  def _check(self, mask, segment_ids, decode):
-    """ValueError for options that do not go together."""
+  def _maps(
+    self,
+    query: Array,
+    key: Array,
+    mask: Array | None,
+    sees_all: bool,
+    deterministic: bool,
+  ) -> dict[str, Any]:
+    """Returns feature map, variables and stats, by keyword.
+
+    Args:
+      query: ``[B, T, N G, H]``.
+      key: ``[B, T, N, H]``.
+      mask: ``[B, T]`` bool, or None.
+      sees_all: each position sees all others, so that queries may count in
+        statistics of the sequence.
+      deterministic: False updates running statistics.
+    """
+    feature_map = self.feature_map
+    assert feature_map is not None  # by `check_attention`
+    num_heads = 1 if self.share_projection else key.shape[2]
+    variables = feature_variables(self, feature_map, self.head_dim, num_heads)
+    stats = running_stats(
+      self, feature_map, variables, query, key, mask, mask, deterministic
+    )
+    if stats is None and sees_all:
+      sqrt_scale = float(self.head_dim) ** -0.25
+      stats = statistics_of(
+        feature_map, variables, None, query, key, mask, mask, sqrt_scale
+      )
+    return {"feature_map": feature_map, "variables": variables, "stats": stats}
+
+  def _decode(
+    self,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    deterministic: bool,
+  ) -> Array:
+    """Attends to the keys of earlier calls and of this one, causally."""
+    maps = self._maps(query, key, mask, False, deterministic)
+    batch_size, _, num_heads, head_dim = key.shape
+    init = functools.partial(
+      init_state,
+      **maps,
+      batch_size=batch_size,
+      num_heads=num_heads,
+      head_dim=head_dim,
+    )
+    state = self.variable("cache", "state", init)
+    out, new_state = spectral_attention(
+      query,
+      key,
+      value,
+      **maps,
+      is_causal=True,
+      key_mask=mask,
+      initial_state=state.value,
+      return_state=True,
+    )
+    if not self.is_initializing():  # `init` makes an empty cache
+      state.value = new_state
+    return out
+
+  def _check(
+    self, mask: Array | None, segment_ids: Array | None, decode: bool
+  ) -> None:
+    """Raises ValueError for options that exclude each other."""
     check_attention(self)
     check_options(
       self.attention, self.attention_kwargs or {}, is_causal=self.is_causal
@@ -246,17 +264,14 @@ class SpectralSelfAttention(nn.Module):
       )
 
 
-def check_attention(module: nn.Module) -> None:
-  """ValueError unless attention, feature map and heads go together.
+def check_attention(module: Any) -> None:
+  """Raises ValueError unless attention, feature map and heads fit together.
 
   Args:
-    module: with the attributes of `SpectralSelfAttention` of these names.
+    module: a `SpectralSelfAttention` or `SpectralCrossAttention`.
   """
   attention, feature_map = module.attention, module.feature_map
-  if attention not in ATTENTIONS:
-    raise ValueError(
-      f"Unknown attention {attention!r}.{nearest(attention, ATTENTIONS)}"
-    )
+  check_choice("attention", attention, ATTENTIONS)
   if (attention == "spectral") != (feature_map is not None):
     raise ValueError(
       f"attention={attention!r} with feature_map="

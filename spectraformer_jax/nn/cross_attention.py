@@ -10,21 +10,22 @@ from spectraformer_jax.decoding import attend_state
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.nn.attention import check_attention
+from spectraformer_jax.nn.config import ConfiguredModule
 from spectraformer_jax.nn.feature_variables import (
   feature_variables,
   running_stats,
 )
 from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
 from spectraformer_jax.nn.projections import projection
-from spectraformer_jax.typing import Array
+from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
 
-class SpectralCrossAttention(nn.Module):
+class SpectralCrossAttention(ConfiguredModule):
   """Multi-head attention to a memory, linear in both lengths.
 
-  Each position of x sees all of the memory, and no position of x sees another:
-  data-dependent parameters of the feature map are of the memory alone
-  (statistics="ema": of earlier batches).
+  Each position of x sees the whole memory, and no position of x sees another:
+  data-dependent parameters of the feature map are computed from the memory
+  alone (with statistics="ema" from earlier batches).
 
   Attributes:
     attention: "spectral", or an exact kernel, "softmax" or "gaussian".
@@ -66,112 +67,114 @@ class SpectralCrossAttention(nn.Module):
 
     Args:
       x: ``[B, T, D]``.
-      memory: ``[B, S, E]``; None with `decode`: that of the call before.
+      memory: ``[B, S, E]``; None, with `decode`, is the memory of an earlier
+        call.
       mask: ``[B, T]`` bool, True at real positions of x; None for all.
-      memory_mask: ``[B, S]`` bool, likewise. What padding holds, NaN included,
-        reaches neither outputs at real positions nor any gradient.
+      memory_mask: ``[B, S]`` bool, True at real positions of the memory; None
+        for all. The content of padding, NaN included, reaches neither outputs
+        at real positions nor any gradient.
       decode: keep the sum over the memory in the collection "cache", in a size
-        that does not depend on S: later calls leave `memory` out.
+        that does not depend on S, so that later calls need no `memory`.
       deterministic: False in training: updates running statistics.
 
     Returns:
       ``[B, T, D]``.
 
     Raises:
-      ValueError: what `SpectralSelfAttention` refuses, a baseline or a
-        component that counts positions (those of two sequences have nothing to
-        do with each other), batches that differ, `decode` with exact
-        attention, or no memory and no call before.
+      ValueError: an error of `SpectralSelfAttention`; a baseline; a component
+        that counts positions (positions of two sequences are unrelated);
+        batches that differ; `decode` with exact attention; no memory in the
+        arguments or in the cache.
     """
     check_flags(decode=decode, deterministic=deterministic)
     self._check(x, memory, decode)
     mask, _ = check_rows(x, mask, None)
     x = without_padding(x, mask)
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    query = projection((self.num_heads, self.head_dim), name="query", **dtypes)(
-      x
-    )
-    output = projection(x.shape[-1], axis=(-2, -1), name="out", **dtypes)
+    sizes = (self.num_heads, self.head_dim)
+    query = projection(sizes, name="query", **dtypes)(x)
     if memory is None:
-      return output(self._remembered(query))
-    memory_mask, _ = check_rows(memory, memory_mask, None, "memory")
-    memory = without_padding(memory, memory_mask)
-    key_heads = self.num_key_value_heads or self.num_heads
-    key, value = (
-      projection((key_heads, self.head_dim), name=name, **dtypes)(memory)
-      for name in ("key", "value")
-    )
-    if self.attention != "spectral":
-      out = exact_attention(
-        query, key, value, kernel=self.attention, key_mask=memory_mask
-      )
-      return output(out)
-    variables = self._variables()
+      out = self._attend_cached(query)
+    else:
+      memory_mask, _ = check_rows(memory, memory_mask, None, "memory")
+      memory = without_padding(memory, memory_mask)
+      sizes = (self._key_heads, self.head_dim)
+      key = projection(sizes, name="key", **dtypes)(memory)
+      value = projection(sizes, name="value", **dtypes)(memory)
+      if self.attention == "spectral":
+        out, cache = self._spectral(
+          query, key, value, mask, memory_mask, deterministic
+        )
+        if decode and not self.is_initializing():  # `init` makes an empty cache
+          self.put_variable("cache", "memory", cache)
+      else:
+        out = exact_attention(
+          query, key, value, kernel=self.attention, key_mask=memory_mask
+        )
+    return projection(x.shape[-1], axis=(-2, -1), name="out", **dtypes)(out)
+
+  @property
+  def _key_heads(self) -> int:
+    return self.num_key_value_heads or self.num_heads
+
+  def _spectral(
+    self,
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    memory_mask: Array | None,
+    deterministic: bool,
+  ) -> tuple[Array, dict[str, PyTree]]:
+    """Returns the output, and what queries of later calls need of the keys."""
+    feature_map, variables = self._maps()
     stats = running_stats(
-      self,
-      self.feature_map,
-      variables,
-      query,
-      key,
-      query_mask=mask,
-      key_mask=memory_mask,
-      deterministic=deterministic,
+      self, feature_map, variables, query, key, mask, memory_mask, deterministic
     )
-    # Said here, since later calls, which have no keys, need them as well.
+    sqrt_scale = float(self.head_dim) ** -0.25
     stats = statistics_of_keys(
-      self.feature_map,
-      variables,
-      stats,
-      key,
-      memory_mask,
-      float(self.head_dim) ** -0.25,
+      feature_map, variables, stats, key, memory_mask, sqrt_scale
     )
     out, state = spectral_attention(
       query,
       key,
       value,
-      feature_map=self.feature_map,
+      feature_map=feature_map,
       variables=variables,
       stats=stats,
       key_mask=memory_mask,
       return_state=True,
     )
-    if decode and not self.is_initializing():  # `init` makes an empty cache
-      self.put_variable("cache", "memory", {"state": state, "stats": stats})
-    return output(out)
+    return out, {"state": state, "stats": stats}
 
-  def _remembered(self, query: Array) -> Array:
-    """Attention to the memory of an earlier call, whose keys are summed."""
-    kept = self.get_variable("cache", "memory")
-    if kept is None:
+  def _attend_cached(self, query: Array) -> Array:
+    """Attends to the memory of an earlier call by its state in the cache."""
+    cache = self.get_variable("cache", "memory")
+    if cache is None:
       raise ValueError(
         "memory=None and no memory in the cache: the first call of a sequence "
         "needs the memory, with decode=True and mutable=['cache']."
       )
+    feature_map, variables = self._maps()
     return attend_state(
-      kept["state"],
-      query,
-      feature_map=self.feature_map,
-      variables=self._variables(),
-      stats=kept["stats"],
+      query=query, feature_map=feature_map, variables=variables, **cache
     )
 
-  def _variables(self):
-    """Of the feature map."""
-    heads = self.num_key_value_heads or self.num_heads
-    return feature_variables(
-      self,
-      self.feature_map,
-      head_dim=self.head_dim,
-      num_heads=1 if self.share_projection else heads,
+  def _maps(self) -> tuple[FeatureMap, FeatureVariables]:
+    """Returns the feature map and its variables."""
+    feature_map = self.feature_map
+    assert feature_map is not None  # by `check_attention`
+    num_heads = 1 if self.share_projection else self._key_heads
+    return feature_map, feature_variables(
+      self, feature_map, self.head_dim, num_heads
     )
 
-  def _check(self, x, memory, decode):
-    """ValueError for arguments and options that do not go together."""
+  def _check(self, x: Array, memory: Array | None, decode: bool) -> None:
+    """Raises ValueError for arguments and options that exclude each other."""
     if self.attention not in ("spectral", *KERNELS):
       raise ValueError(
-        f"attention={self.attention!r} is of one sequence: attention to a "
-        "memory is 'spectral', 'softmax' or 'gaussian'."
+        f"attention={self.attention!r} cannot attend to a memory; use "
+        "'spectral', 'softmax' or 'gaussian'."
       )
     check_attention(self)
     info = self.feature_map and self.feature_map.component.info

@@ -1,4 +1,11 @@
-"""Dropout on a quarter of the random bits."""
+"""Dropout from a quarter of the random bits that Flax's takes.
+
+Works around the cost of `jax.random.bernoulli` on a CPU, where it draws 32 bits
+for each entry and uses one of threefry's two words: a third of a small model's
+training step. It may go once ``python benchmarks/train_step.py`` takes the same
+time with `flax.linen.Dropout`: 16 bits an entry took 0.86 of the step's time
+when they came, and both words 0.92 of that.
+"""
 
 import math
 
@@ -8,24 +15,22 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
 
-from spectraformer_jax.nn.by_token import KEPT
+from spectraformer_jax.nn.by_token import SAVED
 from spectraformer_jax.typing import Array
 
 _LEVELS = 1 << 16
-# Rates from here on are rounded to 1.
+# From this rate on, rates are rounded to 1.
 MAX_RATE = 1.0 - 0.5 / _LEVELS
 
 
 class Dropout(nn.Module):
-  """As `flax.linen.Dropout`, with a quarter of its random numbers.
+  """Does what `flax.linen.Dropout` does, from 16 random bits for each entry.
 
-  Drawing them would be a third of a small model's training step on a CPU: an
-  entry has 16 random bits instead of 32, and of threefry's two words both are
-  used. The rate is rounded to a multiple of 2^-16, and what is kept is scaled
-  by the rounded one, so that the mean stays exact.
+  The rate is rounded to a multiple of 2^-16, and entries that stay are scaled
+  by the rounded rate, so that the mean is exact.
 
   Attributes:
-    rate: share of the entries that become zero, in [0, 1), also when it is
+    rate: share of the entries that become zero, in [0, 1) also once it is
       rounded.
 
   Example:
@@ -41,35 +46,38 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, deterministic: bool) -> Array:
-    """``[..., D] -> [..., D]``; needs rng "dropout" unless deterministic.
+    """Maps ``[..., D]`` to ``[..., D]``.
+
+    Needs an rng "dropout" unless deterministic.
 
     Raises:
-      ValueError: a rate that is, or is rounded to, a number outside [0, 1).
+      ValueError: a rate outside [0, 1), also once it is rounded.
     """
     if not 0.0 <= self.rate < MAX_RATE:
       raise ValueError(
         "dropout rate must be in [0, 1) when rounded to a multiple of 2**-16, "
         f"got {self.rate!r}."
       )
-    kept = round((1.0 - self.rate) * _LEVELS)
-    if deterministic or kept == _LEVELS:
+    kept_levels = round((1.0 - self.rate) * _LEVELS)
+    if deterministic or kept_levels == _LEVELS:
       return x
-    rng = self.make_rng("dropout")
-    # Four numbers of 16 bits from each pair of words. Compared before they are
-    # put in a column, so that the backward pass stores booleans.
+    # A pair of words gives four numbers of 16 bits. They are compared before
+    # they are concatenated, so that the backward pass stores booleans.
     *outer, length, width = (1, *x.shape)
-    words = _pairs_of_words(rng, (*outer, -(-length // 4), width))
+    words = _pairs_of_words(
+      self.make_rng("dropout"), (*outer, -(-length // 4), width)
+    )
     halves = [h for word in words for h in (word & (_LEVELS - 1), word >> 16)]
-    keep = jnp.concatenate([half < kept for half in halves], axis=-2)
+    keep = jnp.concatenate([half < kept_levels for half in halves], axis=-2)
     keep = keep[..., :length, :].reshape(x.shape)
-    keep = checkpoint_name(keep, KEPT)
-    return jnp.where(keep, x * (_LEVELS / kept), 0.0)
+    keep = checkpoint_name(keep, SAVED)
+    return jnp.where(keep, x * (_LEVELS / kept_levels), 0.0)
 
 
-def _pairs_of_words(rng: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-  """Two arrays of random uint32; each entry from its position alone."""
+def _pairs_of_words(rng: Array, shape: tuple[int, ...]) -> list[Array]:
+  """Draws two arrays of random uint32, each entry from its position alone."""
   if jax.random.key_impl(rng) != "threefry2x32":
-    return tuple(jax.random.bits(rng, (2, *shape), jnp.uint32))
+    return list(jax.random.bits(rng, (2, *shape), jnp.uint32))
   position = sum(
     math.prod(shape[axis + 1 :])
     * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)

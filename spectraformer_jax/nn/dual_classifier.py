@@ -1,33 +1,31 @@
 """Classifier of pairs of sequences: the model for Retrieval."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax import checks
-from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn.classifier import class_logits
-from spectraformer_jax.nn.inputs import check_length, check_tokens, token_ids
-from spectraformer_jax.nn.parts import part_of
+from spectraformer_jax.nn.config import PooledFields
+from spectraformer_jax.nn.inputs import (
+  Tokens,
+  check_tokens,
+  real_positions,
+  token_ids,
+)
 from spectraformer_jax.nn.sequence_encoder import SequenceEncoder
 from spectraformer_jax.typing import Array
 
 
-class DualClassifier(nn.Module):
-  """Pairs of token sequences to class logits.
+class DualClassifier(PooledFields):
+  """Maps pairs of token sequences to class logits.
 
-  One encoder reads both; with a and b for its pooled outputs, an MLP classifies
-  ``[a, b, a * b, a - b]`` (Tay et al., "Long Range Arena", 2021, section
-  2.2.3).
+  One encoder reads both sequences; with a and b for its pooled outputs, an MLP
+  classifies ``[a, b, a * b, a - b]`` (Tay et al., "Long Range Arena", 2021,
+  section 2.2.3).
 
   Attributes:
-    vocab_size, num_classes, max_len, embed_dim, pooling, pooled_norm,
-      positions: see `Classifier`.
-    num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
-      attention_kwargs, share_projection, num_key_value_heads, dropout_rate,
-      dtype, param_dtype, remat: see `Encoder`.
+    vocab_size, num_classes, max_len: see `Classifier`.
+    pooling, pooled_norm, batch_axis: see `SequenceEncoder`.
+    embed_dim, num_layers, ..., remat: see `EncoderConfig`.
 
   Example:
     >>> import jax, spectraformer_jax as sf
@@ -43,33 +41,13 @@ class DualClassifier(nn.Module):
   vocab_size: int
   num_classes: int
   max_len: int
-  embed_dim: int = 64
-  num_layers: int = 2
-  num_heads: int = 2
-  head_dim: int = 32
-  mlp_dim: int = 128
-  mlp: str = "gelu"
-  norm: str = "pre"
-  positions: str = "learned"
-  feature_map: FeatureMap | None = None
-  attention: str = "spectral"
-  attention_kwargs: Mapping[str, Any] | None = None
-  share_projection: bool = False
-  dropout_rate: float = 0.1
-  pooling: str = "mean"
-  pooled_norm: str = "none"
-  batch_axis: str | None = None
-  num_key_value_heads: int | None = None
-  dtype: Any = None
-  param_dtype: Any = jnp.float32
-  remat: bool = False
 
   @nn.compact
   def __call__(
     self,
-    tokens: Array,
+    tokens: Tokens,
     length: Array,
-    tokens_2: Array,
+    tokens_2: Tokens,
     length_2: Array,
     *,
     deterministic: bool = True,
@@ -87,7 +65,7 @@ class DualClassifier(nn.Module):
       Logits ``[B, num_classes]`` float32.
 
     Raises:
-      ValueError: as `Classifier`, and where the two have not as many rows.
+      ValueError: an error of `Classifier`, or the two differ in batch size.
     """
     tokens = check_tokens(tokens)
     tokens_2 = check_tokens(tokens_2, "tokens_2")
@@ -96,26 +74,17 @@ class DualClassifier(nn.Module):
         "tokens and tokens_2 must have as many rows, got tokens.shape="
         f"{tokens.shape}, tokens_2.shape={tokens_2.shape}."
       )
-    length = check_length(length, tokens)
-    length_2 = check_length(length_2, tokens_2, "length_2")
-    pair = (tokens, length, "tokens"), (tokens_2, length_2, "tokens_2")
-    tokens, tokens_2 = (
-      token_ids(
-        rows, self.vocab_size, checks.positions_before(n, rows.shape[1]), name
-      )
-      for rows, n, name in pair
-    )
-    # As one batch: one program for both, and rows enough to fill a device.
+    # Both are encoded as one batch: one program, and larger matrix products.
     longest = max(tokens.shape[1], tokens_2.shape[1])
-    both = jnp.concatenate(
-      [
-        jnp.pad(rows, ((0, 0), (0, longest - rows.shape[1])))
-        for rows in (tokens, tokens_2)
-      ]
-    )
-    lengths = jnp.concatenate([length, length_2])
-    encoder = part_of(self, SequenceEncoder)
-    x = encoder(both, lengths, deterministic=deterministic)
+    batches = []
+    for x, n, suffix in ((tokens, length, ""), (tokens_2, length_2, "_2")):
+      mask = real_positions(x, n, f"length{suffix}")
+      ids = token_ids(x, self.vocab_size, mask, f"tokens{suffix}")
+      batches.append(jnp.pad(ids, ((0, 0), (0, longest - x.shape[1]))))
+    lengths = jnp.concatenate([jnp.asarray(n) for n in (length, length_2)])
+    encoder = SequenceEncoder.from_config(self)
+    nn.share_scope(self, encoder)
+    x = encoder(jnp.concatenate(batches), lengths, deterministic=deterministic)
     a, b = jnp.split(x, 2)
     x = jnp.concatenate([a, b, a * b, a - b], axis=-1)
-    return class_logits(self, x)
+    return class_logits(self, self.num_classes, x)

@@ -1,4 +1,4 @@
-"""What a feature map keeps in a module: leaves and running statistics."""
+"""Variables of a feature map, and its running statistics, inside a module."""
 
 import flax.linen as nn
 import jax
@@ -8,23 +8,27 @@ from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
-# Running statistics keep this share of their value at each training step.
-STATS_DECAY = 0.99
+# At each training step, running statistics move by 1 - _STATS_DECAY of the way
+# to those of the batch.
+_STATS_DECAY = 0.99
 
 
 def feature_variables(
-  module: nn.Module, feature_map: FeatureMap, *, head_dim: int, num_heads: int
+  module: nn.Module, feature_map: FeatureMap, head_dim: int, num_heads: int
 ) -> FeatureVariables:
-  """Learnable leaves from "params", drawn ones from "random_features".
+  """Gets or creates the learnable and the random leaves of a feature map.
+
+  Learnable leaves are the parameter "feature_map"; random ones are the variable
+  "projection" of the collection "random_features".
 
   Args:
-    module: inside its compact method.
-    feature_map: whose leaves they are.
+    module: called from its compact method.
+    feature_map: from `sf.feature_map` or `sf.compose`.
     head_dim: H.
-    num_heads: N of the keys, or 1 to share.
+    num_heads: N of the keys, or 1 to share the leaves among heads.
 
   Raises:
-    ValueError: no "random_features" where they cannot be made.
+    ValueError: the collection "random_features" is missing and not mutable.
   """
   sizes = {"head_dim": head_dim, "num_heads": num_heads}
   collection = "random_features"
@@ -43,10 +47,7 @@ def feature_variables(
     lambda: feature_map.init_projection(module.make_rng("features"), **sizes),
   )
   params = {}
-  shapes = jax.eval_shape(
-    lambda: feature_map.init_params(jax.random.key(0), **sizes)
-  )
-  if jax.tree.leaves(shapes):
+  if feature_map.has_params:
     params = module.param(
       "feature_map", lambda rng: feature_map.init_params(rng, **sizes)
     )
@@ -59,48 +60,52 @@ def running_stats(
   variables: FeatureVariables,
   query: Array,
   key: Array,
-  *,
   query_mask: Array | None,
   key_mask: Array | None,
   deterministic: bool,
 ) -> PyTree:
-  """Stats of earlier batches; None where the map needs no running ones.
+  """Returns the running statistics from before this call, and updates them.
 
-  The step's own batch is counted after it is attended, so that no position
-  is influenced by later ones.
+  The batch of this call enters the statistics of the next one only, so that no
+  position is influenced by later positions.
 
   Args:
-    module: inside its compact method.
-    feature_map: with statistics="ema", or another.
+    module: called from its compact method.
+    feature_map: with statistics="ema"; for any other nothing is kept.
     variables: of the map.
     query: ``[B, T, N G, H]``, not scaled.
-    key: ``[B, S, N, H]``.
+    key: ``[B, S, N, H]``, not scaled.
     query_mask: ``[B, T]`` bool, True where a query counts; None for all.
-    key_mask: ``[B, S]``, likewise.
-    deterministic: False in training: the batch is counted.
+    key_mask: ``[B, S]`` bool, True where a key counts; None for all.
+    deterministic: False in training: updates the statistics.
+
+  Returns:
+    `stats` for `spectral_attention`; None for a map without running statistics.
   """
   if getattr(feature_map.component, "statistics", None) != "ema":
     return None
   num_heads, head_dim = key.shape[2:]
-  scale = float(head_dim) ** -0.25
+  sqrt_scale = float(head_dim) ** -0.25
 
-  def typical():
+  def moments_of_normal_inputs() -> PyTree:
     shape = (1, 1024, num_heads, head_dim)
-    x, y = jax.random.normal(jax.random.key(0), (2, *shape)) * scale
+    x, y = jax.random.normal(jax.random.key(0), (2, *shape)) * sqrt_scale
     return feature_map.moments(variables, x, y)
 
-  running = module.variable("feature_stats", "moments", typical)
+  running = module.variable(
+    "feature_stats", "moments", moments_of_normal_inputs
+  )
   stats = feature_map.solve(running.value)
   if not deterministic and not module.is_initializing():
     query, query_mask = queries_by_key_head(query, query_mask, num_heads)
     new, counts = feature_map.mean_moments(
       variables,
-      query.astype(jnp.float32) * scale,
-      key.astype(jnp.float32) * scale,
+      query.astype(jnp.float32) * sqrt_scale,
+      key.astype(jnp.float32) * sqrt_scale,
       key_mask=key_mask,
       query_mask=query_mask,
     )
-    rate = jnp.where(counts, 1.0 - STATS_DECAY, 0.0)
+    rate = jnp.where(counts, 1.0 - _STATS_DECAY, 0.0)
     running.value = jax.tree.map(
       lambda old, new: (1.0 - rate) * old + rate * new, running.value, new
     )

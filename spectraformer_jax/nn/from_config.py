@@ -1,19 +1,16 @@
-"""The feature map and the model that a config describes.
+"""Feature map and model from the config of a training run."""
 
-The config is that of a training run, from its file or from its workdir.
-"""
-
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from spectraformer_jax import feature_maps
 from spectraformer_jax.baselines import check_options
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.nn.classifier import Classifier
+from spectraformer_jax.nn.config import field_names
 from spectraformer_jax.nn.dual_classifier import DualClassifier
 from spectraformer_jax.nn.language_model import (
   LanguageModel,
@@ -22,18 +19,20 @@ from spectraformer_jax.nn.language_model import (
 from spectraformer_jax.typing import Array
 
 Model = Classifier | DualClassifier | LanguageModel | MaskedLanguageModel
+# A `ConfigDict`, from a file or a workdir; type checkers do not know its keys.
+Config = Any
 
 
-def make_feature_map(config: ConfigDict) -> FeatureMap | None:
-  """The pair of the config; None for a baseline.
+def make_feature_map(config: Config) -> FeatureMap | None:
+  """Makes the feature map of `config`; None for a baseline.
 
   A pair without weight matrix ("none") has no num_features, whatever the config
   says.
 
   Raises:
-    ValueError: unknown component or matrix, an option it or the baseline does
-      not have or cannot use, or a redraw interval for a matrix that cannot be
-      redrawn.
+    ValueError: an unknown component or matrix; an option that it or the
+      baseline does not have or cannot use; or a redraw interval for a matrix
+      that cannot be redrawn.
 
   Example:
     >>> from spectraformer_jax.train.config import default_config
@@ -48,16 +47,15 @@ def make_feature_map(config: ConfigDict) -> FeatureMap | None:
     name: _hashable(section[name].to_dict())
     for name in ("component_kwargs", "weight_matrix_kwargs")
   }
+  has_rows = section.weight_matrix != "none"
   try:
     feature_map = feature_maps.feature_map(
       section.component,
       section.weight_matrix,
-      num_features=None
-      if section.weight_matrix == "none"
-      else section.num_features,
+      num_features=section.num_features if has_rows else None,
       **options,
     )
-  except TypeError as error:  # of an option's value
+  except TypeError as error:  # from the value of an option
     raise ValueError(
       f"config.feature_map of {section.component!r} and "
       f"{section.weight_matrix!r} cannot use one of the options {options}: "
@@ -76,7 +74,7 @@ def make_feature_map(config: ConfigDict) -> FeatureMap | None:
 
 
 def _hashable(options: Mapping[str, Any]) -> dict[str, Any]:
-  """With tuples for lists, which a command line gives."""
+  """Replaces lists, which come from a command line, by tuples."""
   return {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in options.items()
@@ -84,20 +82,22 @@ def _hashable(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_model(
-  config: ConfigDict,
+  config: Config,
   feature_map: FeatureMap | None,
   facts: Mapping[str, Any],
 ) -> Model:
-  """The model for a task: a classifier, of pairs if its examples are pairs.
+  """Makes the model for a task.
 
-  With another `train.objective` than "classify" a language model.
+  It is a classifier, of pairs if the task's examples are pairs, or with another
+  `train.objective` than "classify" a language model.
 
   Args:
-    config: its section model, where vocab_size and max_len left at None are
-      the data's; task's pad_to_multiple; train's precision and remat.
-    feature_map: of `make_feature_map`.
-    facts: of the data: name, vocab_size, num_classes, length and pair, as
-      `data.Facts` has them.
+    config: read are its section model, where None as vocab_size or max_len
+      means that of the data; task's pad_to_multiple; train's objective,
+      precision and remat.
+    feature_map: from `make_feature_map`.
+    facts: name, vocab_size, num_classes, length and pair of the data, as in
+      `data.Facts`.
 
   Raises:
     ValueError: a vocabulary or length smaller than the data needs.
@@ -110,23 +110,20 @@ def make_model(
     >>> make_model(config, make_feature_map(config), facts).max_len
     5
   """
-  # A key that a config does not have yet has its default's effect.
+  # A config of an earlier version may lack the key.
   objective = config.train.get("objective", "classify")
   kind = _model_class(objective, facts["pair"])
-  attributes = {field.name for field in dataclasses.fields(kind)}
-  # What else the section may hold is not about the model's form.
-  options = {k: v for k, v in config.model.to_dict().items() if k in attributes}
+  # The section holds other keys as well, such as init_from.
+  fields = field_names(kind)
+  options = {k: v for k, v in config.model.to_dict().items() if k in fields}
   if objective == "classify":
     options["num_classes"] = facts["num_classes"]
-  # Hidden tokens have an id of their own, the last.
+  # The last id is that of the mask token.
   vocab_size = facts["vocab_size"] + (objective == "masked")
   # Batches are padded to this length.
   multiple = config.task.pad_to_multiple
   length = -(-facts["length"] // multiple) * multiple
-  for name, needed in (
-    ("vocab_size", vocab_size),
-    ("max_len", length),
-  ):
+  for name, needed in (("vocab_size", vocab_size), ("max_len", length)):
     if options[name] is None:
       options[name] = needed
     elif options[name] < needed:
@@ -136,7 +133,7 @@ def make_model(
       )
   return kind(
     feature_map=feature_map,
-    # Parameters, statistics, feature sums and the head stay float32.
+    # Of activations: parameters, statistics, sums and the head stay float32.
     dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else None,
     remat=config.train.remat,
     **options,
@@ -144,13 +141,13 @@ def make_model(
 
 
 def _model_class(objective: str, pair: bool) -> type[Model]:
-  """What learns it; pairs are guessed one sequence at a time."""
+  """Returns the class for an objective; a language model takes no pairs."""
   if objective == "classify":
     return DualClassifier if pair else Classifier
   return {"masked": MaskedLanguageModel, "causal": LanguageModel}[objective]
 
 
-def example_inputs(model: Model) -> tuple[Array, ...]:
-  """What a model can be initialised with: shapes of variables need no more."""
+def example_inputs(model: nn.Module) -> tuple[Array, ...]:
+  """Returns the smallest inputs with which a model can be initialised."""
   inputs = jnp.ones((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
   return inputs * 2 if isinstance(model, DualClassifier) else inputs

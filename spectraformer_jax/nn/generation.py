@@ -1,22 +1,25 @@
-"""Generation: tokens one by one, from states of constant size."""
+"""Generation of tokens one by one, from a state of constant size."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from spectraformer_jax import checks
 from spectraformer_jax.nn.inputs import (
+  Tokens,
   check_length,
   check_tokens,
-  known,
+  real_positions,
   token_ids,
 )
-from spectraformer_jax.nn.language_model import LanguageModel, real_positions
+from spectraformer_jax.nn.language_model import LanguageModel
 from spectraformer_jax.nn.seq2seq import Seq2Seq
 from spectraformer_jax.typing import Array, PyTree
 
@@ -24,11 +27,11 @@ from spectraformer_jax.typing import Array, PyTree
 def generate(
   model: LanguageModel | Seq2Seq,
   variables: PyTree,
-  prompt: Array,
+  prompt: Tokens,
   *,
   num_tokens: int,
   prompt_length: Array | None = None,
-  source: Array | None = None,
+  source: Tokens | None = None,
   source_length: Array | None = None,
   end_token: int | None = None,
   rng: Array | None = None,
@@ -40,33 +43,36 @@ def generate(
 
   Args:
     model: with attention="spectral".
-    variables: of the model; a cache among them is not looked at.
-    prompt: ``[B, T]`` ints, T at least 1; of a `Seq2Seq` the start of the
+    variables: of the model; the collection "cache", if any, is ignored.
+    prompt: ``[B, T]`` ints, T at least 1; for a `Seq2Seq` the start of the
       target.
-    num_tokens: how many to add.
-    prompt_length: ``[B]`` ints from 1 to T, where prompts differ in length:
-      tokens from there on are padding. Each row goes on from its own.
-    source: ``[B, S]`` ints, of a `Seq2Seq`: read once.
-    source_length: ``[B]`` ints, or None for no padding.
-    end_token: a row that has drawn it holds nothing else from there on.
-    rng: PRNG key; needed where `temperature` is not 0.
-    temperature: logits are divided by it and tokens drawn; 0 takes the
-      likeliest.
+    num_tokens: number of tokens to generate.
+    prompt_length: ``[B]`` ints from 1 to T, for prompts of different lengths:
+      tokens from there on are padding, and each row continues from its own last
+      token.
+    source: ``[B, S]`` ints, for a `Seq2Seq`, which reads it once.
+    source_length: ``[B]`` ints: positions from there on are padding; None for
+      no padding.
+    end_token: once a row has generated it, the rest of the row is filled with
+      it.
+    rng: PRNG key; needed if `temperature` is not 0.
+    temperature: divides the logits from which tokens are drawn; 0 takes the
+      likeliest token.
     top_k: draw from the k likeliest tokens only.
-    top_p: draw from the likeliest tokens only, as few as have this probability
-      together (Holtzman et al., "The Curious Case of Neural Text Degeneration",
-      2020); of those of `top_k`, if both are given.
+    top_p: draw from the smallest set of likeliest tokens that has this
+      probability (Holtzman et al., "The Curious Case of Neural Text
+      Degeneration", 2020), among those of `top_k` if both are given.
 
   Returns:
-    The new tokens ``[B, num_tokens]``, int32; -1 where logits (over the
+    The new tokens ``[B, num_tokens]``, int32; -1 where logits (divided by the
     temperature) are NaN or infinite, as after a token out of the vocabulary
     that was not known before the program ran.
 
   Raises:
-    ValueError: longer than `max_len` in all, an empty prompt, a token out of
-      the vocabulary, prompts of different lengths where features depend on
-      positions, a source that is missing or not read, an option out of its
-      range, or none of `rng` and temperature 0.
+    ValueError: more than `max_len` tokens in all; an empty prompt; a token out
+      of the vocabulary; prompts of different lengths with a component that
+      counts positions; a missing source, or one for another model than
+      `Seq2Seq`; an option out of its range; a temperature without `rng`.
 
   Example: see `LanguageModel` and `Seq2Seq`.
   """
@@ -86,7 +92,7 @@ def generate(
   longest = prompt.shape[1]
   if prompt_length is not None:
     prompt_length = check_length(prompt_length, prompt, "prompt_length")
-    lengths = known(prompt_length)
+    lengths = checks.concrete(prompt_length)
     if lengths is not None and lengths.size:
       if lengths.min() < 1 or lengths.max() > prompt.shape[1]:
         raise ValueError(
@@ -107,57 +113,74 @@ def generate(
     source = check_tokens(source, "source")
     real = real_positions(source, source_length, "source_length")
     source = token_ids(source, model.vocab_size, real, "source")
-  # Generation starts from its prompt, whatever was decoded before.
+  # Each call starts from its prompt, not from a cache of earlier decoding.
   variables = {k: v for k, v in variables.items() if k != "cache"}
   rng = jax.random.key(0) if rng is None else rng
-  inputs = prompt, prompt_length, source, source_length
-  return _generate(model, variables, inputs, rng, options)
+  sources = (source, source_length) if isinstance(model, Seq2Seq) else ()
+  return _generate(
+    model, variables, prompt, prompt_length, sources, rng, options
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options"))
-def _generate(model, variables, inputs, rng, options):
-  """`generate` on checked arguments."""
-  prompt, prompt_length, *source = inputs
+def _generate(
+  model: LanguageModel | Seq2Seq,
+  variables: dict[str, PyTree],
+  prompt: Array,
+  prompt_length: Array | None,
+  sources: tuple[Array | None, ...],
+  rng: Array,
+  options: "_Options",
+) -> Array:
+  """`generate` on checked arguments; `sources` are ``()`` or a source."""
 
-  def read(cache, tokens, length, source=(None, None)):
-    sources = tuple(source) if isinstance(model, Seq2Seq) else ()
-    logits, new = model.apply(
+  def read(
+    cache: PyTree, tokens: Array, length: Array | None, *source: Array | None
+  ) -> tuple[PyTree, Array]:
+    """Returns the cache after `tokens`, and the logits of the next token."""
+    logits, cache = model.apply(
       {**variables, **cache},
-      *(*sources, tokens, length),
+      *source,
+      tokens,
+      length,
       decode=True,
       mutable=["cache"],
     )
     if length is None:
-      return new, logits[:, -1]
+      return cache, logits[:, -1]
     last = jnp.take_along_axis(
       logits, (length - 1)[:, None, None], axis=1, mode="fill"
     )[:, 0]
-    return new, jnp.where(length[:, None] > 0, last, jnp.nan)
+    return cache, jnp.where(length[:, None] > 0, last, jnp.nan)
 
-  def choose(rng, logits, ended):
+  def choose(rng: Array, logits: Array, has_ended: Array) -> tuple[Array, ...]:
+    """Returns tokens ``[B]``, and whether each row has ended."""
     token = options.choose(rng, logits)
     if options.end_token is None:
-      return token, ended
-    token = jnp.where(ended, options.end_token, token)
+      return token, has_ended
+    token = jnp.where(has_ended, options.end_token, token)
     return token, token == options.end_token
 
-  def step(carry, rng):
-    cache, logits, ended = carry
-    token, ended = choose(rng, logits, ended)
-    return (*read(cache, token[:, None], None), ended), token
+  def step(carry: PyTree, rng: Array) -> tuple[PyTree, Array]:
+    cache, logits, has_ended = carry
+    token, has_ended = choose(rng, logits, has_ended)
+    cache, logits = read(cache, token[:, None], None, *(None for _ in sources))
+    return (cache, logits, has_ended), token
 
-  ended = jnp.zeros(prompt.shape[:1], bool)
-  carry = (*read({}, prompt, prompt_length, source), ended)
+  cache, logits = read({}, prompt, prompt_length, *sources)
+  has_ended = jnp.zeros(prompt.shape[:1], bool)
   rngs = jax.random.split(rng, options.num_tokens)
-  # The last token is chosen and not read.
-  (_, logits, ended), tokens = jax.lax.scan(step, carry, rngs[:-1])
-  last, _ = choose(rngs[-1], logits, ended)
+  # The model does not read the last token, so no step is made for it.
+  (_, logits, has_ended), tokens = jax.lax.scan(
+    step, (cache, logits, has_ended), rngs[:-1]
+  )
+  last, _ = choose(rngs[-1], logits, has_ended)
   return jnp.concatenate([tokens, last[None]]).T
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-  """How tokens are chosen; see `generate`."""
+  """Arguments of `generate` that say how tokens are chosen."""
 
   num_tokens: int
   end_token: int | None
@@ -166,46 +189,45 @@ class _Options:
   top_p: float | None
 
   def checked(self, vocab_size: int, rng: Array | None) -> "_Options":
-    """The same as numbers of Python; ValueError if they are not in range."""
+    """Converts to Python's numbers; raises ValueError if out of range."""
     checks.check_positive_int("num_tokens", self.num_tokens)
-    temperature = _number("temperature", self.temperature)
+    numbers = {
+      name: _number(name, value)
+      for name, value in vars(self).items()
+      if value is not None or name == "temperature"
+    }
+    temperature = numbers["temperature"]
     if not 0.0 <= temperature < math.inf or (temperature and rng is None):
       raise ValueError(
         f"temperature={temperature} must be 0, or positive with an rng."
       )
-    end_token, top_k, top_p = (
-      value if value is None else _number(name, value)
-      for name, value in (
-        ("end_token", self.end_token),
-        ("top_k", self.top_k),
-        ("top_p", self.top_p),
-      )
-    )
-    if not (top_k is None and top_p is None) and not temperature:
+    if {"top_k", "top_p"} & numbers.keys() and not temperature:
       raise ValueError(
-        f"top_k={top_k} and top_p={top_p} need a temperature above 0: at 0 the "
-        "likeliest token is taken."
+        f"top_k={self.top_k} and top_p={self.top_p} need a temperature above "
+        "0: at 0 the likeliest token is taken."
       )
-    if end_token is not None and end_token not in range(vocab_size):
+    if numbers.get("end_token", 0) not in range(vocab_size):
       raise ValueError(
-        f"end_token must be in [0, vocab_size={vocab_size}), got {end_token}."
+        f"end_token must be in [0, vocab_size={vocab_size}), got "
+        f"{self.end_token}."
       )
-    if top_k is not None and top_k not in range(1, vocab_size + 1):
+    if numbers.get("top_k", 1) not in range(1, vocab_size + 1):
       raise ValueError(
-        f"top_k must be an int from 1 to vocab_size={vocab_size}, got {top_k}."
+        f"top_k must be an int from 1 to vocab_size={vocab_size}, got "
+        f"{self.top_k}."
       )
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-      raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    return _Options(
-      int(self.num_tokens),
-      None if end_token is None else int(end_token),
-      temperature,
-      None if top_k is None else int(top_k),
-      top_p,
-    )
+    if not 0.0 < numbers.get("top_p", 1.0) <= 1.0:
+      raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+    for name in {"num_tokens", "end_token", "top_k"} & numbers.keys():
+      numbers[name] = int(numbers[name])
+    return dataclasses.replace(self, **numbers)
 
   def choose(self, rng: Array, logits: Array) -> Array:
-    """Tokens ``[B]`` of logits ``[B, vocab_size]``; -1 for NaN or overflow."""
+    """Chooses from logits ``[B, vocab_size]``.
+
+    Returns:
+      Tokens ``[B]``, int32; -1 where a logit is NaN or plus infinity.
+    """
     if self.temperature:
       logits = logits / self.temperature
     if not self.temperature:
@@ -215,25 +237,25 @@ class _Options:
     else:
       best, order = jax.lax.top_k(logits, self.top_k or logits.shape[-1])
       if self.top_p is not None:
-        share = jax.nn.softmax(best, axis=-1)
-        before = jnp.cumsum(share, axis=-1) - share
-        best = jnp.where(before < self.top_p, best, -jnp.inf)
+        probability = jax.nn.softmax(best, axis=-1)
+        sum_before = jnp.cumsum(probability, axis=-1) - probability
+        best = jnp.where(sum_before < self.top_p, best, -jnp.inf)
       index = jax.random.categorical(rng, best)
       token = jnp.take_along_axis(order, index[:, None], axis=-1)[:, 0]
-    can_be_compared = jnp.all(logits < jnp.inf, axis=-1)
-    return jnp.where(can_be_compared, token, -1).astype(jnp.int32)
+    is_valid = jnp.all(logits < jnp.inf, axis=-1)
+    return jnp.where(is_valid, token, -1).astype(jnp.int32)
 
 
-def _number(name: str, value) -> float:
-  """A number of Python; ValueError for what is none before the program runs."""
-  if isinstance(value, jax.core.Tracer):
+def _number(name: str, value: Any) -> float:
+  """Converts to a float; ValueError for a traced value or no number."""
+  if isinstance(value, Tracer):
     raise ValueError(
       f"{name} must be a number, got a traced value: programs differ by it, "
       "so pass it to jax.jit as a static argument."
     )
-  if isinstance(value, bool) or np.ndim(value):
-    raise ValueError(f"{name} must be a number, got {value!r}.")
   try:
+    if isinstance(value, bool) or np.ndim(value):
+      raise TypeError
     return float(value)
   except (TypeError, ValueError):
     raise ValueError(f"{name} must be a number, got {value!r}.") from None

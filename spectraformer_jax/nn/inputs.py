@@ -1,17 +1,31 @@
-"""What modules are given: checks, and padding taken out."""
+"""Checks of what modules are given, and removal of padding's content."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from spectraformer_jax import checks
+from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
+
+# Token ids: NumPy keeps large ones that 32 bits would wrap around.
+Tokens: TypeAlias = Array | np.ndarray
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+  """Raises ValueError, with the nearest choice, for an unknown value."""
+  if value not in choices:
+    raise ValueError(f"Unknown {name} {value!r}.{nearest(value, choices)}")
 
 
 def check_flags(**flags: bool) -> None:
-  """ValueError for a flag that is not known when the program is built."""
+  """Raises ValueError for a flag that is a traced value."""
   for name, value in flags.items():
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
       raise ValueError(
         f"{name} must be a Python bool, got a traced value; nn.remat traces "
         "keyword arguments: give it a function, nn.remat(lambda layer, x: "
@@ -20,9 +34,10 @@ def check_flags(**flags: bool) -> None:
 
 
 def without_padding(x: Array, mask: Array | None) -> Array:
-  """Vectors with zeros where padding was: NaN there would reach gradients.
+  """Sets padding to 0.
 
-  A gradient of zero times what padding holds is NaN where that is NaN.
+  If padding holds NaN, its gradient is NaN even where it has no influence,
+  since 0 times NaN is NaN.
 
   Args:
     x: ``[B, T, D]``.
@@ -37,13 +52,16 @@ def check_rows(
   segment_ids: Array | None,
   name: str = "x",
 ) -> tuple[Array | None, Array | None]:
-  """Mask and segments as arrays; ValueError unless they are ``[B, T]``.
+  """Converts mask and segments to arrays.
 
   Args:
     x: ``[B, T, D]``.
-    mask: bool, or None.
-    segment_ids: ints, or None.
-    name: of x, for the message.
+    mask: bool ``[B, T]``, or None.
+    segment_ids: ints ``[B, T]``, or None.
+    name: of x in error messages.
+
+  Raises:
+    ValueError: another shape or dtype.
   """
   if x.ndim != 3:
     raise ValueError(
@@ -54,9 +72,7 @@ def check_rows(
     checks.check_key_mask(mask, x, "mask" if name == "x" else f"{name}_mask")
   if segment_ids is not None:
     segment_ids = jnp.asarray(segment_ids)
-    if segment_ids.shape != x.shape[:2] or not jnp.issubdtype(
-      segment_ids.dtype, jnp.integer
-    ):
+    if segment_ids.shape != x.shape[:2] or not _is_int(segment_ids):
       raise ValueError(
         f"segment_ids must be ints [batch, length] = {list(x.shape[:2])}, got "
         f"{segment_ids.dtype} of shape {segment_ids.shape}."
@@ -64,12 +80,10 @@ def check_rows(
   return mask, segment_ids
 
 
-def check_tokens(tokens: Array, name: str = "tokens") -> Array:
-  """The tokens as an array; ValueError unless they are ints ``[B, T]``."""
-  # Numpy keeps what 32 bits would wrap.
+def check_tokens(tokens: Tokens, name: str = "tokens") -> Tokens:
+  """Converts tokens to an array; raises ValueError unless ints ``[B, T]``."""
   tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
-  is_int = jnp.issubdtype(tokens.dtype, jnp.integer) or not tokens.size
-  if tokens.ndim != 2 or not is_int:
+  if tokens.ndim != 2 or not (_is_int(tokens) or not tokens.size):
     raise ValueError(
       f"{name} must be ints [batch, length], got {tokens.dtype} of shape "
       f"{tokens.shape}."
@@ -77,17 +91,17 @@ def check_tokens(tokens: Array, name: str = "tokens") -> Array:
   return tokens
 
 
-def check_length(length: Array, tokens: Array, name: str = "length") -> Array:
-  """The lengths as an array; ValueError unless they are ints ``[B]``.
+def check_length(length: Array, tokens: Tokens, name: str = "length") -> Array:
+  """Converts lengths to an array; raises ValueError unless ints ``[B]``.
 
   Args:
     length: one number for each row.
     tokens: ``[B, T]``.
-    name: for the message.
+    name: of length in error messages.
   """
   length = jnp.asarray(length)
   if length.shape != tokens.shape[:1] or not (
-    jnp.issubdtype(length.dtype, jnp.integer) or not length.size
+    _is_int(length) or not length.size
   ):
     raise ValueError(
       f"{name} must be ints [batch] = [{tokens.shape[0]}], one for each row of "
@@ -96,26 +110,40 @@ def check_length(length: Array, tokens: Array, name: str = "length") -> Array:
   return length
 
 
+def real_positions(
+  tokens: Tokens, length: Array | None, name: str = "length"
+) -> Array | None:
+  """Returns a mask, bool ``[B, T]``: True before `length`; None for None."""
+  if length is None:
+    return None
+  tokens = check_tokens(tokens)
+  length = check_length(length, tokens, name)
+  return checks.positions_before(length, tokens.shape[1])
+
+
 def token_ids(
-  tokens: Array, vocab_size: int, mask: Array | None, name: str = "tokens"
+  tokens: Tokens,
+  vocab_size: int,
+  mask: Array | None,
+  name: str = "tokens",
 ) -> Array:
-  """Rows of the table of embeddings, int32 ``[B, T]``.
+  """Turns tokens into rows of the embedding table.
 
   Args:
     tokens: ints ``[B, T]``.
-    vocab_size: tokens are below it.
+    vocab_size: number of rows.
     mask: ``[B, T]``, True at real positions; None for all.
-    name: for the message.
+    name: of tokens in error messages.
 
   Returns:
-    The tokens; 0 where padding is, whatever it holds, and `vocab_size`, whose
-    embedding is NaN, for other tokens that are no token.
+    int32 ``[B, T]``: the tokens; 0 at padding; `vocab_size`, whose embedding is
+    NaN, for a real token outside [0, vocab_size).
 
   Raises:
-    ValueError: such a token where tokens and mask are known before the program
-      runs.
+    ValueError: such a token, if tokens and mask are concrete.
   """
-  values, real = known(tokens), True if mask is None else known(mask)
+  values = checks.concrete(tokens)
+  real = True if mask is None else checks.concrete(mask)
   if values is not None and real is not None:
     wrong = values[((values < 0) | (values >= vocab_size)) & real]
     if wrong.size:
@@ -131,10 +159,5 @@ def token_ids(
   return ids.astype(jnp.int32)
 
 
-def known(x: Array) -> np.ndarray | None:
-  """The values, where they are known before the program runs."""
-  if isinstance(x, jax.core.Tracer):
-    return None
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return None
-  return np.asarray(jax.device_get(x))
+def _is_int(x: Tokens) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.integer)

@@ -1,4 +1,4 @@
-"""Positions of tokens: which come next, their waves, and rotation by them."""
+"""Positions of tokens: numbers, sinusoids, and rotary embedding."""
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ from spectraformer_jax.typing import Array
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 
-_LONGEST_WAVE = 1e4
+_LONGEST_WAVE = 1e4  # in positions, over 2 pi
 
 
 def next_positions(
@@ -19,15 +19,19 @@ def next_positions(
   segment_ids: Array | None,
   decode: bool,
 ) -> Array:
-  """The positions of tokens, int32 ``[T]`` or, where rows differ, ``[B, T]``.
+  """Returns the position of each token; while decoding, counts the tokens.
 
   Args:
-    module: inside its compact method. If it decodes, its "position" in the
-      collection "cache", ``[B]``, counts the real tokens of all calls.
+    module: called from its compact method. With `decode`, its variable
+      "position" ``[B]`` in the collection "cache" counts the real tokens of all
+      calls.
     x: ``[B, T, ...]``.
     mask: ``[B, T]``, True at real positions; None for all.
     segment_ids: ints ``[B, T]`` of packed rows, or None.
-    decode: whether the tokens follow those of earlier calls.
+    decode: the tokens continue the sequences of earlier calls.
+
+  Returns:
+    int32 ``[T]`` or, if rows may differ, ``[B, T]``.
   """
   batch, length = x.shape[:2]
   index = jnp.arange(length, dtype=jnp.int32)
@@ -50,10 +54,13 @@ def next_positions(
 
 
 def positions_in_segments(segment_ids: Array) -> Array:
-  """How many positions before each have its id, int32 ``[B, T]``.
+  """Counts, for each position, the earlier positions of its segment.
 
   Args:
     segment_ids: ints ``[B, T]``, in any order.
+
+  Returns:
+    int32 ``[B, T]``.
 
   Example:
     >>> positions_in_segments(jnp.array([[7, 7, 7, 2, 2, 7]])).tolist()
@@ -64,19 +71,19 @@ def positions_in_segments(segment_ids: Array) -> Array:
   index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
   starts = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
   first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-  # Back to the order before.
+  # Undo the sort.
   return jnp.take_along_axis(index - first, jnp.argsort(order, axis=1), axis=1)
 
 
 def sinusoids(length: int, size: int) -> Array:
-  """Waves of the positions: sines, then cosines, of mean square 1.
+  """Sinusoidal position embedding: sines, then cosines, of mean square 1.
 
   Entries i and i + ceil(size/2) are ``sqrt(2)`` times sine and cosine of
   ``t * 1e4**(-i/ceil(size/2))``.
 
   Args:
-    length: of the sequence.
-    size: of the embedding; if it is odd, a cosine less.
+    length: number of positions.
+    size: of the embedding; if it is odd, the last cosine is left out.
 
   Returns:
     ``[length, size]`` float32.
@@ -87,31 +94,31 @@ def sinusoids(length: int, size: int) -> Array:
 
   References:
     Vaswani et al., `Attention is all you need
-    <https://arxiv.org/abs/1706.03762>`_, 2017, section 3.5. As the start of a
-    learned table: Tay et al., "Long Range Arena", 2021, in its code.
+    <https://arxiv.org/abs/1706.03762>`_, 2017, section 3.5. As initial value of
+    a learned table: the code of Tay et al., "Long Range Arena", 2021.
   """
   half = -(-size // 2)
-  speed = _LONGEST_WAVE ** (-np.arange(half) / half)
-  angle = np.outer(np.arange(length), speed)
-  waves = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)[:, :size]
-  return jnp.asarray(np.sqrt(2) * waves, jnp.float32)
+  frequency = _LONGEST_WAVE ** (-np.arange(half) / half)
+  angle = np.outer(np.arange(length), frequency)
+  columns = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)[:, :size]
+  return jnp.asarray(np.sqrt(2) * columns, jnp.float32)
 
 
 def rotate(x: Array, positions: Array) -> Array:
   r"""Rotary position embedding of queries or keys.
 
-  Entries i and i + H/2 turn as a pair by ``positions * 1e4**(-2i/H)``, so the
-  product of a query at t and a key at s depends on t - s alone, and so does any
-  exact kernel of it. An *estimate* of the kernel by random features does not:
-  to shift both is to draw another W. Packed rows are therefore as if apart only
-  where positions start again in each segment.
+  Rotates entries i and i + H/2, as a pair, by ``positions * 1e4**(-2i/H)``, so
+  that the product of a query at t and a key at s, and any exact kernel of it,
+  depends on t - s alone. An *estimate* of the kernel by random features does
+  not: a shift of both acts as another draw of W. Hence packed rows equal
+  separate ones only if positions start at 0 in each segment.
 
   Args:
     x: ``[B, T, N, H]`` float, H even.
     positions: ``[T]`` or ``[B, T]``, ints or floats.
 
   Returns:
-    ``[B, T, N, H]`` in x's dtype; angles are float32. Norms are as before.
+    ``[B, T, N, H]`` in x's dtype; angles are float32. Norms do not change.
 
   Raises:
     ValueError: H is odd.
@@ -129,12 +136,12 @@ def rotate(x: Array, positions: Array) -> Array:
   if head_dim % 2:
     raise ValueError(f"rotary positions need an even head_dim, got {head_dim}.")
   half = head_dim // 2
-  speed = _LONGEST_WAVE ** (-np.arange(half, dtype=np.float32) / half)
-  angle = jnp.multiply.outer(positions.astype(jnp.float32), speed)
-  # One axis for the heads, and one for the batch if all rows are alike.
+  frequency = _LONGEST_WAVE ** (-np.arange(half, dtype=np.float32) / half)
+  angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)
+  # ``[B or 1, T, 1, H/2]``.
   angle = angle[..., None, :].reshape(-1, x.shape[1], 1, half)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first = x[..., :half].astype(jnp.float32)
   second = x[..., half:].astype(jnp.float32)
-  turned = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  rotated = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

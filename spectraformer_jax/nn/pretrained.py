@@ -1,5 +1,6 @@
 """A trained model from the folder of its run, without the training code."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -18,10 +19,11 @@ from spectraformer_jax.typing import PyTree
 
 _LOGGER = logging.getLogger(__name__)
 
-# What a workdir holds; docs/training.md.
+# Names inside a workdir; see docs/training.md.
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-# In the record of a checkpoint: of the variables that `load_pretrained` gives.
+# Key, in the record of a checkpoint, of the checksum of the variables that
+# `load_pretrained` returns.
 VARIABLES_CHECKSUM = "variables_checksum"
 
 
@@ -31,7 +33,7 @@ class Pretrained(NamedTuple):
   Attributes:
     model: a Linen module.
     variables: its collections: "params" (their moving average, if the run kept
-      one), "random_features" and perhaps "feature_stats"; host arrays.
+      one), "random_features" and perhaps "feature_stats"; NumPy arrays.
   """
 
   model: from_config.Model
@@ -41,21 +43,21 @@ class Pretrained(NamedTuple):
 def load_pretrained(
   path: Path | str, *, step: int | str = "best"
 ) -> Pretrained:
-  """The model of a run, with the variables it is evaluated with.
+  """Loads the model of a run, with the variables that it is evaluated with.
 
-  The optimiser's state is not looked at, and neither the data nor the devices
-  of the run are needed.
+  It needs neither the data nor the devices of the run.
 
   Args:
     path: the run's workdir: its config.json and checkpoints/.
     step: "best" (by dev accuracy), "last", or the number of a checkpoint.
 
   Returns:
-    Model and variables; `model.apply(variables, tokens, length)` gives logits.
+    Model and variables; `model.apply(variables, tokens, length)` returns
+    logits.
 
   Raises:
     ValueError: the folder holds no run or no such checkpoint, or the checkpoint
-      is damaged or of another model.
+      is damaged or belongs to another model.
 
   Example:
     >>> load_pretrained("no/such/folder")
@@ -72,7 +74,7 @@ def load_pretrained(
     feature_map = from_config.make_feature_map(config)
     model = from_config.make_model(config, feature_map, stored["data"]["train"])
     shapes = _shapes(model, feature_map)
-  except Exception as error:  # what an edited value leads to is not known
+  except Exception as error:  # an edited value may lead to any error
     raise damaged(path, error) from error
   step = find_step(path, step)
   try:
@@ -86,10 +88,17 @@ def load_pretrained(
 
 
 def read_config(workdir: Path, parts: Sequence[str]) -> dict[str, Any] | None:
-  """config.json, which has at least these parts; None where there is none.
+  """Reads config.json.
+
+  Args:
+    workdir: a folder.
+    parts: keys that the file must have.
+
+  Returns:
+    Its content; None without the file.
 
   Raises:
-    ValueError: it is damaged.
+    ValueError: the file is damaged.
   """
   try:
     content = (workdir / CONFIG).read_bytes()
@@ -104,20 +113,19 @@ def read_config(workdir: Path, parts: Sequence[str]) -> dict[str, Any] | None:
   if not isinstance(stored, dict):
     raise damaged(workdir, f"it holds {type(stored).__name__}, not an object")
   for part in parts:
-    kind = list if part == "environments" else dict
     content = stored.get(part)
-    if not isinstance(content, kind):
+    if not isinstance(content, list if part == "environments" else dict):
       raise damaged(workdir, f"its {part!r} is missing or wrong")
     if part == "config":
       continue
-    entries = content if kind is list else content.values()
+    entries = content.values() if isinstance(content, dict) else content
     if not content or not all(isinstance(entry, dict) for entry in entries):
       raise damaged(workdir, f"its {part!r} holds no objects")
   return stored
 
 
 def damaged(workdir: Path, why: Exception | str) -> ValueError:
-  """The error about a config.json that is not as it was written."""
+  """Returns the error for a config.json that is not as the run wrote it."""
   if isinstance(why, Exception):
     why = one_line(why)
   return ValueError(
@@ -127,44 +135,45 @@ def damaged(workdir: Path, why: Exception | str) -> ValueError:
 
 
 def find_step(path: Path, step: int | str) -> int:
-  """The number of a checkpoint.
+  """Returns the number of a checkpoint.
 
-  As when a run is resumed, the newest checkpoint whose record can be read says
-  which is the best, and is the last; newer ones are left out with a warning.
+  As when a run is resumed, the newest checkpoint with a readable record is the
+  last one, and its record says which is the best; newer checkpoints are ignored
+  with a warning.
 
   Args:
     path: a workdir.
     step: "best", "last" or a number.
 
   Raises:
-    ValueError: there is none of that step, or no record can be read.
+    ValueError: no such checkpoint, or none with a readable record.
   """
   folder = path / CHECKPOINTS
-  # Orbax gives a checkpoint its name when it is complete.
+  # Orbax renames a checkpoint to its number when it is complete.
   names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
   steps = sorted(int(x) for x in names if x.isascii() and x.isdigit())
   if not steps:
     raise ValueError(f"{str(path)!r} holds no checkpoint.")
-  wanted = step
+  number = step
   if step in ("best", "last"):
-    wanted, record = _newest(path, steps)
+    number, record = _newest(path, steps)
     if step == "best" and record["best"] is None:
       raise ValueError(
         f"{str(path)!r} was not evaluated yet, so no step is the best; use "
         "'last'."
       )
     if step == "best":
-      wanted = record["best"]["step"]
-  if str(wanted) not in map(str, steps):
+      number = record["best"]["step"]
+  if str(number) not in map(str, steps):
     raise ValueError(
-      f"{str(path)!r} holds no checkpoint of step {wanted!r}; it holds best "
+      f"{str(path)!r} holds no checkpoint of step {number!r}; it holds best "
       f"and last, {', '.join(map(str, steps))}."
     )
-  return int(wanted)
+  return int(number)
 
 
 def _newest(path: Path, steps: Sequence[int]) -> tuple[int, dict[str, Any]]:
-  """The last checkpoint whose record can be read, and that record."""
+  """Returns the last checkpoint with a readable record, and the record."""
   faults = {}
   for step in reversed(steps):
     try:
@@ -179,7 +188,10 @@ def _newest(path: Path, steps: Sequence[int]) -> tuple[int, dict[str, Any]]:
       _LOGGER.warning(
         "The checkpoint of step %d in %r cannot be read: %s. Going by that of "
         "step %d instead.",
-        *(bad_step, str(path), fault, step),
+        bad_step,
+        str(path),
+        fault,
+        step,
       )
     return step, record
   raise ValueError(
@@ -189,7 +201,7 @@ def _newest(path: Path, steps: Sequence[int]) -> tuple[int, dict[str, Any]]:
 
 
 def checksum(tree: PyTree, note: str = "") -> str:
-  """Of every bit of some arrays, and of a text that belongs to them.
+  """Returns a checksum over every bit of arrays, and a text beside them.
 
   Example:
     >>> checksum([np.ones(2)]) == checksum([np.zeros(2)])
@@ -198,19 +210,19 @@ def checksum(tree: PyTree, note: str = "") -> str:
   digest = hashlib.sha256(note.encode())
   for leaf in map(np.asarray, jax.tree.leaves(tree)):
     digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-    digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+    digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
   return digest.hexdigest()
 
 
 def one_line(error: Exception) -> str:
-  """The message in at most 300 characters."""
+  """Returns the message of an error, cut to 300 characters, in one line."""
   text = " ".join(str(error).split()) or repr(error)
   return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _read_record(path: Path, step: int) -> dict[str, Any]:
-  """What a checkpoint holds beside arrays."""
-  # Here, because it takes a second to import.
+  """Reads the content of a checkpoint beside its arrays."""
+  # Imported here because it takes a second.
   import orbax.checkpoint as ocp
 
   folder = (path / CHECKPOINTS / str(step) / "record").absolute()
@@ -219,7 +231,11 @@ def _read_record(path: Path, step: int) -> dict[str, Any]:
 
 
 def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
-  """Arrays in the structure of `like`; ValueError if they are others."""
+  """Reads variables with the structure, shapes and dtypes of `like`.
+
+  Raises:
+    ValueError: the checkpoint holds others.
+  """
   import orbax.checkpoint as ocp
 
   folder = (path / CHECKPOINTS / str(step) / "state").absolute()
@@ -228,19 +244,19 @@ def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
   if int(state["step"]) != step:
     raise ValueError(f"it is that of step {int(state['step'])}.")
   params = state.get("ema", state["params"])
-  # Orbax knows no named tuples: what it gives is told by names alone.
-  found = _by_name({"params": params, **state["collections"]})
+  # Orbax returns no named tuples, so leaves are matched by name.
+  stored = _by_name({"params": params, **state["collections"]})
   wanted = _by_name(like)
-  shape = lambda leaf: (leaf.shape, np.dtype(leaf.dtype))
-  for name in sorted(wanted.keys() | found.keys()):
-    pair = [shape(x[name]) if name in x else None for x in (wanted, found)]
-    if pair[0] != pair[1] and not (
-      all(pair)
-      and pair[0][0] == pair[1][0]
-      and was_integer(pair[0][1], pair[1][1])
+  for name in sorted(wanted.keys() | stored.keys()):
+    have, need = (
+      (x[name].shape, np.dtype(x[name].dtype)) if name in x else None
+      for x in (stored, wanted)
+    )
+    if have != need and not (
+      have and need and have[0] == need[0] and was_integer(need[1], have[1])
     ):
-      raise ValueError(f"{name} is {pair[1]}, the model needs {pair[0]}.")
-  leaves = [np.asarray(found[name]) for name in wanted]
+      raise ValueError(f"{name} is {have}, the model needs {need}.")
+  leaves = [np.asarray(stored[name]) for name in wanted]
   variables = jax.tree.unflatten(jax.tree.structure(like), leaves)
   written = _read_record(path, step).get(VARIABLES_CHECKSUM)
   if written not in (None, checksum(variables)):  # older versions wrote none
@@ -249,16 +265,16 @@ def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
 
 
 def was_integer(wanted: np.dtype, stored: np.dtype) -> bool:
-  """Whether an earlier version stored as integers what is float32 now.
+  """Whether an earlier version stored, as integers, what is float32 now.
 
-  Bits, indices and permutations of projections are; all are below 2**24, where
-  float32 is exact.
+  It did so for bits, indices and permutations in projections; all are below
+  2**24, where float32 is exact.
   """
   return wanted == np.float32 and np.issubdtype(stored, np.integer)
 
 
 def _by_name(tree: PyTree) -> dict[str, Any]:
-  """Leaves by path, in order."""
+  """Returns leaves by their path, in the order of the tree."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -268,9 +284,10 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
 def _shapes(
   model: nn.Module, feature_map: FeatureMap | None
 ) -> dict[str, PyTree]:
-  """Variables of the model, or structs like them."""
+  """Returns variables of the model, or their shapes and dtypes."""
   rngs = {"params": jax.random.key(0), "features": jax.random.key(0)}
   inputs = from_config.example_inputs(model)
+  init = functools.partial(model.init, rngs, *inputs)
   if feature_map is None or feature_map.weight_matrix.info.redrawable:
-    return jax.eval_shape(model.init, rngs, *inputs)
-  return model.init(rngs, *inputs)  # cannot be drawn while tracing
+    return dict(jax.eval_shape(init))
+  return dict(init())  # other matrices cannot be drawn while tracing

@@ -1,4 +1,4 @@
-"""New projections for a whole model."""
+"""Redraws the random projections of a whole model."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ def redraw(
 ) -> PyTree:
   """Draws every projection of a model anew; learnable parameters stay.
 
-  All layers are drawn by one vmapped call: several independent batched QR
-  factorisations in one program can deadlock on CPUs with few cores.
+  One vmapped call draws the projections of all layers: several independent
+  batched QR factorisations in one program can deadlock on CPUs with few cores.
 
   Args:
     feature_map: the map of the model's attention layers.
-    rng: PRNG key: the same on every replica.
-    random_features: collection "random_features" of a Linen model, whose
-      projections have equal shapes.
+    rng: PRNG key; must be the same on every replica.
+    random_features: collection "random_features" of a model, whose projections
+      have equal shapes.
 
   Returns:
     A collection like `random_features`. Works inside jit.
@@ -29,16 +29,18 @@ def redraw(
   Raises:
     ValueError: the weight matrix cannot be redrawn.
   """
-  is_projection = lambda node: isinstance(node, dict) and _PROJECTION in node
-  layers, structure = jax.tree.flatten(random_features, is_leaf=is_projection)
+  layers, structure = jax.tree.flatten(
+    random_features,
+    is_leaf=lambda node: isinstance(node, dict) and _PROJECTION in node,
+  )
   stacked = jax.tree.map(
     lambda *leaves: jnp.stack(leaves), *(x[_PROJECTION] for x in layers)
   )
 
-  def one_layer(rng, projection):
+  def redraw_layer(rng: Array, projection: PyTree) -> PyTree:
     return feature_map.redraw(rng, FeatureVariables({}, projection)).projection
 
-  drawn = jax.vmap(one_layer)(jax.random.split(rng, len(layers)), stacked)
+  drawn = jax.vmap(redraw_layer)(jax.random.split(rng, len(layers)), stacked)
   return structure.unflatten(
     {_PROJECTION: jax.tree.map(lambda leaf, i=i: leaf[i], drawn)}
     for i in range(len(layers))

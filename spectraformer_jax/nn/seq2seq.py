@@ -1,35 +1,27 @@
 """Encoder and decoder: one sequence of tokens to another."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import flax.linen as nn
-import jax.numpy as jnp
 
-from spectraformer_jax.feature_maps.feature_map import FeatureMap
-from spectraformer_jax.nn.inputs import check_tokens
-from spectraformer_jax.nn.language_model import real_positions, token_logits
-from spectraformer_jax.nn.parts import part_of
+from spectraformer_jax.nn.config import ModelFields
+from spectraformer_jax.nn.inputs import Tokens, check_tokens, real_positions
+from spectraformer_jax.nn.language_model import token_logits
 from spectraformer_jax.nn.token_encoder import TokenEncoder
 from spectraformer_jax.typing import Array
 
 
-class Seq2Seq(nn.Module):
-  """Transformer of two stacks: the logits of each next token of a target.
+class Seq2Seq(ModelFields):
+  """Encoder-decoder Transformer: the logits of each next token of a target.
 
   The encoder reads a source in both directions; the decoder is causal in the
-  target and attends to the encoder's output. Decoding needs a sum over the
-  target's keys and one over the source's for each layer, of constant size.
+  target and attends to the encoder's output. For decoding, each layer keeps a
+  sum over the target's keys and one over the source's, both of constant size.
 
   Attributes:
-    vocab_size: number of token ids of source and target, which have tables of
-      their own.
+    vocab_size: number of token ids of source and target, each of which has an
+      embedding table of its own.
     max_len: longest source, and longest target.
-    embed_dim, num_layers, num_heads, head_dim, mlp_dim, mlp, norm, positions,
-      feature_map, attention, attention_kwargs, share_projection,
-      num_key_value_heads, dropout_rate, dtype, param_dtype, remat: of both
-      stacks, see `TokenEncoder`. The feature map must be fit for causal
-      attention, as that of a `LanguageModel`.
+    embed_dim, num_layers, ..., remat: of both stacks, see `EncoderConfig`. The
+      feature map must serve causal attention, as for a `LanguageModel`.
 
   Example:
     >>> import jax, spectraformer_jax as sf
@@ -50,30 +42,13 @@ class Seq2Seq(nn.Module):
 
   vocab_size: int
   max_len: int
-  embed_dim: int = 64
-  num_layers: int = 2
-  num_heads: int = 2
-  head_dim: int = 32
-  mlp_dim: int = 128
-  mlp: str = "gelu"
-  norm: str = "pre"
-  positions: str = "learned"
-  feature_map: FeatureMap | None = None
-  attention: str = "spectral"
-  attention_kwargs: Mapping[str, Any] | None = None
-  share_projection: bool = False
-  num_key_value_heads: int | None = None
-  dropout_rate: float = 0.1
-  dtype: Any = None
-  param_dtype: Any = jnp.float32
-  remat: bool = False
 
   @nn.compact
   def __call__(
     self,
-    source: Array | None,
+    source: Tokens | None,
     source_length: Array | None,
-    target: Array,
+    target: Tokens,
     target_length: Array | None = None,
     *,
     decode: bool = False,
@@ -82,24 +57,24 @@ class Seq2Seq(nn.Module):
     """Logits of the token after each position of the target.
 
     Args:
-      source: ``[B, S]`` ints in [0, vocab_size), S at most `max_len`; None with
-        `decode`: that of the call before.
-      source_length: ``[B]`` ints: positions from there on are padding, and what
-        they hold has no influence; None for none.
+      source: ``[B, S]`` ints in [0, vocab_size), S at most `max_len`; None,
+        with `decode`, is the source of an earlier call.
+      source_length: ``[B]`` ints: positions from there on are padding, whose
+        content has no influence; None for no padding.
       target: ``[B, T]`` ints in [0, vocab_size), T at most `max_len`: a start
         token, and the tokens so far.
-      target_length: ``[B]`` ints, likewise.
-      decode: the target follows those of earlier calls, as for `LanguageModel`.
-        The first call reads the source; later ones take None for it.
-      deterministic: False in training: dropout (needs rng "dropout") and
-        updates of running statistics.
+      target_length: ``[B]`` ints: as `source_length`, for the target.
+      decode: the target continues that of earlier calls, as for
+        `LanguageModel`. The first call reads the source; later ones take None.
+      deterministic: False in training: applies dropout (which needs an rng
+        "dropout") and updates running statistics.
 
     Returns:
       ``[B, T, vocab_size]`` float32.
 
     Raises:
-      ValueError: what `LanguageModel` refuses for one of the two sequences, or
-        batches that differ.
+      ValueError: an error of `LanguageModel` about either sequence, or batches
+        that differ.
     """
     target = check_tokens(target, "target")
     memory = memory_mask = None
@@ -111,10 +86,10 @@ class Seq2Seq(nn.Module):
           f"{source.shape}, target.shape={target.shape}."
         )
       memory_mask = real_positions(source, source_length, "source_length")
-      encoder = part_of(self, TokenEncoder, name="encoder")
+      encoder = TokenEncoder.from_config(self, name="encoder")
       memory = encoder(source, memory_mask, deterministic=deterministic)
-    decoder = part_of(
-      self, TokenEncoder, name="decoder", is_causal=True, attends_memory=True
+    decoder = TokenEncoder.from_config(
+      self, name="decoder", is_causal=True, attends_memory=True
     )
     x = decoder(
       target,
@@ -124,4 +99,4 @@ class Seq2Seq(nn.Module):
       decode=decode,
       deterministic=deterministic,
     )
-    return token_logits(self, x)
+    return token_logits(self, self.vocab_size, x)

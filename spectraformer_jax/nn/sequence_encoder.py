@@ -1,41 +1,40 @@
-"""From tokens to one vector per sequence: what the classifiers share."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Encoder and pooling: one vector per sequence, for the classifiers."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from spectraformer_jax import checks
-from spectraformer_jax.feature_maps.feature_map import FeatureMap
-from spectraformer_jax.nn.inputs import check_length, check_tokens
-from spectraformer_jax.nn.parts import part_of
+from spectraformer_jax.nn.config import PooledFields
+from spectraformer_jax.nn.inputs import (
+  Tokens,
+  check_choice,
+  check_length,
+  check_tokens,
+)
 from spectraformer_jax.nn.token_encoder import TokenEncoder
-from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
 POOLINGS = ("cls", "mean", "attention")
 POOLED_NORMS = ("none", "batch")
 
-_DECAY = 0.9  # of the running moments
+_DECAY = 0.9  # of BatchNorm's running moments, at each training step
 _EPS = 1e-6
 
 
-class SequenceEncoder(nn.Module):
+class SequenceEncoder(PooledFields):
   """Embeds tokens and positions, encodes them, and pools.
 
   Attributes:
+    vocab_size: number of token ids.
+    max_len: longest sequence; size of the table of learned positions.
     pooling: "mean" over the real positions; "cls": a learned token in front of
       the sequence, whose output is taken; "attention": a mean over the real
       positions with weights ``softmax(w . x)``, w learned.
     pooled_norm: "batch": a `BatchNorm` of the pooled vector; "none".
     batch_axis: the mapped axis over which a batch is divided, if any: see
       `BatchNorm`.
-    vocab_size, max_len, embed_dim, num_layers, num_heads, head_dim, mlp_dim,
-      mlp, norm, positions, feature_map, attention, attention_kwargs,
-      share_projection, num_key_value_heads, dropout_rate, dtype, param_dtype,
-      remat: see `TokenEncoder`.
+    embed_dim, num_layers, ..., remat: see `EncoderConfig`.
 
   Example:
     >>> import jax
@@ -49,52 +48,31 @@ class SequenceEncoder(nn.Module):
 
   vocab_size: int
   max_len: int
-  embed_dim: int = 64
-  num_layers: int = 2
-  num_heads: int = 2
-  head_dim: int = 32
-  mlp_dim: int = 128
-  mlp: str = "gelu"
-  norm: str = "pre"
-  positions: str = "learned"
-  feature_map: FeatureMap | None = None
-  attention: str = "spectral"
-  attention_kwargs: Mapping[str, Any] | None = None
-  share_projection: bool = False
-  dropout_rate: float = 0.1
-  pooling: str = "mean"
-  pooled_norm: str = "none"
-  num_key_value_heads: int | None = None
-  batch_axis: str | None = None
-  dtype: Any = None
-  param_dtype: Any = jnp.float32
-  remat: bool = False
 
   @nn.compact
   def __call__(
-    self, tokens: Array, length: Array, *, deterministic: bool = True
+    self, tokens: Tokens, length: Array, *, deterministic: bool = True
   ) -> Array:
-    """``[B, T]`` ints and ``[B]`` ints -> ``[B, D]`` float32.
+    """Maps ``[B, T]`` to ``[B, D]`` float32.
 
     Args:
-      tokens: T is at most `max_len`.
-      length: positions from there on are padding; what they hold has no
-        influence.
-      deterministic: False in training: dropout (needs rng "dropout") and
-        updates of running statistics.
+      tokens: ints, T at most `max_len`.
+      length: ``[B]`` ints: positions from there on are padding, whose content
+        has no influence.
+      deterministic: False in training: applies dropout (which needs an rng
+        "dropout") and updates running statistics.
 
     Raises:
       ValueError: a sequence longer than `max_len`, or unknown `pooling` or
         `pooled_norm`.
     """
-    for name, known in (("pooling", POOLINGS), ("pooled_norm", POOLED_NORMS)):
-      value = getattr(self, name)
-      if value not in known:
-        raise ValueError(f"Unknown {name} {value!r}.{nearest(value, known)}")
+    check_choice("pooling", self.pooling, POOLINGS)
+    check_choice("pooled_norm", self.pooled_norm, POOLED_NORMS)
     tokens = check_tokens(tokens)
     length = check_length(length, tokens)
     mask = checks.positions_before(length, tokens.shape[1])
-    encoder = part_of(self, TokenEncoder, prepend_cls=self.pooling == "cls")
+    encoder = TokenEncoder.from_config(self, prepend_cls=self.pooling == "cls")
+    nn.share_scope(self, encoder)
     x = encoder(tokens, mask, deterministic=deterministic)
     x = self._pool(x.astype(jnp.float32), mask)
     if self.pooled_norm == "batch":
@@ -103,7 +81,7 @@ class SequenceEncoder(nn.Module):
     return x
 
   def _pool(self, x: Array, mask: Array) -> Array:
-    """``[B, T, D]`` -> ``[B, D]``."""
+    """Maps ``[B, T, D]`` to ``[B, D]``."""
     if self.pooling == "cls":
       return x[:, 0]
     if self.pooling == "attention":
@@ -115,29 +93,28 @@ class SequenceEncoder(nn.Module):
 
 
 class BatchNorm(nn.Module):
-  """Each entry of ``[B, D]`` with mean 0 and variance 1 over the batch.
+  """Gives each entry of ``[B, D]`` mean 0 and variance 1 over the batch.
 
-  What all examples share, and so tells nothing, is gone, and what is left has
-  the scale that the layers after it expect (Ioffe and Szegedy, "Batch
-  Normalization", 2015). Deterministic calls take running moments, kept in the
-  collection "feature_stats". `flax.linen.BatchNorm` has its moments in a
-  collection of its own, which checkpoints and training steps would have to
-  carry beside that one.
+  That removes what all examples share, which cannot tell them apart, and gives
+  the rest the scale that later layers expect (Ioffe and Szegedy, "Batch
+  Normalization", 2015). Deterministic calls use running moments, kept in the
+  collection "feature_stats". (`flax.linen.BatchNorm` would keep its moments in
+  a collection of its own, which checkpoints and training steps had to carry.)
 
   Attributes:
-    axis_name: of `jax.pmap`, `jax.vmap` or `jax.shard_map`, where each device
-      has as many examples: moments are those of all of them. None: those of
-      the examples it is called with.
+    axis_name: the axis of `jax.pmap`, `jax.vmap` or `jax.shard_map` over which
+      the batch is divided equally: moments are those of the whole batch. None:
+      moments of the examples of this call.
   """
 
   axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, *, deterministic: bool = True) -> Array:
-    """``[B, D]`` -> ``[B, D]``, float32.
+    """Maps ``[B, D]`` to ``[B, D]``, float32.
 
     Raises:
-      ValueError: one example in training, of which nothing would be left.
+      ValueError: a single example in training: the result would be 0.
     """
     size = (1, x.shape[-1])
     scale = self.param("scale", nn.initializers.ones, size[1:])
@@ -155,7 +132,7 @@ class BatchNorm(nn.Module):
     return x * scale[None] + bias[None]
 
   def _batch_moments(self, x: Array) -> tuple[Array, Array]:
-    """Mean and variance, each ``[1, D]``, over the examples of all devices."""
+    """Returns mean and variance, ``[1, D]``, over all devices' examples."""
     devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
     if x.shape[0] * devices < 2:
       raise ValueError(
@@ -171,17 +148,34 @@ class BatchNorm(nn.Module):
 
 
 def weighted_mean(x: Array, score: Array, mask: Array) -> Array:
-  """Mean of ``[B, T, D]`` by softmax of ``[B, T, 1]``; zeros without a mask."""
-  keep = mask[:, :, None]
+  """Takes the mean of real positions with weights softmax(score).
+
+  Args:
+    x: ``[B, T, D]``.
+    score: ``[B, T, 1]``.
+    mask: ``[B, T]`` bool, True at real positions.
+
+  Returns:
+    ``[B, D]``; zeros for a row without a real position.
+  """
+  mask = mask[:, :, None]
   if not x.shape[1]:
-    return jnp.sum(x, axis=1)  # a softmax of nothing has no largest entry
-  score = jnp.where(keep, score, jnp.finfo(score.dtype).min)
-  weight = jnp.where(keep, nn.softmax(score, axis=1), 0.0)
-  return jnp.sum(weight * jnp.where(keep, x, 0.0), axis=1)
+    return jnp.sum(x, axis=1)  # a softmax over no entry is an error
+  score = jnp.where(mask, score, jnp.finfo(score.dtype).min)
+  weight = jnp.where(mask, nn.softmax(score, axis=1), 0.0)
+  return jnp.sum(weight * jnp.where(mask, x, 0.0), axis=1)
 
 
 def masked_mean(x: Array, mask: Array) -> Array:
-  """Mean of ``[B, T, D]`` over the real positions; zeros if there are none."""
-  keep = mask[:, :, None]
-  total = jnp.sum(jnp.where(keep, x, 0.0), axis=1)
-  return total / jnp.maximum(jnp.sum(keep, axis=1), 1).astype(x.dtype)
+  """Takes the mean of real positions.
+
+  Args:
+    x: ``[B, T, D]``.
+    mask: ``[B, T]`` bool, True at real positions.
+
+  Returns:
+    ``[B, D]``; zeros for a row without a real position.
+  """
+  mask = mask[:, :, None]
+  total = jnp.sum(jnp.where(mask, x, 0.0), axis=1)
+  return total / jnp.maximum(jnp.sum(mask, axis=1), 1).astype(x.dtype)

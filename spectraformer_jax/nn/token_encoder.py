@@ -1,24 +1,23 @@
-"""From tokens to vectors: what classifiers and language models share."""
+"""Token and position embeddings, and an encoder: the body of all models."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.meshes import is_on_explicit_axes, look_up
+from spectraformer_jax.nn.config import ModelFields
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
 from spectraformer_jax.nn.inputs import (
+  Tokens,
+  check_choice,
   check_flags,
   check_rows,
   check_tokens,
   token_ids,
 )
-from spectraformer_jax.nn.parts import part_of
 from spectraformer_jax.nn.positions import POSITIONS, next_positions, sinusoids
-from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
 _DEVIATION = 0.02
@@ -26,10 +25,10 @@ _EMBED_INIT = nn.initializers.normal(_DEVIATION)
 
 
 class Embed(nn.Embed):
-  """Flax's, also of tokens that lie on a mesh with Explicit axes."""
+  """`flax.linen.Embed` that also takes tokens on a mesh with Explicit axes."""
 
   def __call__(self, inputs: Array) -> Array:
-    """Rows of the table, ``[B, T] -> [B, T, D]``."""
+    """Maps ``[B, T]`` to ``[B, T, D]``."""
     if not is_on_explicit_axes(inputs):
       return super().__call__(inputs)
     (table,) = self.promote_dtype(
@@ -38,51 +37,27 @@ class Embed(nn.Embed):
     return look_up(table, inputs)
 
 
-class TokenEncoder(nn.Module):
+class TokenEncoder(ModelFields, kw_only=True):
   """Embeds tokens and positions, and encodes them.
 
   Attributes:
     vocab_size: number of token ids.
     max_len: longest sequence; size of the table of learned positions.
-    embed_dim: D.
-    positions: "learned": a table added to the embeddings; "sinusoidal": the
-      same, but it starts from `sinusoids`, so that near positions are alike;
-      "rotary": queries and keys are turned by them, see `rotate`; "none": the
-      order of the tokens is not told.
+    is_causal, attends_memory: see `EncoderLayer`.
     prepend_cls: put a learned token in front of the sequence.
-    num_layers, num_heads, head_dim, mlp_dim, mlp, norm, feature_map, attention,
-      attention_kwargs, is_causal, attends_memory, share_projection,
-      num_key_value_heads, dropout_rate, dtype, param_dtype, remat: see
-      `Encoder`.
+    embed_dim, num_layers, ..., remat: see `EncoderConfig`.
   """
 
   vocab_size: int
   max_len: int
-  embed_dim: int = 64
-  num_layers: int = 2
-  num_heads: int = 2
-  head_dim: int = 32
-  mlp_dim: int = 128
-  mlp: str = "gelu"
-  norm: str = "pre"
-  positions: str = "learned"
-  feature_map: FeatureMap | None = None
-  attention: str = "spectral"
-  attention_kwargs: Mapping[str, Any] | None = None
   is_causal: bool = False
   attends_memory: bool = False
-  share_projection: bool = False
-  dropout_rate: float = 0.1
   prepend_cls: bool = False
-  num_key_value_heads: int | None = None
-  dtype: Any = None
-  param_dtype: Any = jnp.float32
-  remat: bool = False
 
   @nn.compact
   def __call__(
     self,
-    tokens: Array,
+    tokens: Tokens,
     mask: Array | None,
     *,
     segment_ids: Array | None = None,
@@ -91,18 +66,19 @@ class TokenEncoder(nn.Module):
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
-    """``[B, T]`` ints -> ``[B, T, D]``, ``[B, T + 1, D]`` with `prepend_cls`.
+    """Maps ``[B, T]`` to ``[B, T, D]``; to ``[B, T + 1, D]`` if `prepend_cls`.
 
     Args:
-      tokens: T is at most `max_len`. Those at real positions that are not in
-        [0, vocab_size) are an error where they are known before the program
-        runs, and give NaN where they are not.
-      mask: ``[B, T]``, True at real positions, or None for all.
-      segment_ids: ints ``[B, T]`` of packed rows: attention stays inside each,
-        and positions start again.
+      tokens: ints, T at most `max_len`. A token at a real position outside
+        [0, vocab_size) is an error if it is known before the program runs;
+        otherwise its output is NaN.
+      mask: ``[B, T]``, True at real positions; None for all.
+      segment_ids: ints ``[B, T]`` of packed rows: attention stays inside each
+        segment, and positions start at 0 in each.
       memory: ``[B, S, E]``, with `attends_memory`.
-      memory_mask: ``[B, S]``, True at its real positions, or None for all.
-      decode: the tokens follow those of earlier calls; see `LanguageModel`.
+      memory_mask: ``[B, S]``, True at real positions of the memory; None for
+        all.
+      decode: continue the sequence of earlier calls; see `LanguageModel`.
       deterministic: False in training.
 
     Raises:
@@ -111,19 +87,15 @@ class TokenEncoder(nn.Module):
     """
     check_flags(decode=decode, deterministic=deterministic)
     tokens = check_tokens(tokens)
-    if self.positions not in POSITIONS:
-      raise ValueError(
-        f"Unknown positions {self.positions!r}."
-        f"{nearest(self.positions, POSITIONS)}"
-      )
+    check_choice("positions", self.positions, POSITIONS)
     if tokens.shape[1] > self.max_len:
       raise ValueError(
         f"tokens.shape={tokens.shape} is longer than max_len={self.max_len}."
       )
     if self.prepend_cls and segment_ids is not None:
       raise ValueError(
-        "segment_ids with prepend_cls: one token in front of a row cannot be "
-        "of all its segments."
+        "segment_ids with prepend_cls: the token in front of a row cannot "
+        "belong to all its segments."
       )
     x = Embed(
       self.vocab_size,
@@ -135,8 +107,8 @@ class TokenEncoder(nn.Module):
     )(token_ids(tokens, self.vocab_size, mask))
     mask, segment_ids = check_rows(x, mask, segment_ids)
     if self.positions in ("learned", "sinusoidal"):
-      table = self._learned_positions(x, mask, segment_ids, decode)
-      x = x + table.astype(x.dtype)
+      embedding = self._position_embedding(x, mask, segment_ids, decode)
+      x = x + embedding.astype(x.dtype)
     if self.prepend_cls:
       token = self.param(
         "cls_token", _EMBED_INIT, (1, 1, self.embed_dim), self.param_dtype
@@ -146,10 +118,11 @@ class TokenEncoder(nn.Module):
       if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
     x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
-    longest = self.max_len + self.prepend_cls
-    rotary = self.positions == "rotary"
-    encoder = part_of(
-      self, Encoder, name="encoder", max_len=longest, rotary=rotary
+    encoder = Encoder.from_config(
+      self,
+      name="encoder",
+      max_len=self.max_len + self.prepend_cls,
+      rotary=self.positions == "rotary",
     )
     return encoder(
       x,
@@ -161,19 +134,20 @@ class TokenEncoder(nn.Module):
       deterministic=deterministic,
     )
 
-  def _learned_positions(self, x, mask, segment_ids, decode: bool) -> Array:
-    """Embeddings of positions, ``[B, T, D]`` or ``[1, T, D]`` for all rows.
+  def _position_embedding(
+    self,
+    x: Array,
+    mask: Array | None,
+    segment_ids: Array | None,
+    decode: bool,
+  ) -> Array:
+    """Returns ``[B, T, D]``, or ``[1, T, D]`` if all rows have the same.
 
-    NaN beyond `max_len`.
+    NaN at positions from `max_len` on.
     """
-    start = _EMBED_INIT
-    if self.positions == "sinusoidal":
-      start = lambda key, shape, dtype: (_DEVIATION * sinusoids(*shape)).astype(
-        dtype
-      )
     table = self.param(
       "position_embedding",
-      start,
+      _sinusoids_init if self.positions == "sinusoidal" else _EMBED_INIT,
       (self.max_len, self.embed_dim),
       self.param_dtype,
     )
@@ -181,3 +155,9 @@ class TokenEncoder(nn.Module):
       return table[None, : x.shape[1]]
     index = next_positions(self, x, mask, segment_ids, decode)
     return look_up(table, index, mode="fill", fill_value=jnp.nan)
+
+
+def _sinusoids_init(rng: Array, shape: tuple[int, int], dtype: Any) -> Array:
+  """`sinusoids` with the deviation of other embeddings."""
+  del rng
+  return (_DEVIATION * sinusoids(*shape)).astype(dtype)

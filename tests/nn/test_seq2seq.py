@@ -232,7 +232,7 @@ def test_it_is_near_exact_attention():
 @pytest.mark.parametrize(
   ("kwargs", "arguments", "options", "words"),
   [
-    ({"attention": "local"}, (), {}, "attention='local' is of one sequence"),
+    ({"attention": "local"}, (), {}, "attention='local' cannot attend"),
     ({}, (), {}, "'spectral' needs a feature map"),
     (
       {"feature_map": sf.feature_map("cosformer", "none", num_features=None)},

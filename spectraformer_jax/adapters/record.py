@@ -1,0 +1,68 @@
+"""The record that both adapters are: a feature map with its variables."""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from typing_extensions import override
+
+from spectraformer_jax import checks
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.typing import FeatureVariables, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+  """A record that compares by content, so that equal ones share a program.
+
+  The hash depends on shapes alone; the content of arrays is compared only where
+  they are not the same objects.
+
+  Attributes:
+    feature_map: from `sf.feature_map` or `sf.compose`.
+    variables: of the map.
+    stats: its data-dependent parameters; see `spectral_attention`.
+  """
+
+  feature_map: FeatureMap
+  variables: FeatureVariables
+  stats: PyTree = None
+
+  def _leaves(self) -> list[Any]:
+    return jax.tree.leaves((self.variables, self.stats))
+
+  def _static(self) -> Hashable:
+    """Everything but the content of arrays."""
+    arrays = {"variables", "stats"}
+    fields = {k: v for k, v in vars(self).items() if k not in arrays}
+    structure = jax.tree.structure((self.variables, self.stats))
+    shapes = [(jnp.shape(x), str(jnp.result_type(x))) for x in self._leaves()]
+    return type(self), tuple(fields.values()), structure, tuple(shapes)
+
+  @override
+  def __eq__(self, other: object) -> bool:
+    if not isinstance(other, Adapter):
+      return NotImplemented
+    return self is other or (
+      self._static() == other._static()
+      and all(map(_equal, self._leaves(), other._leaves()))
+    )
+
+  @override
+  def __hash__(self) -> int:
+    return hash(self._static())
+
+  @override
+  def __repr__(self) -> str:
+    return f"{type(self).__name__}({self.feature_map.info.name!r})"
+
+
+def _equal(leaf: Any, other: Any) -> bool:
+  """Whether two leaves are one array, or have the same known content."""
+  if leaf is other:
+    return True
+  x, y = checks.concrete(leaf), checks.concrete(other)
+  return x is not None and y is not None and np.array_equal(x, y)

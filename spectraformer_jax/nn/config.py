@@ -1,0 +1,149 @@
+"""Options that models share, and how they pass from module to module."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from spectraformer_jax.feature_maps.feature_map import FeatureMap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+  """Options of an encoder, for `from_config` of any module of `sf.nn`.
+
+  Each option is also a field of the models themselves, so that
+  ``Classifier(num_layers=4, ...)`` needs no record. A record saves repetition
+  where several models have the same options.
+
+  Attributes:
+    embed_dim: D, the width of the vectors between layers.
+    num_layers: depth.
+    num_heads: N of the queries.
+    head_dim: H.
+    mlp_dim: hidden width of the MLP in each layer.
+    mlp: "gelu": ``out(gelu(hidden(x)))``; "gated":
+      ``out(silu(gate(x)) * hidden(x))``, with 1.5 times the parameters
+      (Shazeer, "GLU Variants Improve Transformer", 2020: SwiGLU).
+    norm: where the LayerNorm is: "pre": ``x + f(norm(x))``; "post":
+      ``norm(x + f(x))``, as in the first Transformers.
+    positions: "learned": a table added to the embeddings; "sinusoidal": the
+      same table, initialised by `sinusoids`, so that near positions start
+      alike; "rotary": queries and keys are rotated, see `rotate`; "none": the
+      model cannot tell the order of its tokens.
+    feature_map: for attention="spectral"; see `sf.feature_map`.
+    attention: "spectral", or a baseline through the same module: an exact
+      kernel, "softmax" or "gaussian", or a name of `baselines.BASELINES`.
+    attention_kwargs: options of a baseline.
+    share_projection: one weight matrix for all heads instead of one per head.
+    num_key_value_heads: heads of keys and values, each of which serves equally
+      many query heads (grouped-query attention); None is `num_heads`.
+    dropout_rate: of embeddings, attention's outputs, and twice in the MLP.
+    dtype: of dense layers and norms; None takes that of the input.
+    param_dtype: of their parameters; a feature map's are always float32.
+    remat: in the backward pass, compute each layer's values again instead of
+      keeping them: less memory, more time, the same numbers.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> config = sf.nn.EncoderConfig(
+    ...   num_layers=4, positions="rotary",
+    ...   feature_map=sf.feature_map("posrf", "orf", num_features=16))
+    >>> language = sf.nn.LanguageModel.from_config(
+    ...   config, vocab_size=32, max_len=8)
+    >>> classifier = sf.nn.Classifier.from_config(
+    ...   config, vocab_size=32, max_len=8, num_classes=10, pooling="cls")
+    >>> language.num_layers, classifier.positions
+    (4, 'rotary')
+  """
+
+  embed_dim: int = 64
+  num_layers: int = 2
+  num_heads: int = 2
+  head_dim: int = 32
+  mlp_dim: int = 128
+  mlp: str = "gelu"
+  norm: str = "pre"
+  positions: str = "learned"
+  feature_map: FeatureMap | None = None
+  attention: str = "spectral"
+  attention_kwargs: Mapping[str, Any] | None = None
+  share_projection: bool = False
+  num_key_value_heads: int | None = None
+  dropout_rate: float = 0.1
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+  remat: bool = False
+
+
+class ConfiguredModule(nn.Module):
+  """Base of modules that can take their fields from a record or a module."""
+
+  @classmethod
+  def from_config(
+    cls, config: EncoderConfig | nn.Module, **fields: Any
+  ) -> Self:
+    """Makes a module with the options that `config` holds.
+
+    Args:
+      config: a record, or a module. Those of its fields that `cls` has as well
+        are copied, and the rest are left out.
+      **fields: the other fields of the module, and values to replace those of
+        `config`.
+
+    Example:
+      >>> import spectraformer_jax as sf
+      >>> config = sf.nn.EncoderConfig(num_layers=4, attention="softmax")
+      >>> encoder = sf.nn.Encoder.from_config(config, num_heads=8)
+      >>> encoder.num_layers, encoder.num_heads
+      (4, 8)
+    """
+    shared = field_names(cls) & field_names(type(config))
+    return cls(**({name: getattr(config, name) for name in shared} | fields))
+
+
+def field_names(cls: type) -> set[str]:
+  """Names of a dataclass's fields, without the two that Linen adds."""
+  return {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+
+
+# Linen modules are dataclasses that are not frozen, and those cannot inherit
+# from a frozen one: the fields of `EncoderConfig` are named again here, for all
+# modules at once, with its defaults.
+
+
+class LayerFields(ConfiguredModule, kw_only=True):
+  """Base of modules with the options of one layer; see `EncoderConfig`."""
+
+  num_heads: int = EncoderConfig.num_heads
+  head_dim: int = EncoderConfig.head_dim
+  mlp_dim: int = EncoderConfig.mlp_dim
+  mlp: str = EncoderConfig.mlp
+  norm: str = EncoderConfig.norm
+  feature_map: FeatureMap | None = EncoderConfig.feature_map
+  attention: str = EncoderConfig.attention
+  attention_kwargs: Mapping[str, Any] | None = EncoderConfig.attention_kwargs
+  share_projection: bool = EncoderConfig.share_projection
+  num_key_value_heads: int | None = EncoderConfig.num_key_value_heads
+  dropout_rate: float = EncoderConfig.dropout_rate
+  dtype: Any = EncoderConfig.dtype
+  param_dtype: Any = EncoderConfig.param_dtype
+
+
+class ModelFields(LayerFields, kw_only=True):
+  """Base of modules with all options of `EncoderConfig`."""
+
+  embed_dim: int = EncoderConfig.embed_dim
+  num_layers: int = EncoderConfig.num_layers
+  positions: str = EncoderConfig.positions
+  remat: bool = EncoderConfig.remat
+
+
+class PooledFields(ModelFields, kw_only=True):
+  """Base of modules that pool an encoder's outputs; see `SequenceEncoder`."""
+
+  pooling: str = "mean"
+  pooled_norm: str = "none"
+  batch_axis: str | None = None
