@@ -10,7 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from spectraformer_jax.adapters.forms import attend
 from spectraformer_jax.adapters.record import Adapter
@@ -31,11 +32,11 @@ class AttentionFn(Adapter):
 
   def __call__(
     self,
-    query: Float[Array, "*batch T N*G H"],
+    query: Float[Array, "*batch T NG H"],
     key: Float[Array, "*batch S N H"],
     value: Float[Array, "*batch S N V"],
-    bias: Num[Array, "..."] | None = None,
-    mask: Shaped[Array, "..."] | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: Array | None = None,
     dropout_rate: float = 0.0,
@@ -44,7 +45,7 @@ class AttentionFn(Adapter):
     precision: Any = None,
     module: Any = None,
     is_causal: bool = False,
-  ) -> Float[Array, "*batch T N*G V"]:
+  ) -> Float[Array, "*batch T NG V"]:
     """Attends, with the arguments that Flax passes to its attention_fn."""
     # Products take place in float32 at the highest precision, whatever
     # `precision` says, where it matters.
@@ -71,7 +72,7 @@ class AttentionFn(Adapter):
 
 
 def _say_positions(
-  masks: list[Array], length: int, num_keys: int, is_causal: bool
+  masks: list[ArrayLike], length: int, num_keys: int, is_causal: bool
 ) -> bool:
   """Whether the rows of a mask, and no triangle, say which keys came before.
 
@@ -89,11 +90,11 @@ class DotProductAttention(Adapter):
 
   def __call__(
     self,
-    query: Float[Array, "*batch T N*G H"],
+    query: Float[Array, "*batch T NG H"],
     key: Float[Array, "*batch S N H"],
     value: Float[Array, "*batch S N V"],
-    bias: Num[Array, "..."] | None = None,
-    mask: Shaped[Array, "..."] | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -102,7 +103,7 @@ class DotProductAttention(Adapter):
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
-  ) -> Float[Array, "*batch T N*G V"]:
+  ) -> Float[Array, "*batch T NG V"]:
     """Attends, with the arguments of `jax.nn.dot_product_attention`."""
     if is_causal:
       check_statistics(self.feature_map, self.stats, True, None, False)

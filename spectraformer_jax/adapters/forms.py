@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from spectraformer_jax import checks, meshes
 from spectraformer_jax.adapters import mask_forms
@@ -29,8 +30,8 @@ def attend(
   query: Array,
   key: Array,
   value: Array,
-  mask: Array | None,
-  bias: Array | None,
+  mask: ArrayLike | None,
+  bias: ArrayLike | None,
   *,
   is_causal: bool,
   must_be_bool: bool = False,
@@ -95,7 +96,7 @@ def attend(
       factor = jnp.where(is_honoured, 1.0, jnp.nan).astype(out.dtype)
       out = out * factor[:, None, None, None]
     elif not is_honoured.all():
-      shapes = [x.shape for x in (mask, bias) if x is not None]
+      shapes = [np.shape(x) for x in (mask, bias) if x is not None]
       raise ValueError(f"{_NOT_HONOURED} Got a shape of {shapes[0]}.")
   return out.reshape(*batch, *out.shape[1:])
 

@@ -31,9 +31,7 @@ class Embed(nn.Embed):
     """Maps ``[B, T]`` to ``[B, T, D]``."""
     if not is_on_explicit_axes(inputs):
       return super().__call__(inputs)
-    (table,) = self.promote_dtype(
-      self.embedding, dtype=self.dtype, inexact=False
-    )
+    table = self.embedding.astype(self.dtype or self.embedding.dtype)
     return look_up(table, inputs)
 
 

@@ -8,43 +8,21 @@ import pytest
 from flax import nnx
 
 import spectraformer_jax as sf
-
-BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM = 3, 7, 16, 2, 8
-LENGTHS = jnp.array([7, 4, 1])
-REAL = jnp.arange(LENGTH)[None, :] < LENGTHS[:, None]
-PADDING = nn.make_attention_mask(REAL, REAL)
-CAUSAL = nn.make_causal_mask(REAL)
-MASKS = {
-  "none": (None, False),
-  "padding": (PADDING, False),
-  "keys": (REAL[:, None, None, :], False),
-  "causal": (CAUSAL, True),
-  "causal padding": (nn.combine_masks(PADDING, CAUSAL), True),
-}
-
-
-def build(component="posrf"):
-  """A map and its variables."""
-  fm = sf.feature_map(component, "orf", num_features=16)
-  return fm, fm.init(jax.random.key(1), head_dim=HEAD_DIM, num_heads=HEADS)
-
-
-def arrays(length=LENGTH):
-  """Query, key and value."""
-  shape = (3, BATCH, length, HEADS, HEAD_DIM)
-  return tuple(jax.random.normal(jax.random.key(0), shape))
-
-
-def oracle(query, key, value, mask, fm, variables, stats):
-  """The mask applied to the weights, one by one."""
-  phi = fm.apply(variables, query * HEAD_DIM**-0.25, side="query", stats=stats)
-  psi = fm.apply(variables, key * HEAD_DIM**-0.25, side="key", stats=stats)
-  weights = jnp.einsum("btnf,bsnf->bnts", phi, psi)
-  if mask is not None:
-    weights = weights * jnp.broadcast_to(mask.astype(bool), weights.shape)
-  total = weights.sum(-1, keepdims=True)
-  weights = weights / jnp.where(total == 0.0, 1.0, total)
-  return jnp.einsum("bnts,bsnv->btnv", weights, value)
+from tests.adapters.helpers import (
+  BATCH,
+  CAUSAL,
+  HEAD_DIM,
+  HEADS,
+  LENGTH,
+  LENGTHS,
+  MASKS,
+  PADDING,
+  REAL,
+  WIDTH,
+  make_map,
+  masked_attention,
+  random_inputs,
+)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -53,8 +31,8 @@ def oracle(query, key, value, mask, fm, variables, stats):
 @pytest.mark.quick_every(4)
 def test_masks_of_flax(name, jit, component):
   mask, is_causal = MASKS[name]
-  fm, variables = build(component)
-  q, k, v = arrays()
+  fm, variables = make_map(component)
+  q, k, v = random_inputs()
   stats = None
   if component == "oprf":
     scaled = (x * HEAD_DIM**-0.25 for x in (q, k))
@@ -62,7 +40,7 @@ def test_masks_of_flax(name, jit, component):
   fn = sf.as_attention_fn(fm, variables, stats=stats, is_causal=is_causal)
   call = lambda mask: fn(q, k, v, mask=mask)
   out = (jax.jit(call) if jit else call)(mask)
-  expected = oracle(q, k, v, mask, fm, variables, stats)
+  expected = masked_attention(q, k, v, mask, fm, variables, stats)
   np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
@@ -71,9 +49,9 @@ BAND = jnp.abs(jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)) < 2
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_other_masks_are_refused(is_causal):
-  fm, variables = build()
+  fm, variables = make_map()
   fn = sf.as_attention_fn(fm, variables, is_causal=is_causal)
-  q, k, v = arrays()
+  q, k, v = random_inputs()
   mask = BAND[None, None]
   with pytest.raises(ValueError, match="is_causal=True for a causal mask"):
     fn(q, k, v, mask=mask)
@@ -99,9 +77,9 @@ def test_other_masks_are_refused(is_causal):
 
 
 def test_debug_nans_turns_an_unknown_mask_into_the_sentence():
-  fm, variables = build()
+  fm, variables = make_map()
   fn = sf.as_attention_fn(fm, variables)
-  call = jax.jit(lambda mask: fn(*arrays(), mask=mask))
+  call = jax.jit(lambda mask: fn(*random_inputs(), mask=mask))
   with (
     jax.debug_nans(True),
     pytest.raises(ValueError, match="cannot honour another mask"),
@@ -110,10 +88,10 @@ def test_debug_nans_turns_an_unknown_mask_into_the_sentence():
 
 
 def test_heads_that_see_different_keys_are_refused():
-  fm, variables = build()
+  fm, variables = make_map()
   mask = jnp.ones((1, HEADS, 1, LENGTH), bool).at[0, 1, 0, 0].set(False)
   with pytest.raises(ValueError, match="which queries and which keys"):
-    sf.as_attention_fn(fm, variables)(*arrays(), mask=mask)
+    sf.as_attention_fn(fm, variables)(*random_inputs(), mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -126,15 +104,15 @@ def test_heads_that_see_different_keys_are_refused():
   ],
 )
 def test_what_cannot_be_honoured_is_an_error(kwargs, message):
-  fm, variables = build()
+  fm, variables = make_map()
   with pytest.raises(ValueError, match=message):
-    sf.as_attention_fn(fm, variables)(*arrays(), **kwargs)
+    sf.as_attention_fn(fm, variables)(*random_inputs(), **kwargs)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_inside_a_linen_module(name):
   mask, is_causal = MASKS[name]
-  fm, variables = build()
+  fm, variables = make_map()
   layer = nn.MultiHeadDotProductAttention(
     num_heads=HEADS,
     attention_fn=sf.as_attention_fn(fm, variables, is_causal=is_causal),
@@ -158,7 +136,7 @@ def test_inside_a_linen_module(name):
 @pytest.mark.parametrize("name", MASKS)
 def test_inside_an_nnx_module(name):
   mask, is_causal = MASKS[name]
-  fm, variables = build()
+  fm, variables = make_map()
   layer = nnx.MultiHeadAttention(
     num_heads=HEADS,
     in_features=WIDTH,
@@ -169,13 +147,13 @@ def test_inside_an_nnx_module(name):
   x = jax.random.normal(jax.random.key(2), (BATCH, LENGTH, WIDTH))
   out = nnx.jit(lambda m, x: m(x, mask=mask, is_causal=is_causal))(layer, x)
   q, k, v = layer.query(x), layer.key(x), layer.value(x)
-  expected = layer.out(oracle(q, k, v, mask, fm, variables, None))
+  expected = layer.out(masked_attention(q, k, v, mask, fm, variables, None))
   np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_decoding_in_a_linen_module_equals_one_causal_pass(is_causal):
-  fm, variables = build()
+  fm, variables = make_map()
   x = jax.random.normal(jax.random.key(2), (BATCH, LENGTH, WIDTH))
   make = lambda is_causal, **kwargs: nn.MultiHeadDotProductAttention(
     num_heads=HEADS,
@@ -194,7 +172,7 @@ def test_decoding_in_a_linen_module_equals_one_causal_pass(is_causal):
 
 
 def test_linen_layers_in_an_nnx_model():
-  fm, _ = build("oprf")
+  fm, _ = make_map("oprf")
   layer = nnx.bridge.ToNNX(
     sf.nn.SpectralSelfAttention(
       num_heads=HEADS, head_dim=HEAD_DIM, feature_map=fm
@@ -214,15 +192,15 @@ def test_linen_layers_in_an_nnx_model():
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.quick_every(2)
 def test_jax_nn_signature(is_causal):
-  fm, variables = build()
+  fm, variables = make_map()
   attention = sf.as_dot_product_attention(fm, variables)
-  q, k, v = arrays()
+  q, k, v = random_inputs()
   kwargs = {"query_seq_lengths": LENGTHS, "key_value_seq_lengths": LENGTHS}
   out = attention(q, k, v, is_causal=is_causal, **kwargs)
   mask = PADDING.astype(bool)
   if is_causal:
     mask = mask & (CAUSAL > 0)
-  expected = oracle(q, k, v, mask, fm, variables, None)
+  expected = masked_attention(q, k, v, mask, fm, variables, None)
   np.testing.assert_allclose(out, expected, atol=2e-6)
   same = attention(q, k, v, mask=mask, is_causal=is_causal)
   np.testing.assert_allclose(same, expected, atol=2e-6)
@@ -240,6 +218,6 @@ def test_jax_nn_signature(is_causal):
   ],
 )
 def test_jax_nn_options_that_cannot_be_honoured(kwargs):
-  fm, variables = build()
+  fm, variables = make_map()
   with pytest.raises(ValueError, match=next(iter(kwargs))):
-    sf.as_dot_product_attention(fm, variables)(*arrays(), **kwargs)
+    sf.as_dot_product_attention(fm, variables)(*random_inputs(), **kwargs)

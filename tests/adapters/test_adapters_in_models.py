@@ -11,7 +11,13 @@ import pytest
 from flax import nnx
 
 import spectraformer_jax as sf
-from tests.adapters.test_adapters import HEAD_DIM, HEADS, WIDTH, arrays, build
+from tests.adapters.helpers import (
+  HEAD_DIM,
+  HEADS,
+  WIDTH,
+  make_map,
+  random_inputs,
+)
 
 DATA_DEPENDENT = ["oprf", "oprf_hyp", "saderf", "aderf", "sderf", "asderf"]
 
@@ -20,8 +26,8 @@ DATA_DEPENDENT = ["oprf", "oprf_hyp", "saderf", "aderf", "sderf", "asderf"]
 @pytest.mark.parametrize("keys", [8, 5])
 @pytest.mark.quick_every(5)
 def test_cross_attention_does_not_see_the_future(component, keys):
-  fm, variables = build(component)
-  q, k, v = arrays(8)
+  fm, variables = make_map(component)
+  q, k, v = random_inputs(8)
   k, v = k[:, :keys], v[:, :keys]
   mask = jnp.arange(keys)[None] < jnp.array([[keys], [4], [1]])
   rows = nn.make_attention_mask(jnp.ones((3, 8)), mask)
@@ -49,7 +55,7 @@ def test_a_causal_adapter_needs_statistics_of_its_own(matrix):
   with pytest.raises(ValueError, match="leak the future"):
     sf.as_attention_fn(fm, variables, is_causal=True)
   # Stated when called, with one query as well: Flax's decode mode.
-  q, k, v = arrays()
+  q, k, v = random_inputs()
   mask = jnp.ones((3, 1, 1, 7), bool)
   with pytest.raises(ValueError, match="leak the future"):
     sf.as_attention_fn(fm, variables)(q[:, :1], k, v, mask=mask, is_causal=True)
@@ -61,8 +67,8 @@ def test_a_causal_adapter_needs_statistics_of_its_own(matrix):
 
 
 def test_triangles_and_packed_rows_are_nothing_for_statistics_of_all():
-  fm, variables = build("oprf")
-  q, k, v = arrays()
+  fm, variables = make_map("oprf")
+  q, k, v = random_inputs()
   fn = sf.as_attention_fn(fm, variables)
   causal = nn.make_causal_mask(jnp.ones((3, 7)))
   with pytest.raises(ValueError, match="cannot honour"):
@@ -79,7 +85,7 @@ MAKERS = {
 
 
 def test_adapters_are_records():
-  fm, variables = build()
+  fm, variables = make_map()
   copied = jax.tree.map(jnp.copy, variables)
   other = fm.init(jax.random.key(9), head_dim=HEAD_DIM, num_heads=HEADS)
   made = {name: make(fm, variables) for name, make in MAKERS.items()}
@@ -92,13 +98,13 @@ def test_adapters_are_records():
       assert fn == same and hash(fn) == hash(same)
     assert fn != MAKERS[name](fm, other)
     assert fn != 3 and [other for other in made.values() if other == fn] == [fn]
-    out = pickle.loads(pickle.dumps(fn))(*arrays())
-    np.testing.assert_array_equal(out, fn(*arrays()))
+    out = pickle.loads(pickle.dumps(fn))(*random_inputs())
+    np.testing.assert_array_equal(out, fn(*random_inputs()))
     assert "posrf-orf" in repr(fn) and len(repr(fn)) < 80
 
 
 def test_a_deleted_array_is_equal_to_nothing_else():
-  fm, variables = build()
+  fm, variables = make_map()
   copied = jax.tree.map(jnp.copy, variables)
   fn = sf.as_attention_fn(fm, copied)
   jax.tree.map(lambda leaf: leaf.delete(), copied)
@@ -106,7 +112,7 @@ def test_a_deleted_array_is_equal_to_nothing_else():
 
 
 def test_a_module_made_again_is_not_traced_again():
-  fm, variables = build()
+  fm, variables = make_map()
   traces = []
 
   def apply(layer, params, x):
@@ -128,7 +134,7 @@ def test_a_module_made_again_is_not_traced_again():
 def test_variables_as_arguments_are_not_in_the_program():
   fm = sf.feature_map("posrf", "orf", num_features=4096)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
-  q, k, v = arrays()
+  q, k, v = random_inputs()
 
   def run(variables, q):
     return sf.as_attention_fn(fm, variables)(q, k, v)
@@ -193,8 +199,8 @@ def test_a_learnable_map_trains_in_nnx():
 
 
 def test_axes_that_do_not_agree():
-  fm, variables = build()
-  q, k, v = arrays()
+  fm, variables = make_map()
+  q, k, v = random_inputs()
   for make in (sf.as_attention_fn, sf.as_dot_product_attention):
     fn = make(fm, variables)
     with pytest.raises(ValueError, match=r"query.shape=\(2, 8\)"):

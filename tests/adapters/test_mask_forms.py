@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
-from tests.adapters.test_adapters import HEAD_DIM, HEADS, arrays, build, oracle
+from tests.adapters.helpers import (
+  HEAD_DIM,
+  HEADS,
+  make_map,
+  masked_attention,
+  random_inputs,
+)
 
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 3, 3]])
 SEGMENTS = jnp.concatenate([SEGMENTS, jnp.full((1, 7), 4)])
@@ -40,8 +46,8 @@ MASKS = {
 @pytest.mark.quick_every(2)
 def test_masks_of_packed_rows_and_triangles(name, jit):
   mask, is_causal = MASKS[name]
-  fm, variables = build()
-  q, k, v = arrays()
+  fm, variables = make_map()
+  q, k, v = random_inputs()
   fn = sf.as_attention_fn(fm, variables, is_causal=is_causal)
 
   def call(mask, *qkv):
@@ -54,7 +60,7 @@ def test_masks_of_packed_rows_and_triangles(name, jit):
     mask = mask * CAUSAL
 
   def wanted(*qkv):
-    out = oracle(*qkv, mask, fm, variables, None)
+    out = masked_attention(*qkv, mask, fm, variables, None)
     return jnp.sum(jnp.sin(out)), out
 
   wanted_grads, expected = jax.grad(wanted, (0, 1, 2), has_aux=True)(q, k, v)
@@ -67,7 +73,7 @@ def test_masks_of_packed_rows_and_triangles(name, jit):
 def test_a_prompt_into_a_cache(component):
   # Keys of the longest length, queries that stand somewhere among them.
   if component == "posrf":
-    fm, variables = build()
+    fm, variables = make_map()
   else:
     fm = sf.feature_map(
       "cosformer",
@@ -76,7 +82,7 @@ def test_a_prompt_into_a_cache(component):
       component_kwargs={"max_length": 9, "epsilon": 0.1},
     )
     variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM)
-  q, k, v = arrays(9)
+  q, k, v = random_inputs(9)
   whole = sf.spectral_attention(
     q, k, v, feature_map=fm, variables=variables, is_causal=True
   )
@@ -146,8 +152,8 @@ def test_all_masks_of_four_queries_and_four_keys(is_causal):
   count = 1 << 16
   bits = np.arange(count)[:, None] >> np.arange(16)[None] & 1
   masks = bits.reshape(count, 4, 4).astype(bool)
-  fm, variables = build()
-  q, k, v = (x[:1, :4, :1] for x in arrays())
+  fm, variables = make_map()
+  q, k, v = (x[:1, :4, :1] for x in random_inputs())
   shared = jax.tree.map(lambda leaf: leaf[:1], variables)
   fn = sf.as_attention_fn(fm, shared, is_causal=is_causal)
 
@@ -165,7 +171,7 @@ def test_all_masks_of_four_queries_and_four_keys(is_causal):
   else:
     np.testing.assert_array_equal(bad, ~can)
   tiled = [jnp.broadcast_to(x, (count, *x.shape[1:])) for x in (q, k, v)]
-  expected = oracle(*tiled, effective[:, None], fm, shared, None)
+  expected = masked_attention(*tiled, effective[:, None], fm, shared, None)
   np.testing.assert_allclose(out[~bad], expected[~bad], atol=2e-6)
   rows, columns = effective.any(2), effective.any(1)
   product = rows[:, :, None] & columns[:, None]
@@ -185,18 +191,18 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("of_jax", [True, False])
 def test_forms_of_masks(form, of_jax):
-  fm, variables = build()
-  q, k, v = arrays()
+  fm, variables = make_map()
+  q, k, v = random_inputs()
   mask = jnp.broadcast_to((jnp.arange(7) < 4)[None, None, None], (1, 1, 7, 7))
   make = sf.as_dot_product_attention if of_jax else sf.as_attention_fn
   out = make(fm, variables)(q, k, v, mask=FORMS[form](mask))
-  expected = oracle(q, k, v, mask, fm, variables, None)
+  expected = masked_attention(q, k, v, mask, fm, variables, None)
   np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 def test_masks_over_some_of_several_batch_axes():
-  fm, variables = build()
-  q, k, v = (x.reshape(3, 1, *x.shape[1:]) for x in arrays())
+  fm, variables = make_map()
+  q, k, v = (x.reshape(3, 1, *x.shape[1:]) for x in random_inputs())
   q, k, v = (jnp.tile(x, (1, 2, 1, 1, 1)) for x in (q, k, v))
   one = jnp.arange(7)[None] < jnp.array([[5], [3]])
   fn = sf.as_attention_fn(fm, variables)
@@ -214,19 +220,21 @@ def test_masks_over_some_of_several_batch_axes():
   ],
 )
 def test_masks_of_other_shapes(mask, words):
-  fm, variables = build()
+  fm, variables = make_map()
   for make in (sf.as_attention_fn, sf.as_dot_product_attention):
     with pytest.raises(ValueError, match=words):
-      make(fm, variables)(*arrays(), mask=mask)
+      make(fm, variables)(*random_inputs(), mask=mask)
 
 
 @pytest.mark.parametrize("least", [-jnp.inf, -1e9])
 def test_an_additive_mask_is_no_mask_but_a_bias(least):
-  fm, variables = build()
-  q, k, v = arrays()
+  fm, variables = make_map()
+  q, k, v = random_inputs()
   real = jnp.arange(7) < 4
   additive = jnp.where(real, 0.0, least)[None, None, None]
-  expected = oracle(q, k, v, real[None, None, None], fm, variables, None)
+  expected = masked_attention(
+    q, k, v, real[None, None, None], fm, variables, None
+  )
   for make in (sf.as_dot_product_attention, sf.as_attention_fn):
     fn = make(fm, variables)
     with pytest.raises(ValueError, match="mask"):
@@ -239,8 +247,8 @@ def test_an_additive_mask_is_no_mask_but_a_bias(least):
 
 def test_biases_of_transformers_under_jit():
   # 0 and the least float, added up to -inf where two of them hide a key.
-  fm, variables = build()
-  q, k, v = arrays()
+  fm, variables = make_map()
+  q, k, v = random_inputs()
   least = jnp.finfo(jnp.float32).min
   real = jnp.arange(7)[None] < jnp.array([[7], [4], [1]])
   padding = jnp.where(real, 0.0, least)[:, None, None]
@@ -248,7 +256,7 @@ def test_biases_of_transformers_under_jit():
   fn = sf.as_attention_fn(fm, variables)
   run = jax.jit(lambda bias: fn(q, k, v, bias=bias))
   visible = real[:, None, None] & jnp.tri(7, dtype=bool)[None, None]
-  expected = oracle(q, k, v, visible, fm, variables, None)
+  expected = masked_attention(q, k, v, visible, fm, variables, None)
   np.testing.assert_allclose(run(padding + triangle), expected, atol=2e-6)
   assert bool(jnp.isnan(run(padding + 0.5)).all())
   # A bias of every head is none: an error at once.
@@ -259,8 +267,8 @@ def test_biases_of_transformers_under_jit():
 @pytest.mark.parametrize(("length", "keys"), [(1, 7), (3, 7), (7, 3)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_triangle_of_other_lengths_is_that_of_jax(length, keys, masked):
-  fm, variables = build()
-  q, k, v = arrays()
+  fm, variables = make_map()
+  q, k, v = random_inputs()
   q, k, v = q[:, :length], k[:, :keys], v[:, :keys]
   mask = jnp.broadcast_to(jnp.arange(keys) != 1, (3, 1, length, keys))
   kwargs = {"mask": mask} if masked else {}
@@ -268,5 +276,5 @@ def test_a_triangle_of_other_lengths_is_that_of_jax(length, keys, masked):
   out = attention(q, k, v, is_causal=True, **kwargs)
   visible = np.tri(length, keys, dtype=bool)[None, None]
   visible = visible & mask if masked else visible
-  expected = oracle(q, k, v, visible, fm, variables, None)
+  expected = masked_attention(q, k, v, visible, fm, variables, None)
   np.testing.assert_allclose(out, expected, atol=2e-6)
