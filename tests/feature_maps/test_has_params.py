@@ -5,7 +5,6 @@ import pytest
 
 import spectraformer_jax as sf
 
-
 # The others have no rows, or need other sizes.
 MATRICES = set(sf.list_weight_matrices()) - {"none", "mm_anti", "sgq"}
 
