@@ -5,32 +5,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from spectraformer_jax.attention import spectral_attention, statistics_of
 from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.decoding import init_state
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
-from spectraformer_jax.nn.config import ConfiguredModule
-from spectraformer_jax.nn.feature_variables import (
-  feature_variables,
-  running_stats,
-)
-from spectraformer_jax.nn.inputs import (
-  check_choice,
-  check_flags,
-  check_rows,
-  without_padding,
-)
+from spectraformer_jax.nn.attention_base import MultiHeadAttention
+from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
 from spectraformer_jax.nn.positions import next_positions, rotate
-from spectraformer_jax.nn.projections import projection
 from spectraformer_jax.typing import Array
 
-ATTENTIONS = ("spectral", *KERNELS, *BASELINES)
 
-
-class SpectralSelfAttention(ConfiguredModule):
+class SpectralSelfAttention(MultiHeadAttention):
   """Multi-head self-attention, linear in the length.
 
   Attributes:
@@ -70,10 +57,6 @@ class SpectralSelfAttention(ConfiguredModule):
   max_len: int | None = None
   is_causal: bool = False
   rotary: bool = False
-  share_projection: bool = False
-  num_key_value_heads: int | None = None
-  dtype: Any = None
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
@@ -115,13 +98,8 @@ class SpectralSelfAttention(ConfiguredModule):
     mask, segment_ids = check_rows(x, mask, segment_ids)
     self._check(mask, segment_ids, decode)
     x = without_padding(x, mask)
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    key_heads = self.num_key_value_heads or self.num_heads
-    heads = {"query": self.num_heads, "key": key_heads, "value": key_heads}
-    query, key, value = (
-      projection((number, self.head_dim), name=name, **dtypes)(x)
-      for name, number in heads.items()
-    )
+    names = ("query", "key", "value")
+    query, key, value = (self._project(name, x) for name in names)
     if self.rotary:
       index = next_positions(self, x, mask, segment_ids, decode)
       query, key = rotate(query, index), rotate(key, index)
@@ -130,7 +108,7 @@ class SpectralSelfAttention(ConfiguredModule):
     else:
       attend = self._attend(query, key, mask, segment_ids, deterministic)
       out = attend(query, key, value, key_mask=mask)
-    return projection(x.shape[-1], axis=(-2, -1), name="out", **dtypes)(out)
+    return self._dense(x.shape[-1], axis=(-2, -1), name="out")(out)
 
   def _attend(
     self,
@@ -183,17 +161,13 @@ class SpectralSelfAttention(ConfiguredModule):
         statistics of the sequence.
       deterministic: False updates running statistics.
     """
-    feature_map = self.feature_map
-    assert feature_map is not None  # by `check_attention`
-    num_heads = 1 if self.share_projection else key.shape[2]
-    variables = feature_variables(self, feature_map, self.head_dim, num_heads)
-    stats = running_stats(
-      self, feature_map, variables, query, key, mask, mask, deterministic
+    feature_map, variables = self._feature_map()
+    stats = self._running_stats(
+      variables, query, key, mask, mask, deterministic
     )
     if stats is None and sees_all:
-      sqrt_scale = float(self.head_dim) ** -0.25
       stats = statistics_of(
-        feature_map, variables, None, query, key, mask, mask, sqrt_scale
+        feature_map, variables, None, query, key, mask, mask, self._sqrt_scale
       )
     return {"feature_map": feature_map, "variables": variables, "stats": stats}
 
@@ -234,7 +208,7 @@ class SpectralSelfAttention(ConfiguredModule):
     self, mask: Array | None, segment_ids: Array | None, decode: bool
   ) -> None:
     """Raises ValueError for options that exclude each other."""
-    check_attention(self)
+    self._check_fields()
     check_options(
       self.attention, self.attention_kwargs or {}, is_causal=self.is_causal
     )
@@ -262,24 +236,3 @@ class SpectralSelfAttention(ConfiguredModule):
         f"component {component.info.name!r} counts positions of the whole row, "
         "so rows of different lengths cannot be decoded together."
       )
-
-
-def check_attention(module: Any) -> None:
-  """Raises ValueError unless attention, feature map and heads fit together.
-
-  Args:
-    module: a `SpectralSelfAttention` or `SpectralCrossAttention`.
-  """
-  attention, feature_map = module.attention, module.feature_map
-  check_choice("attention", attention, ATTENTIONS)
-  if (attention == "spectral") != (feature_map is not None):
-    raise ValueError(
-      f"attention={attention!r} with feature_map="
-      f"{feature_map and feature_map.info.name!r}: 'spectral' "
-      "needs a feature map, the exact kernels take none, nor do baselines."
-    )
-  heads = module.num_key_value_heads
-  if heads is not None and (heads < 1 or module.num_heads % heads):
-    raise ValueError(
-      f"num_key_value_heads={heads} must divide num_heads={module.num_heads}."
-    )

@@ -1,26 +1,17 @@
 """Multi-head attention of one sequence to another."""
 
-from typing import Any
-
 import flax.linen as nn
-import jax.numpy as jnp
 
 from spectraformer_jax.attention import spectral_attention, statistics_of_keys
 from spectraformer_jax.decoding import attend_state
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.kernels import KERNELS, exact_attention
-from spectraformer_jax.nn.attention import check_attention
-from spectraformer_jax.nn.config import ConfiguredModule
-from spectraformer_jax.nn.feature_variables import (
-  feature_variables,
-  running_stats,
-)
+from spectraformer_jax.nn.attention_base import MultiHeadAttention
 from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
-from spectraformer_jax.nn.projections import projection
-from spectraformer_jax.typing import Array, FeatureVariables, PyTree
+from spectraformer_jax.typing import Array, PyTree
 
 
-class SpectralCrossAttention(ConfiguredModule):
+class SpectralCrossAttention(MultiHeadAttention):
   """Multi-head attention to a memory, linear in both lengths.
 
   Each position of x sees the whole memory, and no position of x sees another:
@@ -47,10 +38,6 @@ class SpectralCrossAttention(ConfiguredModule):
   head_dim: int
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
-  share_projection: bool = False
-  num_key_value_heads: int | None = None
-  dtype: Any = None
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
@@ -90,17 +77,14 @@ class SpectralCrossAttention(ConfiguredModule):
     self._check(x, memory, decode)
     mask, _ = check_rows(x, mask, None)
     x = without_padding(x, mask)
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    sizes = (self.num_heads, self.head_dim)
-    query = projection(sizes, name="query", **dtypes)(x)
+    query = self._project("query", x)
     if memory is None:
       out = self._attend_cached(query)
     else:
       memory_mask, _ = check_rows(memory, memory_mask, None, "memory")
       memory = without_padding(memory, memory_mask)
-      sizes = (self._key_heads, self.head_dim)
-      key = projection(sizes, name="key", **dtypes)(memory)
-      value = projection(sizes, name="value", **dtypes)(memory)
+      key = self._project("key", memory)
+      value = self._project("value", memory)
       if self.attention == "spectral":
         out, cache = self._spectral(
           query, key, value, mask, memory_mask, deterministic
@@ -111,11 +95,7 @@ class SpectralCrossAttention(ConfiguredModule):
         out = exact_attention(
           query, key, value, kernel=self.attention, key_mask=memory_mask
         )
-    return projection(x.shape[-1], axis=(-2, -1), name="out", **dtypes)(out)
-
-  @property
-  def _key_heads(self) -> int:
-    return self.num_key_value_heads or self.num_heads
+    return self._dense(x.shape[-1], axis=(-2, -1), name="out")(out)
 
   def _spectral(
     self,
@@ -127,13 +107,12 @@ class SpectralCrossAttention(ConfiguredModule):
     deterministic: bool,
   ) -> tuple[Array, dict[str, PyTree]]:
     """Returns the output, and what queries of later calls need of the keys."""
-    feature_map, variables = self._maps()
-    stats = running_stats(
-      self, feature_map, variables, query, key, mask, memory_mask, deterministic
+    feature_map, variables = self._feature_map()
+    stats = self._running_stats(
+      variables, query, key, mask, memory_mask, deterministic
     )
-    sqrt_scale = float(self.head_dim) ** -0.25
     stats = statistics_of_keys(
-      feature_map, variables, stats, key, memory_mask, sqrt_scale
+      feature_map, variables, stats, key, memory_mask, self._sqrt_scale
     )
     out, state = spectral_attention(
       query,
@@ -155,18 +134,9 @@ class SpectralCrossAttention(ConfiguredModule):
         "memory=None and no memory in the cache: the first call of a sequence "
         "needs the memory, with decode=True and mutable=['cache']."
       )
-    feature_map, variables = self._maps()
+    feature_map, variables = self._feature_map()
     return attend_state(
       query=query, feature_map=feature_map, variables=variables, **cache
-    )
-
-  def _maps(self) -> tuple[FeatureMap, FeatureVariables]:
-    """Returns the feature map and its variables."""
-    feature_map = self.feature_map
-    assert feature_map is not None  # by `check_attention`
-    num_heads = 1 if self.share_projection else self._key_heads
-    return feature_map, feature_variables(
-      self, feature_map, self.head_dim, num_heads
     )
 
   def _check(self, x: Array, memory: Array | None, decode: bool) -> None:
@@ -176,7 +146,7 @@ class SpectralCrossAttention(ConfiguredModule):
         f"attention={self.attention!r} cannot attend to a memory; use "
         "'spectral', 'softmax' or 'gaussian'."
       )
-    check_attention(self)
+    self._check_fields()
     info = self.feature_map and self.feature_map.component.info
     if info and (info.positional or not info.causal_safe):
       raise ValueError(

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.nn.attention import ATTENTIONS
+from spectraformer_jax.nn.attention_base import ATTENTIONS
 from spectraformer_jax.nn.dropout import MAX_RATE
 from spectraformer_jax.nn.encoder import MLPS, NORMS
 from spectraformer_jax.nn.positions import POSITIONS

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from spectraformer_jax import list_components
 from spectraformer_jax.commands import parse_literal
-from spectraformer_jax.nn.attention import ATTENTIONS
+from spectraformer_jax.nn.attention_base import ATTENTIONS
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.train import config as train_config
 
