@@ -9,31 +9,22 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax.nn.positions import positions_in_segments
+from tests.nn.helpers import make_map, with_larger_embeddings
 
 SIZES = {"num_layers": 1, "head_dim": 4, "mlp_dim": 8}
 SEGMENTS = jnp.array([[5, 5, 5, 2, 2, 9, 9, 9], [1, 1, 1, 1, 1, 1, 4, 4]])
 
 
-def feature_map(component="posrf", **component_kwargs):
-  return sf.feature_map(
-    component, "orf", num_features=8, component_kwargs=component_kwargs
-  )
-
-
-def language_model(kind=sf.nn.LanguageModel, shapes=False, **kwargs):
+def make_language_model(kind=sf.nn.LanguageModel, shapes=False, **kwargs):
   """A model, its variables or their shapes, and tokens."""
-  options = {"feature_map": feature_map()} | kwargs
+  options = {"feature_map": make_map()} | kwargs
   model = kind(vocab_size=11, max_len=8, embed_dim=8, **SIZES, **options)
   tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 11)
   if shapes:
     variables = jax.eval_shape(model.init, jax.random.key(1), tokens)
     return model, variables, tokens
   variables = jax.jit(model.init)(jax.random.key(1), tokens)
-  # Larger embeddings, so that tokens and positions matter from the start.
-  params = dict(variables["params"])
-  for name in {"token_embedding", "position_embedding"} & params.keys():
-    params[name] = jax.tree.map(lambda x: 50.0 * x, params[name])
-  return model, {**variables, "params": params}, tokens
+  return model, with_larger_embeddings(variables), tokens
 
 
 @pytest.mark.parametrize(
@@ -42,13 +33,13 @@ def language_model(kind=sf.nn.LanguageModel, shapes=False, **kwargs):
     {"positions": "rotary"},
     {"kind": sf.nn.MaskedLanguageModel},
     {"attention": "softmax", "feature_map": None, "positions": "rotary"},
-    {"feature_map": feature_map("oprf", statistics="ema")},
+    {"feature_map": make_map("oprf", statistics="ema")},
     {"num_key_value_heads": 1, "positions": "learned"},
   ],
 )
 @pytest.mark.quick_every(5)
 def test_packed_rows_are_as_if_apart(kwargs):
-  model, variables, tokens = language_model(**kwargs)
+  model, variables, tokens = make_language_model(**kwargs)
   apply = jax.jit(model.apply)
   packed = apply(variables, tokens, segment_ids=SEGMENTS)
   # In any order: what is interleaved is attended as if it were not.
@@ -77,7 +68,7 @@ def test_positions_start_again_in_each_segment():
 @pytest.mark.parametrize(
   ("kwargs", "words"),
   [
-    ({"feature_map": feature_map("oprf")}, "mix packed rows"),
+    ({"feature_map": make_map("oprf")}, "mix packed rows"),
     (
       {"attention": "local", "feature_map": None},
       "segment_ids with attention='local'",
@@ -92,7 +83,7 @@ def test_packed_rows_are_refused_in_words(kwargs, words):
 
 
 def test_segment_ids_of_another_form_are_refused():
-  model, variables, tokens = language_model(shapes=True)
+  model, variables, tokens = make_language_model(shapes=True)
   apply = functools.partial(jax.eval_shape, model.apply, variables, tokens)
   assert apply(segment_ids=SEGMENTS).shape == (2, 8, 11)
   for wrong in (SEGMENTS[:, :5], SEGMENTS * 1.0):
@@ -109,7 +100,7 @@ def test_segment_ids_of_another_form_are_refused():
     vocab_size=11,
     max_len=8,
     prepend_cls=True,
-    feature_map=feature_map(),
+    feature_map=make_map(),
     **SIZES,
   )
   with pytest.raises(ValueError, match="segment_ids with prepend_cls"):
@@ -119,10 +110,10 @@ def test_segment_ids_of_another_form_are_refused():
 @pytest.mark.parametrize(
   "kwargs",
   [
-    {"feature_map": feature_map()},
+    {"feature_map": make_map()},
     {"attention": "softmax"},
-    {"feature_map": feature_map("oprf", statistics="ema"), "rotary": True},
-    {"feature_map": feature_map("oprf"), "share_projection": True},
+    {"feature_map": make_map("oprf", statistics="ema"), "rotary": True},
+    {"feature_map": make_map("oprf"), "share_projection": True},
   ],
 )
 @pytest.mark.quick_every(4)
@@ -155,7 +146,7 @@ def test_grouped_queries_are_repeated_keys(kwargs):
 
 
 def test_grouped_queries_decode():
-  model, variables, tokens = language_model(
+  model, variables, tokens = make_language_model(
     num_heads=4, num_key_value_heads=2, positions="rotary"
   )
   whole = jax.jit(model.apply)(variables, tokens)
@@ -175,7 +166,7 @@ def test_grouped_queries_decode():
 @pytest.mark.parametrize("heads", [0, 3, 8])
 def test_heads_that_do_not_divide_are_refused(heads):
   with pytest.raises(ValueError, match=f"num_key_value_heads={heads} must"):
-    language_model(num_heads=4, num_key_value_heads=heads)
+    make_language_model(num_heads=4, num_key_value_heads=heads)
 
 
 def test_parameters_have_their_dtype_and_results_do_not_change():
@@ -184,7 +175,7 @@ def test_parameters_have_their_dtype_and_results_do_not_change():
     "masked": {"kind": sf.nn.MaskedLanguageModel, "norm": "post"},
   }
   for kwargs in kinds.values():
-    model, variables, tokens = language_model(
+    model, variables, tokens = make_language_model(
       param_dtype=jnp.bfloat16, shapes=True, **kwargs
     )
     for leaf in jax.tree.leaves(variables["params"]):
@@ -198,7 +189,7 @@ def test_parameters_have_their_dtype_and_results_do_not_change():
     embed_dim=8,
     pooling="cls",
     param_dtype=jnp.bfloat16,
-    feature_map=feature_map("oprf", statistics="learned"),
+    feature_map=make_map("oprf", statistics="learned"),
     **SIZES,
   )
   inputs = tokens, jnp.array([8, 3])
@@ -250,7 +241,7 @@ HEADS = {
 @pytest.mark.parametrize("kind", HEADS)
 def test_names_and_shapes_of_parameters_stay(kind):
   options = {"vocab_size": 11, "max_len": 8, "embed_dim": 6, "mlp": "gated"}
-  options |= {"feature_map": feature_map(), **SIZES}
+  options |= {"feature_map": make_map(), **SIZES}
   inputs = jnp.ones((1, 4), int), jnp.array([4])
   if kind == "classifier":
     model = sf.nn.Classifier(num_classes=3, pooling="cls", **options)

@@ -10,7 +10,7 @@ from spectraformer_jax.nn import EncoderLayer, by_token
 SHAPE = (3, 10, 8)  # 30 tokens: five blocks of seven, the last with padding
 
 
-def layer(**kwargs):
+def make_loss(**kwargs):
   sizes = {"num_heads": 2, "head_dim": 4, "mlp_dim": 12}
   module = EncoderLayer(attention="softmax", **sizes, **kwargs)
   x = jax.random.normal(jax.random.key(0), SHAPE)
@@ -32,10 +32,10 @@ def layer(**kwargs):
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.slow
 def test_blocks_change_nothing(mlp, norm, monkeypatch):
-  loss, params, x = layer(mlp=mlp, norm=norm)
+  loss, params, x = make_loss(mlp=mlp, norm=norm)
   whole = jax.value_and_grad(loss, (0, 1))(params, x)
   monkeypatch.setattr(by_token, "BLOCK", 7)
-  again, in_blocks, _ = layer(mlp=mlp, norm=norm)
+  again, in_blocks, _ = make_loss(mlp=mlp, norm=norm)
   # Initialised in blocks, the parameters are the same.
   jax.tree.map(np.testing.assert_array_equal, params, in_blocks)
   blocks = jax.value_and_grad(again, (0, 1))(params, x)
@@ -58,7 +58,7 @@ def test_an_empty_batch_stays_empty():
 def test_dropout_of_the_backward_pass_is_that_of_the_forward_pass(monkeypatch):
   """Else the gradient would not be the slope."""
   monkeypatch.setattr(by_token, "BLOCK", 7)
-  loss, params, x = layer(dropout_rate=0.5)
+  loss, params, x = make_loss(dropout_rate=0.5)
   with jax.enable_x64(True):
     params, x, direction = jax.tree.map(
       lambda a: jnp.asarray(a, "float64"), (params, x, jnp.cos(5.0 * x))

@@ -10,7 +10,7 @@ import pytest
 from spectraformer_jax.nn.dropout import Dropout
 
 
-def drop(rate, shape=(500, 400), seed=0, impl=None):
+def drop_ones(rate, shape=(500, 400), seed=0, impl=None):
   """Dropped ones."""
   return np.asarray(
     Dropout(rate).apply(
@@ -25,7 +25,7 @@ def drop(rate, shape=(500, 400), seed=0, impl=None):
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("width", [400, 399, 1])
 def test_rate_and_mean(rate, width):
-  out = drop(rate, (80_000 // width, width))
+  out = drop_ones(rate, (80_000 // width, width))
   dropped = out == 0.0
   error = np.sqrt(rate * (1 - rate) / out.size)
   assert abs(dropped.mean() - rate) < 4 * error + 2.0**-16
@@ -36,7 +36,7 @@ def test_rate_and_mean(rate, width):
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_entries_are_independent(impl):
-  dropped = drop(0.5, impl=impl) == 0.0
+  dropped = drop_ones(0.5, impl=impl) == 0.0
   centred = dropped - 0.5
   parts = np.split(centred, 4)
   # Those whose bits are of one run of the generator, and neighbours.
@@ -50,13 +50,13 @@ def test_entries_are_independent(impl):
 
 @pytest.mark.parametrize("shape", [(1000,), (3, 1000), (2, 3, 5, 100)])
 def test_every_number_of_axes(shape):
-  out = drop(0.5, shape)
+  out = drop_ones(0.5, shape)
   assert out.shape == shape
   assert abs((out == 0.0).mean() - 0.5) < 4 * 0.5 / np.sqrt(out.size)
 
 
 def test_examples_and_keys_have_masks_of_their_own():
-  masks = [*drop(0.5, (3, 40, 50)), *drop(0.5, (3, 40, 50), seed=1)]
+  masks = [*drop_ones(0.5, (3, 40, 50)), *drop_ones(0.5, (3, 40, 50), seed=1)]
   for a, b in itertools.combinations(masks, 2):
     assert 0.4 < (a == b).mean() < 0.6  # by nine standard errors
 
@@ -73,7 +73,7 @@ def test_a_map_over_keys_drops_what_each_key_drops():
 
 
 def test_no_rate_and_deterministic_change_nothing():
-  np.testing.assert_array_equal(drop(0.0), 1.0)
+  np.testing.assert_array_equal(drop_ones(0.0), 1.0)
   x = jnp.ones((3, 4))
   out = Dropout(0.5).apply({}, x, deterministic=True)
   np.testing.assert_array_equal(out, x)
@@ -82,7 +82,7 @@ def test_no_rate_and_deterministic_change_nothing():
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
 def test_rates_out_of_range(rate):
   with pytest.raises(ValueError, match=f"dropout rate.*{rate}"):
-    drop(rate)
+    drop_ones(rate)
 
 
 def test_dtype_is_kept():

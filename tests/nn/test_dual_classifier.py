@@ -16,7 +16,7 @@ SIZES = {
 }
 
 
-def build(**kwargs):
+def make_model(**kwargs):
   """A small model, its variables and a ragged batch of pairs."""
   fm = sf.feature_map("posrf", "iid", num_features=16)
   options = {"feature_map": fm, "embed_dim": 16, "mlp_dim": 32} | kwargs
@@ -31,7 +31,7 @@ def build(**kwargs):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.quick_every(2)
 def test_it_is_the_classifiers_encoder_and_an_mlp(pooling):
-  model, variables, (one, length, two, length_2) = build(pooling=pooling)
+  model, variables, (one, length, two, length_2) = make_model(pooling=pooling)
   encoder = sf.nn.SequenceEncoder(
     vocab_size=16,
     max_len=40,
@@ -58,7 +58,7 @@ def test_it_is_the_classifiers_encoder_and_an_mlp(pooling):
 
 
 def test_names_are_those_of_the_classifier():
-  model, variables, (one, length, *_) = build()
+  model, variables, (one, length, *_) = make_model()
   single = sf.nn.Classifier(
     **SIZES, feature_map=model.feature_map, embed_dim=16, mlp_dim=32
   )
@@ -73,7 +73,7 @@ def test_names_are_those_of_the_classifier():
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.quick_every(2)
 def test_padding_changes_no_logit(pooling):
-  model, variables, (one, length, two, length_2) = build(pooling=pooling)
+  model, variables, (one, length, two, length_2) = make_model(pooling=pooling)
   logits = jax.jit(model.apply)(variables, one, length, two, length_2)
   pad = lambda rows, n: jnp.pad(rows, ((0, 0), (0, n)), constant_values=9)
   longer = jax.jit(model.apply)(
@@ -83,7 +83,7 @@ def test_padding_changes_no_logit(pooling):
 
 
 def test_batch_neighbours_change_no_logit():
-  model, variables, pair = build()
+  model, variables, pair = make_model()
   logits = jax.jit(model.apply)(variables, *pair)
   alone = jax.jit(model.apply)(variables, *(array[1:2] for array in pair))
   np.testing.assert_allclose(alone, logits[1:2], atol=1e-6)
@@ -91,7 +91,7 @@ def test_batch_neighbours_change_no_logit():
 
 @pytest.mark.slow
 def test_order_of_the_pair_matters_and_both_get_gradients():
-  model, variables, (one, length, two, length_2) = build()
+  model, variables, (one, length, two, length_2) = make_model()
   logits = jax.jit(model.apply)(variables, one, length, two, length_2)
   swapped = jax.jit(model.apply)(variables, two, length_2, one, length)
   assert float(jnp.abs(logits - swapped).max()) > 1e-4
@@ -115,7 +115,7 @@ def test_running_statistics_and_dropout():
   fm = sf.feature_map(
     "oprf", "iid", num_features=16, component_kwargs={"statistics": "ema"}
   )
-  model, variables, pair = build(feature_map=fm)
+  model, variables, pair = make_model(feature_map=fm)
   _, updated = model.apply(
     variables,
     *pair,
@@ -133,7 +133,7 @@ def test_running_statistics_and_dropout():
 
 @pytest.mark.parametrize("which", [0, 2])
 def test_too_long(which):
-  model, variables, pair = build()
+  model, variables, pair = make_model()
   pair = list(pair)
   pair[which] = jnp.zeros((3, 41), int)
   with pytest.raises(ValueError, match="is longer than max_len=40"):

@@ -9,6 +9,7 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax.nn.generation import _Options
+from tests.nn.helpers import with_larger_embeddings
 
 VOCAB = 11
 PROMPT = jax.random.randint(jax.random.key(1), (3, 5), 0, VOCAB)
@@ -16,7 +17,7 @@ LENGTH = jnp.array([5, 1, 3])
 
 
 @functools.cache
-def build(component="posrf", positions="learned", kind="language"):
+def make_model(component="posrf", positions="learned", kind="language"):
   """A model whose logits depend on their input, and its variables."""
   matrix, rows, options = "orf", 8, {}
   if component == "cosformer":
@@ -33,12 +34,7 @@ def build(component="posrf", positions="learned", kind="language"):
   else:
     model, inputs = sf.nn.Seq2Seq(feature_map=fm, **sizes), (PROMPT, LENGTH)
   variables = jax.jit(model.init)(jax.random.key(0), *inputs, PROMPT)
-  # Larger embeddings, so that tokens matter from the start.
-  larger = lambda path, x: (
-    50.0 * x if "embedding" in jax.tree_util.keystr(path) else x
-  )
-  params = jax.tree_util.tree_map_with_path(larger, variables["params"])
-  return model, {**variables, "params": params}
+  return model, with_larger_embeddings(variables)
 
 
 def inputs_of(kind, rows=slice(None)):
@@ -58,7 +54,7 @@ def inputs_of(kind, rows=slice(None)):
 )
 @pytest.mark.quick_every(4)
 def test_ragged_prompts_are_as_if_alone(component, positions, kind):
-  model, variables = build(component, positions, kind)
+  model, variables = make_model(component, positions, kind)
   generate = functools.partial(sf.nn.generate, model, variables, num_tokens=6)
   for padding in (0, VOCAB + 5, -1):
     real = jnp.arange(5)[None] < LENGTH[:, None]
@@ -91,7 +87,7 @@ def test_ragged_prompts_are_as_if_alone(component, positions, kind):
 
 
 def test_what_follows_the_end_is_the_end():
-  model, variables = build()
+  model, variables = make_model()
   free = np.asarray(sf.nn.generate(model, variables, PROMPT, num_tokens=8))
   end = int(free[0, 2])
   ended = sf.nn.generate(model, variables, PROMPT, num_tokens=8, end_token=end)
@@ -153,7 +149,7 @@ def test_what_overflows_is_loud():
 
 @pytest.mark.slow
 def test_draws_through_generate():
-  model, variables = build()
+  model, variables = make_model()
   generate = functools.partial(
     sf.nn.generate, model, variables, PROMPT, num_tokens=5
   )
@@ -164,7 +160,7 @@ def test_draws_through_generate():
 
 
 def test_what_is_not_known_to_be_wrong_is_loud():
-  model, variables = build()
+  model, variables = make_model()
   generate = jax.jit(
     lambda prompt, length: sf.nn.generate(
       model, variables, prompt, num_tokens=3, prompt_length=length
@@ -208,7 +204,7 @@ def test_what_is_not_known_to_be_wrong_is_loud():
   ],
 )
 def test_generate_refuses(options, words):
-  model, variables = build()
+  model, variables = make_model()
   options = {
     "variables": variables,
     "prompt": PROMPT,
@@ -220,10 +216,10 @@ def test_generate_refuses(options, words):
 
 
 def test_generate_refuses_what_it_cannot_do():
-  model, variables = build("cosformer")
+  model, variables = make_model("cosformer")
   with pytest.raises(ValueError, match="rows of different lengths"):
     sf.nn.generate(model, variables, PROMPT, num_tokens=2, prompt_length=LENGTH)
-  model, variables = build(kind="seq2seq", positions="rotary")
+  model, variables = make_model(kind="seq2seq", positions="rotary")
   with pytest.raises(ValueError, match="source=None with a Seq2Seq"):
     sf.nn.generate(model, variables, PROMPT, num_tokens=2)
   with pytest.raises(ValueError, match="source must be in .*got 11"):
@@ -237,7 +233,7 @@ def test_generate_refuses_what_it_cannot_do():
 
   def traced(temperature):
     return sf.nn.generate(
-      *build(), PROMPT, num_tokens=2, temperature=temperature
+      *make_model(), PROMPT, num_tokens=2, temperature=temperature
     )
 
   with pytest.raises(ValueError, match="temperature must be a number, got a t"):
@@ -246,7 +242,7 @@ def test_generate_refuses_what_it_cannot_do():
 
 @pytest.mark.slow
 def test_numbers_of_numpy_are_numbers():
-  model, variables = build()
+  model, variables = make_model()
   generate = functools.partial(sf.nn.generate, model, variables)
   rng = jax.random.key(0)
   np.testing.assert_array_equal(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
+from tests.nn.helpers import with_larger_embeddings
 
 VOCAB = 11
 COMPONENTS = {
@@ -17,7 +18,7 @@ COMPONENTS = {
 }
 
 
-def build(component="posrf", kind=sf.nn.LanguageModel, **kwargs):
+def make_model(component="posrf", kind=sf.nn.LanguageModel, **kwargs):
   """A model whose logits depend on their input, and its variables."""
   matrix, rows = ("none", None) if component == "cosformer" else ("orf", 16)
   fm = sf.feature_map(
@@ -27,11 +28,7 @@ def build(component="posrf", kind=sf.nn.LanguageModel, **kwargs):
   kwargs = {"feature_map": fm} | sizes | kwargs
   model = kind(vocab_size=VOCAB, **kwargs)
   variables = model.init(jax.random.key(0), jnp.zeros((1, 4), int))
-  # Larger embeddings, so that tokens matter from the start.
-  params = dict(variables["params"])
-  for name in {"token_embedding", "position_embedding"} & params.keys():
-    params[name] = jax.tree.map(lambda x: 50.0 * x, params[name])
-  return model, {**variables, "params": params}
+  return model, with_larger_embeddings(variables)
 
 
 def tokens(length=12):
@@ -47,7 +44,7 @@ OPTIONS = (
 @pytest.mark.parametrize(("component", "positions"), OPTIONS)
 @pytest.mark.quick_every(6)
 def test_the_future_changes_nothing_before_it(component, positions):
-  model, variables = build(component, positions=positions)
+  model, variables = make_model(component, positions=positions)
   apply = jax.jit(model.apply)
   logits = apply(variables, tokens())
   changed = apply(variables, tokens().at[:, 7:].add(1) % VOCAB)
@@ -58,7 +55,7 @@ def test_the_future_changes_nothing_before_it(component, positions):
 @pytest.mark.parametrize(("component", "positions"), OPTIONS)
 @pytest.mark.quick_every(6)
 def test_decoding_in_pieces_equals_one_pass(component, positions):
-  model, variables = build(component, positions=positions)
+  model, variables = make_model(component, positions=positions)
   whole = model.apply(variables, tokens())
   cache, parts = {}, []
   for start, stop in [(0, 5), (5, 6), (6, 7), (7, 12)]:
@@ -78,7 +75,7 @@ def test_decoding_in_pieces_equals_one_pass(component, positions):
 @pytest.mark.parametrize("component", ["posrf", "oprf"])
 @pytest.mark.slow
 def test_generation_with_state_equals_recomputation(component, temperature):
-  model, variables = build(component)
+  model, variables = make_model(component)
   rng = jax.random.key(4)
   new = sf.nn.generate(
     model,
@@ -103,7 +100,7 @@ def test_generation_with_state_equals_recomputation(component, temperature):
 
 @pytest.mark.slow
 def test_the_cache_does_not_grow():
-  model, variables = build()
+  model, variables = make_model()
   sizes = []
   for length in (1, 20):
     _, cache = model.apply(
@@ -114,7 +111,7 @@ def test_the_cache_does_not_grow():
 
 
 def test_beyond_max_len_is_nan_and_not_another_position():
-  model, variables = build()
+  model, variables = make_model()
   out, cache = model.apply(
     variables, tokens(32), decode=True, mutable=["cache"]
   )
@@ -128,7 +125,7 @@ def test_beyond_max_len_is_nan_and_not_another_position():
 @pytest.mark.slow
 def test_padding_changes_no_logit():
   for kind in (sf.nn.LanguageModel, sf.nn.MaskedLanguageModel):
-    model, variables = build(kind=kind)
+    model, variables = make_model(kind=kind)
     length = jnp.array([12, 5])
     logits = model.apply(variables, tokens(), length)
     padded = jnp.pad(tokens(), ((0, 0), (0, 9)), constant_values=3)
@@ -140,7 +137,7 @@ def test_padding_changes_no_logit():
 
 
 def test_a_masked_model_sees_both_sides():
-  model, variables = build(kind=sf.nn.MaskedLanguageModel)
+  model, variables = make_model(kind=sf.nn.MaskedLanguageModel)
   logits = model.apply(variables, tokens())
   for changed in (0, 11):
     other = model.apply(variables, tokens().at[:, changed].add(1) % VOCAB)
@@ -157,24 +154,24 @@ def test_a_masked_model_sees_both_sides():
   ],
 )
 def test_generate_refuses(kwargs, message):
-  model, variables = build()
+  model, variables = make_model()
   with pytest.raises(ValueError, match=message):
     sf.nn.generate(model, variables, tokens(3), **kwargs)
 
 
 def test_decode_refuses():
   decode = {"decode": True, "mutable": ["cache"]}
-  model, variables = build("cosformer")
+  model, variables = make_model("cosformer")
   with pytest.raises(ValueError, match="rows of different lengths"):
     model.apply(variables, tokens(), jnp.array([3, 4]), **decode)
-  exact, variables = build(attention="softmax", feature_map=None)
+  exact, variables = make_model(attention="softmax", feature_map=None)
   with pytest.raises(ValueError, match="decode=True"):
     exact.apply(variables, tokens(), **decode)
 
 
 def test_init_makes_an_empty_cache():
   for positions in ("learned", "rotary"):
-    model, variables = build(positions=positions)
+    model, variables = make_model(positions=positions)
     cache = model.init(jax.random.key(0), tokens(), decode=True)["cache"]
     assert not any(
       np.any(leaf > 0) for leaf in jax.tree.leaves(cache)
@@ -187,7 +184,7 @@ def test_init_makes_an_empty_cache():
 
 
 def test_generation_drops_what_was_decoded_before():
-  model, variables = build()
+  model, variables = make_model()
   expected = sf.nn.generate(model, variables, tokens(3), num_tokens=4)
   _, cache = model.apply(variables, tokens(), decode=True, mutable=["cache"])
   found = sf.nn.generate(model, {**variables, **cache}, tokens(3), num_tokens=4)
@@ -196,7 +193,7 @@ def test_generation_drops_what_was_decoded_before():
 
 def test_rows_of_different_lengths_are_decoded_together():
   for positions in ("learned", "rotary"):
-    model, variables = build(positions=positions)
+    model, variables = make_model(positions=positions)
     read = jax.jit(
       lambda variables, tokens, length, model=model: model.apply(
         variables, tokens, length, decode=True, mutable=["cache"]
@@ -224,4 +221,4 @@ def test_rows_of_different_lengths_are_decoded_together():
 
 def test_a_component_that_is_shorter_than_the_model_is_refused():
   with pytest.raises(ValueError, match="max_length=32"):
-    build("cosformer", max_len=33)
+    make_model("cosformer", max_len=33)

@@ -24,7 +24,7 @@ OPTIONS = (
 )
 
 
-def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
+def make_classifier(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
   """A small classifier, its variables and a ragged batch."""
   fm = sf.feature_map(*pair, num_features=16, component_kwargs=component_kwargs)
   sizes = {"vocab_size": 16, "num_classes": 5, "max_len": 40, "head_dim": 8}
@@ -55,7 +55,7 @@ def build(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
 )
 @pytest.mark.quick_every(14)
 def test_padding_changes_no_logit(kwargs):
-  model, variables, tokens, length = build(**kwargs)
+  model, variables, tokens, length = make_classifier(**kwargs)
   logits = model.apply(variables, tokens, length)
   padded = jnp.pad(tokens, ((0, 0), (0, 17)), constant_values=9)
   longer = model.apply(variables, padded, length)
@@ -80,7 +80,7 @@ def test_padding_changes_no_logit(kwargs):
 )
 @pytest.mark.quick_every(9)
 def test_batch_neighbours_change_no_logit(kwargs):
-  model, variables, tokens, length = build(**kwargs)
+  model, variables, tokens, length = make_classifier(**kwargs)
   logits = model.apply(variables, tokens, length)
   alone = model.apply(variables, tokens[1:2], length[1:2])
   np.testing.assert_allclose(logits[1:2], alone, atol=1e-6)
@@ -108,7 +108,7 @@ def test_the_default_is_the_model_of_the_paper():
 
 
 def test_collections_and_redraw():
-  model, variables, tokens, length = build()
+  model, variables, tokens, length = make_classifier()
   assert sorted(variables) == ["params", "random_features"]
   redraw = jax.jit(sf.nn.redraw, static_argnums=0)
   new = redraw(
@@ -129,7 +129,7 @@ def test_collections_and_redraw():
 
 @pytest.mark.slow
 def test_no_gradient_reaches_the_projection():
-  model, variables, tokens, length = build()
+  model, variables, tokens, length = make_classifier()
   grads = jax.grad(lambda v: model.apply(v, tokens, length).sum())(variables)
   for grad in jax.tree.leaves(grads["random_features"]):
     np.testing.assert_array_equal(grad, 0.0)
@@ -139,7 +139,7 @@ def test_no_gradient_reaches_the_projection():
 
 @pytest.mark.slow
 def test_learnable_parameters_are_params():
-  model, variables, tokens, length = build(
+  model, variables, tokens, length = make_classifier(
     component_kwargs={"statistics": "learned"}
   )
   layer = variables["params"]["encoder"]["layer_0"]["attention"]
@@ -157,7 +157,7 @@ def test_learnable_parameters_are_params():
   [{"component_kwargs": {"statistics": "ema"}}, {"pooled_norm": "batch"}],
 )
 def test_running_statistics_move_in_training_only(kwargs):
-  model, variables, tokens, length = build(**kwargs)
+  model, variables, tokens, length = make_classifier(**kwargs)
   rngs = {"dropout": jax.random.key(3)}
   _, updated = model.apply(
     variables,
@@ -227,7 +227,7 @@ def test_queries_of_an_encoder_count_in_its_statistics(component):
 
 
 def test_parameters_of_a_baseline_are_for_the_longest_sequence():
-  model, variables, *_ = build(
+  model, variables, *_ = make_classifier(
     attention="linformer",
     feature_map=None,
     attention_kwargs={"projected_length": 5},
@@ -237,21 +237,21 @@ def test_parameters_of_a_baseline_are_for_the_longest_sequence():
 
 
 def test_local_attention_can_be_causal_and_linformer_cannot():
-  build_layer = lambda name: sf.nn.SpectralSelfAttention(
+  make_layer = lambda name: sf.nn.SpectralSelfAttention(
     num_heads=2, head_dim=8, attention=name, is_causal=True
   )
   x = jax.random.normal(jax.random.key(0), (2, 12, 16))
-  layer = build_layer("local")
+  layer = make_layer("local")
   variables = layer.init(jax.random.key(1), x)
   before = layer.apply(variables, x)
   after = layer.apply(variables, x.at[:, -1].add(5.0))
   np.testing.assert_allclose(after[:, :-1], before[:, :-1], atol=1e-5)
   with pytest.raises(ValueError, match="'linformer' cannot be causal"):
-    build_layer("linformer").init(jax.random.key(1), x)
+    make_layer("linformer").init(jax.random.key(1), x)
 
 
 def test_dropout_needs_its_key_and_is_off_in_evaluation():
-  model, variables, tokens, length = build(dropout_rate=0.5)
+  model, variables, tokens, length = make_classifier(dropout_rate=0.5)
   train = lambda seed: model.apply(
     variables,
     tokens,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
+from tests.nn.helpers import make_map
 
 VOCAB = 11
 SIZES = {"num_layers": 1, "embed_dim": 8, "head_dim": 4, "mlp_dim": 8}
@@ -15,18 +16,12 @@ REAL = jnp.array([[True] * 6, [True] * 2 + [False] * 4])
 LENGTH = jnp.array([6, 2])
 
 
-def feature_map(component="posrf", **component_kwargs):
-  return sf.feature_map(
-    component, "orf", num_features=8, component_kwargs=component_kwargs
-  )
-
-
 LAYERS = {
-  "posrf": {"feature_map": feature_map()},
-  "oprf": {"feature_map": feature_map("oprf")},
-  "trigrf causal": {"feature_map": feature_map("trigrf"), "is_causal": True},
-  "ema": {"feature_map": feature_map("oprf", statistics="ema")},
-  "learned": {"feature_map": feature_map("oprf", statistics="learned")},
+  "posrf": {"feature_map": make_map()},
+  "oprf": {"feature_map": make_map("oprf")},
+  "trigrf causal": {"feature_map": make_map("trigrf"), "is_causal": True},
+  "ema": {"feature_map": make_map("oprf", statistics="ema")},
+  "learned": {"feature_map": make_map("oprf", statistics="learned")},
   "softmax": {"attention": "softmax"},
   "gaussian": {"attention": "gaussian", "is_causal": True},
   "linformer": {
@@ -45,7 +40,7 @@ LAYERS = {
 }
 
 
-def same(found, expected, **tolerance):
+def assert_same(found, expected, **tolerance):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, expected
   )
@@ -86,15 +81,15 @@ def test_padding_of_vectors_reaches_no_gradient(name, kind):
   np.testing.assert_array_equal(expected[1][1][1, 2:], 0.0)
   for filler in (jnp.nan, -jnp.inf, 1e30):
     found = value_and_grads(variables["params"], hold(filler))
-    same(found, expected, rtol=0, atol=0)
+    assert_same(found, expected, rtol=0, atol=0)
 
 
-def model_and_inputs(name):
+def make_model(name):
   """A model of tokens and its arguments, of padding that holds token 0."""
   tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, VOCAB)
   tokens = jnp.where(REAL, tokens, 0)
   options = {"vocab_size": VOCAB, "max_len": 8, **SIZES}
-  maps = {"feature_map": feature_map("oprf", statistics="constant")}
+  maps = {"feature_map": make_map("oprf", statistics="constant")}
   if name == "softmax":
     maps = {"attention": "softmax"}
   if name == "language":
@@ -113,15 +108,15 @@ MODELS = ("mean", "language", "dual", "cls", "attention", "softmax", "masked")
 
 
 @functools.cache
-def initialised(name):
-  model, inputs = model_and_inputs(name)
+def init_model(name):
+  model, inputs = make_model(name)
   return model, jax.jit(model.init)(jax.random.key(1), *inputs), inputs
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.quick_every(4)
 def test_padding_tokens_may_be_no_tokens(name):
-  model, variables, inputs = initialised(name)
+  model, variables, inputs = init_model(name)
 
   @jax.jit
   def value_and_grad(params, *inputs):
@@ -142,12 +137,12 @@ def test_padding_tokens_may_be_no_tokens(name):
       real = jnp.arange(6)[None] < inputs[i + 1][:, None]
       padded[i] = jnp.where(real, inputs[i], filler)
     found = value_and_grad(variables["params"], *padded)
-    same(found, expected, rtol=0, atol=0)
+    assert_same(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("wrong", [VOCAB, -1, -VOCAB - 1, 300])
 def test_real_tokens_out_of_the_vocabulary_are_loud(wrong):
-  model, variables, (tokens, length) = initialised("mean")
+  model, variables, (tokens, length) = init_model("mean")
   tokens = tokens.at[1, 0].set(wrong)
   words = rf"tokens must be in \[0, vocab_size=11\), got {wrong}"
   for known in (tokens, np.asarray(tokens), tokens.tolist()):
@@ -158,7 +153,7 @@ def test_real_tokens_out_of_the_vocabulary_are_loud(wrong):
 
 
 def test_tokens_of_64_bits_do_not_wrap():
-  model, variables, (tokens, length) = initialised("mean")
+  model, variables, (tokens, length) = init_model("mean")
   tokens = np.asarray(tokens, np.int64)
   tokens[0, 0] += 1 << 32
   with pytest.raises(ValueError, match=f"got {tokens[0, 0]}"):
@@ -166,7 +161,7 @@ def test_tokens_of_64_bits_do_not_wrap():
 
 
 def test_tokens_of_pairs_are_checked_one_by_one():
-  model, variables, (tokens, length, *pair) = initialised("dual")
+  model, variables, (tokens, length, *pair) = init_model("dual")
   wide = np.asarray(tokens, np.int64)
   wide[0, 0] += 1 << 32
   with pytest.raises(ValueError, match=f"tokens must be .*got {wide[0, 0]}"):
@@ -177,7 +172,7 @@ def test_tokens_of_pairs_are_checked_one_by_one():
 
 
 def test_lists_are_taken():
-  model, variables, (tokens, length) = initialised("mean")
+  model, variables, (tokens, length) = init_model("mean")
   np.testing.assert_array_equal(
     model.apply(variables, tokens.tolist(), length.tolist()),
     model.apply(variables, tokens, length),
@@ -199,13 +194,13 @@ def test_lists_are_taken():
 )
 def test_arguments_of_other_forms_are_refused(change, words):
   for name in ("mean", "language"):
-    model, variables, inputs = initialised(name)
+    model, variables, inputs = init_model(name)
     with pytest.raises(ValueError, match=words):
       model.apply(variables, *change(*inputs))
 
 
 def test_pairs_need_as_many_rows():
-  model, variables, (tokens, length, *_) = initialised("dual")
+  model, variables, (tokens, length, *_) = init_model("dual")
   three = jnp.concatenate([tokens, tokens[:1]]), jnp.array([6, 2, 3])
   one = tokens[:1], length[:1]
   for pair in ((*three, *one), (*one, *three)):
@@ -215,7 +210,7 @@ def test_pairs_need_as_many_rows():
 
 def test_mask_and_vectors_are_checked():
   layer = sf.nn.SpectralSelfAttention(
-    num_heads=2, head_dim=4, feature_map=feature_map()
+    num_heads=2, head_dim=4, feature_map=make_map()
   )
   x = jnp.ones((2, 6, 8))
   variables = layer.init(jax.random.key(0), x)
@@ -232,7 +227,7 @@ def test_mask_and_vectors_are_checked():
 
 @pytest.mark.parametrize("name", ["mean", "softmax"])
 def test_empty_inputs(name):
-  model, variables, (tokens, length) = initialised(name)
+  model, variables, (tokens, length) = init_model(name)
   apply = jax.jit(model.apply)
   assert apply(variables, tokens[:0], length[:0]).shape == (0, 3)
   assert np.isfinite(apply(variables, tokens[:, :0], 0 * length)).all()

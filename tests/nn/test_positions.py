@@ -8,10 +8,7 @@ import pytest
 import spectraformer_jax as sf
 from spectraformer_jax.nn.positions import sinusoids
 from spectraformer_jax.nn.sequence_encoder import BatchNorm, weighted_mean
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
+from tests.nn.helpers import normal
 
 
 def encode(x, mask=None, **options):

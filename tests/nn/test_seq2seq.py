@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import spectraformer_jax as sf
+from tests.nn.helpers import make_map, normal, with_larger_embeddings
 
 VOCAB = 11
 SOURCE = jax.random.randint(jax.random.key(1), (2, 7), 0, VOCAB)
@@ -15,37 +16,27 @@ LENGTH = jnp.array([7, 3])
 TARGET = jax.random.randint(jax.random.key(2), (2, 9), 0, VOCAB)
 
 
-def feature_map(component="posrf", **component_kwargs):
-  return sf.feature_map(
-    component, "orf", num_features=8, component_kwargs=component_kwargs
-  )
-
-
 MAPS = {
-  "posrf": feature_map(),
-  "oprf ema": feature_map("oprf", statistics="ema"),
-  "trigrf": feature_map("trigrf"),
+  "posrf": make_map(),
+  "oprf ema": make_map("oprf", statistics="ema"),
+  "trigrf": make_map("trigrf"),
   "softmax": None,
 }
 
 
 @functools.cache
-def build(name="posrf", positions="learned", **kwargs):
+def make_model(name="posrf", positions="learned", **kwargs):
   """A model whose logits depend on both its inputs, and its variables."""
   sizes = {"vocab_size": VOCAB, "max_len": 16, "embed_dim": 8, "num_layers": 1}
   sizes |= {"head_dim": 4, "mlp_dim": 8, "positions": positions}
   sizes |= {"attention": "softmax" if name == "softmax" else "spectral"}
   model = sf.nn.Seq2Seq(feature_map=MAPS[name], **sizes, **kwargs)
   variables = jax.jit(model.init)(jax.random.key(0), SOURCE, LENGTH, TARGET)
-  larger = lambda path, x: (
-    50.0 * x if "embedding" in jax.tree_util.keystr(path) else x
-  )
-  params = jax.tree_util.tree_map_with_path(larger, variables["params"])
-  return model, {**variables, "params": params}
+  return model, with_larger_embeddings(variables)
 
 
 @functools.cache
-def applied(model):
+def jit_apply(model):
   return jax.jit(model.apply, static_argnames=("decode", "mutable"))
 
 
@@ -62,8 +53,8 @@ OPTIONS = (
 )
 @pytest.mark.quick_every(5)
 def test_nothing_leaks(name, positions):
-  model, variables = build(name, positions)
-  apply = applied(model)
+  model, variables = make_model(name, positions)
+  apply = jit_apply(model)
   logits = apply(variables, SOURCE, LENGTH, TARGET)
   later = apply(
     variables, SOURCE, LENGTH, TARGET.at[:, 7].set((TARGET[:, 7] + 1) % VOCAB)
@@ -85,8 +76,8 @@ def test_nothing_leaks(name, positions):
 @pytest.mark.parametrize(("name", "positions"), OPTIONS)
 @pytest.mark.quick_every(4)
 def test_decoding_equals_teacher_forcing(name, positions):
-  model, variables = build(name, positions)
-  apply = applied(model)
+  model, variables = make_model(name, positions)
+  apply = jit_apply(model)
   whole = apply(variables, SOURCE, LENGTH, TARGET)
   cache, parts, sizes = {}, [], []
   source = SOURCE, LENGTH
@@ -108,7 +99,7 @@ def test_decoding_equals_teacher_forcing(name, positions):
 
 
 def test_generation_is_what_recomputation_gives():
-  model, variables = build("posrf", "rotary")
+  model, variables = make_model("posrf", "rotary")
   new = sf.nn.generate(
     model,
     variables,
@@ -118,17 +109,17 @@ def test_generation_is_what_recomputation_gives():
     source_length=LENGTH,
   )
   text = jnp.concatenate([TARGET[:, :1], new], axis=1)
-  logits = applied(model)(variables, SOURCE, LENGTH, text)
+  logits = jit_apply(model)(variables, SOURCE, LENGTH, text)
   np.testing.assert_array_equal(jnp.argmax(logits[:, :-1], -1), new)
   assert len(np.unique(new)) > 1
 
 
 def test_init_makes_an_empty_cache():
-  model, variables = build("posrf", "rotary")
+  model, variables = make_model("posrf", "rotary")
   init = jax.jit(functools.partial(model.init, decode=True))
   cache = init(jax.random.key(0), SOURCE, LENGTH, TARGET)["cache"]
   decode = {"decode": True, "mutable": ("cache",)}
-  apply = applied(model)
+  apply = jit_apply(model)
   out, _ = apply(
     {**variables, "cache": cache}, SOURCE, LENGTH, TARGET, **decode
   )
@@ -140,7 +131,7 @@ def test_init_makes_an_empty_cache():
 
 @pytest.mark.slow
 def test_gradients_are_finite_whatever_padding_holds():
-  model, variables = build("oprf ema")
+  model, variables = make_model("oprf ema")
   target_length = jnp.array([4, 9])
   real = jnp.arange(9)[None] < target_length[:, None]
 
@@ -166,31 +157,27 @@ def test_gradients_are_finite_whatever_padding_holds():
     assert np.isfinite(leaf).all()
 
 
-def cross(x, memory, memory_mask=None, **kwargs):
+def make_cross_attention(x, memory, memory_mask=None, **kwargs):
   """A layer, and its variables."""
   options = {"num_heads": 2, "head_dim": 4} | kwargs
   layer = sf.nn.SpectralCrossAttention(**options)
   return layer, layer.init(jax.random.key(0), x, memory, None, memory_mask)
 
 
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
-
-
 @pytest.mark.parametrize(
   "kwargs",
   [
-    {"feature_map": feature_map("oprf")},
+    {"feature_map": make_map("oprf")},
     {"attention": "gaussian"},
-    {"feature_map": feature_map("saderf")},
-    {"feature_map": feature_map("oprf"), "num_key_value_heads": 1},
+    {"feature_map": make_map("saderf")},
+    {"feature_map": make_map("oprf"), "num_key_value_heads": 1},
   ],
 )
 @pytest.mark.quick_every(4)
 def test_no_query_is_seen_by_another(kwargs):
   x, memory = normal(1, 2, 6, 8), normal(2, 2, 5, 12)
   mask = jnp.array([[True] * 5, [True] * 2 + [False] * 3])
-  layer, variables = cross(x, memory, **kwargs)
+  layer, variables = make_cross_attention(x, memory, **kwargs)
   apply = jax.jit(layer.apply)
   out = apply(variables, x, memory, None, mask)
   other = apply(variables, x.at[:, 4].mul(9.0), memory, None, mask)
@@ -220,7 +207,7 @@ def test_no_query_is_seen_by_another(kwargs):
 def test_it_is_near_exact_attention():
   x, memory = normal(1, 2, 6, 8), normal(2, 2, 5, 8)
   fm = sf.feature_map("oprf", "orf", num_features=4096)
-  layer, variables = cross(x, memory, feature_map=fm)
+  layer, variables = make_cross_attention(x, memory, feature_map=fm)
   exact = sf.nn.SpectralCrossAttention(
     num_heads=2, head_dim=4, attention="softmax"
   )
@@ -247,20 +234,20 @@ def test_it_is_near_exact_attention():
       "decode=True with attention='softmax'",
     ),
     (
-      {"feature_map": feature_map()},
+      {"feature_map": make_map()},
       (normal(2, 3, 5, 8),),
       {},
       "must share batch",
     ),
-    ({"feature_map": feature_map()}, (None,), {}, "memory=None needs decode"),
+    ({"feature_map": make_map()}, (None,), {}, "memory=None needs decode"),
     (
-      {"feature_map": feature_map()},
+      {"feature_map": make_map()},
       (normal(2, 2, 5, 8), None, jnp.ones((2, 4), bool)),
       {},
       r"memory_mask must be \[batch, length\] = \[2, 5\]",
     ),
     (
-      {"feature_map": feature_map(), "num_key_value_heads": 3},
+      {"feature_map": make_map(), "num_key_value_heads": 3},
       (),
       {},
       "num_key_value_heads=3 must divide num_heads=2",
@@ -277,7 +264,7 @@ def test_cross_attention_refuses(kwargs, arguments, options, words):
 
 
 def test_seq2seq_refuses():
-  model, variables = build("posrf", "rotary")
+  model, variables = make_model("posrf", "rotary")
   apply = functools.partial(jax.eval_shape, model.apply, variables)
   with pytest.raises(ValueError, match="source and target must have as many"):
     apply(SOURCE[:1], LENGTH[:1], TARGET)
@@ -287,9 +274,9 @@ def test_seq2seq_refuses():
     apply(SOURCE[0], LENGTH, TARGET)
   with pytest.raises(ValueError, match="leak the future"):
     sf.nn.Seq2Seq(
-      vocab_size=VOCAB, max_len=16, feature_map=feature_map("oprf")
+      vocab_size=VOCAB, max_len=16, feature_map=make_map("oprf")
     ).init(jax.random.key(0), SOURCE, LENGTH, TARGET)
-  encoder = sf.nn.Encoder(feature_map=feature_map())
+  encoder = sf.nn.Encoder(feature_map=make_map())
   x = normal(1, 2, 6, 8)
   with pytest.raises(ValueError, match="memory needs attends_memory=True"):
     encoder.init(jax.random.key(0), x, memory=x)

@@ -33,7 +33,9 @@ class Block(nn.Module):
     return layer(x, **flags), None
 
 
-def stack(block=Block, collections=("params", "random_features"), **kwargs):
+def make_stack(
+  block=Block, collections=("params", "random_features"), **kwargs
+):
   return nn.scan(
     block,
     variable_axes=dict.fromkeys(collections, 0),
@@ -47,7 +49,7 @@ def stack(block=Block, collections=("params", "random_features"), **kwargs):
 def test_scanned_layers_are_those_in_a_row(again):
   """With nn.remat inside of nn.scan as well: values and gradients."""
   block = nn.remat(Block, prevent_cse=False) if again else Block
-  scanned = stack(block)
+  scanned = make_stack(block)
   variables = jax.jit(scanned.init)(jax.random.key(1), X, None)
   (rows,) = jax.tree.leaves(variables["random_features"])
   assert rows.shape == (3, 2, 8, 4)
@@ -74,9 +76,9 @@ def test_scanned_layers_are_those_in_a_row(again):
 
 @pytest.mark.slow
 def test_scanned_layers_decode():
-  variables = jax.jit(stack().init)(jax.random.key(1), X, None)
-  whole, _ = stack().apply(variables, X, None)
-  decoder = stack(
+  variables = jax.jit(make_stack().init)(jax.random.key(1), X, None)
+  whole, _ = make_stack().apply(variables, X, None)
+  decoder = make_stack(
     collections=("params", "random_features", "cache"), decode=True
   )
   cache, parts = {}, []
@@ -92,7 +94,7 @@ def test_a_collection_that_is_left_out_is_named():
   words = "'random_features' is missing: .* variable_axes="
   with pytest.raises(ValueError, match=words):
     jax.eval_shape(
-      stack(collections=("params",)).init, jax.random.key(1), X, None
+      make_stack(collections=("params",)).init, jax.random.key(1), X, None
     )
   layer = sf.nn.EncoderLayer(**OPTIONS)
   variables = jax.eval_shape(layer.init, jax.random.key(1), X)
