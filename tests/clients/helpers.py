@@ -1,4 +1,4 @@
-"""What is asked of every client: it trains, and nothing leaks."""
+"""Training and comparisons that the tests of all clients share."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ HEADS, HEAD_DIM, WIDTH, VOCAB = 2, 8, 16, 12
 STEPS = 30
 
 
-def build(component="posrf", *, num_heads=HEADS, **component_kwargs):
+def make_map(component="posrf", *, num_heads=HEADS, **component_kwargs):
   """A feature map for heads of 8 dimensions, and its variables."""
   fixed = {"elu1", "cosformer", "taylor2"}
   fm = sf.feature_map(
@@ -83,7 +83,7 @@ def cross_entropy(logits, targets, weights):
   return jnp.where(weights, losses, 0).sum() / weights.sum()
 
 
-def other_word(tokens, *index):
+def with_other_word(tokens, *index):
   """`tokens` with another word, which is not padding, at an index."""
   return tokens.at[index].set(tokens[index] % (VOCAB - 1) + 1)
 

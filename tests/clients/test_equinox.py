@@ -108,7 +108,7 @@ REAL = jnp.arange(LENGTH)[None] < LENGTHS[:, None]
 
 
 @functools.cache
-def make(component="posrf", matrix="orf"):
+def make_model(component="posrf", matrix="orf"):
   """A model, with softmax if `component` is None."""
   fm = component and sf.feature_map(component, matrix, num_features=64)
   return eqx.filter_jit(Decoder)(fm, key=jax.random.key(0))
@@ -117,11 +117,11 @@ def make(component="posrf", matrix="orf"):
 @pytest.fixture(scope="module")
 def batched():
   """A function of tokens: logits of all examples of an untrained model."""
-  model = make()
+  model = make_model()
   return jax.jit(lambda tokens: jax.vmap(model)(tokens, LENGTHS))
 
 
-def fitted(model):
+def train_model(model):
   """The model after some steps with weight decay, and the losses."""
   params, fixed = eqx.partition(model, sf.trainable(model))
 
@@ -139,9 +139,9 @@ def fitted(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["orf", "learned_orf"])
 def test_trains_as_with_softmax(matrix):
-  before = make(matrix=matrix)
-  after, losses = fitted(before)
-  helpers.assert_trains_alike(losses, fitted(make(None))[1])
+  before = make_model(matrix=matrix)
+  after, losses = train_model(before)
+  helpers.assert_trains_alike(losses, train_model(make_model(None))[1])
   first, last = (m.blocks[0].attention.variables for m in (before, after))
   assert jax.tree.map(np.array_equal, first, last) == sf.FeatureVariables(
     jax.tree.map(lambda _: False, first.params),
@@ -151,16 +151,16 @@ def test_trains_as_with_softmax(matrix):
 
 def test_nothing_leaks(batched):
   early = jnp.broadcast_to(jnp.arange(LENGTH)[None] < 5, TOKENS.shape)
-  other = helpers.other_word(TOKENS, slice(None), 5)
+  other = helpers.with_other_word(TOKENS, slice(None), 5)
   helpers.assert_blind(batched, TOKENS, other, early)
   # What padding holds, and other examples, are seen by nobody.
   other = jnp.where(REAL, TOKENS, TOKENS % (helpers.VOCAB - 1) + 1)
   helpers.assert_blind(batched, TOKENS, other, REAL)
-  other = helpers.other_word(TOKENS, 1, 0)
+  other = helpers.with_other_word(TOKENS, 1, 0)
   helpers.assert_blind(batched, TOKENS, other, jnp.arange(3) != 1)
 
 
 def test_vmap_is_a_batch(batched):
   """One example at a time, and all in one call, are the same."""
-  alone = make()(TOKENS[1], LENGTHS[1])
+  alone = make_model()(TOKENS[1], LENGTHS[1])
   np.testing.assert_allclose(batched(TOKENS)[1], alone, atol=2e-5)

@@ -174,7 +174,7 @@ def causal_mask(real):
   return real[:, None, :] & jnp.tril(jnp.ones((1, length, length), bool))
 
 
-def positions_of(real):
+def count_positions(real):
   """Positions that count real tokens."""
   return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
 
@@ -190,7 +190,7 @@ TOKENS = jax.random.randint(jax.random.key(5), (3, LENGTH), 1, helpers.VOCAB)
 
 
 @functools.cache
-def make(component="posrf", matrix="orf", attention=Attention):
+def make_model(component="posrf", matrix="orf", attention=Attention):
   """A model, made inside of jit as large ones are; softmax if None."""
   fm = None
   if component is not None:
@@ -200,19 +200,19 @@ def make(component="posrf", matrix="orf", attention=Attention):
   )()
 
 
-def whole(model):
+def apply_whole(model):
   """A function of tokens and which are real: all logits at once."""
   graph, state = nnx.split(model)
 
   @jax.jit
   def logits(state, tokens, real):
     model = nnx.merge(graph, state)
-    return model(tokens, positions_of(real), None, causal_mask(real))[0]
+    return model(tokens, count_positions(real), None, causal_mask(real))[0]
 
   return functools.partial(logits, state)
 
 
-def fitted(model):
+def train_model(model):
   """The model after some steps, and the losses."""
   real = real_tokens("behind")
   graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -221,7 +221,7 @@ def fitted(model):
 
   def loss(params):
     model = nnx.merge(graph, params, rest)
-    logits, _ = model(inputs, positions_of(known), None, causal_mask(known))
+    logits, _ = model(inputs, count_positions(known), None, causal_mask(known))
     return helpers.cross_entropy(logits, targets, known & real[:, 1:])
 
   params, losses = helpers.fit(loss, params)
@@ -231,14 +231,14 @@ def fitted(model):
 @pytest.fixture(scope="module")
 def original():
   """Losses with softmax attention."""
-  return fitted(make(None))[1]
+  return train_model(make_model(None))[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["orf", "learned_orf"])
 def test_trains_as_with_softmax(original, matrix):
-  before = make(matrix=matrix)
-  after, losses = fitted(before)
+  before = make_model(matrix=matrix)
+  after, losses = train_model(before)
   helpers.assert_trains_alike(losses, original)
   first, last = (m.blocks[0].attention.variables() for m in (before, after))
   assert jax.tree.map(np.array_equal, first, last) == sf.FeatureVariables(
@@ -249,10 +249,10 @@ def test_trains_as_with_softmax(original, matrix):
 
 @pytest.mark.parametrize("side", ["front", "behind"])
 def test_nothing_leaks(side):
-  real, function = real_tokens(side), whole(make())
+  real, function = real_tokens(side), apply_whole(make_model())
   logits = lambda tokens: function(tokens, real)
   early = jnp.broadcast_to(jnp.arange(LENGTH)[None] < 7, TOKENS.shape)
-  other = helpers.other_word(TOKENS, slice(None), 7)
+  other = helpers.with_other_word(TOKENS, slice(None), 7)
   helpers.assert_blind(logits, TOKENS, other, early)
   # What padding holds is seen by nobody else.
   other = jnp.where(real, TOKENS, TOKENS % (helpers.VOCAB - 1) + 1)
@@ -268,8 +268,8 @@ def test_nothing_leaks(side):
 @pytest.mark.quick_every(3)
 def test_prompt_then_tokens_is_teacher_forcing(side, attention):
   real = real_tokens(side)
-  positions = positions_of(real)
-  model = make(attention=attention)
+  positions = count_positions(real)
+  model = make_model(attention=attention)
   graph, state = nnx.split(model)
   with_state = attention is StateAttention
 
@@ -295,5 +295,5 @@ def test_prompt_then_tokens_is_teacher_forcing(side, attention):
     _, rest = jax.lax.scan(step, cache, jnp.arange(PROMPT, LENGTH))
     return jnp.concatenate([out, jnp.swapaxes(rest, 0, 1)], axis=1)
 
-  forced = whole(make())(TOKENS, real)
+  forced = apply_whole(make_model())(TOKENS, real)
   np.testing.assert_allclose(run(state)[real], forced[real], atol=2e-5)

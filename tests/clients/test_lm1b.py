@@ -101,11 +101,11 @@ class TransformerLM(nn.Module):
     return nn.Dense(helpers.VOCAB)(nn.LayerNorm(dtype=dtype)(y))
 
 
-def model_of(component="posrf", decode=False, dtype=jnp.float32, **kwargs):
+def make_model(component="posrf", decode=False, dtype=jnp.float32, **kwargs):
   """The model with spectral attention, or with softmax if None."""
   if component is None:
     return TransformerLM(Config(decode=decode, dtype=dtype))
-  fm, variables = helpers.build(component, **kwargs)
+  fm, variables = helpers.make_map(component, **kwargs)
   fn = sf.as_attention_fn(fm, variables, is_causal=True)
   return TransformerLM(Config(fn, decode=decode, dtype=dtype))
 
@@ -113,10 +113,10 @@ def model_of(component="posrf", decode=False, dtype=jnp.float32, **kwargs):
 @pytest.fixture(scope="module")
 def params():
   """Parameters that all these models share."""
-  return jax.jit(model_of(None).init)(jax.random.key(0), TOKENS)["params"]
+  return jax.jit(make_model(None).init)(jax.random.key(0), TOKENS)["params"]
 
 
-def packed(model, params):
+def apply_packed(model, params):
   """A jitted function of tokens with the packed rows' masks."""
   return jax.jit(
     lambda tokens: model.apply({"params": params}, tokens, POSITIONS, SEGMENTS)
@@ -127,7 +127,7 @@ def packed(model, params):
 @pytest.mark.quick_every(2)
 def test_packed_rows_train_as_with_softmax(params, dtype):
   def losses(component):
-    model = model_of(component, dtype=dtype)
+    model = make_model(component, dtype=dtype)
 
     def loss(params):
       logits = model.apply({"params": params}, TOKENS, POSITIONS, SEGMENTS)
@@ -149,8 +149,8 @@ def test_packed_rows_train_as_with_softmax(params, dtype):
 )
 @pytest.mark.quick_every(4)
 def test_packed_rows_are_separate_rows(params, component, kwargs):
-  model = model_of(component, **kwargs)
-  out = packed(model, params)(TOKENS)
+  model = make_model(component, **kwargs)
+  out = apply_packed(model, params)(TOKENS)
   assert jnp.isfinite(out).all()
   one = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
   for row, text in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)]:
@@ -163,13 +163,13 @@ def test_packed_rows_are_separate_rows(params, component, kwargs):
 
 
 def test_nothing_leaks(params):
-  logits = packed(model_of(), params)
+  logits = apply_packed(make_model(), params)
   # The second text of the first row has other words: its neighbours, before
   # and behind it, do not notice.
-  other = helpers.other_word(TOKENS, 0, slice(4, 7))
+  other = helpers.with_other_word(TOKENS, 0, slice(4, 7))
   helpers.assert_blind(logits, TOKENS, other, SEGMENTS != 2)
   # A token moves the logits of those after it; its own come from those before.
-  other = helpers.other_word(TOKENS, 1, 8)
+  other = helpers.with_other_word(TOKENS, 1, 8)
   early = jnp.arange(LENGTH)[None] <= jnp.array([LENGTH, 8, LENGTH])[:, None]
   helpers.assert_blind(logits, TOKENS, other, early)
 
@@ -177,10 +177,10 @@ def test_nothing_leaks(params):
 @pytest.mark.parametrize("component", ["posrf", "cosformer", "elu1"])
 @pytest.mark.quick_every(3)
 def test_decoding_is_teacher_forcing(params, component):
-  model = model_of(component)
+  model = make_model(component)
   tokens = TOKENS[1:2]
   forced = model.apply({"params": params}, tokens)
-  decoder = model_of(component, decode=True)
+  decoder = make_model(component, decode=True)
   cache = jax.jit(decoder.init)(jax.random.key(0), tokens)["cache"]
 
   @jax.jit

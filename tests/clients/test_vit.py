@@ -119,21 +119,21 @@ IMAGES = (
 )
 
 
-def model_of(component="oprf", **kwargs):
+def make_model(component="oprf", **kwargs):
   """The model with spectral attention, or with softmax if None."""
   if component is None:
     return Vit(**kwargs)
-  return Vit(sf.as_attention_fn(*helpers.build(component)), **kwargs)
+  return Vit(sf.as_attention_fn(*helpers.make_map(component)), **kwargs)
 
 
-def variables_of(model):
+def init_model(model):
   """Its variables, drawn with one key each."""
   return jax.jit(model.init)(
     {"params": jax.random.key(0), "features": jax.random.key(1)}, IMAGES
   )
 
 
-def fitted(model, variables, tx=None):
+def train_model(model, variables, tx=None):
   """Variables after some steps, every leaf of them optimised, and losses."""
 
   def loss(variables):
@@ -146,20 +146,20 @@ def fitted(model, variables, tx=None):
 @pytest.mark.parametrize("pool", ["gap", "tok", "map"])
 @pytest.mark.quick_every(3)
 def test_trains_as_with_softmax(pool):
-  original = model_of(None, pool=pool)
-  variables = variables_of(original)
-  _, losses = fitted(model_of(pool=pool), variables)
-  helpers.assert_trains_alike(losses, fitted(original, variables)[1])
+  original = make_model(None, pool=pool)
+  variables = init_model(original)
+  _, losses = train_model(make_model(pool=pool), variables)
+  helpers.assert_trains_alike(losses, train_model(original, variables)[1])
 
 
 def test_scanned_blocks_are_blocks():
-  model = model_of()
-  variables = variables_of(model)
+  model = make_model()
+  variables = init_model(model)
   params = dict(variables["params"])
   stacked = params.pop("blocks")
   for index in range(DEPTH):
     params[f"block_{index}"] = jax.tree.map(lambda x, i=index: x[i], stacked)
-  unrolled = jax.jit(model_of(scan=False).apply)({"params": params}, IMAGES)
+  unrolled = jax.jit(make_model(scan=False).apply)({"params": params}, IMAGES)
   np.testing.assert_allclose(
     jax.jit(model.apply)(variables, IMAGES), unrolled, atol=2e-5
   )
@@ -167,8 +167,8 @@ def test_scanned_blocks_are_blocks():
 
 def test_images_of_a_batch_are_apart():
   """Statistics of an oprf are those of each image."""
-  model = model_of()
-  variables = variables_of(model)
+  model = make_model()
+  variables = init_model(model)
   logits = jax.jit(lambda images: model.apply(variables, images))
   other = IMAGES.at[3].mul(-3)
   helpers.assert_blind(logits, IMAGES, other, jnp.arange(len(IMAGES)) != 3)
@@ -176,12 +176,12 @@ def test_images_of_a_batch_are_apart():
 
 def test_weight_decay_leaves_the_projection():
   """With this library's module every block has a projection of its own."""
-  model = model_of(None, is_own_module=True)
-  variables = variables_of(model)
+  model = make_model(None, is_own_module=True)
+  variables = init_model(model)
   (drawn,) = jax.tree.leaves(variables["random_features"])
   assert len(drawn) == DEPTH and not np.allclose(drawn[0], drawn[1])
   decay = optax.masked(optax.adamw(1e-2, weight_decay=0.1), sf.trainable)
-  after, losses = fitted(model, variables, decay)
+  after, losses = train_model(model, variables, decay)
   assert losses[-1] < 0.5 * losses[0]
   (kept,) = jax.tree.leaves(after["random_features"])
   np.testing.assert_array_equal(drawn, kept)

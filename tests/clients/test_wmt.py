@@ -129,15 +129,15 @@ class Transformer(nn.Module):
     return self.decode(encoded, inputs, targets, positions[1], segments)
 
 
-def model_of(cross="oprf", decode=False, encoder="oprf", decoder="posrf"):
+def make_model(cross="oprf", decode=False, encoder="oprf", decoder="posrf"):
   """The model with spectral attention, or with softmax if `cross` is None."""
   if cross is None:
     return Transformer(Config(decode=decode))
   return Transformer(
     Config(
-      sf.as_attention_fn(*helpers.build(encoder)),
-      sf.as_attention_fn(*helpers.build(decoder), is_causal=True),
-      sf.as_attention_fn(*helpers.build(cross)),
+      sf.as_attention_fn(*helpers.make_map(encoder)),
+      sf.as_attention_fn(*helpers.make_map(decoder), is_causal=True),
+      sf.as_attention_fn(*helpers.make_map(cross)),
       decode=decode,
     )
   )
@@ -159,11 +159,11 @@ TARGETS = texts(jax.random.key(2), TARGET, [7, 5, 3])
 @pytest.fixture(scope="module")
 def params():
   """Parameters that all these models share, untrained."""
-  init = jax.jit(model_of(None).init)
+  init = jax.jit(make_model(None).init)
   return init(jax.random.key(0), INPUTS, TARGETS)["params"]
 
 
-def fitted(model, params):
+def train_model(model, params):
   """Parameters after some steps on one batch, and the losses."""
 
   def loss(params):
@@ -176,22 +176,22 @@ def fitted(model, params):
 @pytest.fixture(scope="module")
 def trained(params):
   """Parameters of the default client after training, and its losses."""
-  return fitted(model_of(), params)
+  return train_model(make_model(), params)
 
 
 def test_trains_as_with_softmax(params, trained):
-  _, original = fitted(model_of(None), params)
+  _, original = train_model(make_model(None), params)
   helpers.assert_trains_alike(trained[1], original)
 
 
 @pytest.mark.parametrize("cross", ["oprf", "posrf", "saderf", "elu1"])
 @pytest.mark.quick_every(4)
 def test_targets_do_not_see_the_future(trained, cross):
-  model = model_of(cross)
+  model = make_model(cross)
   logits = jax.jit(
     lambda targets: model.apply({"params": trained[0]}, INPUTS, targets)
   )
-  other = helpers.other_word(TARGETS, slice(None), 2)
+  other = helpers.with_other_word(TARGETS, slice(None), 2)
   early = jnp.broadcast_to(jnp.arange(TARGET)[None] <= 2, TARGETS.shape)
   helpers.assert_blind(logits, TARGETS, other, early)
 
@@ -199,7 +199,7 @@ def test_targets_do_not_see_the_future(trained, cross):
 @pytest.mark.slow
 def test_padding_has_no_influence(trained):
   logits = jax.jit(
-    lambda inputs, targets: model_of().apply(
+    lambda inputs, targets: make_model().apply(
       {"params": trained[0]}, inputs, targets
     )
   )
@@ -211,7 +211,7 @@ def test_padding_has_no_influence(trained):
 @pytest.mark.slow
 def test_packed_pairs_are_separate_pairs(trained):
   """Two pairs of texts in one row: masks of two segments over T != S."""
-  model = model_of("posrf", encoder="posrf")
+  model = make_model("posrf", encoder="posrf")
   logits = jax.jit(lambda *args: model.apply({"params": trained[0]}, *args))
   sizes = (4, 4), (3, 2)
   rows, positions, segments = [], [], []
@@ -235,7 +235,7 @@ def test_packed_pairs_are_separate_pairs(trained):
     start += target
 
 
-def one_step(model, params, inputs, encoded):
+def make_step(model, params, inputs, encoded):
   """A function of cache and tokens ``[B]``: new cache, logits ``[B, L]``."""
 
   def step(cache, token):
@@ -252,7 +252,7 @@ def one_step(model, params, inputs, encoded):
   return step
 
 
-def start_of(model, params, inputs):
+def start_decoding(model, params, inputs):
   """The encoded source and an empty cache."""
   encoded = model.apply({"params": params}, inputs, method=Transformer.encode)
   shape = jnp.ones((len(inputs), TARGET), int)
@@ -264,13 +264,13 @@ def start_of(model, params, inputs):
 @pytest.mark.quick_every(2)
 def test_decoding_is_teacher_forcing(trained, cross):
   params, _ = trained
-  forced = model_of(cross).apply({"params": params}, INPUTS, TARGETS)
-  model = model_of(cross, decode=True)
+  forced = make_model(cross).apply({"params": params}, INPUTS, TARGETS)
+  model = make_model(cross, decode=True)
 
   @jax.jit
   def decode(params):
-    encoded, cache = start_of(model, params, INPUTS)
-    step = one_step(model, params, INPUTS, encoded)
+    encoded, cache = start_decoding(model, params, INPUTS)
+    step = make_step(model, params, INPUTS, encoded)
     return jax.lax.scan(step, cache, helpers.shift_right(TARGETS).T)[1]
 
   out = decode(params)
@@ -290,8 +290,8 @@ def beam_search(model, params, inputs, beams):
   """
   batch = len(inputs)
   inputs = jnp.repeat(inputs, beams, axis=0)
-  encoded, cache = start_of(model, params, inputs)
-  step = one_step(model, params, inputs, encoded)
+  encoded, cache = start_decoding(model, params, inputs)
+  step = make_step(model, params, inputs, encoded)
 
   def grow(carry, index):
     cache, tokens, scores = carry
@@ -325,11 +325,11 @@ def beam_search(model, params, inputs, beams):
 def test_beam_search(trained):
   params, _ = trained
   tokens, scores = jax.jit(
-    lambda params: beam_search(model_of(decode=True), params, INPUTS, 4)
+    lambda params: beam_search(make_model(decode=True), params, INPUTS, 4)
   )(params)
   # The scores are those of teacher forcing.
   flat = tokens.reshape(-1, TARGET)
-  logits = model_of().apply(
+  logits = make_model().apply(
     {"params": params}, jnp.repeat(INPUTS, 4, axis=0), flat
   )
   words = jax.nn.log_softmax(logits)
