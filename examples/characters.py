@@ -4,13 +4,15 @@
 
 Trains a causal Transformer with random-feature attention for a few minutes on
 the language reference that comes with Python (pydoc's topics), continues a
-prompt, and compares generation from the state with generation by reading the
+prompt, and compares generation from the state with generation that reads the
 whole text again for each character.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from pydoc_data.topics import topics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +27,18 @@ PROMPT = "The following "
 
 
 def read_text() -> np.ndarray:
-  """The text as bytes."""
+  """Returns the text as bytes."""
   text = "\n\n".join(topics[name] for name in sorted(topics))
   return np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
 
 
-def train(model, text: np.ndarray, num_steps: int, batch_size: int):
-  """Variables after that many steps on random pieces of the text."""
+def train(
+  model: sf.nn.LanguageModel,
+  text: np.ndarray,
+  num_steps: int,
+  batch_size: int,
+) -> dict[str, Any]:
+  """Trains on random pieces of the text; returns the model's variables."""
   tx = optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.adamw(optax.cosine_onecycle_schedule(num_steps, 3e-3)),
@@ -42,8 +49,10 @@ def train(model, text: np.ndarray, num_steps: int, batch_size: int):
   opt_state = tx.init(params)
 
   @jax.jit
-  def step(params, opt_state, pieces, rng):
-    def loss(params):
+  def step(
+    params: Any, opt_state: Any, pieces: np.ndarray, rng: jax.Array
+  ) -> tuple[Any, Any, jax.Array]:
+    def loss(params: Any) -> jax.Array:
       logits = model.apply(
         {"params": params, **fixed},
         pieces[:, :-1],
@@ -59,10 +68,10 @@ def train(model, text: np.ndarray, num_steps: int, batch_size: int):
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value
 
-  order = np.random.default_rng(0)
+  generator = np.random.default_rng(0)
   losses = []
   for i in track(range(num_steps), "training"):
-    starts = order.integers(0, len(text) - LENGTH - 1, batch_size)
+    starts = generator.integers(0, len(text) - LENGTH - 1, batch_size)
     pieces = text[starts[:, None] + np.arange(LENGTH + 1)].astype(np.int32)
     rng = jax.random.fold_in(jax.random.key(2), i)
     params, opt_state, value = step(params, opt_state, pieces, rng)
@@ -73,8 +82,13 @@ def train(model, text: np.ndarray, num_steps: int, batch_size: int):
   return {"params": params, **fixed}
 
 
-def recompute(model, variables, prompt: jax.Array, num_tokens: int):
-  """Generation that reads everything again for each character."""
+def recompute(
+  model: sf.nn.LanguageModel,
+  variables: dict[str, Any],
+  prompt: jax.Array,
+  num_tokens: int,
+) -> jax.Array:
+  """Generates, but reads the whole text again for each character."""
   text = jnp.zeros((1, LENGTH), jnp.int32).at[:, : prompt.shape[1]].set(prompt)
   last = jax.jit(
     lambda text, i: model.apply(variables, text)[0, i - 1].argmax()
@@ -84,8 +98,8 @@ def recompute(model, variables, prompt: jax.Array, num_tokens: int):
   return text[:, prompt.shape[1] : prompt.shape[1] + num_tokens]
 
 
-def timed(function):
-  """A result and its seconds, without compilation."""
+def timed(function: Callable[[], jax.Array]) -> tuple[jax.Array, float]:
+  """Returns a result and the seconds it took, without compilation."""
   function()
   start = time.perf_counter()
   result = jax.block_until_ready(function())
@@ -93,7 +107,7 @@ def timed(function):
 
 
 def main() -> None:
-  """Trains, generates, compares."""
+  """Trains, generates, and compares the two ways to generate."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

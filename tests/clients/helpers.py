@@ -13,7 +13,7 @@ STEPS = 30
 
 
 def make_map(component="posrf", *, num_heads=HEADS, **component_kwargs):
-  """A feature map for heads of 8 dimensions, and its variables."""
+  """Makes a feature map for heads of 8 dimensions, and its variables."""
   fixed = {"elu1", "cosformer", "taylor2"}
   fm = sf.feature_map(
     component,
@@ -25,7 +25,7 @@ def make_map(component="posrf", *, num_heads=HEADS, **component_kwargs):
 
 
 def fit(loss, params, tx=None, steps=STEPS):
-  """Trains on one batch; the parameters and the loss before each step.
+  """Trains on one batch; returns parameters, and the loss before each step.
 
   Every gradient must be finite.
   """
@@ -47,7 +47,7 @@ def fit(loss, params, tx=None, steps=STEPS):
 
 
 def assert_trains_alike(losses, original, *, fall=0.5, near=0.25):
-  """Both losses fall below `fall` of the first, and end near each other.
+  """Asserts that losses fall below `fall` of the first, and end alike.
 
   Args:
     losses: of the client, from `fit`.
@@ -61,7 +61,7 @@ def assert_trains_alike(losses, original, *, fall=0.5, near=0.25):
 
 
 def assert_blind(function, array, other, seen, atol=2e-6):
-  """What `function` gives at `seen` is the same for both arrays.
+  """Asserts that `function` returns the same at `seen` for both arrays.
 
   Args:
     function: of one array.
@@ -78,18 +78,18 @@ def assert_blind(function, array, other, seen, atol=2e-6):
 
 
 def cross_entropy(logits, targets, weights):
-  """Mean over the positions that have a weight."""
+  """Returns the mean loss over the positions that have a weight."""
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.where(weights, losses, 0).sum() / weights.sum()
 
 
 def with_other_word(tokens, *index):
-  """`tokens` with another word, which is not padding, at an index."""
+  """Puts another word, which is not padding, at an index of `tokens`."""
   return tokens.at[index].set(tokens[index] % (VOCAB - 1) + 1)
 
 
 def shift_right(x):
-  """A zero in front, the last one dropped."""
+  """Puts a zero in front, and drops the last token."""
   return jnp.pad(x, ((0, 0), (1, 0)))[:, :-1]
 
 

@@ -109,7 +109,7 @@ REAL = jnp.arange(LENGTH)[None] < LENGTHS[:, None]
 
 @functools.cache
 def make_model(component="posrf", matrix="orf"):
-  """A model, with softmax if `component` is None."""
+  """Makes a model, with softmax if `component` is None."""
   fm = component and sf.feature_map(component, matrix, num_features=64)
   return eqx.filter_jit(Decoder)(fm, key=jax.random.key(0))
 
@@ -122,7 +122,7 @@ def batched():
 
 
 def train_model(model):
-  """The model after some steps with weight decay, and the losses."""
+  """Trains with weight decay; returns the model and the losses."""
   params, fixed = eqx.partition(model, sf.trainable(model))
 
   def loss(params):

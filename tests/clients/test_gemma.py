@@ -22,11 +22,11 @@ PROMPT, LENGTH = 6, 10
 
 
 class Projection(nnx.Variable):
-  """Random leaves of a feature map: no optimiser looks at them."""
+  """Random leaves of a feature map, which no optimiser updates."""
 
 
 def rope(x, positions):
-  """Turns pairs of dimensions of ``[B, T, N, H]`` by positions ``[B, T]``."""
+  """Rotates pairs of dimensions of ``[B, T, N, H]`` by positions ``[B, T]``."""
   half = x.shape[-1] // 2
   rate = 100.0 ** -(jnp.arange(half) / half)
   angle = positions[:, :, None, None] * rate[None, None, None]
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
       self.projection = Projection(variables.projection)
 
   def variables(self):
-    """What the feature map owns."""
+    """Returns the variables of the feature map."""
     return sf.FeatureVariables(
       self.params.get_value(), self.projection.get_value()
     )
@@ -191,7 +191,7 @@ TOKENS = jax.random.randint(jax.random.key(5), (3, LENGTH), 1, helpers.VOCAB)
 
 @functools.cache
 def make_model(component="posrf", matrix="orf", attention=Attention):
-  """A model, made inside of jit as large ones are; softmax if None."""
+  """Makes a model inside of jit, as is usual for large ones."""
   fm = None
   if component is not None:
     fm = sf.feature_map(component, matrix, num_features=64)
@@ -213,7 +213,7 @@ def apply_whole(model):
 
 
 def train_model(model):
-  """The model after some steps, and the losses."""
+  """Trains for some steps; returns the model and the losses."""
   real = real_tokens("behind")
   graph, params, rest = nnx.split(model, nnx.Param, ...)
   inputs, targets = TOKENS[:, :-1], TOKENS[:, 1:]

@@ -42,7 +42,7 @@ TOKENS = jnp.where(
 
 @struct.dataclass
 class Config:
-  """What all parts of the model need."""
+  """Options of all parts of the model."""
 
   attention_fn: Callable = nn.dot_product_attention
   dtype: Any = jnp.float32
@@ -102,7 +102,7 @@ class TransformerLM(nn.Module):
 
 
 def make_model(component="posrf", decode=False, dtype=jnp.float32, **kwargs):
-  """The model with spectral attention, or with softmax if None."""
+  """Makes the model, with softmax if `component` is None."""
   if component is None:
     return TransformerLM(Config(decode=decode, dtype=dtype))
   fm, variables = helpers.make_map(component, **kwargs)
@@ -117,7 +117,7 @@ def params():
 
 
 def apply_packed(model, params):
-  """A jitted function of tokens with the packed rows' masks."""
+  """Returns a jitted function of tokens, with the masks of packed rows."""
   return jax.jit(
     lambda tokens: model.apply({"params": params}, tokens, POSITIONS, SEGMENTS)
   )

@@ -120,21 +120,21 @@ IMAGES = (
 
 
 def make_model(component="oprf", **kwargs):
-  """The model with spectral attention, or with softmax if None."""
+  """Makes the model, with softmax if `component` is None."""
   if component is None:
     return Vit(**kwargs)
   return Vit(sf.as_attention_fn(*helpers.make_map(component)), **kwargs)
 
 
 def init_model(model):
-  """Its variables, drawn with one key each."""
+  """Draws the variables, with one key for each collection."""
   return jax.jit(model.init)(
     {"params": jax.random.key(0), "features": jax.random.key(1)}, IMAGES
   )
 
 
 def train_model(model, variables, tx=None):
-  """Variables after some steps, every leaf of them optimised, and losses."""
+  """Optimises all variables; returns them and the losses."""
 
   def loss(variables):
     logits = model.apply(variables, IMAGES, train=True)

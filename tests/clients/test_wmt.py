@@ -23,7 +23,7 @@ END = 1
 
 @struct.dataclass
 class Config:
-  """What all parts of the model need."""
+  """Options of all parts of the model."""
 
   encoder_fn: Callable = nn.dot_product_attention
   decoder_fn: Callable = nn.dot_product_attention
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
 
 
 def make_model(cross="oprf", decode=False, encoder="oprf", decoder="posrf"):
-  """The model with spectral attention, or with softmax if `cross` is None."""
+  """Makes the model, with softmax if `cross` is None."""
   if cross is None:
     return Transformer(Config(decode=decode))
   return Transformer(
@@ -164,7 +164,7 @@ def params():
 
 
 def train_model(model, params):
-  """Parameters after some steps on one batch, and the losses."""
+  """Trains on one batch; returns parameters and losses."""
 
   def loss(params):
     logits = model.apply({"params": params}, INPUTS, TARGETS)
@@ -253,7 +253,7 @@ def make_step(model, params, inputs, encoded):
 
 
 def start_decoding(model, params, inputs):
-  """The encoded source and an empty cache."""
+  """Returns the encoded source and an empty cache."""
   encoded = model.apply({"params": params}, inputs, method=Transformer.encode)
   shape = jnp.ones((len(inputs), TARGET), int)
   variables = jax.jit(model.init)(jax.random.key(0), inputs, shape)
