@@ -248,7 +248,7 @@ def concrete(x: Array | np.ndarray) -> np.ndarray | None:
   That of a tracer, a deleted array, and one on devices of other processes
   cannot.
   """
-  if isinstance(x, jax.core.Tracer):
+  if isinstance(x, Tracer):
     return None
   if isinstance(x, jax.Array) and (
     x.is_deleted() or not x.is_fully_addressable
