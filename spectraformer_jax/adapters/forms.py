@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from spectraformer_jax import checks, meshes
 from spectraformer_jax.adapters import mask_forms
-from spectraformer_jax.adapters.mask_forms import Form, Mask
+from spectraformer_jax.adapters.mask_forms import Form, MaskArray
 from spectraformer_jax.adapters.record import Adapter
 from spectraformer_jax.attention import spectral_attention
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
@@ -109,8 +109,8 @@ def _before(lengths: Array | None, x: Array) -> Array | None:
 
 
 def _attend_masked(
-  call: "_Call", visible: Mask, is_causal: bool
-) -> tuple[Array, Mask]:
+  call: "_Call", visible: MaskArray, is_causal: bool
+) -> tuple[Array, MaskArray]:
   """Attends under a mask ``[B or 1, N or 1, T or 1, S]``.
 
   Returns:
@@ -142,8 +142,8 @@ def _attend_masked(
 
 
 def _attend_known(
-  call: "_Call", visible: Mask, is_causal: bool
-) -> tuple[Array, Mask]:
+  call: "_Call", visible: MaskArray, is_causal: bool
+) -> tuple[Array, MaskArray]:
   """Attends under a mask ``[B or 1, T, S]`` of the first form that fits."""
   is_square = visible.shape[1] == visible.shape[2]
   for triangle in dict.fromkeys((is_causal, is_square)):
@@ -161,12 +161,12 @@ def _attend_known(
 
 
 def _attend_unknown(
-  call: "_Call", visible: Mask, is_causal: bool
-) -> tuple[Array, Mask]:
+  call: "_Call", visible: MaskArray, is_causal: bool
+) -> tuple[Array, MaskArray]:
   """Attends under a mask ``[B or 1, T, S]``: as a product, else one form."""
   form = mask_forms.product_form(visible, is_causal)
 
-  def attend_product() -> tuple[Array, Mask]:
+  def attend_product() -> tuple[Array, MaskArray]:
     out = call.attend_product(form.query_mask, form.key_mask, is_causal)
     return out, form.matches
 
@@ -179,7 +179,7 @@ def _attend_unknown(
   # Recomputed in the backward pass: it would else need memory for values of
   # this branch beside those of the first, of which only one runs.
   @jax.checkpoint
-  def attend_other() -> tuple[Array, Mask]:
+  def attend_other() -> tuple[Array, MaskArray]:
     form = find_form(visible)
     return attend_form(form), form.matches
 
@@ -204,8 +204,8 @@ class _Call:
   query: Array
   key: Array
   value: Array
-  query_mask: Mask
-  key_mask: Mask
+  query_mask: MaskArray
+  key_mask: MaskArray
   options: dict[str, Any]
 
   @property
@@ -221,7 +221,7 @@ class _Call:
 
   def other_forms(
     self, is_square_and_causal: bool
-  ) -> list[tuple[Callable[[Mask], Form], Callable[[Form], Array]]]:
+  ) -> list[tuple[Callable[[MaskArray], Form], Callable[[Form], Array]]]:
     """Lists forms that are no products, each with the way to attend."""
     if not self.can_be_causal:
       return []
@@ -257,7 +257,7 @@ class _Call:
     )
 
   def attend_product(
-    self, query_mask: Mask, key_mask: Mask, is_causal: bool
+    self, query_mask: MaskArray, key_mask: MaskArray, is_causal: bool
   ) -> Array:
     """Attends where real queries see real keys, causally or not."""
     call = self.masked(query_mask, key_mask)
@@ -303,7 +303,7 @@ class _Call:
       value: Array,
       variables: FeatureVariables,
       stats: PyTree,
-      masks: tuple[Form, Mask, Mask],
+      masks: tuple[Form, MaskArray, MaskArray],
     ) -> tuple[Array, tuple[()]]:
       form, query_mask, key_mask = masks
       adapter = dataclasses.replace(
@@ -375,7 +375,7 @@ def _attend_in_place(call: _Call, form: Form) -> Array:
   return jnp.where(call.query_mask[:, :, None, None], out, 0)
 
 
-def _both(mask: Mask, other: Mask, x: Array) -> Mask:
+def _both(mask: MaskArray, other: MaskArray, x: Array) -> MaskArray:
   """Combines masks of the positions of x to ``[B, T]``; None is all True."""
   if mask is None or other is None:
     mask = other if mask is None else mask

@@ -16,7 +16,7 @@ from spectraformer_jax import checks
 
 # Content of a mask: a NumPy array if it is known while the program is built,
 # else a jax.Array. What NumPy's stubs say of the operations here differs.
-Mask: TypeAlias = Any
+MaskArray: TypeAlias = Any
 
 # A bias of at most this hides a key as well as -inf does: beside any score,
 # its exponential is 0.
@@ -45,23 +45,23 @@ class Form(NamedTuple):
     key_rank: ints ``[B or 1, S]``.
   """
 
-  matches: Mask
-  query_mask: Mask
-  key_mask: Mask
-  query_group: Mask = None
-  key_group: Mask = None
-  query_rank: Mask = None
-  key_rank: Mask = None
+  matches: MaskArray
+  query_mask: MaskArray
+  key_mask: MaskArray
+  query_group: MaskArray = None
+  key_group: MaskArray = None
+  query_rank: MaskArray = None
+  key_rank: MaskArray = None
 
 
-def module_of(x: Mask) -> ModuleType:
+def module_of(x: MaskArray) -> ModuleType:
   """Returns numpy for a NumPy array, and jax.numpy for any other."""
   return np if isinstance(x, np.ndarray) else jnp
 
 
 def read_mask(
-  mask: Mask, shape: tuple[int, ...], *, must_be_bool: bool
-) -> tuple[Mask, Mask]:
+  mask: MaskArray, shape: tuple[int, ...], *, must_be_bool: bool
+) -> tuple[MaskArray, MaskArray]:
   """Reads which keys a mask lets each query see.
 
   Args:
@@ -94,7 +94,9 @@ def read_mask(
   return mask != 0, is_valid
 
 
-def read_bias(bias: Mask, shape: tuple[int, ...]) -> tuple[Mask, Mask]:
+def read_bias(
+  bias: MaskArray, shape: tuple[int, ...]
+) -> tuple[MaskArray, MaskArray]:
   """Reads a bias of 0 and -inf as a mask; see `read_mask`.
 
   Raises:
@@ -113,13 +115,15 @@ def read_bias(bias: Mask, shape: tuple[int, ...]) -> tuple[Mask, Mask]:
   return bias == 0, is_valid
 
 
-def _known(x: Mask) -> Mask:
+def _known(x: MaskArray) -> MaskArray:
   """Converts to a NumPy array if the content is known."""
   values = checks.concrete(x)
   return x if values is None else values
 
 
-def _with_four_axes(name: str, x: Mask, shape: tuple[int, ...]) -> Mask:
+def _with_four_axes(
+  name: str, x: MaskArray, shape: tuple[int, ...]
+) -> MaskArray:
   """Broadcasts x, which fits `shape`, to ``[B or 1, N or 1, T or 1, S]``."""
   own_shape = x.shape
   extra = len(own_shape) - len(shape)
@@ -143,7 +147,7 @@ def _with_four_axes(name: str, x: Mask, shape: tuple[int, ...]) -> Mask:
   return x.reshape(math.prod(batch), heads, rows, shape[-1])
 
 
-def _form(visible: Mask, allowed: Mask, **fields: Mask) -> Form:
+def _form(visible: MaskArray, allowed: MaskArray, **fields: MaskArray) -> Form:
   """Makes a form whose queries see keys where `allowed` ``[B or 1, T, S]``.
 
   Queries that see no key, and keys that no query sees, are masked besides.
@@ -154,7 +158,7 @@ def _form(visible: Mask, allowed: Mask, **fields: Mask) -> Form:
   return Form(matches, query_mask, key_mask, **fields)
 
 
-def product_form(visible: Mask, is_causal: bool) -> Form:
+def product_form(visible: MaskArray, is_causal: bool) -> Form:
   """Recognises real queries times real keys, within the triangle if causal.
 
   Args:
@@ -165,7 +169,7 @@ def product_form(visible: Mask, is_causal: bool) -> Form:
   return _form(visible, triangle(*size)[None])
 
 
-def segment_form(visible: Mask) -> Form:
+def segment_form(visible: MaskArray) -> Form:
   """Recognises packed rows under the causal triangle, T == S, as groups.
 
   The group of a query is the first key that it sees; the group of a key is that
@@ -181,7 +185,7 @@ def segment_form(visible: Mask) -> Form:
   return _form(visible, allowed, query_group=group, key_group=group)
 
 
-def chain_form(visible: Mask) -> Form:
+def chain_form(visible: MaskArray) -> Form:
   """Recognises queries whose sets of keys are nested or disjoint, in groups.
 
   Such masks are packed rows, causal or not, a prefix that all queries see, and
@@ -208,7 +212,7 @@ def chain_form(visible: Mask) -> Form:
   )
 
 
-def position_form(visible: Mask) -> Form:
+def position_form(visible: MaskArray) -> Form:
   """Recognises queries at positions of keys, which see the keys up to there.
 
   The rank of a query is its position: that of the last key it sees. No two
