@@ -48,8 +48,8 @@ _RESULT = {
 Row = Mapping[str, Any]
 
 
-def summary(workdir: Path) -> list[tuple[str, str]]:
-  """Returns the result as pairs (name, value), for report and terminal.
+def summary(workdir: Path) -> dict[str, str]:
+  """Returns the result as texts by name, for report and terminal.
 
   Raises:
     ValueError: the run in `workdir` has not finished, or its result or its
@@ -66,61 +66,43 @@ def summary(workdir: Path) -> list[tuple[str, str]]:
     raise damaged(workdir, f"it lacks or has another {error}") from error
 
 
-def _lines(stored: Row, result: Row) -> list[tuple[str, str]]:
+def _lines(stored: Row, result: Row) -> dict[str, str]:
   """Returns `summary` of the content of config.json and of the last row."""
   config = flatten(to_dict(default_config())) | flatten(stored["config"])
-  test, objective = stored["data"]["test"], config["train.objective"]
-  lines = [("diverged", result["diverged"])] if result.get("diverged") else []
-  lines += [("task", test["name"]), ("attention", result["pair"])]
+  objective, compiling = config["train.objective"], result["compile_seconds"]
+  lines = {"diverged": result["diverged"]} if result.get("diverged") else {}
+  lines["task"] = stored["data"]["test"]["name"]
+  lines["attention"] = result["pair"]
   if objective != "classify":
-    lines += [("objective", f"{objective}: accuracy is that of guessed tokens")]
-  lines += [
-    ("data", f"{result['provenance']}; {_split_sizes(stored['data'])}"),
-    (
-      "seeds",
-      f"training {config['train.seed']}, data {config['task.seed']}",
-    ),
-    ("steps", _steps(result["step"], config["train.num_steps"])),
-  ]
+    lines["objective"] = f"{objective}: accuracy is that of guessed tokens"
+  lines["data"] = f"{result['provenance']}; {_split_sizes(stored['data'])}"
+  lines["seeds"] = (
+    f"training {config['train.seed']}, data {config['task.seed']}"
+  )
+  lines["steps"] = _steps(result["step"], config["train.num_steps"])
   if skipped := result.get("skipped_steps", 0):
-    lines += [
-      ("skipped steps", f"{skipped:,}, loss or gradient not finite"),
-    ]
-  lines += [
-    (
-      "test accuracy, best-dev parameters",
-      f"{_percent(result['test/accuracy_best'])} (step {result['best_step']})",
-    ),
-    (
-      "test accuracy, last parameters",
-      f"{_percent(result['test/accuracy_last'])} (step {result['step']})",
-    ),
-    ("dev accuracy, best", _percent(result["dev/accuracy_best"])),
-    ("dev accuracy, last", _percent(result["dev/accuracy_last"])),
-  ]
-  lines += [
-    (f"baseline, {name}", _percent(value))
-    for name, value in result["baselines"].items()
-  ]
-  compile_seconds = result["compile_seconds"]
-  lines += [
-    (
-      "speed",
-      f"{result['examples_per_second']:.1f} examples/s, "
-      f"{1e3 * result['step_seconds']:.1f} ms a step of "
-      f"{config['train.batch_size']}",
-    ),
-    (
-      "compile time",
-      "unknown" if compile_seconds is None else f"{compile_seconds:.1f} s",
-    ),
-    ("training time", f"{result['train_seconds']:.0f} s without compilation"),
-    ("peak memory, process", _mebibytes(result["peak_memory_bytes"])),
-    ("peak memory, device", _mebibytes(result["peak_device_bytes"])),
-    ("parameters", f"{result['parameters']:,}"),
-    ("random projections", f"{result['projection_size']:,} numbers"),
-  ]
-  return lines
+    lines["skipped steps"] = f"{skipped:,}, loss or gradient not finite"
+  for kind, name, step in (
+    ("best-dev parameters", "best", result["best_step"]),
+    ("last parameters", "last", result["step"]),
+  ):
+    accuracy = _percent(result[f"test/accuracy_{name}"])
+    lines[f"test accuracy, {kind}"] = f"{accuracy} (step {step})"
+  for name in ("best", "last"):
+    lines[f"dev accuracy, {name}"] = _percent(result[f"dev/accuracy_{name}"])
+  for name, value in result["baselines"].items():
+    lines[f"baseline, {name}"] = _percent(value)
+  return lines | {
+    "speed": f"{result['examples_per_second']:.1f} examples/s, "
+    f"{1e3 * result['step_seconds']:.1f} ms a step of "
+    f"{config['train.batch_size']}",
+    "compile time": "unknown" if compiling is None else f"{compiling:.1f} s",
+    "training time": f"{result['train_seconds']:.0f} s without compilation",
+    "peak memory, process": _mebibytes(result["peak_memory_bytes"]),
+    "peak memory, device": _mebibytes(result["peak_device_bytes"]),
+    "parameters": f"{result['parameters']:,}",
+    "random projections": f"{result['projection_size']:,} numbers",
+  }
 
 
 def write_report(workdir: Path) -> None:
@@ -129,7 +111,7 @@ def write_report(workdir: Path) -> None:
   Raises:
     ValueError: the run in `workdir` has not finished.
   """
-  lines = dict(summary(workdir))
+  lines = summary(workdir)
   stored = run_folder.stored_run(workdir)
   plot_curves(workdir)
   environments = stored["environments"]
@@ -215,7 +197,7 @@ def print_summary(workdir: Path) -> None:
   """Prints the result as a table on stdout."""
   lines = summary(workdir)
   table = Table("", "", show_header=False, title=f"result ({workdir})")
-  for name, value in lines:
+  for name, value in lines.items():
     table.add_row(name, value, style="bold" if "best-dev" in name else "")
   Console().print(table)
 
@@ -252,7 +234,7 @@ def _check_result(workdir: Path, result: Row) -> None:
     )
 
 
-def _split_sizes(data: Mapping[str, Any]) -> str:
+def _split_sizes(data: Row) -> str:
   return ", ".join(f"{s['num_examples']:,} {name}" for name, s in data.items())
 
 
