@@ -150,8 +150,12 @@ def test_checkpoint_moves_between_device_counts(devices, tiny_config, tmp_path):
   path.write_text(json.dumps(config.to_dict()))
   for count, stop_at in zip(devices, ("10", "0"), strict=True):
     code, _, err = run_python(
-      *("-m", "tests.train.workers", "training"),
-      *(str(path), str(tmp_path / "run"), stop_at),
+      "-m",
+      "tests.train.workers",
+      "training",
+      str(path),
+      str(tmp_path / "run"),
+      stop_at,
       devices=count,
     )
     assert code == 0, err

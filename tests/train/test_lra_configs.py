@@ -86,8 +86,13 @@ def test_settings_of_long_range_arena(task):
     tuple(
       values[f"model.{name}"]
       for name in (
-        *("embed_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"),
-        *("pooling", "dropout_rate"),
+        "embed_dim",
+        "num_layers",
+        "num_heads",
+        "head_dim",
+        "mlp_dim",
+        "pooling",
+        "dropout_rate",
       )
     )
     == LRA_MODEL[task]

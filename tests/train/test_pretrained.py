@@ -113,8 +113,12 @@ def test_the_average_is_what_is_given(tiny_config, tmp_path, dev):
 def test_evaluate(devices, uninterrupted):
   workdir, result = uninterrupted
   code, out, err = run_python(
-    *("-m", "spectraformer_jax.train", "evaluate", f"--workdir={workdir}"),
-    *("--step=last", "--batch_size=32"),
+    "-m",
+    "spectraformer_jax.train",
+    "evaluate",
+    f"--workdir={workdir}",
+    "--step=last",
+    "--batch_size=32",
     devices=devices,
   )
   assert code == 0, err

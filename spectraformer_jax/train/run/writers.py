@@ -38,7 +38,9 @@ def read_rows(workdir: Path | str) -> list[dict[str, Any]]:
 def _warn(workdir: str, number: int, reason: str) -> None:
   logging.warning(
     "line %d of %s is no row of metrics and is left out: %s",
-    *(number, Path(workdir) / run_folder.METRICS, reason),
+    number,
+    Path(workdir) / run_folder.METRICS,
+    reason,
   )
 
 
@@ -161,13 +163,16 @@ class MetricWriter:
     elif not kept and start_step >= self._first_row:
       logging.warning(
         "%s has no rows of the first %d steps: it was deleted or emptied",
-        *(self._path, start_step),
+        self._path,
+        start_step,
       )
     if dropped := len(rows) - len(kept):
       logging.info(
         "%s: %d rows that are not of the first %d steps are dropped; this run "
         "writes them again",
-        *(self._path, dropped, start_step),
+        self._path,
+        dropped,
+        start_step,
       )
     lines = [strict_json.dumps(row) + "\n" for row in kept]
     run_folder.write_text(self._path, "".join(lines))

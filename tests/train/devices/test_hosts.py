@@ -78,8 +78,12 @@ def one_process(tmp_path_factory, tiny_config):
   path = workdir / "flags.json"
   path.write_text(json.dumps(tiny_config(**SHORT).to_dict()))
   code, _, err = run_python(
-    *("-m", "tests.train.workers", "training"),
-    *(str(path), str(workdir / "run"), "0"),
+    "-m",
+    "tests.train.workers",
+    "training",
+    str(path),
+    str(workdir / "run"),
+    "0",
     devices=2,
   )
   assert code == 0, err

@@ -429,7 +429,9 @@ def test_nothing_to_guess():
     objectives.check_lengths(objective, {"train": good, "dev": bad})
   one_line(
     lambda: objectives.check_lengths("causal", {"train": good, "dev": bad}),
-    *("causal", "longest of the dev split", "has 1"),
+    "causal",
+    "longest of the dev split",
+    "has 1",
   )
 
 

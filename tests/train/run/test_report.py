@@ -60,12 +60,26 @@ def test_report_holds_the_numbers(workdir):
   report.write_report(workdir)
   text = (workdir / "report.md").read_text()
   for needed in (
-    *("listops-max_len64", "oprf-orf", "generated", "1,000 test"),
-    *("43.21 % (step 10)", "41.23 % (step 20)", "45.00 %", "44.00 %"),
-    *("majority label | 17.00 %", "root operator only | 36.20 %"),
-    *("123.4 examples/s", "260.0 ms a step of 32", "4.5 s", "1,024 MiB"),
-    *("81,866", "16,384 numbers", "0.10.2", "2 x cpu"),
-    *("training 5, data 1", "python train.py --config=configs/listops.py"),
+    "listops-max_len64",
+    "oprf-orf",
+    "generated",
+    "1,000 test",
+    "43.21 % (step 10)",
+    "41.23 % (step 20)",
+    "45.00 %",
+    "44.00 %",
+    "majority label | 17.00 %",
+    "root operator only | 36.20 %",
+    "123.4 examples/s",
+    "260.0 ms a step of 32",
+    "4.5 s",
+    "1,024 MiB",
+    "81,866",
+    "16,384 numbers",
+    "0.10.2",
+    "2 x cpu",
+    "training 5, data 1",
+    "python train.py --config=configs/listops.py",
   ):
     assert needed in text, needed
 

@@ -44,13 +44,13 @@ def table(variables, tokens, length, **kwargs):
 def table_state(tx, ema=False):
   params = {"w": jax.random.normal(jax.random.key(0), (16, 4))}
   return state.TrainState(
-    *(jnp.int32(0), params, {}, tx.init(params)), params if ema else None
+    jnp.int32(0), params, {}, tx.init(params), params if ema else None
   )
 
 
 def train(old, tx, batch, **options):
   return steps.train_step(
-    *(old, batch, jax.random.key(1)), apply_fn=table, tx=tx, **options
+    old, batch, jax.random.key(1), apply_fn=table, tx=tx, **options
   )
 
 

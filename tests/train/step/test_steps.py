@@ -24,7 +24,11 @@ def on_devices(tmp_path_factory):
   def run(devices, engine):
     path = tmp_path_factory.mktemp("steps") / "arrays.npz"
     code, _, err = run_python(
-      *("-m", "tests.train.workers", "steps", str(path), engine),
+      "-m",
+      "tests.train.workers",
+      "steps",
+      str(path),
+      engine,
       devices=devices,
     )
     assert code == 0, err
@@ -102,7 +106,7 @@ def test_batch_norm_is_that_of_the_whole_batch(devices, engine, tmp_path):
   for count in (1, devices):
     path = tmp_path / f"{count}.npz"
     code, _, err = run_python(
-      *("-m", "tests.train.workers", "norm", str(path), engine), devices=count
+      "-m", "tests.train.workers", "norm", str(path), engine, devices=count
     )
     assert code == 0, err
     found.append(dict(np.load(path)))
