@@ -203,3 +203,50 @@ def test_where_the_processes_come_from(monkeypatch):
   monkeypatch.setattr(hosts, "_is_tpu_machine", lambda: True)
   hosts.connect()
   assert calls[-1] == () and len(calls) == 4
+
+
+@pytest.fixture
+def call_in_both(monkeypatch):
+  """A function that makes a call as process 0, then as process 1 of 2."""
+
+  def call(function, *args):
+    sent, outcomes = [], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for number in range(2):
+      monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+      monkeypatch.setattr(
+        hosts,
+        "_broadcast",
+        lambda content, number=number: (
+          sent.append(content) or content if number == 0 else sent.pop(0)
+        ),
+      )
+      try:
+        outcomes.append(function(*args))
+      except ValueError as error:
+        outcomes.append(str(error))
+    assert not sent  # both made the same broadcasts
+    return outcomes
+
+  return call
+
+
+def test_arrays_of_process_0_reach_both_bit_for_bit(call_in_both):
+  tree = {"a": np.array([-0.0, np.nan], np.float32), "b": np.int32(3)}
+  read = lambda: (tree, {"step": 5})
+  for arrays, record in call_in_both(hosts.arrays_from_main, read, tree):
+    assert record == {"step": 5} and arrays["b"] == 3
+    assert np.asarray(arrays["a"]).tobytes() == tree["a"].tobytes()
+  nothing = lambda: (None, None)
+  outcomes = call_in_both(hosts.arrays_from_main, nothing, tree)
+  assert outcomes == [(None, None)] * 2
+
+
+def test_an_error_of_process_0_is_raised_in_both(call_in_both):
+  def fail():
+    raise ValueError("no such folder")
+
+  assert call_in_both(hosts.from_main, fail) == ["no such folder"] * 2
+  outcomes = call_in_both(hosts.arrays_from_main, fail, {})
+  assert outcomes == ["no such folder"] * 2
+  assert call_in_both(hosts.from_main, max, [3, 5]) == [5, 5]
