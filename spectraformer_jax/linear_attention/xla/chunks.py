@@ -72,7 +72,7 @@ def add_keys(
   engine: Engine, constants: PyTree, state: JoinedState, keys: Keys
 ) -> JoinedState:
   """Returns the state after the keys of a block."""
-  features, mask = map_keys(engine, constants, keys, 1)
+  features, mask = map_keys(engine, constants, keys)
   exponent = scaled.key_exponents(features, state.exponent, mask)
   psi = scaled.scale_keys(features, exponent, mask, engine.products)
   return add(
@@ -102,7 +102,7 @@ def add_keys_vjp(
 
   def contribution(floats: list[Array], key: Array, value: Array) -> Linear:
     variables = leaves.with_floats(constants, floats)
-    features, mask = map_keys(engine, variables, keys._replace(key=key), 1)
+    features, mask = map_keys(engine, variables, keys._replace(key=key))
     psi = scaled.scale_keys(features, exponent, mask, engine.products)[:, :, 0]
     sums = engine.products.keys_times_values(psi, with_ones(value))
     return sums, None if gradient[1] is None else jnp.sum(jnp.abs(psi), axis=2)
@@ -130,7 +130,7 @@ def read(
   Returns:
     Outputs ``[B, N, G, C, V]``, and what the backward pass gets.
   """
-  features = map_queries(engine, constants, query, position, 1)
+  features = map_queries(engine, constants, query, position)
   query_exponent = scaled.query_exponents(features, state.exponent)
   sums, needs_weight = _read_sums(engine, features, query_exponent, state)
   out, normalizer = mean(sums, needs_weight)
@@ -160,13 +160,13 @@ def read_vjp(
     saved: the other result of `read`.
     d_out: the gradient of `out`, float32.
   """
-  query, out, saved = unless_unused(query, out, saved, d_out, 1)
+  query, out, saved = unless_unused(engine, query, out, saved, d_out)
 
   def sums_of(
     floats: list[Array], linear: Linear, query: Array
   ) -> tuple[QuerySums, Array | None]:
     variables = leaves.with_floats(constants, floats)
-    features = map_queries(engine, variables, query, position, 1)
+    features = map_queries(engine, variables, query, position)
     sums = state.with_linear(linear)
     return _read_sums(engine, features, saved.query_exponent, sums)
 
@@ -198,24 +198,21 @@ def _read_sums(
 
 
 def map_keys(
-  engine: Engine, constants: PyTree, keys: Keys, count: int
+  engine: Engine, constants: PyTree, keys: Keys
 ) -> tuple[Features, Array | None]:
   """Returns unscaled features ``[B, N, L, C, F]`` of L chunks, and the mask."""
-  size = keys.key.shape[2] // count
-  positions = keys.position + size * jnp.arange(count)
-  features = scaled.map_chunks(
-    engine.maps.key, constants, in_chunks(keys.key, count), positions
-  )
-  mask = keys.key_mask
-  return features, None if mask is None else in_chunks(mask, count)
+  key, mask = in_chunks(engine, keys.key), keys.key_mask
+  positions = keys.position + engine.chunk_size * jnp.arange(key.shape[2])
+  features = scaled.map_chunks(engine.maps.key, constants, key, positions)
+  return features, None if mask is None else in_chunks(engine, mask)
 
 
 def map_queries(
-  engine: Engine, constants: PyTree, query: Array, position: Array, count: int
+  engine: Engine, constants: PyTree, query: Array, position: Array
 ) -> Features:
   """Returns unscaled features ``[B, N, L, G C, F]`` of queries in L chunks."""
-  query = chunks_first(query, count)
-  batch, heads, _, groups, size, head_dim = query.shape
+  query = chunks_first(engine, query)
+  batch, heads, count, groups, size, head_dim = query.shape
   positions = position + size * jnp.arange(count)
   features = scaled.map_chunks(
     engine.maps.query,
@@ -296,7 +293,7 @@ def needs_weight(
 
 
 def unless_unused(
-  query: Array, out: Array, saved: Saved, d_out: Array, count: int
+  engine: Engine, query: Array, out: Array, saved: Saved, d_out: Array
 ) -> tuple[Array, Array, Saved]:
   """Replaces queries whose outputs have no gradient, such as padding.
 
@@ -304,18 +301,18 @@ def unless_unused(
   to keep them out, because zero times the feature of such a query is NaN.
 
   Args:
+    engine: see `Engine`.
     query: ``[B, N, G, L C, H]``.
     out: outputs of the forward pass, ``[B, N, G, L C, V]``.
     saved: other results of the forward pass.
     d_out: the gradient of the outputs.
-    count: number of chunks, L.
 
   Returns:
     The queries, the outputs in float32, and `saved`, with harmless numbers.
   """
   unused = jnp.all(d_out == 0.0, axis=-1, keepdims=True)
   normalizer, query_exponent = saved
-  rows = chunks_first(unused, count)
+  rows = chunks_first(engine, unused)
   rows = rows.reshape(*rows.shape[:3], -1, 1)
   if normalizer is not None:
     normalizer = jnp.where(rows.reshape(normalizer.shape), 1.0, normalizer)
@@ -360,12 +357,12 @@ def with_ones(value: Array) -> Array:
   return jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
 
 
-def in_chunks(x: Array, count: int) -> Array:
-  """``[B, N, L C, .] -> [B, N, L, C, .]``, L the count of chunks."""
-  return x.reshape(*x.shape[:2], count, -1, x.shape[-1])
+def in_chunks(engine: Engine, x: Array) -> Array:
+  """``[B, N, L C, .] -> [B, N, L, C, .]``."""
+  return x.reshape(*x.shape[:2], -1, engine.chunk_size, x.shape[-1])
 
 
-def chunks_first(x: Array, count: int) -> Array:
-  """``[B, N, G, L C, .] -> [B, N, L, G, C, .]``, L the count of chunks."""
-  x = x.reshape(*x.shape[:3], count, -1, x.shape[-1])
+def chunks_first(engine: Engine, x: Array) -> Array:
+  """``[B, N, G, L C, .] -> [B, N, L, G, C, .]``."""
+  x = x.reshape(*x.shape[:3], -1, engine.chunk_size, x.shape[-1])
   return jnp.swapaxes(x, 2, 3)

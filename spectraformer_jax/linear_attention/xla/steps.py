@@ -62,7 +62,8 @@ def attend(
     backward pass gets.
   """
   step = _sum_keys(engine, constants, state, block)
-  features = _map_queries(engine, constants, block)
+  position = block.keys.position
+  features = chunks.map_queries(engine, constants, block.query, position)
   exponent = _of_queries(step.exponent, block)
   query_exponent = scaled.query_exponents(features, exponent)
   sums, needs_weight = _sums(engine, features, query_exponent, step, block)
@@ -98,9 +99,8 @@ def attend_vjp(
   Returns:
     Gradients of the constants' floats, the state's sums, query, key and value.
   """
-  count = block.query.shape[3] // engine.chunk_size
   query, out, saved = chunks.unless_unused(
-    block.query, out, saved, d_out, count
+    engine, block.query, out, saved, d_out
   )
 
   def sums_of(
@@ -110,7 +110,7 @@ def attend_vjp(
     keys = block.keys._replace(key=key, value=value)
     moved = CausalBlock(query, keys, block.segment)
     step = _sum_keys(engine, variables, state.with_linear(linear), moved)
-    features = _map_queries(engine, variables, moved)
+    features = chunks.map_queries(engine, variables, query, keys.position)
     sums, needs_weight = _sums(
       engine, features, saved.query_exponent, step, moved
     )
@@ -120,7 +120,7 @@ def attend_vjp(
   (_, sums), pull, needs_weight = jax.vjp(
     sums_of, floats, state.linear, query, keys.key, keys.value, has_aux=True
   )
-  out, d_out = (chunks.chunks_first(x, count) for x in (out, d_out))
+  out, d_out = (chunks.chunks_first(engine, x) for x in (out, d_out))
   d_sums = chunks.mean_vjp(sums, needs_weight, out, saved.normalizer, d_out)
   return pull((d_after, d_sums))
 
@@ -137,14 +137,13 @@ def _sum_keys(
 ) -> _StepKeys:
   """Maps the keys of a step and sums over them; see `attend`."""
   keys, segment = block.keys, block.segment
-  count = keys.key.shape[2] // engine.chunk_size
   if segment is not None:
     state = _seen_by(state, segment[:, 0])
   has_keys = chunks.has_keys(state)
-  features, mask = chunks.map_keys(engine, constants, keys, count)
+  features, mask = chunks.map_keys(engine, constants, keys)
   exponent = scaled.key_exponents(features, state.exponent, mask, segment)
   psi = scaled.scale_keys(features, exponent, mask, engine.products)
-  value = chunks.in_chunks(chunks.with_ones(keys.value), count)
+  value = chunks.in_chunks(engine, chunks.with_ones(keys.value))
   state = rescale(state, exponent if segment is None else exponent[:, :, 0])
   before, after = _prefix_sums(engine, state, psi, value)
   if segment is not None:
@@ -201,15 +200,6 @@ def _sums(
   return found, chunks.needs_weight(
     sees_keys, features, phi, query_exponent, found
   )
-
-
-def _map_queries(
-  engine: Engine, constants: PyTree, block: CausalBlock
-) -> Features:
-  """Returns unscaled features ``[B, N, L, G C, F]`` of the step's queries."""
-  count = block.query.shape[3] // engine.chunk_size
-  position = block.keys.position
-  return chunks.map_queries(engine, constants, block.query, position, count)
 
 
 def _of_queries(exponent: Array, block: CausalBlock) -> Array:
