@@ -237,14 +237,14 @@ class GERF(base.KernelComponent):
     of_square = (
       head_dim * (size_4 - 0.5 * size_8) + ratio * jnp.cos(turn) * square
     )
-    base.angle = (
+    angle = (
       head_dim * (angle_4 - 0.5 * angle_8) + ratio * jnp.sin(turn) * square
     )
     of_modulus = (
       head_dim * (size_4 - 0.5 * jnp.log(1.0 - 8.0 * a))
       + 2.0 * b[0] ** 2 / (1.0 - 8.0 * a) * square
     )
-    both = jnp.log1p(jnp.exp(of_square - of_modulus) * jnp.cos(base.angle))
+    both = jnp.log1p(jnp.exp(of_square - of_modulus) * jnp.cos(angle))
     squares = 2.0 * (base.half_square(x) + base.half_square(y))[..., 0]
     return of_modulus + both - math.log(2.0) - self.sign * squares
 
