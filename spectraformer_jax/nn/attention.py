@@ -37,7 +37,7 @@ class SpectralSelfAttention(MultiHeadAttention):
     param_dtype: of the dense layers' parameters; a feature map's are float32.
 
   Example:
-    >>> import jax, spectraformer_jax as sf
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
     >>> layer = sf.nn.SpectralSelfAttention(
     ...   num_heads=2, head_dim=8, feature_map=sf.feature_map(
     ...     "oprf", "orf", num_features=16))

@@ -24,7 +24,7 @@ class SpectralCrossAttention(MultiHeadAttention):
       dtype, param_dtype: see `SpectralSelfAttention`.
 
   Example:
-    >>> import jax, spectraformer_jax as sf
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
     >>> layer = sf.nn.SpectralCrossAttention(
     ...   num_heads=2, head_dim=8, feature_map=sf.feature_map(
     ...     "oprf", "orf", num_features=16))

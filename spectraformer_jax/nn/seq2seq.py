@@ -24,7 +24,7 @@ class Seq2Seq(ModelFields):
       feature map must serve causal attention, as for a `LanguageModel`.
 
   Example:
-    >>> import jax, spectraformer_jax as sf
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
     >>> model = sf.nn.Seq2Seq(
     ...   vocab_size=32, max_len=16,
     ...   feature_map=sf.feature_map("posrf", "orf", num_features=16))
