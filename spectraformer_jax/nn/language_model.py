@@ -19,7 +19,7 @@ class LanguageModel(ModelFields):
       data-dependent parameters need statistics="ema", "learned" or "constant".
 
   Example:
-    >>> import spectraformer_jax as sf
+    >>> import jax, spectraformer_jax as sf
     >>> model = sf.nn.LanguageModel(
     ...   vocab_size=32, max_len=16,
     ...   feature_map=sf.feature_map("posrf", "orf", num_features=16))
@@ -91,7 +91,7 @@ class MaskedLanguageModel(ModelFields):
     embed_dim, num_layers, ..., remat: see `EncoderConfig`.
 
   Example:
-    >>> import spectraformer_jax as sf
+    >>> import jax, spectraformer_jax as sf
     >>> model = sf.nn.MaskedLanguageModel(
     ...   vocab_size=32, max_len=16,
     ...   feature_map=sf.feature_map("oprf", "orf", num_features=16))
