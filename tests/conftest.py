@@ -4,6 +4,7 @@ import collections
 import hashlib
 import os
 import pathlib
+import zlib
 
 # Before jax is imported: settings that its start-up reads.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,9 +21,17 @@ import jax
 import pytest
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    "--part",
+    metavar="K/N",
+    help="with -m slow: run part K (from 0) of N, which together are all",
+  )
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  """Marks slow what `quick_every` leaves out of the quick run."""
+def pytest_collection_modifyitems(config, items):
+  """Marks slow what `quick_every` leaves out; keeps the cases of `--part`."""
   cases = collections.defaultdict(list)
   for item in items:
     is_slow = item.get_closest_marker("slow")
@@ -33,6 +42,13 @@ def pytest_collection_modifyitems(items):
     for number, item in enumerate(group):
       if number % step:
         item.add_marker("slow")
+  if part := config.getoption("--part"):
+    number, count = map(int, part.split("/"))
+    in_part = lambda item: zlib.crc32(item.nodeid.encode()) % count == number
+    config.hook.pytest_deselected(
+      items=[item for item in items if not in_part(item)]
+    )
+    items[:] = filter(in_part, items)
 
 
 @pytest.fixture(autouse=True)
