@@ -275,7 +275,11 @@ def attend(
 
 
 def start(
-  maps: Maps, constants: PyTree, key: Array, value_dim: int, is_signed: bool
+  maps: Maps,
+  constants: PyTree,
+  key: Array | jax.ShapeDtypeStruct,
+  value_dim: int,
+  is_signed: bool,
 ) -> State:
   """Returns the state before any key, of the size that the maps need."""
   batch, _, heads, head_dim = key.shape

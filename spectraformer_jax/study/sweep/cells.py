@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from spectraformer_jax import list_components
 from spectraformer_jax.commands import parse_literal
 from spectraformer_jax.nn.attention_base import ATTENTIONS
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.train import config as train_config
+from spectraformer_jax.train.config import Config
 
 # Files in the folder of a cell.
 CELL, LOG = "cell.json", "log.txt"
@@ -74,7 +73,7 @@ class Cell:
     """``task/attention/seed0``: the cell's folder below the sweep's."""
     return f"{self.task}/{self.attention}/seed{self.seed}"
 
-  def config(self) -> ConfigDict:
+  def config(self) -> Config:
     """Returns the config, locked and checked.
 
     Raises:
@@ -84,7 +83,8 @@ class Cell:
     for path, value in self.overrides.items():
       _override(config, path, value)
     train_config.validate(config)
-    return config.lock()
+    config.lock()
+    return config
 
   def command(self, workdir: Path) -> str:
     """Returns the command line that repeats this run alone."""
@@ -196,7 +196,7 @@ def load_sweep(path: str | Path) -> Sweep:
   return names["get_sweep"]()
 
 
-def _load_experiment(experiment: str) -> ConfigDict:
+def _load_experiment(experiment: str) -> Config:
   """Returns the config of ``configs/X.py[:variant]``, unlocked."""
   path, _, variant = experiment.partition(":")
   if not Path(path).is_file():
@@ -204,7 +204,7 @@ def _load_experiment(experiment: str) -> ConfigDict:
   return runpy.run_path(path)["get_config"](variant or None)
 
 
-def _override(config: ConfigDict, path: str, value: Any) -> None:
+def _override(config: Config, path: str, value: Any) -> None:
   """Sets a dotted key; ValueError for an unknown key or another type."""
   train_config.check_key(path)
   if train_config.is_none(path, value):
