@@ -54,11 +54,12 @@ _CONFIG = config_flags.DEFINE_config_file(
   "The experiment: a file, and after a colon its variant if it has any, "
   "recipe=NAME for another optimiser, or both with a comma between. "
   "Change any key with --config.section.key=value.",
-  # New keys are accepted here and refused by `check_key`, which accepts any key
-  # in some sections and names the nearest key in the others.
+  # The flag accepts unknown keys. `check_key` refuses them and names the
+  # nearest known one; only the sections of options may have any key.
   lock_config=False,
   accept_new_attributes=True,
-  # The flag reads these arguments now; `parse_flags` reports the others.
+  # The flag reads the sound arguments here, when it is defined; `parse_flags`
+  # reports the mistakes in the others.
   sys_argv=list(filter(_is_sound, sys.argv)),
 )
 _WORKDIR = flags.DEFINE_string(
@@ -87,14 +88,14 @@ flags.FLAGS.set_default("verbosity", logging.INFO)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses with absl; reports a mistake in one line, without a traceback."""
+  """Parses flags with absl; reports a mistake in one line, no traceback."""
   try:
     kept, unset = argv[:1], {}
     for arg in argv[1:]:
       override = _OVERRIDE.match(arg)
       if override:
         train_config.check_key(override[1])
-        # The flag of an integer cannot read None, so it is set below.
+        # An integer flag cannot read "none", so None is set below.
         unset[override[1]] = train_config.is_none(override[1], override[2])
       if not (override and unset[override[1]]):
         kept.append(arg)
@@ -120,8 +121,9 @@ def fail(error: Exception, status: int = USER_ERROR) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-  """Exits; one of several processes does not wait for the others."""
+  """Exits; in a run of several processes, without waiting for the others."""
   if jax.distributed.is_initialized():
+    # os._exit skips JAX's shutdown, which would wait; it does not flush.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -132,14 +134,14 @@ def default_workdir(config: train_config.Config) -> Path:
   """Returns runs/<config>-<pair>-seed<seed>, in the current folder."""
   filename = config_flags.get_config_filename(flags.FLAGS["config"])
   source, _, variant = filename.partition(":")
-  variant = re.sub(r"\W+", "-", variant)  # "quick,recipe=lra"
+  variant = re.sub(r"\W+", "-", variant)  # as in "quick,recipe=lra"
   name = Path(source).stem + (f"-{variant}" if variant else "")
   pair = train_config.pair_name(config)
   return Path("runs") / f"{name}-{pair}-seed{config.train.seed}"
 
 
 def set_up_logging() -> None:
-  """Logs time and text of each line; of other packages, warnings alone."""
+  """Logs time and text of messages; other packages log only from WARNING up."""
   handler = logging.get_absl_handler()
   handler.setFormatter(
     python_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
@@ -156,7 +158,8 @@ def main(argv: list[str]) -> None:
   """Runs the experiment."""
   set_up_logging()
   host_memory.keep_freed_memory()
-  signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C
+  # SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     if len(argv) > 1:
       raise ValueError(f"Unknown argument {argv[1]!r}; flags start with --.")
@@ -186,9 +189,10 @@ def main(argv: list[str]) -> None:
         file=sys.stderr,
       )
       leave(RESUMABLE)
-    # An error of one line is a mistake of the user.
+    # A ValueError of one line reports a mistake of the user.
     if isinstance(error, ValueError) and "\n" not in str(error):
       fail(error)
+    # With several processes, `raise` would wait for the others at exit.
     if jax.distributed.is_initialized():
       traceback.print_exc()
       leave(1)

@@ -1,4 +1,7 @@
-"""``python -m spectraformer_jax.train COMMAND ...``; `train.py` trains."""
+"""``python -m spectraformer_jax.train COMMAND ...``, for trained models.
+
+The script `train.py` trains them.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs a command."""
+  """Runs the command that `argv` names; returns the exit status."""
   return commands.run(PACKAGE, COMMANDS, argv)
 
 

@@ -27,7 +27,8 @@ from spectraformer_jax.train.step.objectives import OBJECTIVES
 # `check(name, value)` raises ValueError unless the key may have the value.
 Check = Callable[[str, Any], object]
 
-# Arguments of `data.load` that have keys of their own.
+# Arguments of `data.load` that the training loop passes itself, so they cannot
+# be among the options of the task.
 _RESERVED = ("seed", "tokenizer", "cache_dir", "progress")
 
 
@@ -65,7 +66,7 @@ def _check_buckets(name: str, buckets: Any) -> None:
 
 
 def _check_options(section: str, options: Any) -> None:
-  """Checks that a section of options is flat; their owner checks the values."""
+  """Checks that options are flat; the part that gets them checks the values."""
   if not isinstance(options, Mapping):
     raise ValueError(f"{section} must be options by name, got {options!r}.")
   for name, value in options.items():
@@ -90,8 +91,8 @@ OptionalPositiveInt = Annotated[int | None, check_positive_int]
 Positive = Annotated[float, _number("positive", lambda x: x > 0)]
 NonNegative = Annotated[float, _number("0 or more", lambda x: x >= 0)]
 Fraction = Annotated[float, _number("in [0, 1)", lambda x: 0 <= x < 1)]
-# Options of a component, a matrix, a baseline or a task, which checks them
-# itself: the section takes any key.
+# Options of a component, a weight matrix, a baseline attention or a task. The
+# section takes any key; the part that gets the options checks them.
 Options = Annotated[ConfigDict | dict[str, Any], _check_options]
 
 
@@ -112,7 +113,7 @@ class TaskSection(ConfigDict):
 
 
 class ModelSection(ConfigDict):
-  """The model; a `vocab_size` or `max_len` of None is that of the data."""
+  """The model; None as `vocab_size` or `max_len` means that of the data."""
 
   attention: Annotated[str, _one_of(*ATTENTIONS)] = "spectral"
   attention_kwargs: Options = {}
@@ -139,7 +140,10 @@ class ModelSection(ConfigDict):
 
 
 class FeatureMapSection(ConfigDict):
-  """The pair; without a weight matrix `num_features` has no effect."""
+  """The pair of a component and a weight matrix.
+
+  With the weight matrix "none", `num_features` has no effect.
+  """
 
   component: Text = "oprf"
   weight_matrix: Text = "orf"
@@ -199,7 +203,7 @@ class CheckpointSection(ConfigDict):
 
 
 class LoggingSection(ConfigDict):
-  """Rows of metrics, and what shows them."""
+  """How often metrics are written, and where they are shown."""
 
   every: PositiveInt = 50
   interval_seconds: NonNegative = 15.0
@@ -252,8 +256,9 @@ def _declared_keys(
     yield prefix + name, Key(vars(section)[name], kind, is_optional, check)
 
 
-# By dotted path: "optim.lr".
+# Every key by its dotted path, such as "optim.lr".
 KEYS = dict(_declared_keys(Config))
+# Sections of options, which take any key.
 OPEN_SECTIONS = tuple(
   path for path, key in KEYS.items() if key.check is _check_options
 )
@@ -278,7 +283,7 @@ def default_config() -> Config:
   for path, key in KEYS.items():
     section, _, name = path.rpartition(".")
     target = values.setdefault(section, {}) if section else values
-    # A placeholder is None, and takes values of its type alone.
+    # A placeholder holds None and accepts only values of its type.
     target[name] = placeholder(key.kind) if key.default is None else key.default
   return cast(Config, ConfigDict(values))
 
@@ -379,8 +384,8 @@ def validate(config: ConfigDict) -> None:
     if not (key.is_optional and values[path] is None):
       key.check(f"config.{path}", values[path])
   steps, warmup = values["train.num_steps"], values["optim.warmup_steps"]
-  # The schedule "rsqrt" does not depend on the last step: a run may end while
-  # the learning rate still rises.
+  # The schedule "rsqrt" does not depend on the number of steps: a run may end
+  # while the learning rate still rises.
   if warmup >= steps and values["optim.schedule"] != "rsqrt":
     raise ValueError(
       f"config.optim.warmup_steps must be less than config.train.num_steps "
@@ -390,7 +395,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_pooled_norm(values: Mapping[str, Any]) -> None:
-  """Refuses batch normalisation over one example, which gives 0 for any."""
+  """Refuses batch normalisation over one example: its result is always 0."""
   if values["model.pooled_norm"] != "batch":
     return
   if values["train.objective"] != "classify":
@@ -406,7 +411,7 @@ def _check_pooled_norm(values: Mapping[str, Any]) -> None:
 
 
 def is_none(path: str, text: Any) -> bool:
-  """Whether `text`, from the command line, sets a key that may be None to None.
+  """Whether the command line's `text` means None, in a key that may be None.
 
   Example:
     >>> is_none("feature_map.num_features", "none")
@@ -419,7 +424,7 @@ def is_none(path: str, text: Any) -> bool:
 
 
 def pair_name(config: Config) -> str:
-  """Returns "component-matrix", or the name of the baseline.
+  """Returns "component-matrix", or the name of the baseline attention.
 
   Example:
     >>> pair_name(default_config())

@@ -1,4 +1,4 @@
-"""A run from its config to its report, in the order in which things happen."""
+"""Runs an experiment: the parts of a run, from config to report, in order."""
 
 import dataclasses
 import functools
@@ -52,9 +52,9 @@ def train_and_evaluate(
   """Trains a model, or continues to train it, and evaluates it.
 
   A second call with the same config and workdir resumes from the last
-  checkpoint, bit for bit on the same devices; if the run has finished, it only
-  returns the result again. SIGTERM and SIGINT end a run after the current step,
-  with its state saved.
+  checkpoint; on the same devices the result is equal, bit for bit. If the run
+  has finished, the call only writes its report and returns its result again.
+  SIGTERM and SIGINT end a run after the current step, with its state saved.
 
   Args:
     config: all sections of `config.default_config`.
@@ -63,7 +63,7 @@ def train_and_evaluate(
 
   Returns:
     The last row of metrics.jsonl: "test/accuracy" and more; "diverged" says why
-    the result is no good, None if it is.
+    the result is no good, and is None if the result is good.
 
   Raises:
     ValueError: before anything is compiled: a wrong key or value of the config,
@@ -92,7 +92,7 @@ def train_and_evaluate(
   if source := config.model.init_from:
     hosts.from_main(pretrained.check_source, workdir, source)
 
-  # 2. Data and model, whose own checks come before compilation too.
+  # 2. Data and model; they make their own checks, also before compilation.
   datasets = load_data(config)
   objectives.check_lengths(config.train.objective, datasets)
   facts = {
@@ -100,11 +100,13 @@ def train_and_evaluate(
   }
   batches = make_batches(config, datasets["train"], train=True)
   model = from_config.make_model(config, feature_map, facts["train"])
+  # Batch normalisation, if any, takes its moments over all devices.
   if hasattr(model, "batch_axis"):
     model = model.clone(batch_axis=parallel.AXIS)
 
   with hosts.entered_by_main(workdir_lock(workdir)):
-    # Again, since another run may have used the workdir in the meantime.
+    # Looked up again: another run may have finished before this one got the
+    # lock.
     if finished := hosts.from_main(find_result, workdir, config):
       logging.info("%s holds a finished run by now.", workdir)
       return finished
@@ -126,12 +128,12 @@ def train(
   facts: Mapping[str, Mapping[str, Any]],
   batches: data.Batches,
 ) -> None:
-  """Runs steps 3 to 6 of a run: from its state to its result.
+  """Runs parts 3 to 6 of a run: from its state to its result.
 
   Args:
     config: of the run.
     workdir: its folder, locked for this run.
-    feature_map: that of the model, None for a baseline.
+    feature_map: that of the model; None for a baseline attention.
     model: of `from_config.make_model`.
     datasets: by name of the split.
     facts: of `describe.split`, by name of the split.
@@ -282,12 +284,12 @@ def train(
           )
         if stop:
           progress.line(f"{signals.received}: stops; step {done} is saved")
-          break
+          break  # leaving `StopSignals` raises KeyboardInterrupt
         clock.start()
 
     # 6. Test accuracy of the last and of the best-dev parameters.
     dev, best = record.dev, record.best
-    assert dev and best  # the last step of a run evaluates
+    assert dev and best  # a run evaluates before it ends
     test_last = test_best = evaluate(train_state, datasets["test"])
     if best["step"] != dev["step"]:
       best_state, _ = storage.restore(best["step"], train_state)
@@ -339,6 +341,8 @@ def due(config: Config, step: int, *, stop: bool = False) -> Due:
 
 def find_result(workdir: Path, config: Config) -> dict[str, Any] | None:
   """Returns the result of a finished run, and writes its report again.
+
+  Returns None, and writes nothing, if the run has not finished.
 
   Raises:
     ValueError: the workdir holds another config, or a damaged result.
@@ -406,7 +410,7 @@ def on_devices(
   donate_state: bool = False,
   **options: Any,
 ) -> parallel.DataParallelStep:
-  """Makes a step of `steps` that learns the config's objective on all devices.
+  """Makes a step of `steps` run on all devices, for the config's objective.
 
   Args:
     config: of the run.
@@ -419,7 +423,7 @@ def on_devices(
     objectives.guessing(
       functools.partial(step, apply_fn=model.apply, **options),
       objective=config.train.objective,
-      mask_token=model.vocab_size - 1,
+      mask_token=model.vocab_size - 1,  # only "masked" uses it
     ),
     engine=config.train.parallel,
     donate_state=donate_state,
@@ -459,8 +463,8 @@ def fail_not_finite(
     steps.gradient_norms,
     label_smoothing=config.optim.label_smoothing,
   )
-  # The parameters are those that the skipped step found, unless one of the few
-  # steps that were dispatched after it was not skipped.
+  # A few steps were dispatched after the skipped one. If they were skipped too,
+  # the parameters are still those that it started from.
   before = train_state._replace(step=parallel.replicate(np.int32(step - 1)))
   norms, loss = jax.device_get(gradient_norms(before, batch, dropout_rng))
   folder = workdir / f"nonfinite-step-{step}"

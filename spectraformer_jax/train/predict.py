@@ -1,4 +1,4 @@
-"""The command `predict`: classes of texts or token ids, by a trained model."""
+"""The command `predict`: classifies texts or token ids with a trained model."""
 
 import re
 import sys
@@ -33,7 +33,7 @@ def predict(
 
   Args:
     workdir: of the run.
-    inputs: of `read_text` or `read_npz`.
+    inputs: as `read_text` or `read_npz` returns them.
     step: "best" (by dev accuracy), "last", or the number of a checkpoint.
     batch_size: number of inputs that go through the model together.
 
@@ -58,7 +58,8 @@ def predict(
 
   for first in range(0, len(inputs), batch_size):
     rows = inputs[first : first + batch_size]
-    # The first row fills up the batch, so that all batches have one shape.
+    # Copies of its first row fill up the last batch, so that all batches have
+    # one shape and the model is compiled once.
     full = rows + rows[:1] * (batch_size - len(rows))
     args = [
       array for part in zip(*full, strict=True) for array in _pad(part, width)
@@ -69,7 +70,7 @@ def predict(
 def _pad(
   sequences: Sequence[np.ndarray], width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns ids ``[B, width]`` and lengths ``[B]``."""
+  """Pads with 0; returns ids ``[B, width]`` and lengths ``[B]``."""
   tokens = np.zeros((len(sequences), width), np.int32)
   for row, ids in zip(tokens, sequences, strict=True):
     row[: len(ids)] = ids
@@ -79,9 +80,9 @@ def _pad(
 def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
   """Reads inputs from lines of text; a pair is two texts with a tab between.
 
-  Texts of bytes and of words are cut to the task's length, as the task does.
-  Expressions of ListOps are written as in its files. For all other tasks a line
-  holds the ids that the model reads, separated by spaces.
+  Texts of bytes and of words are cut to the task's length, as the task cuts its
+  own. An expression of ListOps is written as in the files of ListOps. For all
+  other tasks a line holds the ids that the model reads, separated by spaces.
 
   Args:
     lines: with or without newlines.
@@ -121,7 +122,10 @@ def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
 
 
 def _check_utf8(line: str) -> None:
-  """Refuses a line that holds bytes which are not UTF-8."""
+  """Refuses a line with bytes that are not UTF-8.
+
+  Such bytes were read as surrogates, which cannot be encoded.
+  """
   try:
     line.encode()
   except UnicodeEncodeError as error:
@@ -139,17 +143,18 @@ def _encode(text: str, facts: dict[str, Any]) -> np.ndarray:
   if tokenizer == "words":
     ids = hash_words(text.encode(), facts["length"], facts["vocab_size"])
     return ids.astype(np.int64)
-  if tokenizer in ("full", "no_close"):
+  if tokenizer in ("full", "no_close"):  # of ListOps
     ids = encode(text)
     return ids[ids != CLOSE] if tokenizer == "no_close" else ids
   words = text.split()
-  # int() accepts more, such as 1_0.
+  # int() alone would accept other texts too, such as "1_0".
   wrong = [word for word in words if not re.fullmatch(r"-?[0-9]+", word)]
   if wrong:
     raise ValueError(
       f"tokenizer {tokenizer!r} has no text; write ids with spaces between, "
       f"got {wrong[0][:40]!r}."
     )
+  # A number of 19 digits may not fit into an int64.
   longest = max(words, key=len, default="")
   if len(longest) > 18:
     raise ValueError(
@@ -178,7 +183,7 @@ def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
       arrays = dict(file)
   except OSError:
     raise
-  except Exception as error:  # of zipfile, zlib, tokenize and more
+  except Exception as error:  # zipfile, zlib and others raise many kinds
     raise ValueError(
       f"{str(path)!r} is no .npz of arrays: {one_line(error)}"
     ) from error
@@ -202,7 +207,7 @@ def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
 def _sequences(
   arrays: Mapping[str, np.ndarray], suffix: str
 ) -> list[np.ndarray]:
-  """Returns the rows of tokens and length, cut to their lengths."""
+  """Returns the rows of the tokens, each cut to its length."""
   tokens = arrays.get(f"tokens{suffix}")
   if tokens is None or tokens.ndim != 2 or tokens.dtype.kind not in "iu":
     got = "none" if tokens is None else f"{tokens.dtype}{tokens.shape}"
@@ -236,7 +241,7 @@ def _check(ids: np.ndarray, facts: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints label and probabilities of each input, as one JSON object a line."""
+  """Prints for each input a line: its label and probabilities, as JSON."""
   parser = commands.Parser(
     "spectraformer_jax.train predict",
     "Prints the label and the probabilities of all labels for each input, as\n"

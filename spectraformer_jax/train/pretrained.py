@@ -1,4 +1,4 @@
-"""The start of a run from the weights of another one."""
+"""Starts a run from the weights of another run."""
 
 import collections
 from collections.abc import Collection, Iterable, Mapping
@@ -17,12 +17,12 @@ from spectraformer_jax.train.step import state
 from spectraformer_jax.train.step.optim import FEATURE_MAP
 from spectraformer_jax.typing import PyTree
 
-# Parts of a model that do not depend on its task. Head and pooling do, and are
-# initialised again.
+# Parts of a model that do not depend on its task. Head and pooling depend on
+# it, so they are initialised anew.
 SHARED = ("token_embedding", "position_embedding", "encoder")
 EMBEDDINGS = SHARED[:2]
 
-# Keys of the sections model and feature_map that may differ.
+# Keys of the sections model and feature_map that may differ between the runs.
 _FREE = {
   "model.init_from",
   "model.pooling",
@@ -32,7 +32,7 @@ _FREE = {
   "model.max_len",
   "feature_map.redraw_interval",
 }
-# Keys that may differ as well where the attention does.
+# Keys that may differ as well if the runs have different attentions.
 _OF_ATTENTION = {"model.attention", "model.attention_kwargs"}
 
 Variables = Mapping[str, PyTree]
@@ -44,13 +44,15 @@ def start_from(
   """Returns the first state of a run that starts from `config.model.init_from`.
 
   Embeddings, positions and encoder are those of the best-dev parameters of that
-  run, and so are its projections and running statistics, to which the weights
-  are adapted. Head, pooling and optimiser stay as they were initialised.
+  run. Projections and running statistics are those of that run too, since the
+  weights are adapted to them. Head, pooling and optimiser stay as they were
+  initialised.
 
-  From a run with another `model.attention`, such as the exact one, all
-  parameters are taken whose names and shapes are those of this model, its head
-  included where the objective is the same. Feature maps, projections and their
-  statistics, which belong to the attention, stay as they were initialised.
+  From a run with another `model.attention`, such as an exact one, every
+  parameter is taken that has the name and the shape of one of this model; the
+  head only if both runs have the same objective. Feature maps, projections and
+  their statistics, which belong to the attention, stay as they were
+  initialised.
 
   Args:
     train_state: of `state.create`.
@@ -78,7 +80,7 @@ def start_from(
 def _merge(
   initial: Variables, config: Config
 ) -> tuple[dict[str, PyTree], list[str]]:
-  """Returns `initial` with what is taken from the other run, and the lines."""
+  """Returns `initial` with parts of the other run, and lines that name them."""
   workdir = Path(config.model.init_from or "")
   _check_finished(workdir)
   source = run_folder.stored_config(workdir)
@@ -113,7 +115,7 @@ def _with_shared_parts(
 def _with_fitting_leaves(
   initial: Variables, trained: Variables, parts: Collection[str] | None
 ) -> dict[str, PyTree]:
-  """Replaces leaves by those of equal name and shape, feature maps apart.
+  """Replaces leaves by those of equal name and shape, but no feature maps.
 
   Args:
     initial: variables of the new model.
@@ -140,8 +142,9 @@ def _with_fitting_leaves(
 def _describe(
   workdir: Path, trained: Variables, initial: Variables, variables: Variables
 ) -> list[str]:
-  """Returns lines: parts that were taken, that start anew, that were left."""
+  """Returns lines: the parts taken, those that start anew, those left out."""
   old, new, source = map(_by_path, (initial, variables, trained))
+  # A leaf that was not taken is still the same array.
   taken = {path for path in new if new[path] is not old.get(path)}
   groups = {
     "taken": taken,
@@ -156,7 +159,7 @@ def _describe(
 
 
 def _count_by_part(paths: Iterable[str]) -> str:
-  """Counts leaves: of parameters by part, of other collections by collection.
+  """Counts leaves: parameters by part of the model, others by collection.
 
   Args:
     paths: of leaves, as `jax.tree_util.keystr` writes them.
@@ -164,6 +167,7 @@ def _count_by_part(paths: Iterable[str]) -> str:
   Returns:
     Text like "encoder/layer_0 (12), random_features (4)".
   """
+  # "['params']['head']['bias']" becomes the list params, head, bias.
   names = (path[2:-2].split("']['") for path in paths)
   parts = collections.Counter(
     "/".join(name[1:-1][:2] or name[1:]) if name[0] == "params" else name[0]
@@ -180,7 +184,7 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def check_source(workdir: Path, init_from: str) -> None:
-  """Refuses an `init_from` without a finished run, unless the run resumes.
+  """Refuses an `init_from` without a finished run; a resumed run needs none.
 
   Args:
     workdir: of the new run.
@@ -205,7 +209,7 @@ def _check_finished(workdir: Path) -> None:
 def _check_same_model(
   workdir: Path, source: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-  """Refuses a source whose model or feature map differs from the config's."""
+  """Refuses a source run whose model or feature map is not that of `config`."""
   theirs, ours = flatten(source), flatten(config)
   free, sections = _FREE, ("model.", "feature_map.")
   if theirs["model.attention"] != ours["model.attention"]:
@@ -223,8 +227,8 @@ def _check_same_model(
 def _fit(name: str, trained: PyTree, initial: PyTree) -> PyTree:
   """Returns `trained`, whose leaves must have the shapes of `initial`.
 
-  The token embedding may have one row more: the last one, of the mask token,
-  which a classifier does not have, is dropped.
+  The trained token embedding may have one row more, its last, for the mask
+  token. A classifier has no mask token, so this row is dropped.
   """
   if name == "token_embedding":
     rows = initial["embedding"].shape[0]

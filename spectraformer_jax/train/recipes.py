@@ -19,11 +19,11 @@ def recipe(name: str, num_steps: int) -> dict[str, Any]:
   and its code), the defaults of the config. "lra": Long Range Arena's code for
   its texts (Tay et al., 2021,
   lra_benchmarks/text_classification/configs/base_tc_config.py). "modern": what
-  is usual for Transformers now, after Loshchilov and Hutter, 2019.
+  is usual for Transformers today, after Loshchilov and Hutter, 2019.
 
   Args:
     name: one of `NAMES`.
-    num_steps: of the run; "modern" warms up for a twentieth of it.
+    num_steps: of the run; "modern" warms up for a twentieth of them.
 
   Raises:
     ValueError: unknown name.
@@ -37,6 +37,7 @@ def recipe(name: str, num_steps: int) -> dict[str, Any]:
       f"Unknown recipe {name!r} of the optimiser.{nearest(name, NAMES)}"
     )
   lra = {
+    # The rate of that code, 0.05 / sqrt(step), at the end of the warm-up.
     "lr": 0.05 / 8000**0.5,
     "schedule": "rsqrt",
     "warmup_steps": 8000,

@@ -1,1 +1,1 @@
-"""Devices, processes and their memory: no other room of `train` names them."""
+"""Devices, processes and their memory, for the other folders of `train`."""

@@ -8,7 +8,7 @@ docs/decisions/09-memory-of-a-step.md says what that costs.
 
 import ctypes
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _LARGEST_INT = 2**31 - 1
 
@@ -32,8 +32,8 @@ def keep_freed_memory() -> bool:
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is None:
     return False
-  # All blocks come from one growing heap: other arenas are too small for them,
-  # and a block mapped by itself is unmapped when it is freed.
+  # All blocks must come from one growing heap: other arenas are too small for
+  # them, and a block mapped by itself is unmapped when it is freed.
   settings = (
     (_ARENA_MAX, 1),
     (_MMAP_MAX, 0),

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 
 from spectraformer_jax.typing import PyTree
 
-# Messages of collectives and of the coordination service begin like this.
+# Errors of JAX's collectives and coordination service, which fail when another
+# process has gone, have messages like this.
 _FROM_THE_RUNTIME = re.compile(
   r"Gloo|^(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN):"
 )
@@ -45,11 +46,13 @@ def connect(
     coordinator: "host:port" of process 0; any free port.
     num_processes: number of processes of the run.
     process_id: number of this process, from 0 on.
-    detect: asks the cluster (Slurm, Open MPI, Kubernetes) for all three.
+    detect: whether to ask the cluster (Slurm, Open MPI, Kubernetes) for the
+      first three arguments.
     heartbeat_seconds: a process that is silent for longer counts as gone.
 
   Raises:
-    ValueError: one of the three is missing while others are given, or wrong.
+    ValueError: one of the first three arguments is wrong, or missing while
+      another is given.
   """
   given = {
     "coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -108,8 +111,8 @@ def from_main(function: Callable[..., Any], *args: Any) -> Any:
   """Calls `function(*args)` in process 0 and returns its value in all.
 
   Args:
-    function: returns a JSON value. A ValueError of it is raised in every
-      process, so that none waits for the others.
+    function: returns a JSON value. If it raises a ValueError, every process
+      raises it, so that none waits for process 0.
     *args: of `function`.
 
   Example:
@@ -127,8 +130,8 @@ def arrays_from_main(
   """Calls `function` in process 0 and returns its arrays, bit for bit, in all.
 
   Args:
-    function: returns host arrays, or None for none, and a JSON value. A
-      ValueError of it is raised in every process.
+    function: returns a tree of host arrays, or None, and a JSON value. If it
+      raises a ValueError, every process raises it.
     like: a tree of the same shapes and dtypes as the arrays.
   """
   if jax.process_count() == 1:
@@ -150,7 +153,7 @@ def entered_by_main(context: AbstractContextManager[None]) -> Iterator[None]:
 def _call_in_main(
   function: Callable[..., Any], *args: Any
 ) -> tuple[Any, ValueError | None]:
-  """Returns the value or the ValueError of a call; None and None elsewhere."""
+  """Calls `function` in process 0 alone; returns its value and ValueError."""
   if not is_main():
     return None, None
   try:
@@ -184,7 +187,8 @@ def _broadcast_arrays(tree: PyTree, like: PyTree) -> PyTree:
 
 def _broadcast(content: bytes) -> bytes:
   """Returns process 0's `content` in every process."""
-  # A broadcast is a sum, which turns -0.0 into 0.0: arrays are sent as bytes.
+  # JAX broadcasts with a sum, which turns -0.0 into 0.0: so floats are sent as
+  # bytes.
   send = multihost_utils.broadcast_one_to_all
   size = int(send(np.int32(len(content))))
   array = np.zeros(size, np.uint8)

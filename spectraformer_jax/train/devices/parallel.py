@@ -27,7 +27,7 @@ ENGINES = ("pmap", "jit")
 
 # By default XLA runs each operation of a CPU program as early as possible and
 # keeps its result, even a buffer that a much later loop fills. That takes 1.5
-# times the memory of this schedule, in the same time.
+# times the memory of the schedule below, and the same time.
 _COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
   "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 }
@@ -55,7 +55,7 @@ def check_batch_size(name: str, batch_size: int, parts: int = 1) -> None:
 
 
 def hosts() -> dict[str, int]:
-  """Returns the index of this process and their number: host, hosts."""
+  """Returns "host", this process's index, and "hosts", how many there are."""
   return {"host": jax.process_index(), "hosts": jax.process_count()}
 
 
@@ -93,7 +93,8 @@ def replicate(tree: PyTree) -> PyTree:
     return jax.device_put(tree, sharding)
 
   def put(leaf: Any) -> Any:
-    # JAX copies only host arrays to other hosts' devices, and compares them.
+    # To devices of other hosts JAX copies only host arrays; it checks that they
+    # are equal on all hosts.
     is_array = isinstance(leaf, jax.Array)
     if is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
@@ -140,7 +141,7 @@ def map_step(
     )
   everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
   # Without check_vma=False shard_map sums the gradient of replicated parameters
-  # itself, and the step's own sum multiplies it by the number of devices.
+  # itself; the step's own sum would multiply it by the number of devices.
   mapped = jax.shard_map(
     step,
     mesh=_mesh(devices),
@@ -154,8 +155,8 @@ def map_step(
 class DataParallelStep:
   """Runs `step(state, batch, *rest, axis_name=...)` on all devices.
 
-  It is compiled once for each shape of batch, by `compile` or else by the first
-  call.
+  The step is compiled once for each shape of batch, by `compile` or else by the
+  first call.
 
   Args:
     step: pure; returns the same on every replica.
@@ -191,7 +192,8 @@ class DataParallelStep:
 
     Args:
       state: as `replicate` or this step returns it.
-      batch: this host's arrays [B, ...]; B is a multiple of its devices.
+      batch: this host's arrays [B, ...]; B is a multiple of the number of its
+        devices.
       *rest: the step's other arguments, the same for every replica.
 
     Returns:
@@ -236,8 +238,8 @@ class DataParallelStep:
   def _place(self, batch: dict[str, Any]) -> dict[str, Any]:
     """Returns the divided batch in the form that the compiled program takes."""
     if self._engine == "pmap" and jax.process_count() > 1:
-      # jax.pmap makes global arrays of the hosts' parts; once it is compiled
-      # ahead of time it does not.
+      # A call of jax.pmap makes global arrays of the hosts' parts; its program
+      # compiled ahead of time does not.
       return _shard(batch)
     return batch
 
@@ -257,7 +259,8 @@ class DataParallelStep:
       self._step,
       len(args),
       engine=self._engine,
-      # Several processes need the order of `_mesh`; one uses that of pmap.
+      # Several processes need the order of `_mesh`, as `_shard` does; one
+      # process uses the order of pmap.
       devices=jax.devices() if jax.process_count() > 1 else None,
       donate_state=self._donate_state,
     )
@@ -290,7 +293,7 @@ def on_one_device(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
   """Returns a function that runs on one device and replicates its result.
 
   A redraw uses it: replicas are then equal by construction, and the projection
-  is drawn once instead of once for each.
+  is drawn once, not once for each replica.
   """
   jitted = jax.jit(function)
   return lambda *args: replicate(jitted(*jax.tree.map(_one_copy, args)))

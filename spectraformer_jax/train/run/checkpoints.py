@@ -1,6 +1,6 @@
 """Checkpoints: the last few and the best, safe against a kill at any moment.
 
-They are managed by orbax's `CheckpointManager`. A checkpoint counts once orbax
+The `CheckpointManager` of orbax manages them. A checkpoint counts once orbax
 has committed it, and is used only if its content has the checksum that was
 written. It holds one copy of the state as host arrays, which can be read with
 any number of devices, and a JSON record of everything else a resume needs.
@@ -28,7 +28,7 @@ from spectraformer_jax.nn.pretrained import (
 )
 from spectraformer_jax.train.step.state import TrainState
 
-# A folder beside that of the checkpoints, for those that cannot be read.
+# The folder, beside that of the checkpoints, for damaged checkpoints.
 DAMAGED = "damaged_checkpoints"
 
 
@@ -76,7 +76,7 @@ class Checkpointer:
         preservation_policy=_LastAndBest(keep, self._best),
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
-        create=False,  # orbax cannot, if active_processes are given
+        create=False,  # orbax cannot create it with active_processes
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=0, active_processes={0}
         ),
@@ -188,6 +188,7 @@ class Checkpointer:
       written = record.pop("checksum", None)  # older versions wrote none
       record.pop(VARIABLES_CHECKSUM, None)
       if written not in (None, _checksum(state, record)):
+        # An earlier version may have stored integers, with another checksum.
         state, _ = self._read(step, self._as_written(step, target))
         if written != _checksum(state, record):
           raise ValueError("its content differs from what was written.")
@@ -263,7 +264,7 @@ def _stored(state: TrainState) -> dict[str, Any]:
 def _check_leaf(
   path: tuple[Any, ...], wanted: np.ndarray, found: np.ndarray
 ) -> None:
-  """Refuses a leaf of another shape or dtype, which orbax does not."""
+  """Refuses a leaf of another shape or dtype; orbax would accept it."""
   if (wanted.shape, wanted.dtype) != (found.shape, found.dtype):
     raise ValueError(
       f"checkpoint leaf {jax.tree_util.keystr(path)} is {found.dtype}"

@@ -1,4 +1,4 @@
-"""Texts and facts about a run: for its log, config.json and last row."""
+"""Texts and facts about a run, for its log, config.json and metrics.jsonl."""
 
 import collections
 import math
@@ -53,7 +53,7 @@ def run(
 
 
 def variables(state: TrainState) -> list[str]:
-  """Returns a table of the model's parts: numbers learnt, and numbers drawn.
+  """Returns lines: parameters and projection numbers of each part of the model.
 
   Example:
     >>> import numpy as np
@@ -81,7 +81,7 @@ def variables(state: TrainState) -> list[str]:
 
 
 def _counts(tree: PyTree) -> collections.Counter[str]:
-  """Counts numbers by part: the first two names of a path before the leaf's."""
+  """Counts numbers by part: the first two names of a path, never the leaf's."""
   counts = collections.Counter[str]()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     names = [str(getattr(part, "key", part)) for part in path]
@@ -155,7 +155,7 @@ def result(
   dev: Evaluation,
   best: Evaluation,
 ) -> dict[str, Any]:
-  """Returns the part of the last row beside test metrics and sizes.
+  """Returns the values of the last row, except test metrics and sizes.
 
   Args:
     config: of the run.
@@ -186,7 +186,7 @@ def result(
 
 
 def baselines(config: Config, dataset: Dataset) -> dict[str, float]:
-  """Returns the accuracy of simple rules, if the run learns the labels."""
+  """Returns the accuracy of simple rules; {} if the run learns no labels."""
   if config.train.objective != "classify":
     return {}
   return dict(dataset.baselines)
@@ -195,4 +195,5 @@ def baselines(config: Config, dataset: Dataset) -> dict[str, float]:
 def peak_process_bytes() -> int:
   """Returns the largest resident memory of this process so far."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # macOS gives bytes, Linux KiB.
   return peak if sys.platform == "darwin" else peak * 1024

@@ -28,9 +28,9 @@ def in_use(workdir: Path) -> bool:
 def workdir_lock(workdir: Path) -> Iterator[None]:
   """Keeps other runs out of a workdir, on this machine and on others.
 
-  The operating system holds the lock as long as this process lives, so a kill
-  releases it. The lock file is never removed: otherwise two runs could hold
-  locks on two files of the same name.
+  The operating system holds the lock as long as this process lives, so killing
+  the process releases the lock. The lock file is never removed: otherwise two
+  runs could hold locks on two files of the same name.
 
   Args:
     workdir: made if it does not exist.
@@ -54,7 +54,7 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
 
 
 def _acquire(file: TextIO) -> bool:
-  """Takes the lock if it is free; retries, since `in_use` holds it briefly."""
+  """Takes the lock if it is free; retries, as `in_use` holds one briefly."""
   for _ in range(5):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

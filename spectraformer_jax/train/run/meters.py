@@ -1,4 +1,4 @@
-"""Metrics summed over steps, the time of training, and the record of both."""
+"""Sums metrics over steps, measures training time, and keeps a record."""
 
 import dataclasses
 import time
@@ -10,8 +10,8 @@ import jax
 from spectraformer_jax.train.devices.parallel import DataParallelStep
 from spectraformer_jax.train.step.steps import Sums
 
-# Steps that may be dispatched and not yet computed: enough to keep a device
-# busy, few enough for their batches to fit.
+# Number of steps that may be dispatched and not yet computed: enough to keep a
+# device busy, few enough for their batches to fit in memory.
 RUN_AHEAD = 8
 
 
@@ -37,7 +37,7 @@ class Record:
     compile_seconds: time of compiling.
     skipped: number of steps that were skipped, since their loss or gradient was
       not finite.
-    skipped_in_a_row: number of those since the last step that was not skipped.
+    skipped_in_a_row: number of steps skipped since the last one that was not.
   """
 
   data: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -66,13 +66,13 @@ class Window:
     self._pending: list[Sums] = []
 
   def add(self, sums: Sums) -> None:
-    """Adds a step; waits for an old one if too many are being computed."""
+    """Adds a step; waits for an earlier one if too many are under way."""
     self._pending.append(sums)
     if len(self._pending) > RUN_AHEAD:
       jax.block_until_ready(self._pending[-RUN_AHEAD])
 
   def collect(self) -> None:
-    """Waits for all steps that were added."""
+    """Waits for all steps that were added, and sums their metrics."""
     for sums in jax.device_get(self._pending):
       added = sums.loss, sums.correct, sums.weight
       self.sums = [a + float(b) for a, b in zip(self.sums, added, strict=True)]
@@ -110,12 +110,12 @@ class Clock:
     self.start()
 
   def start(self) -> None:
-    """Restarts the training timer."""
+    """Restarts the training timer; records what was compiled since `stop`."""
     self._since = time.perf_counter()
     self._add_compilation()
 
   def stop(self) -> None:
-    """Adds the time since `start` to the record, without compilation."""
+    """Adds the time since `start` to the record, without that of compiling."""
     elapsed = time.perf_counter() - self._since
     self._record.train_seconds += elapsed - self._add_compilation()
 
@@ -126,7 +126,7 @@ class Clock:
     return examples / seconds
 
   def _add_compilation(self) -> float:
-    """Adds the time of compiling since the last call, and returns it."""
+    """Records the time of compiling since the last call, and returns it."""
     total = sum(step.compile_seconds for step in self._compiling)
     new, self._compiled = total - self._compiled, total
     self._record.compile_seconds += new

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: counted, then reported."""
+"""Counts and reports steps whose loss or gradient is not finite."""
 
 import collections
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class SkippedSteps:
     limit: number of skipped steps in a row that is too many.
 
   Attributes:
-    too_many: the step that reached the limit and its batch, None before.
+    too_many: the step that reached the limit, and its batch; None before.
   """
 
   def __init__(self, record: Record, limit: int) -> None:

@@ -30,7 +30,8 @@ class Profiler:
 
     Args:
       done: number of the step.
-      result: arrays of the step, which the start and the end wait for.
+      result: arrays of the step; the trace starts and ends once they are
+        computed.
 
     Returns:
       A line to show when the trace is written; None otherwise.

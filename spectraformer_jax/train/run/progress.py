@@ -32,8 +32,8 @@ class Interval:
 class Progress:
   """Shows steps, loss, accuracy, speed and the time left; a context manager.
 
-  On a terminal it is one live bar on stderr; elsewhere (a log file, a pipe) it
-  is a log line at most every `interval_seconds`, never a bar.
+  On a terminal it draws one live bar on stderr; elsewhere (a log file, a pipe)
+  it logs a line at most every `interval_seconds`.
 
   Args:
     total: steps of the whole run.
@@ -48,6 +48,7 @@ class Progress:
     self._total = total
     self._interval = Interval(interval_seconds)
     self._values: dict[str, float] = {}
+    # Step and time of the first metrics.
     self._first: tuple[int, float] | None = None
     self._bar: bars.Progress | None = None
     if sys.stderr.isatty() if bar is None else bar:
@@ -78,7 +79,7 @@ class Progress:
       self._bar.update(self._task, completed=step)
 
   def values(self, step: int, values: Mapping[str, float]) -> None:
-    """Shows new metrics; without a bar, once in an interval."""
+    """Shows new metrics; without a bar, at most once in an interval."""
     self._values |= values
     self._first = self._first or (step, time.monotonic())
     if self._bar:

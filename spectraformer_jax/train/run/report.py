@@ -15,7 +15,7 @@ from spectraformer_jax.train.config import default_config, flatten, to_dict
 from spectraformer_jax.train.run import run_folder
 from spectraformer_jax.train.run.writers import read_rows, result_row
 
-# Okabe and Ito's palette can be told apart with any colour vision, and in grey.
+# Okabe and Ito's colours can be told apart with any colour vision, and in grey.
 _LINE = {"lw": 1.5, "ms": 3}
 _CURVES = {
   "train": {"color": "#0072B2", "ls": "-", "marker": "", **_LINE},
@@ -67,7 +67,7 @@ def summary(workdir: Path) -> dict[str, str]:
 
 
 def _lines(stored: Row, result: Row) -> dict[str, str]:
-  """Returns `summary` of the content of config.json and of the last row."""
+  """Makes `summary` from the contents of config.json and the last row."""
   config = flatten(to_dict(default_config())) | flatten(stored["config"])
   objective, compiling = config["train.objective"], result["compile_seconds"]
   lines = {"diverged": result["diverged"]} if result.get("diverged") else {}
@@ -149,7 +149,7 @@ All settings: [{config}]({config}). All metrics: [{metrics}]({metrics}).
 
 def plot_curves(workdir: Path) -> None:
   """Draws loss and accuracy against the step into curves.png."""
-  # Imported here, because it takes a second; the backend needs no display.
+  # Imported here, because the import takes a second. Agg needs no display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -203,7 +203,7 @@ def print_summary(workdir: Path) -> None:
 
 
 def _environment_lines(environments: Sequence[Row]) -> list[str]:
-  """Returns a table of the last environment, and the number of all."""
+  """Returns a table of the last environment; says if there were others."""
   env = dict(environments[-1])
   env.pop("command", None)
   devices = env.pop("devices", None) or ["unknown"]
@@ -220,7 +220,7 @@ def _environment_lines(environments: Sequence[Row]) -> list[str]:
 
 
 def _check_result(workdir: Path, result: Row) -> None:
-  """Refuses a last row that no run has written."""
+  """Refuses a result in which a value is missing or has a wrong type."""
   wrong = [
     repr(name)
     for name, kind in _RESULT.items()

@@ -22,18 +22,20 @@ from spectraformer_jax.train.config import (
 )
 from spectraformer_jax.train.devices import parallel
 
+# Names of files and folders in a workdir.
 CONFIG, CHECKPOINTS = pretrained.CONFIG, pretrained.CHECKPOINTS
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"
 REPORT = "report.md"
 CURVES = "curves.png"
-PARTS = ("config", "data", "environments")  # of config.json
+# Parts of config.json.
+PARTS = ("config", "data", "environments")
 
 NUM_STEPS = "train.num_steps"
 # Schedules whose learning rates do not depend on the number of steps.
 ENDLESS = ("rsqrt",)
-# Errors of a wrong name, which a second try does not mend.
+# Errors of a wrong path: a second try with the same path fails as well.
 MISTAKES = (
   errno.ENAMETOOLONG,
   errno.ENOTDIR,
@@ -41,7 +43,8 @@ MISTAKES = (
   errno.EISDIR,
   errno.EEXIST,
 )
-# Keys that do not change the training, so they may change between two starts.
+# Keys that begin like this do not change the training, so they may change
+# between two starts of a run.
 FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel", "profile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -56,8 +59,8 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
   Raises:
     ValueError: names the first key that differs, with both values. Keys of
       `FREE_SECTIONS` may differ, and the number of steps may grow with one of
-      the schedules `ENDLESS`. A key that is missing in the stored config, since
-      an earlier version wrote it, has its default.
+      the schedules `ENDLESS`. A stored config of an earlier version may lack
+      keys; they count as having their defaults.
   """
   stored = read_config(workdir, parts=("config",))
   if stored is None:
@@ -117,7 +120,7 @@ def check_folder(workdir: Path) -> None:
       if error.errno not in MISTAKES:
         raise
       why = str(error.strerror).lower()
-    except ValueError as error:  # a null byte
+    except ValueError as error:  # the path has a null byte
       why = str(error)
     raise ValueError(
       "--workdir must be a folder or the name of one to be made, got "
@@ -151,7 +154,7 @@ def write_config(
   data: Mapping[str, Any],
   command: str | None,
 ) -> None:
-  """Writes config.json; a resumed run adds its environment if it differs."""
+  """Writes config.json; adds this environment if the last one differs."""
   stored = read_config(workdir) or {"environments": []}
   now = environment(command)
   environments = stored["environments"]
@@ -166,7 +169,7 @@ def write_config(
 def read_config(
   workdir: Path, *, parts: Sequence[str] = PARTS
 ) -> dict[str, Any] | None:
-  """Reads config.json, which must have these parts; None if it is missing.
+  """Reads config.json, which must have these parts; None without the file.
 
   Raises:
     ValueError: the file is damaged.
@@ -187,7 +190,7 @@ def stored_run(workdir: Path) -> dict[str, Any]:
 
 
 def stored_config(workdir: Path) -> Config:
-  """Reads the config of a run; keys that it lacks have their defaults.
+  """Reads the config of a run; missing keys have their defaults.
 
   Raises:
     ValueError: the folder holds no run, or the file is damaged.
@@ -211,12 +214,12 @@ def set_aside(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes the whole file or nothing."""
+  """Writes `value` as JSON, as `write_text` does."""
   write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes the whole file or nothing."""
+  """Writes a whole file; if that fails, the old file stays as it was."""
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}.partial")
   with partial.open("w") as file:
@@ -245,6 +248,7 @@ def _git_revision() -> str | None:
   root = Path(spectraformer_jax.__file__).parents[1]
   if not (root / ".git").exists():
     return None
+  # `describe` names no tag here; it adds "-dirty" if files were changed.
   command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
   try:
     done = subprocess.run(

@@ -23,7 +23,8 @@ def is_better(dev: Evaluation, best: Evaluation | None) -> bool:
 def out_of_patience(record: Record, section: EvalSection) -> bool:
   """Whether none of the last `patience` evaluations was the best one.
 
-  It depends on the record alone, so a resumed run stops at the same step.
+  The answer depends on the record alone, so a resumed run stops at the same
+  step.
 
   Args:
     record: of the run.

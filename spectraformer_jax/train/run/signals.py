@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# Where a launcher passes Ctrl-C on, it reaches a run twice at once. A person
-# presses it again only after seeing that the first one did not stop the run.
+# If a launcher passes Ctrl-C on, a run gets SIGINT twice at the same moment. A
+# person presses Ctrl-C again only some time after the first one.
 AGAIN_AFTER_SECONDS = 1.0
 
 
@@ -18,10 +18,10 @@ class StopSignals:
   """Records SIGTERM and SIGINT instead of ending the run; a context manager.
 
   At its end it raises KeyboardInterrupt if a signal was received. A second
-  SIGINT raises it at once. Outside of the main thread, where Python allows no
-  handlers, it does nothing. With several processes, a signal to one of them
-  stops all after the same step, by JAX's preemption service, which handles
-  SIGTERM itself.
+  SIGINT, more than `AGAIN_AFTER_SECONDS` later, raises it at once. Outside of
+  the main thread, where Python allows no handlers, it does nothing. With
+  several processes, a signal to one of them stops all after the same step:
+  JAX's preemption service, which handles SIGTERM itself, tells the others.
 
   Attributes:
     received: name of the first signal; None if none was received.

@@ -12,7 +12,7 @@ Restored = tuple[TrainState, dict[str, Any]]
 
 
 class Storage:
-  """Reads and writes checkpoints in process 0, and shares what it has read.
+  """Reads and writes checkpoints in process 0; all processes get what it reads.
 
   A context manager. Every process has to make the same calls.
 
@@ -34,7 +34,7 @@ class Storage:
     *,
     best_step: int | None,
   ) -> None:
-    """Saves a replicated state, as `Checkpointer.save` does a state."""
+    """Saves a replicated state; for the arguments see `Checkpointer.save`."""
     if hosts.is_main():
       self._checkpointer.save(
         parallel.to_host(state), record, best_step=best_step

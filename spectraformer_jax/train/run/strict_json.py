@@ -1,4 +1,4 @@
-"""Standard JSON, with texts for NaN and infinities, which it cannot express."""
+"""Standard JSON, with texts for NaN and infinities, which JSON lacks."""
 
 import json
 import math
@@ -19,10 +19,10 @@ def dumps(value: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-  """Reads what `dumps` wrote, or older versions, which wrote a bare NaN.
+  """Reads what `dumps` wrote; also a bare NaN, which older versions wrote.
 
   Raises:
-    ValueError: it is not JSON; the message says where.
+    ValueError: the text is not JSON; the message says where.
 
   Example:
     >>> loads('{"dev/loss": "NaN"}'), loads("NaN")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Holds the id of the run at Weights & Biases, which a later start continues.
+# The file with the id of the run at Weights & Biases; a later start of this run
+# continues the run of this id.
 ID_FILE = "wandb_id.txt"
 
 
@@ -17,7 +18,7 @@ def load(project: str | None) -> Any | None:
     project: `config.logging.wandb`.
 
   Raises:
-    ValueError: it cannot be imported.
+    ValueError: the package cannot be imported.
   """
   if project is None:
     return None
@@ -35,8 +36,8 @@ def start(
 ) -> Any | None:
   """Starts a run of a project, or continues that of this workdir.
 
-  After a resume, Weights & Biases drops rows whose step it has already; they
-  are equal to those it has.
+  After a resume, Weights & Biases drops rows of steps that it has already; they
+  are equal to the rows that it has.
 
   Args:
     project: `config.logging.wandb`; None starts no run.
@@ -44,7 +45,7 @@ def start(
     config: shown beside the run.
 
   Returns:
-    The run, None without a project.
+    The run; None without a project.
   """
   wandb = load(project)
   if wandb is None:

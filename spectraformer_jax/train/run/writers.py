@@ -1,4 +1,7 @@
-"""Metrics: JSON lines are the source of truth, TensorBoard a view of them."""
+"""Writes metrics to metrics.jsonl, and shows them in TensorBoard and wandb.
+
+metrics.jsonl is the source of truth; the others are views of it.
+"""
 
 import codecs
 import functools
@@ -21,8 +24,8 @@ _START = b'{"step": '
 def read_rows(workdir: Path | str) -> list[dict[str, Any]]:
   """Reads all valid rows of a workdir's metrics.jsonl, in order.
 
-  A last line that is incomplete, after a kill or while it is being written, is
-  left out; other lines that are no rows are left out with a warning.
+  Leaves out a last line that is incomplete, after a kill or while it is being
+  written. Leaves out other lines that are no rows, with a warning.
 
   Example:
     >>> read_rows("no/such/folder")
@@ -45,7 +48,7 @@ def _warn(workdir: str, number: int, reason: str) -> None:
 
 
 def _scan(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-  """Returns the rows, and number and fault of each line that is no row."""
+  """Returns the rows, and the number and fault of each line that is no row."""
   rows, bad = [], []
   content = path.read_bytes() if path.exists() else b""
   *lines, rest = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -83,7 +86,7 @@ def _row(line: bytes) -> dict[str, Any]:
 def finished_result(workdir: Path, num_steps: int) -> dict[str, Any] | None:
   """Returns the result of a run of `num_steps`; None if it has not finished.
 
-  A run with the result of fewer steps has not finished.
+  The result of fewer steps does not count: such a run can be continued.
   """
   result = result_row(read_rows(workdir))
   if result is None:
@@ -103,9 +106,7 @@ def result_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 class MetricWriter:
-  """Appends rows to metrics.jsonl and to its views.
-
-  A context manager.
+  """Appends rows to metrics.jsonl and to its views; a context manager.
 
   Args:
     workdir: the run's folder.
@@ -113,10 +114,10 @@ class MetricWriter:
       removed, since training writes them again. If a line is no row, the file
       as it was is kept beside the new one.
     tensorboard: whether to write event files too.
-    first_row: the step of the first row; a warning is logged if `start_step` is
-      not before it and there is no row.
+    first_row: the step of the first row; if the run resumes from this step or a
+      later one and there is no row, a warning is logged.
     wandb: a run of `wandb_run.start` to log to as well.
-    enabled: False writes nothing, for all processes but process 0.
+    enabled: whether to write at all; only process 0 does.
   """
 
   def __init__(
@@ -146,7 +147,7 @@ class MetricWriter:
       )
 
   def _rewrite(self, workdir: Path, start_step: int) -> None:
-    """Removes rows after `start_step`, and logs what is removed."""
+    """Removes rows after `start_step` and any result; logs their number."""
     rows = read_rows(workdir)  # warns about lines that are no rows
     _, bad = _scan(self._path)
     if bad:
@@ -178,7 +179,7 @@ class MetricWriter:
     run_folder.write_text(self._path, "".join(lines))
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Writes one row; its metrics ("train/loss") go to the views as well."""
+    """Writes one row; metrics such as "train/loss" go to the views too."""
     if not self._file:
       return
     row = {"step": step, **values, "time": round(time.time(), 3)}
@@ -192,7 +193,7 @@ class MetricWriter:
       self._wandb.log(metrics, step=step)
 
   def sync(self) -> None:
-    """Waits until the rows are on disk; call it before a checkpoint."""
+    """Waits until the rows are on disk; call it before saving a checkpoint."""
     if self._file:
       os.fsync(self._file.fileno())
     if self._tensorboard:

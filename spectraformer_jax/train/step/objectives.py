@@ -6,7 +6,8 @@ the task's inputs, and a later run starts from its weights
 (`config.model.init_from`).
 
 For these objectives, a batch with a label and a weight for each example becomes
-one with a label and a weight for each position. The steps are the same.
+one with a label and a weight for each position. The training steps do not
+change.
 """
 
 import functools
@@ -27,7 +28,7 @@ OBJECTIVES = ("classify", "masked", "causal")
 
 # One token in `_HIDDEN_PERIOD` is masked.
 _HIDDEN_PERIOD = 7
-# Folded into the dropout key: the key of the masked tokens.
+# Folded into the dropout key, it gives the key that draws the masked tokens.
 _MASKS = 2**32 - 1
 
 
@@ -35,8 +36,8 @@ def check_lengths(objective: str, datasets: Mapping[str, Dataset]) -> None:
   """Refuses data without tokens to predict.
 
   Raises:
-    ValueError: the objective is "causal" and no sequence of a split has a next
-      token.
+    ValueError: the objective is "causal", and in one of the splits no sequence
+      has a next token.
   """
   if objective != "causal":
     return
@@ -56,9 +57,9 @@ def check_lengths(objective: str, datasets: Mapping[str, Dataset]) -> None:
 def guessing(
   step: Callable[..., Any], *, objective: str, mask_token: int
 ) -> Callable[..., Any]:
-  """Makes a step that calls `step` with the `guesses` of its batch.
+  """Makes a step that replaces its batch by `guesses` and calls `step`.
 
-  For "classify" it is `step` itself.
+  For "classify" it returns `step` itself.
 
   Args:
     step: `(state, batch, *rng, axis_name=None)`, one of `steps`.
@@ -94,10 +95,10 @@ def guesses(
   """Returns the batch of a language model: inputs, labels and weights.
 
   "causal": the label at each position is the next token. "masked": one token in
-  seven is replaced by `mask_token` and is the label at its position. Which ones
-  is drawn for each batch or, without `rng`, every seventh, so that all
-  evaluations are alike. All examples count the same, however many labels they
-  have.
+  seven is replaced by `mask_token` and is the label at its position. These
+  tokens are drawn for each batch; without `rng` they are every seventh, so that
+  all evaluations mask the same ones. All examples count the same, however many
+  labels they have.
 
   Args:
     objective: "masked" or "causal".
@@ -146,7 +147,7 @@ def _masked(tokens: Array, length: Array, rng: Array | None) -> Array:
   real = positions_before(length, tokens.shape[1])
   if rng is not None:
     return real & jax.random.bernoulli(rng, 1 / _HIDDEN_PERIOD, real.shape)
-  # The middle token is among them, so a sequence of any length has one.
+  # The middle token is masked, so a sequence of any length has a masked token.
   start = (length // 2) % _HIDDEN_PERIOD
   index = jnp.arange(tokens.shape[1]) % _HIDDEN_PERIOD
   return real & (index[None] == start[:, None])

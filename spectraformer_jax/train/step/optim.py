@@ -23,8 +23,8 @@ END_DIVISOR = 25.0 * 1e4
 # The name of the learnable parameters of a layer's feature map.
 FEATURE_MAP = "feature_map"
 
-# A parameter with any of these in its path has no weight decay. Biases of heads
-# have two axes, so their shape does not tell.
+# A parameter with any of these in its path has no weight decay. The number of
+# axes is not enough to tell: biases of heads have two.
 NOT_DECAYED = {
   "bias",
   "scale",
@@ -54,7 +54,7 @@ def learning_rate(optim: OptimOptions, num_steps: int) -> optax.Schedule:
 
   Args:
     optim: `config.optim`.
-    num_steps: of the run; "linear" and "cosine" decay end there.
+    num_steps: of the run; the decay of "linear" and "cosine" ends there.
 
   Returns:
     A function of the step, from 0 on. "linear" and "cosine": lr/25 at 0, lr at
@@ -111,11 +111,11 @@ def decay_mask(params: PyTree) -> PyTree:
 def check_feature_map_lr(
   optim: OptimOptions, feature_map: FeatureMap | None
 ) -> None:
-  """Refuses a learning rate of feature maps where they have no parameters.
+  """Refuses `feature_map_lr` for a model without parameters of feature maps.
 
   Args:
     optim: `config.optim`.
-    feature_map: that of the model, None for a baseline.
+    feature_map: that of the model; None for a baseline attention.
 
   Raises:
     ValueError: `feature_map_lr` is set and the map has no parameters.
@@ -127,6 +127,7 @@ def check_feature_map_lr(
   if optim.feature_map_lr is None:
     return
   init = feature_map and feature_map.init_params
+  # Any sizes will do: only whether there are parameters matters.
   if not init or not init(jax.random.key(0), head_dim=4, num_heads=1):
     name = feature_map.info.name if feature_map else "this attention"
     raise ValueError(
@@ -183,6 +184,7 @@ def make_optimizer(
   )
   if optim.feature_map_lr is None:
     return optax.chain(clip, adamw)
-  # AdamW's update, weight decay included, is proportional to the rate.
+  # AdamW's update, weight decay included, is proportional to the learning rate,
+  # so scaling the update changes the rate.
   ratio = optax.scale(optim.feature_map_lr / optim.lr)
   return optax.chain(clip, adamw, optax.masked(ratio, feature_map_mask))

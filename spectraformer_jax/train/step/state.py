@@ -14,7 +14,7 @@ from spectraformer_jax.nn.from_config import Model, example_inputs
 from spectraformer_jax.seeds import make_key
 from spectraformer_jax.typing import Array, PyTree
 
-# The one collection without parameters that training steps update.
+# The only collection, apart from the parameters, that training steps update.
 MUTABLE_COLLECTION = "feature_stats"
 
 
@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
     step: int32 scalar, the number of steps made.
     params: learnable leaves.
     collections: the model's other variables by name: "random_features" (the
-      projections), perhaps "feature_stats".
+      projections) and, in some models, "feature_stats" (running statistics).
     opt_state: state of the optimiser.
     ema: moving average of the params, used in evaluation; None if the run keeps
       none.
@@ -82,7 +82,7 @@ def create(
 
   Args:
     model: of `nn.from_config.make_model`.
-    feature_map: that of the model, None for a baseline.
+    feature_map: that of the model; None for a baseline attention.
     tx: the optimiser.
     keys: of the run.
     ema: whether to keep a moving average of the parameters.
@@ -95,7 +95,8 @@ def create(
     params,
     variables,
     opt_state,
-    # A copy, since a step may reuse the buffers of both.
+    # A copy: a step may reuse the buffers of its state, so none may be in it
+    # twice.
     jax.tree.map(jnp.copy, params) if ema else None,
   )
 
@@ -112,8 +113,8 @@ def _init(
     return jax.jit(model.init)(rngs, *inputs)
   if not feature_map.weight_matrix.info.redrawable:
     return model.init(rngs, *inputs)  # the matrix cannot be drawn inside jit
-  # The projections of all layers are drawn by one batched QR factorisation:
-  # several in one program, as in `model.init`, can deadlock on few cores.
+  # One batched QR factorisation draws the projections of all layers. Several in
+  # one program, as in `model.init`, can deadlock on few cores.
   shapes = jax.eval_shape(model.init, rngs, *inputs)
   empty = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["random_features"]

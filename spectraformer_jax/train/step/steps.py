@@ -1,8 +1,8 @@
 """Training and evaluation steps: pure functions for any number of devices.
 
-Each gets the examples of one replica. With `axis_name` it sums over the
-replicas of that mapped axis, so the result is that of the global batch; without
-it there is one replica.
+Each step gets the examples of one replica. With `axis_name` the step sums over
+the replicas of that mapped axis, so its result is that of the global batch;
+without `axis_name` there is one replica.
 """
 
 import functools
@@ -18,9 +18,9 @@ from spectraformer_jax.typing import Array, PyTree
 
 
 class Sums(NamedTuple):
-  """Weighted sums over examples, float32 scalars; divide by `weight`.
+  """Weighted sums over examples, float32 scalars; divide by `weight` for means.
 
-  `skipped` is 1 for a skipped training step; its sums are 0.
+  `skipped` is 1 for a skipped training step, whose other sums are 0.
   """
 
   loss: Array
@@ -29,7 +29,7 @@ class Sums(NamedTuple):
   skipped: Array | float = 0.0
 
 
-# Gradient, sums, and updated collections.
+# Gradient, sums, and the collections that the model has updated.
 Gradients = tuple[PyTree, Sums, PyTree]
 
 
@@ -60,8 +60,8 @@ def weighted_sums(
 ) -> Sums:
   """Sums cross-entropy and hits of logits [B, classes] float32, by weight.
 
-  Label smoothing divides that share of the label equally among all classes
-  (Szegedy et al., 2016, section 7).
+  Label smoothing takes the share `label_smoothing` of each label and divides it
+  equally among all classes (Szegedy et al., 2016, section 7).
 
   Example:
     >>> logits = jnp.array([[9.0, 0.0], [9.0, 0.0]])
@@ -93,10 +93,10 @@ def train_step(
   ema_decay: float = 0.0,
   axis_name: str | None = None,
 ) -> tuple[TrainState, Sums]:
-  """Updates the state by one batch, or skips it if it is not finite.
+  """Updates the state by one batch, or skips the batch.
 
-  If loss or gradient are infinite or NaN on any replica, the state stays as it
-  was on all of them, but for the number of the step.
+  If loss or gradient are infinite or NaN on any replica, all replicas skip the
+  batch: only the number of the step changes in their states.
 
   Args:
     state: the same on every replica.
@@ -201,7 +201,8 @@ def gradients(
   if axis_name is not None:
     replicas = jax.lax.axis_size(axis_name)
     updated = jax.tree.map(lambda leaf: leaf / replicas, updated)
-    # One psum of all three, so that the compiler makes one all-reduce.
+    # One psum of all three, so that the compiler makes one all-reduce. It makes
+    # `updated`, divided above, the mean over the replicas.
     grads, sums, updated = jax.lax.psum((grads, sums, updated), axis_name)
   # A batch without weight has zero gradients, not NaN.
   scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
@@ -253,7 +254,8 @@ def _accumulated(
     jax.random.fold_in(dropout_rng, number),
   )
   add = functools.partial(jax.tree.map, jnp.add)
-  # The carry starts from shapes alone, so that the model is compiled once.
+  # The sums start from zeros, for which shapes suffice, and not from the first
+  # part, so that the model is compiled once.
   empty = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part, 0)
   )
