@@ -1,10 +1,10 @@
 """Flax Linen modules: attention, stacks, classifiers, language models, Seq2Seq.
 
-Collections of a model: ``params`` (learnable, that of the feature maps
-included, under "feature_map"), ``random_features`` (the projections: random,
-redrawn by `redraw`, saved with the model) and, for components with
-statistics="ema", ``feature_stats`` (running statistics). Language models that
-decode keep their state in ``cache``.
+Collections of a model: ``params`` (learnable; those of the feature maps are
+called "feature_map"), ``random_features`` (the projections: random, redrawn by
+`redraw`, saved with the model) and, for components with statistics="ema" and
+for `pooled_norm`, ``feature_stats`` (running statistics). Models that decode
+keep their state in ``cache``.
 """
 
 from spectraformer_jax.nn.attention import SpectralSelfAttention

@@ -21,11 +21,11 @@ class SpectralSelfAttention(MultiHeadAttention):
   """Multi-head self-attention, linear in the length.
 
   Attributes:
-    num_heads: N of the queries.
-    head_dim: H.
+    num_heads: number of query heads.
+    head_dim: H, the width of one head.
     feature_map: for attention="spectral"; see `sf.feature_map`.
-    attention: "spectral", or a baseline through the same module: an exact
-      kernel, "softmax" or "gaussian", or one of `baselines.BASELINES`.
+    attention: "spectral", an exact kernel ("softmax" or "gaussian") or a
+      baseline (a name of `baselines.BASELINES`).
     attention_kwargs: options of a baseline.
     max_len: longest sequence, for baselines with parameters for each position;
       None takes the length at initialisation.
@@ -77,8 +77,8 @@ class SpectralSelfAttention(MultiHeadAttention):
         any gradient.
       segment_ids: ints ``[B, T]`` of packed rows: a position sees positions of
         its own segment only, and rotary positions start at 0 in each.
-      decode: continue the sequence of earlier calls, whose state (and number of
-        positions, if `rotary`) is in the collection "cache"; see
+      decode: x continues the sequence of earlier calls. Their state (and their
+        number of positions, if `rotary`) is in the collection "cache"; see
         `LanguageModel`.
       deterministic: False in training: updates running statistics.
 
@@ -88,11 +88,11 @@ class SpectralSelfAttention(MultiHeadAttention):
     Raises:
       ValueError: unknown `attention` or option; no `feature_map` with
         "spectral", or one with another attention; `is_causal` or `segment_ids`
-        with an attention that has none; `rotary` with an odd `head_dim`;
-        `num_key_value_heads` that does not divide `num_heads`; a `max_len`
-        above that of the component; `decode` with `segment_ids`, without causal
-        spectral attention, or with a mask and a component that counts
-        positions.
+        with an attention that does not take it; `rotary` with an odd
+        `head_dim`; `num_key_value_heads` that does not divide `num_heads`; a
+        `max_len` above that of the component; `decode` with `segment_ids`,
+        without causal spectral attention, or with a mask and a component that
+        counts positions.
     """
     check_flags(decode=decode, deterministic=deterministic)
     mask, segment_ids = check_rows(x, mask, segment_ids)
@@ -129,7 +129,7 @@ class SpectralSelfAttention(MultiHeadAttention):
     return functools.partial(spectral_attention, **maps, **rows)
 
   def _baseline(self, key: Array) -> Callable[..., Array]:
-    """Returns a baseline, whose parameters, if any, are called "baseline"."""
+    """Returns a baseline as a function, with its parameters, if any."""
     baseline = BASELINES[self.attention]
     options: dict[str, Any] = dict(self.attention_kwargs or {})
     if init_params := baseline.init_params:
@@ -151,14 +151,14 @@ class SpectralSelfAttention(MultiHeadAttention):
     sees_all: bool,
     deterministic: bool,
   ) -> dict[str, Any]:
-    """Returns feature map, variables and stats, by keyword.
+    """Returns the feature map, its variables and stats, as keyword arguments.
 
     Args:
       query: ``[B, T, N G, H]``.
       key: ``[B, T, N, H]``.
       mask: ``[B, T]`` bool, or None.
-      sees_all: each position sees all others, so that queries may count in
-        statistics of the sequence.
+      sees_all: whether each position sees all others: only then may
+        statistics include all queries.
       deterministic: False updates running statistics.
     """
     feature_map, variables = self._feature_map()

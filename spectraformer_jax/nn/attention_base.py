@@ -1,4 +1,4 @@
-"""Base of self- and cross-attention: projections, and a map's variables."""
+"""Base of self- and cross-attention: dense layers, feature map's variables."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ _STATS_DECAY = 0.99
 class MultiHeadAttention(ConfiguredModule, kw_only=True):
   """Base of `SpectralSelfAttention` and `SpectralCrossAttention`.
 
-  Its methods are called from their compact methods.
+  Both call the methods of this class from their compact `__call__`.
   """
 
   num_heads: int
@@ -54,7 +54,7 @@ class MultiHeadAttention(ConfiguredModule, kw_only=True):
 
   @property
   def _sqrt_scale(self) -> float:
-    """The factor of queries, and of keys."""
+    """The factor of queries and of keys: their product gets 1 / sqrt(H)."""
     return float(self.head_dim) ** -0.25
 
   def _project(self, name: str, x: Array) -> Array:
@@ -117,8 +117,8 @@ class MultiHeadAttention(ConfiguredModule, kw_only=True):
   ) -> PyTree:
     """Returns the running statistics from before this call, and updates them.
 
-    The batch of this call enters the statistics of the next one only, so that
-    no position is influenced by later positions.
+    The batch of this call enters only the statistics of later calls, so that no
+    position is influenced by later positions.
 
     Args:
       variables: of the feature map.
@@ -129,7 +129,7 @@ class MultiHeadAttention(ConfiguredModule, kw_only=True):
       deterministic: False in training: updates the statistics.
 
     Returns:
-      `stats` for `spectral_attention`; None unless the map has
+      `stats` for `spectral_attention`; None unless the component has
       statistics="ema".
     """
     feature_map = self.feature_map
@@ -138,6 +138,7 @@ class MultiHeadAttention(ConfiguredModule, kw_only=True):
       return None
     num_heads, head_dim = key.shape[2:]
 
+    # Initial moments, before any batch is seen.
     def moments_of_normal_inputs() -> PyTree:
       shape = (1, 1024, num_heads, head_dim)
       x, y = jax.random.normal(jax.random.key(0), (2, *shape))
@@ -158,6 +159,7 @@ class MultiHeadAttention(ConfiguredModule, kw_only=True):
         key_mask=key_mask,
         query_mask=query_mask,
       )
+      # A batch without visible tokens changes nothing.
       rate = jnp.where(counts, 1.0 - _STATS_DECAY, 0.0)
       running.value = jax.tree.map(
         lambda old, new: (1.0 - rate) * old + rate * new, running.value, new

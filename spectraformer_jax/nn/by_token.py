@@ -1,9 +1,10 @@
-"""Token-wise functions in blocks of tokens, to save memory.
+"""Applies functions of single tokens in blocks of tokens, to save memory.
 
 Works around XLA's choice to keep, for the backward pass, the hidden values of a
-whole batch. It may go once ``python benchmarks/train_step.py`` needs no more
-memory and time without it (a call of `function` instead of the loop): when it
-came, the text model's step took two thirds of the memory and 7/8 of the time.
+whole batch. Remove it once ``python benchmarks/train_step.py`` needs no more
+memory or time with a plain call of `function` instead of the loop. When the
+loop was added, the training step of the text model took two thirds of the
+memory and 7/8 of the time of before.
 """
 
 from collections.abc import Callable
@@ -29,11 +30,11 @@ def by_token(
   """Computes `function(module, x)`, which maps each token by itself, in blocks.
 
   The backward pass recomputes the values of one block at a time, so that hidden
-  values of a whole batch never exist. Up to `BLOCK` tokens are one block, and
+  values of a whole batch never exist. Up to `BLOCK` tokens are one block; then
   nothing is recomputed.
 
   Args:
-    module: whose submodules `function` calls.
+    module: the module whose submodules `function` calls.
     function: maps ``[..., D]`` to ``[..., E]``.
     x: ``[B, T, D]``.
 
@@ -44,7 +45,7 @@ def by_token(
     return function(module, x)  # axes divided over devices cannot be joined
   tokens = x.reshape(-1, x.shape[-1])
   num_tokens = tokens.shape[0]
-  # In an exported program the number may be a symbol.
+  # In an exported program the number may be a symbol: then use one block.
   num_blocks = -(-num_tokens // BLOCK) if isinstance(num_tokens, int) else 1
   if num_blocks <= 1:
     return function(module, x)
@@ -53,8 +54,8 @@ def by_token(
   def step(module: nn.Module, _: None, block: Array) -> tuple[None, Array]:
     return None, function(module, block)
 
-  # Inside a loop, XLA does not merge a block's recomputation with its first
-  # computation, which is what prevent_cse=True is for.
+  # prevent_cse=True would keep XLA from merging the recomputation of a block
+  # with its first computation. Inside a loop, XLA does not merge them anyway.
   step = nn.remat(
     step,
     prevent_cse=False,

@@ -1,4 +1,4 @@
-"""Sequence classifier: the paper's model for Long Range Arena."""
+"""Sequence classifier: the Spectraformer paper's for Long Range Arena."""
 
 import functools
 
@@ -11,7 +11,9 @@ from spectraformer_jax.typing import Array
 
 
 class Classifier(PooledFields):
-  """Maps token sequences to class logits; defaults are the paper's model.
+  """Maps token sequences to class logits.
+
+  The defaults are those of the Spectraformer paper's model.
 
   Attributes:
     vocab_size: number of token ids.
@@ -43,9 +45,9 @@ class Classifier(PooledFields):
 
     Args:
       tokens: ``[B, T]`` ints in [0, vocab_size), T at most `max_len`; see
-        `TokenEncoder` for others.
-      length: ``[B]`` ints: positions from there on are padding, whose content
-        has no influence.
+        `TokenEncoder` for other ints.
+      length: ``[B]`` ints, the number of real tokens of each row: the rest is
+        padding, whose content has no influence.
       deterministic: False in training: applies dropout (which needs an rng
         "dropout") and updates running statistics.
 
@@ -66,7 +68,7 @@ def class_logits(config: ModelFields, num_classes: int, x: Array) -> Array:
   """Applies the classification head, inside a compact method.
 
   Args:
-    config: the module whose head it is.
+    config: the module that the head belongs to.
     num_classes: number of logits.
     x: ``[B, E]`` float32.
 

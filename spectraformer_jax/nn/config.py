@@ -1,4 +1,4 @@
-"""Options that models share, and how they pass from module to module."""
+"""Options that models share, and how one module passes them to another."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ class EncoderConfig:
   """Options of an encoder, for `from_config` of any module of `sf.nn`.
 
   Each option is also a field of the models themselves, so that
-  ``Classifier(num_layers=4, ...)`` needs no record. A record saves repetition
-  where several models have the same options.
+  ``Classifier(num_layers=4, ...)`` needs no `EncoderConfig`. This class saves
+  repetition where several models have the same options.
 
   Attributes:
     embed_dim: D, the width of the vectors between layers.
     num_layers: depth.
-    num_heads: N of the queries.
-    head_dim: H.
+    num_heads: number of query heads.
+    head_dim: H, the width of one head.
     mlp_dim: hidden width of the MLP in each layer.
     mlp: "gelu": ``out(gelu(hidden(x)))``; "gated":
       ``out(silu(gate(x)) * hidden(x))``, with 1.5 times the parameters
@@ -32,19 +32,21 @@ class EncoderConfig:
     positions: "learned": a table added to the embeddings; "sinusoidal": the
       same table, initialised by `sinusoids`, so that near positions start
       alike; "rotary": queries and keys are rotated, see `rotate`; "none": the
-      model cannot tell the order of its tokens.
+      model is not told the order of its tokens.
     feature_map: for attention="spectral"; see `sf.feature_map`.
-    attention: "spectral", or a baseline through the same module: an exact
-      kernel, "softmax" or "gaussian", or a name of `baselines.BASELINES`.
+    attention: "spectral", an exact kernel ("softmax" or "gaussian") or a
+      baseline (a name of `baselines.BASELINES`).
     attention_kwargs: options of a baseline.
     share_projection: one weight matrix for all heads instead of one per head.
     num_key_value_heads: heads of keys and values, each of which serves equally
       many query heads (grouped-query attention); None is `num_heads`.
-    dropout_rate: of embeddings, attention's outputs, and twice in the MLP.
+    dropout_rate: of embeddings, attention's outputs, and the MLP's hidden
+      values and outputs.
     dtype: of dense layers and norms; None takes that of the input.
     param_dtype: of their parameters; a feature map's are always float32.
     remat: in the backward pass, compute each layer's values again instead of
-      keeping them: less memory, more time, the same numbers.
+      keeping them: this takes less memory and more time, and gives the same
+      numbers.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -79,7 +81,7 @@ class EncoderConfig:
 
 
 class ConfiguredModule(nn.Module):
-  """Base of modules that can take their fields from a record or a module."""
+  """Base of modules that can copy fields from a config or another module."""
 
   @classmethod
   def from_config(
@@ -88,10 +90,10 @@ class ConfiguredModule(nn.Module):
     """Makes a module with the options that `config` holds.
 
     Args:
-      config: a record, or a module. Those of its fields that `cls` has as well
-        are copied, and the rest are left out.
-      **fields: the other fields of the module, and values to replace those of
-        `config`.
+      config: an `EncoderConfig`, or a module. Those of its fields that `cls`
+        has as well are copied, and the rest are left out.
+      **fields: the other fields of the new module, and values to replace those
+        of `config`.
 
     Example:
       >>> import spectraformer_jax as sf
@@ -105,13 +107,13 @@ class ConfiguredModule(nn.Module):
 
 
 def field_names(cls: type) -> set[str]:
-  """Names of a dataclass's fields, without the two that Linen adds."""
+  """Returns the names of a dataclass's fields, without Linen's own two."""
   return {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
 
 
-# Linen modules are dataclasses that are not frozen, and those cannot inherit
-# from a frozen one: the fields of `EncoderConfig` are named again here, for all
-# modules at once, with its defaults.
+# Linen modules are dataclasses that are not frozen, and such dataclasses cannot
+# inherit from a frozen one. So the fields of `EncoderConfig` and its defaults
+# are repeated here, once for all modules.
 
 
 class LayerFields(ConfiguredModule, kw_only=True):

@@ -12,14 +12,15 @@ from spectraformer_jax.typing import Array, PyTree
 
 
 class SpectralCrossAttention(MultiHeadAttention):
-  """Multi-head attention to a memory, linear in both lengths.
+  """Multi-head attention to another sequence, the memory.
 
-  Each position of x sees the whole memory, and no position of x sees another:
-  data-dependent parameters of the feature map are computed from the memory
-  alone (with statistics="ema" from earlier batches).
+  The cost is linear in both lengths. Each position of x sees the whole memory,
+  and no position of x sees another. So data-dependent parameters of the feature
+  map are computed from the memory alone or, with statistics="ema", from earlier
+  batches.
 
   Attributes:
-    attention: "spectral", or an exact kernel, "softmax" or "gaussian".
+    attention: "spectral" or an exact kernel ("softmax" or "gaussian").
     num_heads, head_dim, feature_map, share_projection, num_key_value_heads,
       dtype, param_dtype: see `SpectralSelfAttention`.
 
@@ -54,14 +55,14 @@ class SpectralCrossAttention(MultiHeadAttention):
 
     Args:
       x: ``[B, T, D]``.
-      memory: ``[B, S, E]``; None, with `decode`, is the memory of an earlier
+      memory: ``[B, S, E]``; None, with `decode`, means the memory of an earlier
         call.
       mask: ``[B, T]`` bool, True at real positions of x; None for all.
       memory_mask: ``[B, S]`` bool, True at real positions of the memory; None
         for all. The content of padding, NaN included, reaches neither outputs
         at real positions nor any gradient.
-      decode: keep the sum over the memory in the collection "cache", in a size
-        that does not depend on S, so that later calls need no `memory`.
+      decode: keep the sum over the memory in the collection "cache", so that
+        later calls need no `memory`. Its size does not depend on S.
       deterministic: False in training: updates running statistics.
 
     Returns:
@@ -69,9 +70,9 @@ class SpectralCrossAttention(MultiHeadAttention):
 
     Raises:
       ValueError: an error of `SpectralSelfAttention`; a baseline; a component
-        that counts positions (positions of two sequences are unrelated);
-        batches that differ; `decode` with exact attention; no memory in the
-        arguments or in the cache.
+        that counts positions (positions of two sequences are unrelated); x
+        and memory of different batch sizes; `decode` with exact attention; no
+        memory, neither in the arguments nor in the cache.
     """
     check_flags(decode=decode, deterministic=deterministic)
     self._check(x, memory, decode)
@@ -106,7 +107,7 @@ class SpectralCrossAttention(MultiHeadAttention):
     memory_mask: Array | None,
     deterministic: bool,
   ) -> tuple[Array, dict[str, PyTree]]:
-    """Returns the output, and what queries of later calls need of the keys."""
+    """Returns the output, and what later calls need instead of the memory."""
     feature_map, variables = self._feature_map()
     stats = self._running_stats(
       variables, query, key, mask, memory_mask, deterministic
@@ -127,7 +128,7 @@ class SpectralCrossAttention(MultiHeadAttention):
     return out, {"state": state, "stats": stats}
 
   def _attend_cached(self, query: Array) -> Array:
-    """Attends to the memory of an earlier call by its state in the cache."""
+    """Attends to the memory of an earlier call, whose state is in the cache."""
     cache = self.get_variable("cache", "memory")
     if cache is None:
       raise ValueError(

@@ -1,4 +1,4 @@
-"""Classifier of pairs of sequences: the model for Retrieval."""
+"""Classifier of pairs of sequences, as in Long Range Arena's Retrieval."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ class DualClassifier(PooledFields):
 
     Args:
       tokens: ``[B, T]`` ints, as for `Classifier`.
-      length: ``[B]`` ints: positions from there on are padding.
+      length: ``[B]`` ints, the number of real tokens of each row: the rest is
+        padding.
       tokens_2: ``[B, S]`` ints, S at most `max_len`.
       length_2: ``[B]`` ints, for `tokens_2`.
       deterministic: as for `Classifier`.
@@ -65,7 +66,7 @@ class DualClassifier(PooledFields):
       Logits ``[B, num_classes]`` float32.
 
     Raises:
-      ValueError: an error of `Classifier`, or the two differ in batch size.
+      ValueError: an error of `Classifier`, or two batches of different size.
     """
     tokens = check_tokens(tokens)
     tokens_2 = check_tokens(tokens_2, "tokens_2")
@@ -74,7 +75,7 @@ class DualClassifier(PooledFields):
         "tokens and tokens_2 must have as many rows, got tokens.shape="
         f"{tokens.shape}, tokens_2.shape={tokens_2.shape}."
       )
-    # Both are encoded as one batch: one program, and larger matrix products.
+    # Encode both as one batch: one program, and larger matrix products.
     longest = max(tokens.shape[1], tokens_2.shape[1])
     batches = []
     for x, n, suffix in ((tokens, length, ""), (tokens_2, length_2, "_2")):

@@ -27,8 +27,8 @@ class EncoderLayer(LayerFields, kw_only=True):
   Attributes:
     max_len: longest sequence; see `SpectralSelfAttention`.
     is_causal: position i sees positions 0..i.
-    attends_memory: adds attention to a memory between the two, with a LayerNorm
-      and a residual connection of its own: the layer of a decoder.
+    attends_memory: between attention and MLP, adds attention to a memory, with
+      a LayerNorm and a residual connection of its own: the layer of a decoder.
     rotary: rotates queries and keys by their positions; see `rotate`.
     num_heads, head_dim, ..., param_dtype: see `EncoderConfig`.
   """
@@ -145,6 +145,7 @@ class Encoder(LayerFields, kw_only=True):
     Takes the arguments of `EncoderLayer`, and raises its errors.
     """
 
+    # Takes the flags from outside: nn.remat would trace them as arguments.
     def run(layer: EncoderLayer, x: Array, **arrays: Array | None) -> Array:
       return layer(x, **arrays, decode=decode, deterministic=deterministic)
 

@@ -1,4 +1,4 @@
-"""Feature map and model from the config of a training run."""
+"""Makes the feature map and the model that a training run's config names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,15 +24,14 @@ Config = Any
 
 
 def make_feature_map(config: Config) -> FeatureMap | None:
-  """Makes the feature map of `config`; None for a baseline.
+  """Makes the feature map of `config`; None unless attention is "spectral".
 
-  A pair without weight matrix ("none") has no num_features, whatever the config
-  says.
+  With weight matrix "none", the config's num_features has no effect.
 
   Raises:
-    ValueError: an unknown component or matrix; an option that it or the
-      baseline does not have or cannot use; or a redraw interval for a matrix
-      that cannot be redrawn.
+    ValueError: an unknown component or matrix; an option that the component,
+      matrix or baseline does not have or cannot use; or a redraw interval for a
+      matrix that cannot be redrawn.
 
   Example:
     >>> from spectraformer_jax.train.config import default_config
@@ -74,7 +73,7 @@ def make_feature_map(config: Config) -> FeatureMap | None:
 
 
 def _hashable(options: Mapping[str, Any]) -> dict[str, Any]:
-  """Replaces lists, which come from a command line, by tuples."""
+  """Replaces lists, which come from a command line, by hashable tuples."""
   return {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in options.items()
@@ -88,13 +87,13 @@ def make_model(
 ) -> Model:
   """Makes the model for a task.
 
-  It is a classifier, of pairs if the task's examples are pairs, or with another
-  `train.objective` than "classify" a language model.
+  If `train.objective` is "classify", it is a classifier (of pairs, if the
+  task's examples are pairs); otherwise it is a language model.
 
   Args:
-    config: read are its section model, where None as vocab_size or max_len
-      means that of the data; task's pad_to_multiple; train's objective,
-      precision and remat.
+    config: the function reads its section `model` (a vocab_size or max_len of
+      None means that of the data), task.pad_to_multiple, train.objective,
+      train.precision and train.remat.
     feature_map: from `make_feature_map`.
     facts: name, vocab_size, num_classes, length and pair of the data, as in
       `data.Facts`.
@@ -113,12 +112,12 @@ def make_model(
   # A config of an earlier version may lack the key.
   objective = config.train.get("objective", "classify")
   kind = _model_class(objective, facts["pair"])
-  # The section holds other keys as well, such as init_from.
+  # config.model holds other keys as well, such as init_from.
   fields = field_names(kind)
   options = {k: v for k, v in config.model.to_dict().items() if k in fields}
   if objective == "classify":
     options["num_classes"] = facts["num_classes"]
-  # The last id is that of the mask token.
+  # A masked language model has one more id, the last: that of the mask token.
   vocab_size = facts["vocab_size"] + (objective == "masked")
   # Batches are padded to this length.
   multiple = config.task.pad_to_multiple
@@ -133,7 +132,8 @@ def make_model(
       )
   return kind(
     feature_map=feature_map,
-    # Of activations: parameters, statistics, sums and the head stay float32.
+    # The dtype of activations: parameters, statistics, sums and the head stay
+    # float32.
     dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else None,
     remat=config.train.remat,
     **options,

@@ -39,7 +39,10 @@ def generate(
   top_k: int | None = None,
   top_p: float | None = None,
 ) -> Array:
-  """Continues prompts; each token costs O(M V), however long the text is.
+  """Continues prompts; the cost of a token does not grow with the text.
+
+  Attention takes O(M V) for each new token, where M is the number of features
+  and V the width of values.
 
   Args:
     model: with attention="spectral".
@@ -47,14 +50,14 @@ def generate(
     prompt: ``[B, T]`` ints, T at least 1; for a `Seq2Seq` the start of the
       target.
     num_tokens: number of tokens to generate.
-    prompt_length: ``[B]`` ints from 1 to T, for prompts of different lengths:
-      tokens from there on are padding, and each row continues from its own last
-      token.
+    prompt_length: ``[B]`` ints from 1 to T, the number of real tokens of each
+      row: the rest is padding, and each row continues from its own last real
+      token. None for no padding.
     source: ``[B, S]`` ints, for a `Seq2Seq`, which reads it once.
-    source_length: ``[B]`` ints: positions from there on are padding; None for
-      no padding.
-    end_token: once a row has generated it, the rest of the row is filled with
-      it.
+    source_length: ``[B]`` ints, the number of real tokens of each source; None
+      for no padding.
+    end_token: once a row has generated this token, the token fills the rest of
+      the row.
     rng: PRNG key; needed if `temperature` is not 0.
     temperature: divides the logits from which tokens are drawn; 0 takes the
       likeliest token.
@@ -64,9 +67,9 @@ def generate(
       Degeneration", 2020), among those of `top_k` if both are given.
 
   Returns:
-    The new tokens ``[B, num_tokens]``, int32; -1 where logits (divided by the
-    temperature) are NaN or infinite, as after a token out of the vocabulary
-    that was not known before the program ran.
+    The new tokens ``[B, num_tokens]``, int32; -1 where a logit (divided by the
+    temperature) is NaN or plus infinity. Logits are NaN, for example, after a
+    token out of the vocabulary that was not known before the program ran.
 
   Raises:
     ValueError: more than `max_len` tokens in all; an empty prompt; a token out
@@ -115,6 +118,7 @@ def generate(
     source = token_ids(source, model.vocab_size, real, "source")
   # Each call starts from its prompt, not from a cache of earlier decoding.
   variables = {k: v for k, v in variables.items() if k != "cache"}
+  # Without an rng the temperature is 0, and no random number is used.
   rng = jax.random.key(0) if rng is None else rng
   sources = (source, source_length) if isinstance(model, Seq2Seq) else ()
   return _generate(
@@ -132,7 +136,10 @@ def _generate(
   rng: Array,
   options: "_Options",
 ) -> Array:
-  """`generate` on checked arguments; `sources` are ``()`` or a source."""
+  """Does the work of `generate`, on checked arguments.
+
+  `sources` is ``()``, or the source and its length (or None) of a `Seq2Seq`.
+  """
 
   def read(
     cache: PyTree, tokens: Array, length: Array | None, *source: Array | None
@@ -148,6 +155,7 @@ def _generate(
     )
     if length is None:
       return cache, logits[:, -1]
+    # A length that was not known may be wrong: its row gets NaN.
     last = jnp.take_along_axis(
       logits, (length - 1)[:, None, None], axis=1, mode="fill"
     )[:, 0]
@@ -189,7 +197,7 @@ class _Options:
   top_p: float | None
 
   def checked(self, vocab_size: int, rng: Array | None) -> "_Options":
-    """Converts to Python's numbers; raises ValueError if out of range."""
+    """Converts to Python numbers; raises ValueError for one out of range."""
     checks.check_positive_int("num_tokens", self.num_tokens)
     numbers = {
       name: _number(name, value)
@@ -247,7 +255,7 @@ class _Options:
 
 
 def _number(name: str, value: Any) -> float:
-  """Converts to a float; ValueError for a traced value or no number."""
+  """Converts to a float; raises ValueError unless it is a known number."""
   if isinstance(value, Tracer):
     raise ValueError(
       f"{name} must be a number, got a traced value: programs differ by it, "

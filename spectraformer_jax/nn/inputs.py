@@ -1,4 +1,4 @@
-"""Checks of what modules are given, and removal of padding's content."""
+"""Checks the arguments of modules, and removes the content of padding."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -12,7 +12,8 @@ from spectraformer_jax import checks
 from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
-# Token ids: NumPy keeps large ones that 32 bits would wrap around.
+# Token ids. A NumPy array keeps large ids, which would wrap around in the 32
+# bits of a JAX array, so that they can be refused.
 Tokens: TypeAlias = Array | np.ndarray
 
 
@@ -36,8 +37,8 @@ def check_flags(**flags: bool) -> None:
 def without_padding(x: Array, mask: Array | None) -> Array:
   """Sets padding to 0.
 
-  If padding holds NaN, its gradient is NaN even where it has no influence,
-  since 0 times NaN is NaN.
+  Otherwise a NaN in padding would make gradients NaN even where padding has no
+  influence, since 0 times NaN is NaN.
 
   Args:
     x: ``[B, T, D]``.
@@ -52,13 +53,13 @@ def check_rows(
   segment_ids: Array | None,
   name: str = "x",
 ) -> tuple[Array | None, Array | None]:
-  """Converts mask and segments to arrays.
+  """Converts mask and segment ids to arrays.
 
   Args:
     x: ``[B, T, D]``.
     mask: bool ``[B, T]``, or None.
     segment_ids: ints ``[B, T]``, or None.
-    name: of x in error messages.
+    name: the name of x in error messages.
 
   Raises:
     ValueError: another shape or dtype.
@@ -97,7 +98,7 @@ def check_length(length: Array, tokens: Tokens, name: str = "length") -> Array:
   Args:
     length: one number for each row.
     tokens: ``[B, T]``.
-    name: of length in error messages.
+    name: the name of `length` in error messages.
   """
   length = jnp.asarray(length)
   if length.shape != tokens.shape[:1] or not (
@@ -113,7 +114,7 @@ def check_length(length: Array, tokens: Tokens, name: str = "length") -> Array:
 def real_positions(
   tokens: Tokens, length: Array | None, name: str = "length"
 ) -> Array | None:
-  """Returns a mask, bool ``[B, T]``: True before `length`; None for None."""
+  """Returns bool ``[B, T]``, True before `length`; None if that is None."""
   if length is None:
     return None
   tokens = check_tokens(tokens)
@@ -127,20 +128,22 @@ def token_ids(
   mask: Array | None,
   name: str = "tokens",
 ) -> Array:
-  """Turns tokens into rows of the embedding table.
+  """Turns tokens into row numbers of the embedding table.
 
   Args:
     tokens: ints ``[B, T]``.
     vocab_size: number of rows.
     mask: ``[B, T]``, True at real positions; None for all.
-    name: of tokens in error messages.
+    name: the name of `tokens` in error messages.
 
   Returns:
-    int32 ``[B, T]``: the tokens; 0 at padding; `vocab_size`, whose embedding is
-    NaN, for a real token outside [0, vocab_size).
+    int32 ``[B, T]``: the tokens; 0 at padding; for a real token outside
+    [0, vocab_size), `vocab_size`: the table has no such row, so the embedding
+    is NaN.
 
   Raises:
-    ValueError: such a token, if tokens and mask are concrete.
+    ValueError: a real token outside [0, vocab_size), if tokens and mask are
+      concrete.
   """
   values = checks.concrete(tokens)
   real = True if mask is None else checks.concrete(mask)
@@ -151,6 +154,7 @@ def token_ids(
         f"{name} must be in [0, vocab_size={vocab_size}), got {wrong[0]}."
       )
   tokens = jnp.asarray(tokens)
+  # int8 and int16 may be too small to hold vocab_size.
   if tokens.dtype.itemsize < 4:
     tokens = tokens.astype(jnp.int32)
   ids = jnp.where((tokens >= 0) & (tokens < vocab_size), tokens, vocab_size)

@@ -10,7 +10,7 @@ from spectraformer_jax.typing import Array
 
 
 class LanguageModel(ModelFields):
-  """Causal Transformer: the logits of each next token.
+  """Causal Transformer: returns the logits of each next token.
 
   Attributes:
     vocab_size: number of token ids.
@@ -44,21 +44,22 @@ class LanguageModel(ModelFields):
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
-    """Logits of the token after each position.
+    """Computes the logits of the token after each position.
 
     Args:
       tokens: ``[B, T]`` ints in [0, vocab_size), T at most `max_len`; see
-        `TokenEncoder` for others.
-      length: ``[B]`` ints: positions from there on are padding; None for no
-        padding.
+        `TokenEncoder` for other ints.
+      length: ``[B]`` ints, the number of real tokens of each row: the rest is
+        padding; None for no padding.
       segment_ids: ints ``[B, T]`` of packed rows: attention stays inside each
         segment, and positions start at 0 in each.
-      decode: the tokens continue the sequences of earlier calls, which the
-        collection "cache" remembers in a size that does not grow: pass
-        ``mutable=["cache"]`` and the cache that the call before returned; the
-        first call takes none, or that of `init`. A call takes any number of
-        tokens; with `length` each row continues from its own last token. Calls
-        beyond `max_len` tokens in all give NaN where positions are learned.
+      decode: the tokens continue the sequences of earlier calls, whose state,
+        of constant size, is in the collection "cache". Pass
+        ``mutable=["cache"]`` and the cache that the previous call returned; the
+        first call takes no cache, or that of `init`. A call takes any number of
+        tokens; with `length` each row continues from its own last real token.
+        Calls beyond `max_len` tokens in all give NaN if positions are
+        "learned" or "sinusoidal".
       deterministic: False in training: applies dropout (which needs an rng
         "dropout") and updates running statistics.
 
@@ -68,7 +69,7 @@ class LanguageModel(ModelFields):
     Raises:
       ValueError: a sequence longer than `max_len`; a `max_len` above that of
         the component; a token out of the vocabulary; `decode` with exact
-        attention, which has no state, with `segment_ids`, or with `length` and
+        attention (which has no state), with `segment_ids`, or with `length` and
         a component that counts positions.
     """
     encoder = TokenEncoder.from_config(self, is_causal=True)
@@ -84,7 +85,7 @@ class LanguageModel(ModelFields):
 
 
 class MaskedLanguageModel(ModelFields):
-  """Bidirectional Transformer: the logits of each token, from all others.
+  """Bidirectional Transformer: returns logits of the token at each position.
 
   Attributes:
     vocab_size, max_len: see `LanguageModel`.
@@ -113,7 +114,7 @@ class MaskedLanguageModel(ModelFields):
     segment_ids: Array | None = None,
     deterministic: bool = True,
   ) -> Array:
-    """Logits of the token at each position.
+    """Computes the logits of the token at each position.
 
     Args:
       tokens: ``[B, T]`` ints, with a mask token (one of the `vocab_size` ids)
@@ -144,7 +145,7 @@ def token_logits(config: ModelFields, vocab_size: int, x: Array) -> Array:
   """Applies the head over the vocabulary, inside a compact method.
 
   Args:
-    config: the module whose head it is.
+    config: the module that the head belongs to.
     vocab_size: number of logits.
     x: ``[B, T, D]``.
 

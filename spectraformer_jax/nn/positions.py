@@ -22,9 +22,9 @@ def next_positions(
   """Returns the position of each token; while decoding, counts the tokens.
 
   Args:
-    module: called from its compact method. With `decode`, its variable
-      "position" ``[B]`` in the collection "cache" counts the real tokens of all
-      calls.
+    module: the module whose compact method calls this function. With `decode`,
+      its variable "position" ``[B]`` in the collection "cache" counts the real
+      tokens of all calls.
     x: ``[B, T, ...]``.
     mask: ``[B, T]``, True at real positions; None for all.
     segment_ids: ints ``[B, T]`` of packed rows, or None.
@@ -78,8 +78,8 @@ def positions_in_segments(segment_ids: Array) -> Array:
 def sinusoids(length: int, size: int) -> Array:
   """Sinusoidal position embedding: sines, then cosines, of mean square 1.
 
-  Entries i and i + ceil(size/2) are ``sqrt(2)`` times sine and cosine of
-  ``t * 1e4**(-i/ceil(size/2))``.
+  At position t, entries i and i + ceil(size/2) are ``sqrt(2)`` times sine and
+  cosine of ``t * 1e4**(-i/ceil(size/2))``.
 
   Args:
     length: number of positions.
@@ -94,8 +94,9 @@ def sinusoids(length: int, size: int) -> Array:
 
   References:
     Vaswani et al., `Attention is all you need
-    <https://arxiv.org/abs/1706.03762>`_, 2017, section 3.5. As initial value of
-    a learned table: the code of Tay et al., "Long Range Arena", 2021.
+    <https://arxiv.org/abs/1706.03762>`_, 2017, section 3.5. The code
+    of Tay et al., "Long Range Arena", 2021, takes them as the initial value of
+    a learned table.
   """
   half = -(-size // 2)
   frequency = _LONGEST_WAVE ** (-np.arange(half) / half)
@@ -107,11 +108,12 @@ def sinusoids(length: int, size: int) -> Array:
 def rotate(x: Array, positions: Array) -> Array:
   r"""Rotary position embedding of queries or keys.
 
-  Rotates entries i and i + H/2, as a pair, by ``positions * 1e4**(-2i/H)``, so
-  that the product of a query at t and a key at s, and any exact kernel of it,
-  depends on t - s alone. An *estimate* of the kernel by random features does
-  not: a shift of both acts as another draw of W. Hence packed rows equal
-  separate ones only if positions start at 0 in each segment.
+  Rotates entries i and i + H/2, as a pair, by ``positions * 1e4**(-2i/H)``
+  radians. So the product of a query at position t and a key at position s, and
+  any exact kernel of the two, depends on t - s alone. An *estimate* of the
+  kernel by random features does not: a shift of t and s acts as another draw of
+  W. Hence packed rows equal separate ones only if positions start at 0 in each
+  segment.
 
   Args:
     x: ``[B, T, N, H]`` float, H even.

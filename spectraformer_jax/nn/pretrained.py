@@ -1,4 +1,4 @@
-"""A trained model from the folder of its run, without the training code."""
+"""Loads a trained model from its run's folder, without the training code."""
 
 import functools
 import hashlib
@@ -22,7 +22,7 @@ _LOGGER = logging.getLogger(__name__)
 # Names inside a workdir; see docs/training.md.
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-# Key, in the record of a checkpoint, of the checksum of the variables that
+# Under this key, a checkpoint's record holds the checksum of the variables that
 # `load_pretrained` returns.
 VARIABLES_CHECKSUM = "variables_checksum"
 
@@ -32,8 +32,9 @@ class Pretrained(NamedTuple):
 
   Attributes:
     model: a Linen module.
-    variables: its collections: "params" (their moving average, if the run kept
-      one), "random_features" and perhaps "feature_stats"; NumPy arrays.
+    variables: the collections of the model, as NumPy arrays: "params" (their
+      moving average, if the run kept one) and, if the model has them,
+      "random_features" and "feature_stats".
   """
 
   model: from_config.Model
@@ -114,6 +115,7 @@ def read_config(workdir: Path, parts: Sequence[str]) -> dict[str, Any] | None:
     raise damaged(workdir, f"it holds {type(stored).__name__}, not an object")
   for part in parts:
     content = stored.get(part)
+    # "environments" is a list of objects; every other part is one object.
     if not isinstance(content, list if part == "environments" else dict):
       raise damaged(workdir, f"its {part!r} is missing or wrong")
     if part == "config":
@@ -135,11 +137,11 @@ def damaged(workdir: Path, why: Exception | str) -> ValueError:
 
 
 def find_step(path: Path, step: int | str) -> int:
-  """Returns the number of a checkpoint.
+  """Returns the number of a checkpoint: the step at which it was written.
 
-  As when a run is resumed, the newest checkpoint with a readable record is the
-  last one, and its record says which is the best; newer checkpoints are ignored
-  with a warning.
+  "last" is the newest checkpoint with a readable record, as when a run is
+  resumed; that record says which step is the best. Newer checkpoints, whose
+  records cannot be read, are ignored with a warning.
 
   Args:
     path: a workdir.
@@ -173,7 +175,7 @@ def find_step(path: Path, step: int | str) -> int:
 
 
 def _newest(path: Path, steps: Sequence[int]) -> tuple[int, dict[str, Any]]:
-  """Returns the last checkpoint with a readable record, and the record."""
+  """Returns the step of the newest readable record, and that record."""
   faults = {}
   for step in reversed(steps):
     try:
@@ -201,7 +203,7 @@ def _newest(path: Path, steps: Sequence[int]) -> tuple[int, dict[str, Any]]:
 
 
 def checksum(tree: PyTree, note: str = "") -> str:
-  """Returns a checksum over every bit of arrays, and a text beside them.
+  """Returns a checksum of a note and of every bit of the arrays of `tree`.
 
   Example:
     >>> checksum([np.ones(2)]) == checksum([np.zeros(2)])
@@ -215,13 +217,13 @@ def checksum(tree: PyTree, note: str = "") -> str:
 
 
 def one_line(error: Exception) -> str:
-  """Returns the message of an error, cut to 300 characters, in one line."""
+  """Returns an error's message in one line of at most 300 characters."""
   text = " ".join(str(error).split()) or repr(error)
   return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _read_record(path: Path, step: int) -> dict[str, Any]:
-  """Reads the content of a checkpoint beside its arrays."""
+  """Reads what a checkpoint holds besides its arrays."""
   # Imported here because it takes a second.
   import orbax.checkpoint as ocp
 
@@ -234,7 +236,7 @@ def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
   """Reads variables with the structure, shapes and dtypes of `like`.
 
   Raises:
-    ValueError: the checkpoint holds others.
+    ValueError: the checkpoint holds other variables, or is damaged.
   """
   import orbax.checkpoint as ocp
 
@@ -267,14 +269,14 @@ def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
 def was_integer(wanted: np.dtype, stored: np.dtype) -> bool:
   """Whether an earlier version stored, as integers, what is float32 now.
 
-  It did so for bits, indices and permutations in projections; all are below
-  2**24, where float32 is exact.
+  Earlier versions did so for bits, indices and permutations in projections. All
+  of these are below 2**24, where float32 is exact.
   """
   return wanted == np.float32 and np.issubdtype(stored, np.integer)
 
 
 def _by_name(tree: PyTree) -> dict[str, Any]:
-  """Returns leaves by their path, in the order of the tree."""
+  """Returns the leaves of a tree by their paths, in the tree's order."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -284,7 +286,7 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
 def _shapes(
   model: nn.Module, feature_map: FeatureMap | None
 ) -> dict[str, PyTree]:
-  """Returns variables of the model, or their shapes and dtypes."""
+  """Returns the model's variables, or only their shapes and dtypes."""
   rngs = {"params": jax.random.key(0), "features": jax.random.key(0)}
   inputs = from_config.example_inputs(model)
   init = functools.partial(model.init, rngs, *inputs)

@@ -19,7 +19,7 @@ def redraw(
 
   Args:
     feature_map: the map of the model's attention layers.
-    rng: PRNG key; must be the same on every replica.
+    rng: PRNG key; must be the same on every replica of the model.
     random_features: collection "random_features" of a model, whose projections
       have equal shapes.
 

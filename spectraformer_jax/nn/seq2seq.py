@@ -1,4 +1,4 @@
-"""Encoder and decoder: one sequence of tokens to another."""
+"""Encoder and decoder: map one sequence of tokens to another."""
 
 import flax.linen as nn
 
@@ -10,7 +10,7 @@ from spectraformer_jax.typing import Array
 
 
 class Seq2Seq(ModelFields):
-  """Encoder-decoder Transformer: the logits of each next token of a target.
+  """Encoder-decoder Transformer: returns logits of a target's next tokens.
 
   The encoder reads a source in both directions; the decoder is causal in the
   target and attends to the encoder's output. For decoding, each layer keeps a
@@ -20,8 +20,9 @@ class Seq2Seq(ModelFields):
     vocab_size: number of token ids of source and target, each of which has an
       embedding table of its own.
     max_len: longest source, and longest target.
-    embed_dim, num_layers, ..., remat: of both stacks, see `EncoderConfig`. The
-      feature map must serve causal attention, as for a `LanguageModel`.
+    embed_dim, num_layers, ..., remat: of encoder and decoder alike; see
+      `EncoderConfig`. The feature map must serve causal attention, as for a
+      `LanguageModel`.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -54,16 +55,16 @@ class Seq2Seq(ModelFields):
     decode: bool = False,
     deterministic: bool = True,
   ) -> Array:
-    """Logits of the token after each position of the target.
+    """Computes the logits of the token after each position of the target.
 
     Args:
       source: ``[B, S]`` ints in [0, vocab_size), S at most `max_len`; None,
-        with `decode`, is the source of an earlier call.
-      source_length: ``[B]`` ints: positions from there on are padding, whose
-        content has no influence; None for no padding.
+        with `decode`, means the source of an earlier call.
+      source_length: ``[B]`` ints, the number of real tokens of each source: the
+        rest is padding, whose content has no influence; None for no padding.
       target: ``[B, T]`` ints in [0, vocab_size), T at most `max_len`: a start
         token, and the tokens so far.
-      target_length: ``[B]`` ints: as `source_length`, for the target.
+      target_length: ``[B]`` ints: like `source_length`, for the target.
       decode: the target continues that of earlier calls, as for
         `LanguageModel`. The first call reads the source; later ones take None.
       deterministic: False in training: applies dropout (which needs an rng
@@ -73,8 +74,8 @@ class Seq2Seq(ModelFields):
       ``[B, T, vocab_size]`` float32.
 
     Raises:
-      ValueError: an error of `LanguageModel` about either sequence, or batches
-        that differ.
+      ValueError: an error of `LanguageModel` about either sequence, or source
+        and target of different batch sizes.
     """
     target = check_tokens(target, "target")
     memory = memory_mask = None

@@ -31,7 +31,7 @@ class SequenceEncoder(PooledFields):
     pooling: "mean" over the real positions; "cls": a learned token in front of
       the sequence, whose output is taken; "attention": a mean over the real
       positions with weights ``softmax(w . x)``, w learned.
-    pooled_norm: "batch": a `BatchNorm` of the pooled vector; "none".
+    pooled_norm: "none", or "batch": a `BatchNorm` of the pooled vector.
     batch_axis: the mapped axis over which a batch is divided, if any: see
       `BatchNorm`.
     embed_dim, num_layers, ..., remat: see `EncoderConfig`.
@@ -57,14 +57,14 @@ class SequenceEncoder(PooledFields):
 
     Args:
       tokens: ints, T at most `max_len`.
-      length: ``[B]`` ints: positions from there on are padding, whose content
-        has no influence.
+      length: ``[B]`` ints, the number of real tokens of each row: the rest is
+        padding, whose content has no influence.
       deterministic: False in training: applies dropout (which needs an rng
         "dropout") and updates running statistics.
 
     Raises:
-      ValueError: a sequence longer than `max_len`, or unknown `pooling` or
-        `pooled_norm`.
+      ValueError: a sequence longer than `max_len`, a token out of the
+        vocabulary, or unknown `pooling` or `pooled_norm`.
     """
     check_choice("pooling", self.pooling, POOLINGS)
     check_choice("pooled_norm", self.pooled_norm, POOLED_NORMS)
@@ -95,16 +95,17 @@ class SequenceEncoder(PooledFields):
 class BatchNorm(nn.Module):
   """Gives each entry of ``[B, D]`` mean 0 and variance 1 over the batch.
 
-  That removes what all examples share, which cannot tell them apart, and gives
-  the rest the scale that later layers expect (Ioffe and Szegedy, "Batch
-  Normalization", 2015). Deterministic calls use running moments, kept in the
-  collection "feature_stats". (`flax.linen.BatchNorm` would keep its moments in
-  a collection of its own, which checkpoints and training steps had to carry.)
+  That removes the part that all examples share, which cannot tell them apart,
+  and gives the rest the scale that later layers expect (Ioffe and Szegedy,
+  "Batch Normalization", 2015). Deterministic calls use running moments, kept in
+  the collection "feature_stats". (`flax.linen.BatchNorm` would keep its moments
+  in a collection of its own, which checkpoints and training steps would have to
+  carry.)
 
   Attributes:
     axis_name: the axis of `jax.pmap`, `jax.vmap` or `jax.shard_map` over which
-      the batch is divided equally: moments are those of the whole batch. None:
-      moments of the examples of this call.
+      the batch is divided equally: moments are then those of the whole batch.
+      None: moments are those of the examples of this call.
   """
 
   axis_name: str | None = None
@@ -114,7 +115,8 @@ class BatchNorm(nn.Module):
     """Maps ``[B, D]`` to ``[B, D]``, float32.
 
     Raises:
-      ValueError: a single example in training: the result would be 0.
+      ValueError: a single example in training, since its entries would all
+        become 0.
     """
     size = (1, x.shape[-1])
     scale = self.param("scale", nn.initializers.ones, size[1:])

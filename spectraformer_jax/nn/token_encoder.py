@@ -20,7 +20,7 @@ from spectraformer_jax.nn.inputs import (
 from spectraformer_jax.nn.positions import POSITIONS, next_positions, sinusoids
 from spectraformer_jax.typing import Array
 
-_DEVIATION = 0.02
+_DEVIATION = 0.02  # standard deviation of the entries of initial embeddings
 _EMBED_INIT = nn.initializers.normal(_DEVIATION)
 
 
@@ -67,13 +67,13 @@ class TokenEncoder(ModelFields, kw_only=True):
     """Maps ``[B, T]`` to ``[B, T, D]``; to ``[B, T + 1, D]`` if `prepend_cls`.
 
     Args:
-      tokens: ints, T at most `max_len`. A token at a real position outside
+      tokens: ints, T at most `max_len`. At a real position, a token outside
         [0, vocab_size) is an error if it is known before the program runs;
         otherwise its output is NaN.
       mask: ``[B, T]``, True at real positions; None for all.
       segment_ids: ints ``[B, T]`` of packed rows: attention stays inside each
         segment, and positions start at 0 in each.
-      memory: ``[B, S, E]``, with `attends_memory`.
+      memory: ``[B, S, E]``; needs `attends_memory`.
       memory_mask: ``[B, S]``, True at real positions of the memory; None for
         all.
       decode: continue the sequence of earlier calls; see `LanguageModel`.
@@ -141,7 +141,7 @@ class TokenEncoder(ModelFields, kw_only=True):
   ) -> Array:
     """Returns ``[B, T, D]``, or ``[1, T, D]`` if all rows have the same.
 
-    NaN at positions from `max_len` on.
+    The embedding is NaN at positions from `max_len` on.
     """
     table = self.param(
       "position_embedding",
@@ -156,6 +156,6 @@ class TokenEncoder(ModelFields, kw_only=True):
 
 
 def _sinusoids_init(rng: Array, shape: tuple[int, int], dtype: Any) -> Array:
-  """`sinusoids` with the deviation of other embeddings."""
+  """Returns `sinusoids`, with the standard deviation of other embeddings."""
   del rng
   return (_DEVIATION * sinusoids(*shape)).astype(dtype)
