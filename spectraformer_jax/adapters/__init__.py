@@ -1,4 +1,4 @@
-"""Spectral attention in the places where other attention functions go."""
+"""Spectral attention in place of the attention functions of Flax and JAX."""
 
 from spectraformer_jax.adapters.attention_fns import (
   as_attention_fn,

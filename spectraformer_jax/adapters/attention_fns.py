@@ -1,7 +1,7 @@
 """Spectral attention with the signatures of other attention functions.
 
 Both adapters take masks over query and key positions. Linear attention can
-honour masks that one pass over the keys, in some order, can follow: see
+honour a mask only if one pass over the keys, in some order, can follow it: see
 `mask_forms`. Any other mask is refused (see `as_attention_fn`).
 """
 
@@ -25,7 +25,8 @@ class AttentionFn(Adapter):
   """What `as_attention_fn` returns.
 
   Attributes:
-    is_causal: query i sees keys 0..i, whatever the mask says.
+    is_causal: applies the causal triangle besides the mask; see
+      `as_attention_fn`.
   """
 
   is_causal: bool = False
@@ -47,8 +48,8 @@ class AttentionFn(Adapter):
     is_causal: bool = False,
   ) -> Float[Array, "*batch T NG V"]:
     """Attends, with the arguments that Flax passes to its attention_fn."""
-    # Products take place in float32 at the highest precision, whatever
-    # `precision` says, where it matters.
+    # `precision` has no effect: products whose precision matters are always in
+    # float32 at the highest precision.
     del broadcast_dropout, dropout_rng, precision
     if dropout_rate and not deterministic:
       raise ValueError(
@@ -74,9 +75,10 @@ class AttentionFn(Adapter):
 def _say_positions(
   masks: list[ArrayLike], length: int, num_keys: int, is_causal: bool
 ) -> bool:
-  """Whether the rows of a mask, and no triangle, say which keys came before.
+  """Whether the rows of a mask, not a triangle, say which keys queries see.
 
-  So they do with a cache: a triangle would begin at its first key.
+  That is so with a cache of keys: a triangle would place the first query at the
+  first key of the cache, but queries stand at later keys.
   """
   if length == num_keys or length == 1:
     return length != num_keys and bool(masks)
@@ -143,32 +145,34 @@ def as_attention_fn(
 
   It honours masks of real queries and real keys, the causal triangle, packed
   rows (``make_attention_mask(ids, ids, jnp.equal)``), and their combinations,
-  also over the keys of a cache: all masks in which the sets of keys that any
-  two queries see are nested or disjoint, in groups. A `bias` of 0 and -inf (or
-  the least float) is such a mask, too. Data-dependent components and
-  `cosformer` take masks of real queries and real keys, and the triangle, only.
+  also over the keys of a cache: all masks whose queries form groups, so that
+  the sets of keys that queries see are nested within a group and disjoint
+  between groups. A `bias` of 0 and -inf (or the least float) counts as a mask,
+  too. Data-dependent components take masks of real queries and real keys only,
+  unless `stats` is given; `cosformer` takes no packed rows.
 
   It refuses any other mask or bias, dropout of attention weights, and
-  `sow_weights`. A traced mask cannot be looked at before the program runs: if
-  it is one to refuse, outputs and gradients of its examples are NaN, and under
-  ``jax_debug_nans`` the error is raised. Queries that see no key give zeros
-  (softmax gives them the mean of all values).
+  `sow_weights`. A traced mask is not known before the program runs: where it
+  cannot be honoured, outputs and gradients of the examples concerned are NaN,
+  and ``jax_debug_nans`` turns the NaN into an error. Queries that see no key
+  give zeros (softmax gives them the mean of all values).
 
   Args:
     feature_map: from `sf.feature_map` or `sf.compose`.
-    variables: from ``feature_map.init(rng, head_dim=H, num_heads=N)``, N heads
-      of the keys, or 1 to share. They are part of the returned record. To learn
-      them, make the record inside the function that is differentiated.
+    variables: from ``feature_map.init(rng, head_dim=H, num_heads=N)``, N the
+      number of key heads, or 1 for the same features in all heads. They are
+      part of the returned record. To learn them, make the record inside the
+      function that is differentiated.
     stats: data-dependent parameters; see `spectral_attention`.
     is_causal: query i sees keys 0..i. Set it if the mask is causal: finding the
       triangle in a traced mask doubles the cost. If T != S, as with a cache,
       the rows of a mask say which keys a query sees instead.
 
   Returns:
-    A frozen record that compares and hashes by its fields and can be pickled; a
-    function of query ``[..., T, N G, H]``, key ``[..., S, N, H]``, value
-    ``[..., S, N, V]`` and the keyword arguments that those modules pass, which
-    returns ``[..., T, N G, V]``.
+    A frozen record that compares and hashes by its fields and can be pickled.
+    It is a function of query ``[..., T, N G, H]``, key ``[..., S, N, H]``,
+    value ``[..., S, N, V]`` and the keyword arguments that Flax's modules pass,
+    and returns ``[..., T, N G, V]``.
 
   Raises:
     ValueError: `is_causal` with statistics of the whole sequence; when called,
@@ -199,19 +203,19 @@ def as_dot_product_attention(
   """Makes a function with the signature of `jax.nn.dot_product_attention`.
 
   It honours `mask` (bool, broadcast against ``[B, N, T, S]``) and `bias` in the
-  cases that `as_attention_fn` lists; `scale`; `is_causal` (from the top left if
-  T != S); `query_seq_lengths` and `key_value_seq_lengths`; grouped queries; and
-  arrays without batch axis. It refuses `local_window_size`, `return_residual`
-  and implementation="cudnn".
+  cases that `as_attention_fn` lists; `scale`; `is_causal` (query i sees keys
+  0..i, also if T != S); `query_seq_lengths` and `key_value_seq_lengths`;
+  grouped queries; and arrays without batch axis. It refuses
+  `local_window_size`, `return_residual` and implementation="cudnn".
 
   Args:
     feature_map: from `sf.feature_map` or `sf.compose`.
-    variables: from ``feature_map.init(rng, head_dim=H, num_heads=N)``, N heads
-      of the keys, or 1 to share.
+    variables: from ``feature_map.init(rng, head_dim=H, num_heads=N)``, N the
+      number of key heads, or 1 for the same features in all heads.
     stats: data-dependent parameters; see `spectral_attention`.
 
   Returns:
-    A frozen record, as that of `as_attention_fn`.
+    A frozen record, like that of `as_attention_fn`.
 
   Example:
     >>> import jax, spectraformer_jax as sf

@@ -39,7 +39,7 @@ def attend(
   key_lengths: Array | None = None,
   **options: Any,
 ) -> Array:
-  """`spectral_attention` with any batch axes, and a mask over queries and keys.
+  """Calls `spectral_attention`, with any batch axes, under a mask ``[T, S]``.
 
   Args:
     adapter: holds the feature map, its variables and stats.
@@ -47,11 +47,12 @@ def attend(
     key: ``[batch..., S, N, H]``.
     value: ``[batch..., S, N, V]``.
     mask: broadcast against ``[batch..., N G, T, S]``; None for all True.
-    bias: 0 where `mask` is True and -inf where it is False.
+    bias: another mask, 0 where a key is seen and -inf where not; a query sees
+      the keys that both masks let it see.
     is_causal: query i sees keys 0..i, within the mask.
     must_be_bool: refuses masks of numbers.
     query_lengths: ``[B]`` ints: later queries give zeros.
-    key_lengths: ``[B]`` ints: nobody sees later keys.
+    key_lengths: ``[B]`` ints: no query sees later keys.
     **options: other arguments of `spectral_attention`.
 
   Returns:
@@ -84,7 +85,8 @@ def attend(
     options,
   )
   if call.is_positional and visible is None and call.key_mask is not None:
-    # A single query stands at the last key that it sees.
+    # Features depend on positions: turn the lengths into a mask, because a
+    # single query stands at the last key that its mask lets it see.
     visible = call.key_mask[:, None, None]
   if visible is None:
     out = call.attend_product(None, None, is_causal)
@@ -92,7 +94,7 @@ def attend(
     out, is_honoured = _attend_masked(call, visible, is_causal)
     is_honoured = is_honoured & is_valid
     if not isinstance(is_honoured, np.ndarray):
-      # A factor, not a choice: it makes gradients NaN as well.
+      # Multiply instead of choosing values: that makes gradients NaN, too.
       factor = jnp.where(is_honoured, 1.0, jnp.nan).astype(out.dtype)
       out = out * factor[:, None, None, None]
     elif not is_honoured.all():
@@ -120,7 +122,8 @@ def _attend_masked(
   length, num_keys = call.query.shape[1], visible.shape[3]
   is_for_all_heads = (visible == visible[:, :1]).all(axis=(1, 2, 3))
   visible = visible[:, 0]
-  # With a cache of keys, the mask also says where the single query stands.
+  # If features depend on positions, the mask of a single query over the keys of
+  # a cache also says at which key the query stands.
   is_in_cache = call.is_positional and length == 1 != num_keys and not is_causal
   if visible.shape[1] == 1 and not is_in_cache:
     out = call.attend_product(None, visible[:, 0], is_causal)
@@ -144,8 +147,10 @@ def _attend_masked(
 def _attend_known(
   call: "_Call", visible: MaskArray, is_causal: bool
 ) -> tuple[Array, MaskArray]:
-  """Attends under a mask ``[B or 1, T, S]`` of the first form that fits."""
+  """Attends under a mask ``[B or 1, T, S]``, by the first form that fits it."""
   is_square = visible.shape[1] == visible.shape[2]
+  # Try the call's `is_causal` first. A square mask may be causal although the
+  # call is not; any other mask may need no triangle although the call has one.
   for triangle in dict.fromkeys((is_causal, is_square)):
     if triangle and not call.can_be_causal:
       continue
@@ -157,13 +162,14 @@ def _attend_known(
     form = find_form(visible)
     if form.matches.all():
       return attend_form(form), form.matches
+  # No form fits: the caller refuses the mask and ignores this output.
   return call.attend_product(None, None, False), np.zeros(1, bool)
 
 
 def _attend_unknown(
   call: "_Call", visible: MaskArray, is_causal: bool
 ) -> tuple[Array, MaskArray]:
-  """Attends under a mask ``[B or 1, T, S]``: as a product, else one form."""
+  """Attends under a mask ``[B or 1, T, S]``: a product, or else one form."""
   form = mask_forms.product_form(visible, is_causal)
 
   def attend_product() -> tuple[Array, MaskArray]:
@@ -176,8 +182,8 @@ def _attend_unknown(
     return attend_product()
   find_form, attend_form = others[0]
 
-  # Recomputed in the backward pass: it would else need memory for values of
-  # this branch beside those of the first, of which only one runs.
+  # Recompute this branch in the backward pass. Otherwise memory would be needed
+  # for the values of both branches, although only one of them runs.
   @jax.checkpoint
   def attend_other() -> tuple[Array, MaskArray]:
     form = find_form(visible)
@@ -195,7 +201,8 @@ class _Call:
     query: ``[B, T, N G, H]``.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
-    query_mask: bool ``[B, T]``, False where queries give zeros; None for none.
+    query_mask: bool ``[B, T]``, False where queries give zeros; None for all
+      True.
     key_mask: bool ``[B, S]``, True where a key may be seen; None for all.
     options: other arguments of `spectral_attention`.
   """
@@ -215,14 +222,14 @@ class _Call:
 
   @property
   def can_be_causal(self) -> bool:
-    """Whether attention needs no statistics of the whole sequence."""
+    """Whether features need no statistics of the whole sequence."""
     adapter = self.adapter
     return adapter.stats is not None or not adapter.feature_map.info.needs_stats
 
   def other_forms(
     self, is_square_and_causal: bool
   ) -> list[tuple[Callable[[MaskArray], Form], Callable[[Form], Array]]]:
-    """Lists forms that are no products, each with the way to attend."""
+    """Lists, for forms that are no products, how to find them and attend."""
     if not self.can_be_causal:
       return []
     if self.is_positional:
@@ -233,7 +240,7 @@ class _Call:
     return [(mask_forms.segment_form, self.attend_segments), *chains]
 
   def run(self, is_causal: bool, segment_ids: Array | None = None) -> Array:
-    """Attends under the masks of queries and of keys alone."""
+    """Attends under `query_mask` and `key_mask`."""
     return spectral_attention(
       self.query,
       self.key,
@@ -266,7 +273,10 @@ class _Call:
     return call.run(is_causal)
 
   def with_as_many_keys(self) -> "_Call":
-    """Drops or pads keys to as many as there are queries, for causal calls."""
+    """Drops or pads keys to as many as there are queries, for causal calls.
+
+    Query i sees keys 0..i only, so no query sees the keys that are dropped.
+    """
     length, num_keys = self.query.shape[1], self.key.shape[1]
     if length == num_keys:
       return self
@@ -285,17 +295,17 @@ class _Call:
     return call.run(True, ids)
 
   def attend_chain(self, form: Form) -> Array:
-    """Attends to keys of the same group, of at most the query's rank."""
+    """Attends to the keys of a query's group whose rank is at most its own."""
     return self._on_shards(_attend_sorted, form)
 
   def attend_positions(self, form: Form) -> Array:
-    """Attends from the keys' positions at which the queries stand."""
+    """Attends causally, each query from the position of its last key."""
     return self._on_shards(_attend_in_place, form)
 
   def _on_shards(
     self, attend: Callable[["_Call", Form], Array], form: Form
   ) -> Array:
-    """Attends to the examples and heads of each device of an Explicit mesh."""
+    """Calls `attend` for each device's examples and heads; see `on_shards`."""
 
     def on_one_device(
       query: Array,
@@ -305,6 +315,7 @@ class _Call:
       stats: PyTree,
       masks: tuple[Form, MaskArray, MaskArray],
     ) -> tuple[Array, tuple[()]]:
+      """Returns the output; () since there is no state."""
       form, query_mask, key_mask = masks
       adapter = dataclasses.replace(
         self.adapter, variables=variables, stats=stats
@@ -328,8 +339,8 @@ class _Call:
 def _attend_sorted(call: _Call, form: Form) -> Array:
   """Sorts keys and queries into one causal sequence, and attends.
 
-  They are sorted by group, then by rank, keys before queries. Keys come with
-  masked queries, and queries with masked keys.
+  They are sorted by group, then by rank, keys before queries. At the position
+  of a key the query is masked, and at the position of a query the key is.
   """
   batch, length = call.query.shape[:2]
   num_keys = call.key.shape[1]
@@ -343,6 +354,7 @@ def _attend_sorted(call: _Call, form: Form) -> Array:
       (form.key_rank, form.query_rank),
     )
   )
+  # Keys have smaller indices, so they come before queries of equal rank.
   index = jnp.zeros_like(group) + jnp.arange(num_keys + length)[None]
   order = jnp.lexsort((index, rank, group), axis=1)
   query, query_mask = (
@@ -361,7 +373,7 @@ def _attend_sorted(call: _Call, form: Form) -> Array:
 
 
 def _attend_in_place(call: _Call, form: Form) -> Array:
-  """Moves queries to their positions among the keys, attends, moves back."""
+  """Attends with each query moved to its position among the keys."""
   call = call.masked(form.query_mask, form.key_mask)
   position = jnp.broadcast_to(form.query_rank, call.query.shape[:2])
   is_at = position[:, None] == jnp.arange(call.key.shape[1])[None, :, None]
@@ -376,7 +388,7 @@ def _attend_in_place(call: _Call, form: Form) -> Array:
 
 
 def _both(mask: MaskArray, other: MaskArray, x: Array) -> MaskArray:
-  """Combines masks of the positions of x to ``[B, T]``; None is all True."""
+  """Joins two masks of x's positions to one ``[B, T]``; None is all True."""
   if mask is None or other is None:
     mask = other if mask is None else mask
   else:

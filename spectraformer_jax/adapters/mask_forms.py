@@ -1,8 +1,8 @@
 """Forms of masks that linear attention can honour, and how to recognise them.
 
-The content of a mask is either known while a program is built, and then a NumPy
-array, or only when the program runs. The functions here serve both: they use
-the array's own module, `xp`.
+The content of a mask is known either while a program is built (then the mask is
+a NumPy array) or only when the program runs (then it is a JAX array). The
+functions here serve both: they use the array's own module, `xp`.
 """
 
 import math
@@ -15,7 +15,8 @@ import numpy as np
 from spectraformer_jax import checks
 
 # Content of a mask: a NumPy array if it is known while the program is built,
-# else a jax.Array. What NumPy's stubs say of the operations here differs.
+# else a jax.Array. The type is Any because the type stubs of NumPy and JAX
+# disagree on the operations used here.
 MaskArray: TypeAlias = Any
 
 # A bias of at most this hides a key as well as -inf does: beside any score,
@@ -32,10 +33,11 @@ class Form(NamedTuple):
   """A mask ``[B or 1, T, S]``, in terms that linear attention can follow.
 
   A query sees the keys of its own group whose rank is at most its own. Groups
-  and ranks are None where all are equal.
+  are None if all are one group. Ranks are None if all keys are seen, or if the
+  positions of keys and queries stand in for them.
 
   Attributes:
-    matches: bool ``[B or 1]``: whether the mask has this form. Where it has
+    matches: bool ``[B or 1]``: whether the mask has this form. Where it does
       not, the other fields mean nothing.
     query_mask: bool ``[B or 1, T]``: queries that see any key.
     key_mask: bool ``[B or 1, S]``: keys that any query sees.
@@ -71,7 +73,7 @@ def read_mask(
 
   Returns:
     Visible keys, bool ``[B or 1, N or 1, T or 1, S]``; and bool ``[B or 1]``,
-    False where the mask has negative entries, and so must be something else.
+    False where entries are negative, so that they cannot be those of a mask.
 
   Raises:
     ValueError: another shape or dtype, or entries known to be negative.
@@ -124,7 +126,11 @@ def _known(x: MaskArray) -> MaskArray:
 def _with_four_axes(
   name: str, x: MaskArray, shape: tuple[int, ...]
 ) -> MaskArray:
-  """Broadcasts x, which fits `shape`, to ``[B or 1, N or 1, T or 1, S]``."""
+  """Broadcasts x to ``[B or 1, N or 1, T or 1, S]``, with sizes of `shape`.
+
+  Raises:
+    ValueError: x cannot be broadcast to `shape`.
+  """
   own_shape = x.shape
   extra = len(own_shape) - len(shape)
   if extra > 0 and set(own_shape[:extra]) == {1}:
@@ -150,7 +156,8 @@ def _with_four_axes(
 def _form(visible: MaskArray, allowed: MaskArray, **fields: MaskArray) -> Form:
   """Makes a form whose queries see keys where `allowed` ``[B or 1, T, S]``.
 
-  Queries that see no key, and keys that no query sees, are masked besides.
+  It also masks queries that see no key, and keys that no query sees. It matches
+  where the result equals `visible`.
   """
   query_mask, key_mask = visible.any(axis=2), visible.any(axis=1)
   allowed = allowed & query_mask[:, :, None] & key_mask[:, None]
@@ -165,6 +172,7 @@ def product_form(visible: MaskArray, is_causal: bool) -> Form:
     visible: bool ``[B or 1, T, S]``; if causal, within the triangle.
     is_causal: whether there is a triangle.
   """
+  # A triangle of size (1, 1) is one True, for all queries and keys.
   size = visible.shape[1:] if is_causal else (1, 1)
   return _form(visible, triangle(*size)[None])
 
@@ -173,7 +181,8 @@ def segment_form(visible: MaskArray) -> Form:
   """Recognises packed rows under the causal triangle, T == S, as groups.
 
   The group of a query is the first key that it sees; the group of a key is that
-  of the first query that sees it.
+  of the first query that sees it. A query and a key at the same position have
+  one group: that of the key, or that of the query if no query sees the key.
   """
   xp = module_of(visible)
   first_key = visible.argmax(axis=2)
@@ -186,12 +195,14 @@ def segment_form(visible: MaskArray) -> Form:
 
 
 def chain_form(visible: MaskArray) -> Form:
-  """Recognises queries whose sets of keys are nested or disjoint, in groups.
+  """Recognises groups of queries that see nested sets of keys.
 
-  Such masks are packed rows, causal or not, a prefix that all queries see, and
-  keys of a cache. The group of a query is the key, among those it sees, that
-  most queries see; the rank of a query is its number of keys, and the rank of
-  a key is the least rank of the queries that see it.
+  The sets are nested within a group, and disjoint between groups. Examples are
+  packed rows, causal or not, a prefix that all queries see, and the keys of a
+  cache. The group of a query is the key, among those it sees, that most queries
+  see; the group of a key is that of a query that sees it. The rank of a query
+  is the number of keys it sees, and the rank of a key is the least rank of the
+  queries that see it.
   """
   xp = module_of(visible)
   num_keys, num_viewers = visible.sum(axis=2), visible.sum(axis=1)
@@ -213,10 +224,10 @@ def chain_form(visible: MaskArray) -> Form:
 
 
 def position_form(visible: MaskArray) -> Form:
-  """Recognises queries at positions of keys, which see the keys up to there.
+  """Recognises queries that stand at keys and see all keys up to their own.
 
-  The rank of a query is its position: that of the last key it sees. No two
-  queries stand at the same position.
+  The rank of a query is its position: that of the last key it sees. The rank of
+  a key is its own position. No two queries stand at the same position.
   """
   num_keys = visible.shape[2]
   rank = num_keys - 1 - visible[:, :, ::-1].argmax(axis=2)

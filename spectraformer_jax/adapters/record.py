@@ -1,4 +1,4 @@
-"""The record that both adapters are: a feature map with its variables."""
+"""Base of both adapters: a record of a feature map and its variables."""
 
 import dataclasses
 from collections.abc import Hashable
@@ -18,8 +18,8 @@ from spectraformer_jax.typing import FeatureVariables, PyTree
 class Adapter:
   """A record that compares by content, so that equal ones share a program.
 
-  The hash depends on shapes alone; the content of arrays is compared only where
-  they are not the same objects.
+  Of arrays, the hash depends on shapes and dtypes alone. Equality compares the
+  content of two arrays only if they are not the same object.
 
   Attributes:
     feature_map: from `sf.feature_map` or `sf.compose`.
@@ -35,7 +35,7 @@ class Adapter:
     return jax.tree.leaves((self.variables, self.stats))
 
   def _static(self) -> Hashable:
-    """Everything but the content of arrays."""
+    """Returns everything but the content of arrays."""
     arrays = {"variables", "stats"}
     fields = {k: v for k, v in vars(self).items() if k not in arrays}
     structure = jax.tree.structure((self.variables, self.stats))
@@ -61,7 +61,7 @@ class Adapter:
 
 
 def _equal(leaf: Any, other: Any) -> bool:
-  """Whether two leaves are one array, or have the same known content."""
+  """Whether two leaves are the same object, or have the same known content."""
   if leaf is other:
     return True
   x, y = checks.concrete(leaf), checks.concrete(other)
