@@ -1,7 +1,8 @@
 """Attention whose weights are dot products of features, by sums over keys.
 
 Read `reference` first. `api` checks arguments, `implementations` chooses among
-`reference`, `xla` (the default) and `pallas`; `state` goes from call to call.
+`reference`, `xla` (the default) and `pallas`. `state` defines the sums that one
+call passes to the next.
 """
 
 from spectraformer_jax.linear_attention.api import linear_attention

@@ -92,8 +92,8 @@ def linear_attention(
       multiple of the keys' heads (grouped-query attention).
     key_features: psi, ``[B, S, N, F]``.
     value: ``[B, S, N, V]``.
-    is_causal: query i sees keys 0..i. No query sees keys from T on, and queries
-      from S on see all keys.
+    is_causal: query i sees keys 0..i. If S > T, no query sees the keys from T
+      on; if T > S, the queries from S on see all keys.
     key_mask: ``[B, S]`` bool, True where a key is visible. Hidden keys and
       values may hold anything, NaN included.
     segment_ids: ints ``[B, T]`` of packed rows (T == S), or a pair
@@ -175,7 +175,8 @@ class AttendOptions:
     return_state: see `linear_attention`.
     chunk_size: see `linear_attention`.
     implementation: names to try, in order.
-    is_signed: features can be negative: guard the normalizer.
+    is_signed: whether features can be negative; the normalizer is then kept
+      away from zero.
   """
 
   is_causal: bool
@@ -189,7 +190,7 @@ class AttendOptions:
 def _linear_attention(
   options: AttendOptions, initial_state: State | None, arrays: AttentionArrays
 ) -> tuple[Array, State | None]:
-  """Computes `linear_attention` of checked arguments."""
+  """Computes `linear_attention`, given checked arguments."""
 
   def on_one_device(
     query: Array,
@@ -229,10 +230,10 @@ def attend(
   initial_state: State | None,
   arrays: AttentionArrays,
 ) -> tuple[Array, State | None]:
-  """Maps and attends.
+  """Maps queries and keys to features, and attends.
 
   Args:
-    maps: feature maps of the two sides, static.
+    maps: feature maps of queries and keys, static.
     options: see `AttendOptions`.
     constants: variables of the maps; they take gradients.
     initial_state: see `linear_attention`.
@@ -254,6 +255,7 @@ def attend(
         "a state is the sum of one row."
       )
   if key_mask is not None:
+    # Hidden keys may hold NaN, and 0 times NaN is NaN.
     is_visible = key_mask[:, :, None, None]
     key, value = jnp.where(is_visible, key, 0), jnp.where(is_visible, value, 0)
   batch, length, all_heads, _ = query.shape
@@ -297,7 +299,7 @@ def start(
 
 
 def _check_state(state: State, expected: State) -> None:
-  """Raises ValueError unless the state has this map's kind and sizes."""
+  """Raises ValueError unless the state has the expected kind and sizes."""
   if not isinstance(state, State):
     raise ValueError(
       "initial_state must be a State, as init_state and return_state make it, "

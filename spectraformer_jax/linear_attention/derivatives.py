@@ -1,9 +1,9 @@
-"""A backward pass written by hand, in a function with all other derivatives.
+"""Functions with a hand-written backward pass and all other derivatives.
 
 `jax.custom_vjp` would forbid forward mode, and its second derivatives would be
 wrong: they would differentiate the backward pass, which reads saved results as
-if they were constants. Here JAX sees a linear map whose transpose is the
-backward pass, and takes every other derivative of the exact function.
+if they were constants. Here the derivative is a linear map whose transpose is
+the backward pass, and JAX takes every other derivative from the exact function.
 """
 
 import dataclasses
@@ -28,26 +28,27 @@ def with_backward(
   backward: Callable[[tuple, PyTree, PyTree], tuple],
   exact: Callable[..., tuple[PyTree, PyTree]],
 ) -> Callable[..., Any]:
-  """Returns a function that `forward` computes and `backward` transposes.
+  """Returns the function of `forward`, with `backward` as its backward pass.
 
   Args:
     forward: takes the inputs; returns the output and what `backward` needs.
     backward: takes the inputs, what `forward` saved, and the gradient of the
       output (None for leaves that are not float); returns the gradients of the
       inputs, a tuple of the same structure.
-    exact: does the same as `forward` in ordinary JAX, which differentiates its
-      output in forward mode and for derivatives of higher order.
+    exact: does the same as `forward` in ordinary JAX. Forward mode and
+      derivatives of higher order differentiate its output.
   """
   run = jax.custom_jvp(forward)
 
   def jvp(inputs: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     out, saved = run(*inputs)
     flat_tangents, in_tree = jax.tree.flatten(tangents)
+    # An input moves if its tangent is not known to be zero.
     moves = [not isinstance(t, SymbolicZero) for t in flat_tangents]
     depends, tree = jax.tree.flatten((inputs, out, saved))
 
     def of_moving(depends: list[Array]) -> tuple[Callable, list[Array]]:
-      """Returns the exact output as a function of moving inputs, and these."""
+      """Returns the exact output as a function of moving inputs, and those."""
       flat = jax.tree.leaves(tree.unflatten(depends)[0])
 
       def function(moving: list[Array]) -> list[Array]:
@@ -93,7 +94,7 @@ def with_backward(
 
 
 def _no_tangent(x: Array) -> SymbolicZero:
-  """Returns the tangent of an array that does not move."""
+  """Returns the zero tangent, that of an array that does not move."""
   return SymbolicZero(jax.typeof(x).to_tangent_aval())
 
 
@@ -120,9 +121,9 @@ class _Linear:
     exact: the same map, differentiable by the arrays that it depends on.
     apply_transposed: its transpose as it is computed.
     exact_transposed: its transpose, differentiable likewise.
-    arguments: which of the arrays that it depends on have the types of its
-      linear arguments.
-    results: which of them have the types of its results.
+    arguments: for each linear argument, the place of an array of the same type
+      among those that the map depends on.
+    results: for each result, the place of such an array.
   """
 
   apply: LinearFn
@@ -149,7 +150,7 @@ class _Linear:
     )
 
   def over(self, axes: list[int | None]) -> "_Linear":
-    """Returns the map of a batch, given the axes of what it depends on."""
+    """Returns the map over a batch, given the batch axes of its arrays."""
     batched = lambda function: jax.vmap(function, in_axes=(axes, 0))
     return _Linear(
       batched(self.apply),
@@ -206,7 +207,7 @@ ad.primitive_jvps[_linear_p] = _push_forward
 def _pull_back(
   gradients: Sequence, *arrays: Any, linear: _Linear
 ) -> list[Array | None]:
-  """Applies the transpose."""
+  """Applies the transpose of the map to gradients of its results."""
   depends, arguments = linear.parts(arrays)
   pulled = _linear_p.bind(
     *depends, *map(ad.instantiate_zeros, gradients), linear=linear.transposed()
@@ -228,8 +229,8 @@ def _over_axis(
 ) -> tuple[list[Array], list[int]]:
   """Batches the map.
 
-  Linear arguments, and the arrays whose types stand for those of arguments and
-  results, are batched in any case; the others where they are.
+  Linear arguments, and the arrays that give the types of arguments and results,
+  always get a batch axis. Other arrays have one only if they came with it.
   """
   (size,) = {
     x.shape[axis]

@@ -23,7 +23,8 @@ def attend_empty(
 ) -> Any:
   """Attends with one zero on each axis of size 0, and cuts it off again.
 
-  A query that sees no key gives zeros, and no key leaves the state as it was.
+  A query that sees no key gives zeros. A call without keys leaves the state as
+  it was.
 
   Args:
     attention: takes all other arguments.
@@ -33,7 +34,7 @@ def attend_empty(
     key_mask: ``[B, S]`` bool or None.
     initial_state: a state or None.
     return_state: also return the state.
-    **others: trees of arrays whose axes of size 0 get a zero, too.
+    **others: other arguments; axes of size 0 of their arrays get a zero, too.
 
   Returns:
     The results of `attention`.
@@ -66,7 +67,7 @@ def attend_empty(
 
 
 def _filled_state(state: State | None) -> State | None:
-  """Fills a state; the last column of `rest` belongs to no value dim."""
+  """Fills a state; for V = 0, `rest` gets a column before that of `total`."""
   filled = jax.tree.map(_filled, state)
   if state is None or state.rest is None or state.kv.shape[-1]:
     return filled

@@ -1,7 +1,7 @@
 """Floats as a mantissa near 1 times a whole power of two, without rounding.
 
-Features are exponentials and leave the range of float32. A power of two can be
-divided out of them and of the sums over them, and cancels later without
+Features are exponentials, which can leave the range of float32. So features and
+sums over them are divided by a power of two, which later cancels without
 rounding. Results therefore do not depend on which key had the largest exponent,
 nor on how a sequence was split. (Terms 2^150 times smaller than the largest
 one are lost.)
@@ -17,24 +17,28 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 from spectraformer_jax.typing import Array
 
-# The exponent of a state without keys: below every real one, exact in float32.
+# The exponent of a state without keys: below that of every key, and exact in
+# float32.
 LOWEST = -(2.0**30)
 
 # The exponent of a visible key is at least this, however small its features
 # are, so that a state with keys never looks empty.
 LOWEST_SEEN = -(2.0**29)
 
-# Sums of a query's and a key's exponent from here on are not exact in float32.
+# If a query's and a key's exponent add up to this or more, their sum is not
+# exact in float32.
 TOO_LARGE = 2.0**28
 
-# The exponents to which the largest key feature and the largest feature of each
-# query are scaled: as far from underflow as sums over 2^20 keys and 2^8
-# features allow.
+# Each key feature is scaled so that its largest value over the keys is about
+# 2^KEY_EXPONENT, and each query so that its largest feature is about
+# 2^QUERY_EXPONENT. Both are as far above underflow as sums over 2^20 keys and
+# 2^8 features allow.
 KEY_EXPONENT = 30.0
 QUERY_EXPONENT = 40.0
 
-# Query features below 2^-126 underflow, and a key feature is 2^31 at most. A
-# normalizer below this may consist of the remains of such products alone.
+# Query features below 2^-126 underflow to 0, and a key feature is at most 2^31.
+# So products below 2^-95 may be lost, and a normalizer below 2^-95 may have
+# lost its largest terms.
 SMALLEST_NORMALIZER = 2.0**-95
 
 # log(2) in two parts. The first has 16 bits, so that whole numbers times it are
@@ -42,6 +46,7 @@ SMALLEST_NORMALIZER = 2.0**-95
 _LOG_2_HIGH = 0.693145751953125
 _LOG_2_LOW = math.log(2.0) - _LOG_2_HIGH
 
+# Half of log(2), and a little more for rounding.
 _LIMIT = 0.501 * math.log(2.0)
 _EXP_COEFFICIENTS = tuple(
   Chebyshev.interpolate(np.exp, 6, domain=[-_LIMIT, _LIMIT])
@@ -53,8 +58,8 @@ _EXP_COEFFICIENTS = tuple(
 def whole_exponent(log_magnitude: Array) -> Array:
   """Returns n where 2^n is the power nearest to ``exp(log_magnitude)``.
 
-  No gradient flows through it. n never decreases with `log_magnitude`, so the
-  largest exponent is that of the largest value.
+  No gradient flows through n. A larger `log_magnitude` never has a smaller n,
+  so the largest exponent is that of the largest value.
   """
   bits = jax.lax.stop_gradient(log_magnitude) * math.log2(math.e)
   return jnp.floor(bits + 0.5)
@@ -98,6 +103,6 @@ def power_of_two(exponent: Array, largest: float = 127.0) -> Array:
 
 
 def exponent_of(x: Array) -> Array:
-  """Returns the whole n with 2^n <= |x| < 2^(n+1), as float32; -127 for 0."""
+  """Returns the whole n with 2^n <= |x| < 2^(n+1), in float32; -127 for 0."""
   bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
   return ((bits >> 23) - 127).astype(jnp.float32)

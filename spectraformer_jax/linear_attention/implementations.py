@@ -1,4 +1,4 @@
-"""The ways to attend, and which of them runs."""
+"""All implementations of attention, and the choice of the one that runs."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from spectraformer_jax.typing import Array
 
 
 class Implementation(NamedTuple):
-  """One way to attend.
+  """One implementation of attention.
 
   Attributes:
     run: returns outputs ``[B, T, N, G, V]``, in float32 or value's dtype, and
@@ -25,8 +25,9 @@ class Implementation(NamedTuple):
   refuses: Callable[[Call], str | None] = lambda call: None
 
 
-# In the order in which implementation=None tries them. "xla" takes everything,
-# so Pallas runs only where it is named, until a measurement speaks for it.
+# In the order in which implementation=None tries them. "xla" takes every call,
+# so Pallas runs only where the caller names it. The order may change once a
+# measurement shows that Pallas is faster.
 IMPLEMENTATIONS: dict[str, Implementation] = {
   "xla": Implementation(xla.attend),
   "reference": Implementation(reference.attend),
@@ -53,7 +54,7 @@ def run_first(names: Sequence[str], call: Call) -> tuple[Array, State]:
 
 
 def names_of(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
-  """Returns the names to try, in order; ValueError for an unknown one."""
+  """Returns the names to try, in order; raises ValueError for unknown ones."""
   if implementation is None:
     return tuple(IMPLEMENTATIONS)
   is_one = isinstance(implementation, str)

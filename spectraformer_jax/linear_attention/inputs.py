@@ -1,4 +1,4 @@
-"""What every implementation is given: feature maps, a state, and arrays."""
+"""The arguments of every implementation: feature maps, a state, and arrays."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,8 +45,8 @@ class Inputs(NamedTuple):
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     key_mask: ``[B, S]`` bool, True for visible keys; None: all are visible.
-    segment_ids: segments of packed rows, of queries ``[B, T]`` and keys
-      ``[B, S]``; None: each row is one segment.
+    segment_ids: ids of the segments of packed rows, for queries ``[B, T]`` and
+      keys ``[B, S]``; None: each row is one segment.
   """
 
   query: Array
@@ -62,15 +62,15 @@ class Inputs(NamedTuple):
 
 
 class Call(NamedTuple):
-  """One call of the engine: what every implementation takes.
+  """The arguments of one call, which every implementation takes.
 
   Attributes:
     maps: the feature maps.
     chunk_size: positions in a chunk or block; None: the fastest sizes.
     constants: variables of the maps.
-    state: sums over the keys that came before; empty with segments.
-    inputs: arrays whose shapes agree.
-    is_causal: query i sees keys 0..i.
+    state: sums over the keys that came before; empty if there are segments.
+    inputs: the arrays; their shapes agree.
+    is_causal: whether query i sees keys 0..i only.
   """
 
   maps: Maps

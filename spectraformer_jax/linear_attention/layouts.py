@@ -3,7 +3,7 @@
 Which hint is fast depends on the platform; results do not. Layouts are given
 only in programs of one device, or of one device inside `jax.shard_map`: the
 partitioner of other programs does not know the operation and gathers the whole
-array. An exported program must not hold one.
+array. An exported program must not contain a layout.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,10 +42,10 @@ def turned(x: Array) -> Array:
 
 
 def once(x: Array) -> Array:
-  """Returns x behind a barrier: XLA would compute it again for each feature.
+  """Returns x behind a barrier: else XLA computes it again for each feature.
 
-  Not on a TPU, where XLA would round what it stores for a product to bfloat16,
-  which takes longer than to compute it inside the product
+  A TPU gets no barrier: XLA would round what it stores for a product to
+  bfloat16, which takes longer than to compute it inside the product
   (docs/decisions/08-tpu-layouts.md).
   """
   return jax.lax.platform_dependent(
@@ -102,7 +102,7 @@ def _abstract(x: Any, *, layout: Form, plain: Form) -> Any:
 
 
 def _lower(ctx: Any, x: Any, *, layout: Form, plain: Form) -> Sequence[Any]:
-  """Lowers the form that suits the program."""
+  """Lowers `layout` if the program allows it, else `plain`."""
   form = layout if _is_of_one_device(ctx.module_context) else plain
   return mlir.lower_fun(form, multiple_results=False)(ctx, x)
 
@@ -120,7 +120,7 @@ def _is_of_one_device(module: Any) -> bool:
 def _batched(
   operands: Sequence[Array], axes: Sequence[int], **forms: Form
 ) -> tuple[Array, int]:
-  """Moves the batch axis to the front; both forms take any leading axes."""
+  """Moves the batch axis to the front: both forms take any leading axes."""
   (x,), (axis,) = operands, axes
   return _laid_out.bind(jnp.moveaxis(x, axis, 0), **forms), 0
 

@@ -1,4 +1,4 @@
-"""The leaves of a tree that gradients flow through: those of floats."""
+"""The leaves of a tree that gradients flow through: arrays of floats."""
 
 from typing import TypeVar
 

@@ -8,8 +8,9 @@ from spectraformer_jax.linear_attention.exponents import (
 )
 from spectraformer_jax.typing import Array
 
-# A signed normalizer is at least this fraction of the same sum of magnitudes:
-# float32 sums leave about as much of a value that should be zero.
+# The absolute value of a signed normalizer is raised to at least this fraction
+# of the sum of absolute weights: rounding in float32 leaves about this fraction
+# of a sum that should be zero.
 SIGNED_FLOOR = 1e-6
 
 
@@ -36,7 +37,7 @@ def divide(numerator: Array, normalizer: Array) -> Array:
   """Returns ``numerator [..., V] / normalizer [..., 1]``, and zeros for 0 / 0.
 
   The normalizer is scaled to between 1 and 2 first, because the gradient
-  divides by its square.
+  divides by its square, which could leave the range of float32.
   """
   sees_keys = normalizer != 0.0
   factor = power_of_two(-exponent_of(normalizer))

@@ -3,8 +3,8 @@
 import jax
 
 # A context in which programs are traced for another platform than JAX runs on:
-# `with for_platform("tpu"): jax.jit(f).lower(x).compile()`. JAX traces again
-# when it changes.
+# `with for_platform("tpu"): jax.jit(f).lower(x).compile()`. JAX traces a
+# function again if the context has changed.
 for_platform = jax.make_user_context(None)
 
 

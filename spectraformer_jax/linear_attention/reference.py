@@ -1,8 +1,9 @@
-"""Linear attention written for reading: the equation in chunks, and the matrix.
+"""Linear attention in its simplest forms: in chunks, and as a matrix.
 
-`causal_in_chunks` is the algorithm of the fast engine without what makes it
-fast or safe: read it first. `attend` is ``implementation="reference"``, which
-forms the T x S matrix of weights. Tests compare the engine with both.
+`causal_in_chunks` is the algorithm of `xla.causal`, without what makes that
+fast and keeps it in the range of float32: read it first. `attend` is
+``implementation="reference"``, which forms the T x S matrix of weights. Tests
+compare `xla` with both.
 """
 
 import math
@@ -29,7 +30,7 @@ from spectraformer_jax.typing import Array
 def causal_in_chunks(
   phi: Array, psi: Array, value: Array, *, chunk_size: int
 ) -> Array:
-  r"""Causal linear attention of one head, one chunk c after another.
+  r"""Computes causal linear attention of one head, chunk c after chunk.
 
   .. math::
     o_i = \frac{\phi_i \cdot S_{<c} + \sum_{j \in c, j \le i}
@@ -41,7 +42,7 @@ def causal_in_chunks(
 
   Args:
     phi: positive features of queries, ``[T, F]``.
-    psi: positive features of keys, ``[T, F]``; zeros hide a key.
+    psi: positive features of keys, ``[T, F]``; a row of zeros hides its key.
     value: ``[T, V]``.
     chunk_size: C, which divides T.
 
@@ -67,7 +68,7 @@ def causal_in_chunks(
 
 
 def attend(call: Call) -> tuple[Array, State]:
-  """Attends with all features and weights in memory; see `Implementation`."""
+  """Attends, with all features and weights in memory; see `Implementation`."""
   maps, _, constants, state, inputs, is_causal = call
   query, key, value, key_mask, segment_ids = inputs
   position, value = state.length, value.astype(jnp.float32)
@@ -75,8 +76,9 @@ def attend(call: Call) -> tuple[Array, State]:
   in_groups = jax.vmap(maps.query, in_axes=(None, 2, None), out_axes=2)
   query = jnp.moveaxis(query, 1, 3)
   key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-  # Queries that hold NaN give NaN, but no gradient of their own.
+  # Queries that are not finite give NaN, and add nothing to any gradient.
   is_bad = ~jnp.all(jnp.isfinite(query), axis=-1, keepdims=True)
+  # Causal queries have the positions of the keys; others start at 0.
   first = position if is_causal else jnp.zeros_like(position)
   out = _attend_features(
     in_groups(constants, jnp.where(is_bad, 0, query), first),
@@ -104,7 +106,7 @@ def _attend_features(
   state: State,
   segment_ids: tuple[Array, Array] | None,
 ) -> Array:
-  """Attends on features, by the matrix of weights.
+  """Computes attention from features, by the matrix of weights.
 
   Args:
     query: features ``[B, N, G, T, F]`` of G groups of queries.
@@ -112,13 +114,14 @@ def _attend_features(
     value: ``[B, N, S, V]`` float32.
     is_visible: bool, broadcastable to ``[B, N, G, T, S]``.
     state: sums over keys that came before; every query sees them.
-    segment_ids: of packed rows, ``[B, T]`` and ``[B, S]``; the state is empty
-      then.
+    segment_ids: of queries ``[B, T]`` and keys ``[B, S]``, where rows are
+      packed; the state is empty then.
 
   Returns:
     ``[B, N, G, T, V]`` float32.
   """
-  # Features too large for float32 give NaN, and no gradient.
+  # Queries whose features are too large for float32 are treated the same way
+  # as queries that are not finite.
   is_bad = jnp.zeros((), bool)
   for leaf in jax.tree.leaves(query):
     is_bad |= ~jnp.all(jnp.isfinite(leaf), axis=-1, keepdims=True)
@@ -143,7 +146,8 @@ def _attend_features(
     magnitude = jnp.sum(weights(jnp.abs(phi), jnp.abs(psi)), axis=-1)
     magnitude = size = magnitude + of_state(jnp.abs(phi), state.magnitude)
   out = normalize(numerator, normalizer, magnitude)
-  # Visible keys whose weights have all underflowed are not the same as none.
+  # NaN where a query sees keys but all their weights have underflowed: zeros
+  # would say that it sees none.
   if query.factor is None:
     is_bad |= (jnp.any(is_visible, axis=-1) & (size == 0.0))[..., None]
   return jnp.where(is_bad, jnp.nan, out)
@@ -156,18 +160,21 @@ def _scale(
   state: State,
   segment_ids: tuple[Array, Array] | None,
 ) -> tuple[Array, Array, Array]:
-  """Returns features of bounded size whose attention is exactly the same.
+  """Returns features of bounded size that give exactly the same attention.
 
-  Each feature is divided by its maximum over the visible keys of its example
-  and head (and segment), by which queries multiply; then each query is divided
-  by its own maximum. Both cancel in the ratio, so no gradient flows through
-  them. For a positive map that is not causal every normalizer is at least 1.
+  Each key feature is divided by its maximum over the visible keys of the same
+  example and head (and segment), and the query feature is multiplied by this
+  maximum; a state counts as a key with the state's exponent. Then the features
+  of each query are divided by their own maximum. Both maxima cancel in the
+  ratio, so no gradient flows through them. For a positive map without a state
+  that is not causal every normalizer is at least 1, because its largest term
+  is.
 
   Args:
     query: features ``[B, N, G, T, F]``.
     key: features ``[B, N, S, F]``.
     key_mask: ``[B, S]`` bool.
-    state: earlier sums, with an exponent of their own.
+    state: sums over earlier keys, which have an exponent of their own.
     segment_ids: see `_attend_features`.
 
   Returns:
@@ -201,11 +208,12 @@ def _scale(
 def _max_in_segments(
   x: Array, segment_ids: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-  """Returns the largest of ``x [B, N, S, F]`` for each query and each key."""
+  """Returns maxima of x ``[B, N, S, F]`` per segment, for queries and keys."""
   length = segment_ids[0].shape[1]
   ids = jnp.concatenate(segment_ids, axis=1)
 
   def of_example(x: Array, ids: Array) -> Array:
+    # Equal ids get equal numbers, all below ids.size.
     number = jnp.searchsorted(jnp.sort(ids), ids)
     largest = jax.ops.segment_max(
       jnp.swapaxes(x, 0, 1), number[length:], ids.size

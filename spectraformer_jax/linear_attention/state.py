@@ -12,19 +12,21 @@ from spectraformer_jax.typing import Array
 class State(NamedTuple):
   """Sums over the keys seen so far; float32, its size does not grow.
 
-  Each feature is divided by ``2 ** exponent``, which is at least the largest
-  power of two of its keys so far.
+  Exponential features are multiplied by ``2 ** (KEY_EXPONENT - exponent)``,
+  where the exponent is at least the largest one of this feature among the keys
+  so far. Plain features are not scaled.
 
   Attributes:
     kv: sum of key features times values, ``[B, N, F, V]``.
     total: sum of key features, ``[B, N, F]``.
     magnitude: sum of absolute key features, ``[B, N, F]``, for signed maps;
       None for positive ones.
-    exponent: the power of two divided out, ``[B, N, F]`` or ``[B, N, 1]``.
+    exponent: exponent of the power of two divided out, ``[B, N, F]``, or
+      ``[B, N, 1]`` where all features share it.
     length: number of positions seen so far, int32 scalar.
     rest: rounding errors of `kv` and, in the last column, of `total`,
-      ``[B, N, F, V + 1]``. Decoding adds them to the next token, since a
-      million roundings may all go one way. None: they are dropped.
+      ``[B, N, F, V + 1]``. They are added together with the next keys, because
+      a million roundings may all go the same way. None: they are dropped.
   """
 
   kv: Array
@@ -49,7 +51,7 @@ class JoinedState(NamedTuple):
     exponent: see `State`.
     length: see `State`.
     rest: see `State`.
-    segment: id of the packed row that the sums belong to, ``[B]``; None where
+    segment: id of the segment that the sums belong to, ``[B]``; None where
       rows are not packed.
   """
 
@@ -71,7 +73,10 @@ class JoinedState(NamedTuple):
 
 
 def join(state: State) -> JoinedState:
-  """Makes `total` the last column of `kv`; the exponent takes no gradient."""
+  """Appends `total` to `kv` as the last column.
+
+  Exponent and rest take no gradient.
+  """
   exponent, rest = jax.lax.stop_gradient((state.exponent, state.rest))
   sums = jnp.concatenate([state.kv, state.total[..., None]], axis=-1)
   return JoinedState(sums, state.magnitude, exponent, state.length, rest)
@@ -106,7 +111,7 @@ def with_rest(state: State) -> State:
 def add_exactly(total: Array, part: Array, rest: Array) -> tuple[Array, Array]:
   """Returns ``total + part + rest`` rounded, and its rounding error."""
   part = part + rest
-  # The barrier makes the error that of the sum as it was rounded.
+  # Behind the barrier the sum is rounded once, so the error is that of `new`.
   new = jax.lax.optimization_barrier(total + part)
   return new, jax.lax.stop_gradient(part - (new - total))
 

@@ -22,11 +22,11 @@ def _axes(x: Array) -> frozenset[str]:
 
 
 def varying_like(tree: Tree, *others: PyTree) -> Tree:
-  """Returns the tree, each leaf varying over every axis that any leaf does.
+  """Returns the tree, cast to vary over every axis that any leaf varies over.
 
   Args:
     tree: arrays to cast.
-    *others: arrays that count, and are not returned.
+    *others: arrays whose axes count as well, and which are not returned.
   """
   leaves = jax.tree.leaves((tree, others))
   wanted = frozenset().union(*map(_axes, leaves))
@@ -43,9 +43,9 @@ def varying_like(tree: Tree, *others: PyTree) -> Tree:
 def alike(
   constants: PyTree, state: JoinedState, arrays: Tree
 ) -> tuple[PyTree, JoinedState, Tree]:
-  """Casts all inputs of a loop to vary alike, but for the state's length.
+  """Casts all inputs of a loop to vary alike, except the state's length.
 
-  The length is a sum of sizes, which stays the same on all devices.
+  The length is a sum of sizes, which is the same on all devices.
   """
   length = state.length
   constants, state, arrays = varying_like(

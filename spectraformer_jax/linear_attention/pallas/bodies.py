@@ -1,7 +1,8 @@
 """The bodies of kernels: one chunk of one head, in two dimensions.
 
 The arithmetic and the exact powers of two are those of `xla.chunks`, without
-leading axes. Sums are transposed, so that a factor per feature is always a row.
+leading axes. Sums are transposed, so that one factor per feature always forms a
+row.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ def key_step(
   xs: list[Array],
   mask: Array | None,
 ) -> tuple[HeadState, list[Array]]:
-  """Adds the keys of a chunk; a `scan.Step` but for its first argument.
+  """Adds the keys of a chunk; with the map bound, it is a `scan.Step`.
 
   Args:
     key_map: log-features of keys.
@@ -65,7 +66,7 @@ def query_step(
   xs: list[Array],
   mask: Array | None,
 ) -> tuple[tuple[()], list[Array]]:
-  """Attends the queries of a chunk to finished sums; see `key_step`.
+  """Attends with the queries of a chunk, on finished sums; see `key_step`.
 
   Args:
     query_map: log-features of queries.
@@ -94,7 +95,7 @@ def causal_step(
   xs: list[Array],
   mask: Array | None,
 ) -> tuple[HeadState, list[Array]]:
-  """Attends the queries of a chunk to earlier keys; see `key_step`.
+  """Attends; each query of a chunk sees keys up to its own; see `key_step`.
 
   Args:
     query_map: log-features of queries.
@@ -132,7 +133,7 @@ def empty_like(sums: HeadState) -> HeadState:
 
 
 def join(a: HeadState, b: HeadState) -> HeadState:
-  """Returns the sums over the keys of both; leading axes are allowed."""
+  """Returns the sums over the keys of a and b; leading axes are allowed."""
   exponent = jnp.maximum(a.exponent, b.exponent)
   a, b = (_rescale(sums, exponent) for sums in (a, b))
   return HeadState(a.kv + b.kv, a.total + b.total, exponent)
@@ -160,7 +161,7 @@ def _key_features(
 def _query_features(
   query_map: LogMap, constants: Sequence[Array], query: Array, exponent: Array
 ) -> Array:
-  """Returns features ``[C, F]`` of queries for sums of that exponent."""
+  """Returns features ``[C, F]`` of queries that read sums of an exponent."""
   features, own = exponents.split(query_map(constants, query), jnp.exp)
   own = own + jax.lax.stop_gradient(exponent)
   below = own - jnp.max(own, axis=1, keepdims=True)

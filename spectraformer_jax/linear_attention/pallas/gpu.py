@@ -2,7 +2,7 @@
 
 Written for Triton: one program for each example and head loops over chunks with
 the carry in registers. The backward program loops from the last chunk to the
-first and differentiates the body in place.
+first and differentiates the body inside the kernel.
 """
 
 import functools
@@ -31,17 +31,18 @@ from spectraformer_jax.typing import Array, PyTree
 CHUNK = 64
 SMALLEST = scan.SMALLEST_CHUNK
 NUM_WARPS = 8
-# Bytes that one program may use on an H100.
+# Bytes of shared memory that one program may use on an H100.
 SHARED_MEMORY = 232_448
 PRIMITIVES = scan.PRIMITIVES
-# JAX warns from 0.11 on. No user of the kernels can act on it.
+# The start of a warning that JAX gives from 0.11 on. It is silenced, because
+# users of the kernels can do nothing about it.
 TRITON_WARNING = "The Pallas Triton backend is deprecated"
 
 
 def fit(sizes: scan.Sizes, chunk_size: int | None) -> scan.Tile | str:
   """Returns the largest tile up to `chunk_size` that shared memory holds.
 
-  `chunk_size` is rounded up to a power of two; None: a default. Where no tile
+  `chunk_size` is rounded up to a power of two; None: `CHUNK`. Where no tile
   fits, the result says why.
   """
   dims = {
@@ -71,7 +72,7 @@ def _power_of_two(size: int) -> int:
 
 
 def shared_bytes(sizes: scan.Sizes, chunk: int, value_dim: int) -> int:
-  """Returns a bound on the memory of the backward kernel, in bytes.
+  """Returns a bound on the bytes of shared memory of the backward kernel.
 
   It is above what the compiler used for the cases in docs/kernels.md.
   """
@@ -145,7 +146,7 @@ class Calls(scan.Calls):
     inputs: PyTree,
     outputs: PyTree,
   ) -> PyTree:
-    """Runs a kernel over examples and heads, each with its whole arrays."""
+    """Runs a kernel once for each example and head, on its whole arrays."""
     # JAX warns when the program is lowered, after this returns, so a filter
     # that ends here would come too early.
     warnings.filterwarnings(
@@ -176,7 +177,7 @@ class Calls(scan.Calls):
       ref[self._at(c), :] = value
 
   def _column(self, mask: Array | None, c: Array) -> Array | None:
-    """Reads chunk c of ``[T]``, 0 and 1, as bools ``[C, 1]``."""
+    """Reads chunk c of a mask ``[T]`` of 0 and 1, as bools ``[C, 1]``."""
     return None if mask is None else mask[self._at(c)][:, None] > 0.0
 
 

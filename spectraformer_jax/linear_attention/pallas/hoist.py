@@ -1,9 +1,9 @@
 """Splits a feature map into what depends on tokens and what does not.
 
-A Pallas kernel should compute what differs from token to token, and can do
+A Pallas kernel should compute what differs from token to token. It can do
 little else: no decompositions, no reshapes of odd shapes. So the map is traced
-once and cut where the token enters. The part before runs in plain XLA, with its
-gradients; its results are arrays that the kernel keeps on chip.
+once and cut where the token enters. The part before the cut runs in plain XLA,
+with its gradients; its results are arrays that the kernel keeps on chip.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,8 @@ class PerToken(NamedTuple):
   Attributes:
     function: takes some constants of one head and tokens ``[C, H]``; returns
       log-features ``[C, F]``.
-    uses: the places of these constants, in the order of its arguments.
+    uses: the places of these constants in `Hoisted.constants`, in the order of
+      the function's arguments.
   """
 
   function: ClosedJaxpr
@@ -64,7 +65,7 @@ def hoist(
   """Cuts feature maps where the tokens enter.
 
   Args:
-    maps: with log-magnitudes alone.
+    maps: feature maps that return log-magnitudes alone.
     constants: variables of the maps; leaves lead with ``[B or 1, N or 1]``.
     query: shape and dtype of a chunk, ``[C, H]``.
     key: the same for keys.
@@ -98,7 +99,8 @@ def hoist(
   for equation in traced.eqns:
     used = _variables(equation.invars)
     if free.issuperset(used):
-      # It needs no input (zeros, say): cheaper to make on chip than to load.
+      # Its result needs no input (zeros, for example): it is cheaper to make on
+      # chip than to load.
       before.append(equation)
       after.append(equation)
       free.update(equation.outvars)
@@ -180,7 +182,7 @@ def _needed(
 
 
 def _first_equal(equations: Sequence[JaxprEqn]) -> dict[Var, Var]:
-  """Maps results that were computed before to the first of their equals."""
+  """Maps each result that was computed before to the first equal result."""
   first, results = {}, {}
   for equation in equations:
     if any(jax.extend.core.jaxprs_in_params(equation.params)):
@@ -202,7 +204,7 @@ def _function(
   inputs: Sequence[Var],
   outputs: Sequence[Any],
 ) -> ClosedJaxpr:
-  """Returns a part of a jaxpr."""
+  """Returns some equations of a jaxpr as a function."""
   part = jaxpr.replace(
     constvars=[], invars=inputs, outvars=outputs, eqns=equations
   )
@@ -214,7 +216,7 @@ def _over_leading_axes(
   leaves: Sequence[Array],
   differs: Sequence[tuple[bool, bool]],
 ) -> list[Array]:
-  """Maps over ``[B or 1, N or 1]``; a result leads with 1 where it is shared.
+  """Maps over ``[B or 1, N or 1]``; shared results have axes of size 1 there.
 
   Args:
     function: takes leaves without leading axes, returns a list.

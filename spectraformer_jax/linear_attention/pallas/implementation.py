@@ -1,7 +1,7 @@
-"""Attention by Pallas kernels: what they take, and how it is put to them.
+"""Attention by Pallas kernels: which calls they take, and in which form.
 
-Feature map and sums of a chunk are one kernel body, so that query, key and
-value are read once and features exist on chip only.
+One kernel body computes the features and the sums of a chunk, so that query,
+key and value are read once and features exist on chip only.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 class _Plan(NamedTuple):
-  """How one call is put to the kernels.
+  """How one call is passed to the kernels.
 
   Attributes:
     hoisted: the feature maps, for chunks of `chunk_size`.
     chunk_size: C.
-    num_parts: parts that values are cut into.
+    num_parts: number of parts that the axis V of values is cut into.
   """
 
   hoisted: hoist.Hoisted
@@ -110,7 +110,7 @@ class Kernels:
     return _Plan(hoisted, tile.chunk_size, num_parts)
 
   def run(self, call: Call) -> tuple[Array, State]:
-    """Attends with one kernel if causal, else two; see `Implementation`."""
+    """Attends, by one kernel if causal, else by two; see `Implementation`."""
     plan = self._plan(call)
     if isinstance(plan, str):
       raise ValueError(plan)
@@ -126,7 +126,7 @@ class Kernels:
     if mask is not None:
       mask = mask[:, None, :, None].astype(jnp.float32)
       mask = _pad(mask, chunk_size)[..., 0]
-    # Parts of the values are like more heads, with the same query and key.
+    # Each part of the values becomes a head, with the same query and key.
     query, key = (jnp.repeat(x, parts, axis=1) for x in (query, key))
     value = _to_heads(value, 3, parts)
     constants = [
@@ -176,7 +176,7 @@ def _refuses_maps(call: Call) -> str | None:
 
 
 def _hoist(call: Call, chunk_size: int) -> hoist.Hoisted | str:
-  """Cuts the maps for chunks of that size in two; or returns why it cannot."""
+  """Cuts the maps in two, for chunks of a size, or returns why it cannot."""
   query, key = (
     jax.ShapeDtypeStruct((chunk_size, x.shape[-1]), x.dtype)
     for x in call.inputs[:2]
@@ -185,13 +185,13 @@ def _hoist(call: Call, chunk_size: int) -> hoist.Hoisted | str:
 
 
 def _pad(x: Array, multiple: int) -> Array:
-  """Appends zeros to ``[B, N, T, K]``, up to a multiple."""
+  """Appends zeros to ``[B, N, T, K]``, until `multiple` divides T."""
   padding = -x.shape[2] % multiple
   return jnp.pad(x, [(0, 0), (0, 0), (0, padding), (0, 0)]) if padding else x
 
 
 def _to_heads(x: Array, axis: int, parts: int) -> Array:
-  """Cuts an axis of ``[B, N, ...]`` into parts, one after another in N."""
+  """Cuts an axis of ``[B, N, ...]`` into parts, as neighbours on axis N."""
   batch, heads = x.shape[:2]
   size = x.shape[axis] // parts
   x = x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :])
@@ -218,7 +218,7 @@ def _to_heads_state(state: State, parts: int) -> HeadState:
 def _from_heads_state(
   sums: HeadState, before: State, num_keys: int, parts: int
 ) -> State:
-  """Returns the state after `num_keys` more keys."""
+  """Returns the state after `num_keys` more keys; any `rest` becomes zero."""
   after = before if before.rest is None else with_rest(before)
   return after._replace(
     kv=jnp.swapaxes(_from_heads(sums.kv, 2, parts), 2, 3),

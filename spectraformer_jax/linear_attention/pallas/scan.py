@@ -19,8 +19,8 @@ Step = Callable[
   [list[Array], PyTree, list[Array], Array | None], tuple[PyTree, list[Array]]
 ]
 
-# What both platforms can do for each token. Elementary functions beyond these
-# may lower as well; they have not been tried.
+# Names of the primitives that kernels of both platforms can use. Other
+# elementary functions may lower as well; they have not been tried.
 PRIMITIVES = frozenset(
   (
     "add broadcast_in_dim convert_element_type dot_general exp mul neg "
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
     feature_dim: F.
     constants: shapes ``[R, K]`` of float32 arrays that a kernel keeps on chip.
     item_bytes: of a number in query, key and value.
-    is_causal: one kernel reads queries and keys.
+    is_causal: whether one kernel reads both queries and keys.
   """
 
   length: int
@@ -76,7 +76,7 @@ class ForwardInputs(NamedTuple):
 
   Attributes:
     constants: ``[B or 1, N or 1, R, K]`` float32, the same for all chunks.
-    carry: the first one; leaves ``[B, N, R, K]`` float32.
+    carry: the carry before the first chunk; leaves ``[B, N, R, K]`` float32.
     xs: ``[B, N, T, K]``, T a multiple of the chunk size.
     mask: ``[B, 1, T]`` float32 of 0 and 1, or None.
   """
@@ -152,13 +152,13 @@ class Calls:
   interpret: Any = False
 
   def forward(self, inputs: ForwardInputs, *, saves: bool) -> ForwardOutputs:
-    """Runs the step over all chunks, and saves the carries if asked to."""
+    """Runs the step over all chunks, and saves the carries if `saves`."""
     raise NotImplementedError
 
   def backward(
     self, inputs: BackwardInputs, wanted: list[bool]
   ) -> BackwardOutputs:
-    """Computes gradients: of the wanted constants, of carry and xs."""
+    """Computes the gradients of the wanted constants, of carry and of xs."""
     raise NotImplementedError
 
   def forward_shapes(
@@ -185,7 +185,7 @@ class Calls:
   def pull_back(
     self, inputs: BackwardInputs, wanted: list[bool]
   ) -> BackwardOutputs:
-    """Differentiates the step at one chunk, with blocks of one head."""
+    """Differentiates the step at one chunk of one head."""
 
     def of_wanted(
       floats: list[Array], carry: PyTree, xs: list[Array]
@@ -225,9 +225,9 @@ def scan(
   Args:
     calls: the kernels.
     inputs: see `ForwardInputs`.
-    is_linear: the gradient of a chunk is the same at the last carry as at the
-      chunk's own, so that no carry is saved. The first carry takes no gradient
-      then.
+    is_linear: whether the gradient of a chunk is the same at the last carry as
+      at the carry that the chunk had. Then no carry is saved, and the first
+      carry takes no gradient.
 
   Returns:
     The last carry, and ys ``[B, N, T, K]``.
@@ -243,7 +243,8 @@ def scan(
   def forward(*primals: PyTree) -> tuple[tuple[PyTree, list[Array]], tuple]:
     inputs = ForwardInputs(*jax.tree.map(lambda primal: primal.value, primals))
     last, ys, saved = calls.forward(inputs, saves=not is_linear)
-    # Which are wanted is static, so it must not be a leaf: None is none.
+    # Which constants are wanted is static, so the tree must hold it without a
+    # leaf: neither () nor None has one.
     wanted = [() if primal.perturbed else None for primal in primals[0]]
     saved = last if is_linear else saved
     return (last, ys), (inputs.constants, wanted, saved, inputs.xs, inputs.mask)
@@ -255,7 +256,7 @@ def scan(
     wanted = [w is not None for w in wanted]
     d_last, d_ys = _instantiate(gradients)
     if d_ys:
-      # Queries whose outputs nobody uses, padding among them, hold anything.
+      # Queries whose outputs are not used, such as padding, may hold anything.
       unused = jnp.all(d_ys[0] == 0.0, axis=-1, keepdims=True)
       xs = [jnp.where(unused, 0, xs[0]), *xs[1:]]
     d_wanted, d_carry, d_xs = calls.backward(
@@ -316,7 +317,7 @@ def read(refs: PyTree) -> PyTree:
 
 
 def write(refs: PyTree, values: PyTree, index: Any = ...) -> None:
-  """Writes the blocks, or entry `index` of them."""
+  """Writes whole blocks, or entry `index` of each."""
   for ref, value in zip(
     jax.tree.leaves(refs), jax.tree.leaves(values), strict=True
   ):
@@ -324,7 +325,7 @@ def write(refs: PyTree, values: PyTree, index: Any = ...) -> None:
 
 
 def select(values: list[Leaf], wanted: list[bool]) -> list[Leaf]:
-  """Returns the wanted ones."""
+  """Returns the wanted values."""
   return [x for x, is_wanted in zip(values, wanted, strict=True) if is_wanted]
 
 

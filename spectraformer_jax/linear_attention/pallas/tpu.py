@@ -2,7 +2,7 @@
 
 The grid goes over examples, heads and, one after another, chunks; the carry is
 an output block that stays on chip. The backward kernel goes from the last chunk
-to the first and differentiates the body in place.
+to the first and differentiates the body inside the kernel.
 """
 
 import functools
@@ -41,16 +41,17 @@ BLOCK = 512
 # numbers share a register.
 LANES = 128
 SUBLANES = 16
-# Bytes that the compilers for v5e and v6e give to one kernel at least.
+# The compilers for v5e and v6e give at least this many bytes to one kernel.
 VMEM = 16 * 2**20
 
 PRIMITIVES = scan.PRIMITIVES | {"concatenate"}
 
 
 def fit(sizes: scan.Sizes, chunk_size: int | None) -> scan.Tile | str:
-  """Returns a tile of `chunk_size` rounded up to what the hardware can do.
+  """Returns a tile of `chunk_size`, rounded up to what the hardware can do.
 
-  None: a default. Where the tile does not fit into VMEM, the result says why.
+  None: `CAUSAL_CHUNK` or `BLOCK`. Where the tile does not fit into VMEM, the
+  result says why.
   """
   chunk = chunk_size or (CAUSAL_CHUNK if sizes.is_causal else BLOCK)
   if sizes.length <= chunk:
@@ -72,7 +73,10 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def vmem_bytes(sizes: scan.Sizes, chunk: int) -> int:
-  """Returns a bound on the VMEM of the backward kernel, from compiled cases."""
+  """Returns a bound on the bytes of VMEM of the backward kernel.
+
+  It was found from compiled cases.
+  """
 
   def tile(rows: int, columns: int, item_bytes: int = 4) -> int:
     return _round_up(rows, SUBLANES) * _round_up(columns, LANES) * item_bytes
@@ -80,14 +84,15 @@ def vmem_bytes(sizes: scan.Sizes, chunk: int) -> int:
   features = sizes.feature_dim
   sums = tile(sizes.value_dim, features) + 2 * tile(1, features)
   inputs = max(sizes.head_dim, sizes.value_dim)
-  # Blocks: constants and sums with their gradients; query, key, value, the
-  # gradients of these three and of the output.
+  # Blocks hold constants and sums with their gradients; query, key and value;
+  # the gradients of these three and of the output.
   blocks = 2 * sum(tile(*shape) for shape in sizes.constants) + 3 * sums
   blocks += 7 * tile(chunk, inputs, sizes.item_bytes)
   temporary = 5 * tile(chunk, features)
   if sizes.is_causal:
     temporary += 3 * tile(chunk, chunk)
-  # Twice, because the next block is read and the last one written meanwhile.
+  # Blocks count twice, because while one is in use the next one is read and the
+  # last one is written.
   return 2 * blocks + temporary
 
 
@@ -223,9 +228,9 @@ def _saved_spec(array: Array, order: Order = _forwards) -> pl.BlockSpec:
 
 
 def _column(mask: Array | None) -> Array | None:
-  """Reads a row ``[1, C]`` of 0 and 1 as bools ``[C, 1]``."""
+  """Reads a mask ``[1, C]`` of 0 and 1, as bools ``[C, 1]``."""
   if mask is None:
     return None
-  # Mosaic transposes whole tiles of eight rows.
+  # Mosaic can transpose only whole tiles of eight rows.
   rows = jnp.broadcast_to(mask[...], (8, mask.shape[1]))
   return rows.T[:, :1] > 0.0

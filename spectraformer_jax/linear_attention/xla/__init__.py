@@ -1,7 +1,7 @@
 """Linear attention in plain XLA.
 
-`implementation` sorts calls: packed rows go to `segments`, which sorts them for
-`causal`; other calls go to `causal` or `bidirectional`. These two loop over
+`implementation` looks at a call: packed rows go to `segments`, which sorts them
+for `causal`; other calls go to `causal` or `bidirectional`. These two loop over
 blocks of positions, forward and backward. `plan` chooses the sizes of blocks,
 and `blocks` reads and writes them. `chunks` does the work on one block, and
 `steps` the work on one causal step; both scale features by `features` and

@@ -10,8 +10,8 @@ With features phi of queries and psi of keys:
 computes o. Both go through the sequence in blocks.
 
 Features of the whole sequence never exist at once: each block computes its own,
-in the backward pass again. The backward pass gets query, key, value, output, S
-and z, and two numbers a query.
+and the backward pass computes them again. The backward pass gets query, key,
+value, output, S and z, and two numbers per query.
 """
 
 import functools
@@ -37,8 +37,8 @@ from spectraformer_jax.linear_attention.xla.plan import plan_blocks
 from spectraformer_jax.linear_attention.xla.products import EXACT, FAST
 from spectraformer_jax.typing import Array, PyTree
 
-# The gradients of a loop so far: of constants, key and value; and of constants,
-# sums and query.
+# The gradients of a backward loop so far. Over keys: of constants, key and
+# value. Over queries: of constants, sums and query.
 _KeyGradients = tuple[list[Array], Array, Array]
 _QueryGradients = tuple[tuple[list[Array], Linear], Array]
 
@@ -90,8 +90,8 @@ def _sum_backward(
 ) -> tuple[PyTree, JoinedState, KeyArrays]:
   """Computes gradients block by block.
 
-  Each block contributes its own sums to the final ones. Relative to the final
-  exponent they are added without rescaling, so blocks are independent.
+  Each block adds its own sums to the final ones. Relative to the final exponent
+  the sums of a block need no rescaling, so blocks are independent.
   """
   constants, state, keys = primals
   padded = blocks.pad_keys(keys, cut.length)
@@ -174,7 +174,7 @@ def _read_backward(
   saved: tuple[Array, Saved],
   d_out: Array,
 ) -> tuple[PyTree, JoinedState, Array, None]:
-  """Computes gradients block by block; the gradients of the sums add up."""
+  """Computes gradients block by block; those of the sums add up over blocks."""
   (constants, state, query, position), (out, of_blocks) = primals, saved
   padded, out, d_out = (
     blocks.pad(blocks.flat(x), cut.length) for x in (query, out, d_out)

@@ -44,7 +44,8 @@ class CausalBlock(NamedTuple):
   Attributes:
     query: ``[B, N, G, C, H]``.
     keys: see `Keys`.
-    segment: ids ``[B, C]`` of packed rows, not decreasing; None without.
+    segment: segment ids ``[B, C]``, not decreasing; None where rows are not
+      packed.
   """
 
   query: Array
@@ -93,8 +94,8 @@ def empty_like(
 ) -> Array:
   """Returns zeros that a loop overwrites block by block.
 
-  `jax.lax.empty` would save a write, but under `vmap` its result counts as
-  mapped, which `jax.jacfwd` does not allow.
+  `jax.lax.empty` would not write zeros first, but under `vmap` its result
+  counts as mapped, which `jax.jacfwd` does not allow.
 
   Args:
     x: gives shape and dtype.
@@ -112,8 +113,9 @@ class Blocks(NamedTuple):
     batch: B.
     heads: N, those of keys.
     size: positions of a block, C.
-    num_blocks: blocks of a row; symbolic where the length is.
-    is_by_row: a block has one head of one example, not all heads of all.
+    num_blocks: number of blocks of a row; symbolic if the length is.
+    is_by_row: whether a block has one head of one example; otherwise it has all
+      heads of all examples.
   """
 
   batch: int
@@ -128,12 +130,12 @@ class Blocks(NamedTuple):
     return self.num_blocks * self.size
 
   def indices(self) -> Array:
-    """Returns the numbers of all blocks."""
+    """Returns the indices of all blocks."""
     rows = self.batch * self.heads if self.is_by_row else 1
     return jnp.arange(rows * self.num_blocks)
 
   def place(self, index: Array) -> Place:
-    """Returns where block `index` starts; positions vary first, then heads."""
+    """Returns where block `index` starts; the position varies fastest."""
     if not self.is_by_row:
       return Place(0, 0, index * self.size)
     row, block = jnp.divmod(index, self.num_blocks)
@@ -176,19 +178,21 @@ class Blocks(NamedTuple):
   def write(self, whole: Array, block: Array, place: Place) -> Array:
     """Writes ``[B, N, (G,) C, V]`` into ``[B, T, N (G), V]``.
 
-    In a loop's carry the block is written in place, in the caller's own
-    layout: stacked blocks would need a second buffer and a transposition.
+    If `whole` is in a loop's carry, the block is written in place, in the
+    caller's own layout. Blocks that the loop stacks would need a second buffer
+    and a transposition.
     """
     start, size = self._of_array(whole, place)
     block = jnp.moveaxis(block, -2, 1).astype(whole.dtype).reshape(size)
     return jax.lax.dynamic_update_slice(whole, block, start)
 
   def rows(self, tree: Tree, place: Place) -> Tree:
-    """Reads the examples and heads of a block.
+    """Reads what a tree holds for the examples and heads of a block.
 
     Args:
-      tree: leaves lead with ``[B or 1, N or 1]``; scalars stay as they are.
-      place: of the block.
+      tree: leaves have leading axes ``[B or 1, N or 1]``; scalars stay as they
+        are.
+      place: where the block starts.
     """
     if not self.is_by_row:
       return tree
@@ -201,7 +205,7 @@ class Blocks(NamedTuple):
     return jax.tree.map(one, tree)
 
   def write_rows(self, whole: Tree, rows: Tree, place: Place) -> Tree:
-    """Writes the examples and heads of a block into the whole tree."""
+    """Writes into the whole tree the part that `rows` reads."""
     if not self.is_by_row:
       return rows
 
@@ -214,7 +218,7 @@ class Blocks(NamedTuple):
     return jax.tree.map(one, whole, rows)
 
   def add_to_rows(self, whole: Tree, rows: Tree, place: Place) -> Tree:
-    """Adds a block's contribution to its examples and heads."""
+    """Adds to what the tree holds for the examples and heads of a block."""
     added = leaves.tree_add(self.rows(whole, place), rows)
     return self.write_rows(whole, added, place)
 
@@ -237,7 +241,7 @@ class Blocks(NamedTuple):
   def _of_rows(
     self, leaf: Array, place: Place
   ) -> tuple[list[Array | int], tuple[int, ...]]:
-    """Returns where one row of a leaf ``[B or 1, N or 1, ...]`` starts."""
+    """Returns start and shape of one row of ``[B or 1, N or 1, ...]``."""
     start = [
       0 if size == 1 else at
       for size, at in zip(leaf.shape[:2], place[:2], strict=True)

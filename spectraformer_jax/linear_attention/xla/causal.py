@@ -14,8 +14,9 @@ are scaled (`features`), several chunks make a step (`steps`), and S and z are
 one array (`chunks`).
 
 Features of the whole sequence never exist at once: each step computes its own,
-in the backward pass again. The backward pass gets query, key, value, output,
-two numbers a query, and the state before each stride of steps (`plan`).
+and the backward pass computes them again. The backward pass gets query, key,
+value, output, two numbers per query, and the state before each stride of steps
+(`plan`).
 """
 
 import functools
@@ -42,8 +43,8 @@ from spectraformer_jax.typing import Array, PyTree
 
 # The state and the outputs so far.
 _Carry = tuple[JoinedState, Array]
-# Outputs, and for the backward pass the state before each stride and what each
-# of its steps saves.
+# What the backward pass gets: outputs, the state before each stride, and the
+# results that each step saves.
 _Saved = tuple[Array, tuple[JoinedState, Saved]]
 # The gradients of a backward loop so far: of constants, of sums, and of query,
 # key and value.
@@ -51,10 +52,11 @@ _Gradients = tuple[list[Array], Linear, list[Array]]
 
 
 def causal(call: Call) -> tuple[Array, State]:
-  """Query i sees the initial state and visible keys 0..i of its segment.
+  """Attends; query i sees the state and visible keys 0..i of its segment.
 
   Args:
-    call: T = S; segment ids do not decrease and are the same on both sides.
+    call: T = S; segment ids do not decrease along a row, and are the same for
+      queries and keys.
 
   Returns:
     ``[B, T, N, G, V]`` of value's dtype and the state after the last key.
@@ -88,7 +90,7 @@ def _run(
   state: JoinedState,
   inputs: Inputs,
 ) -> tuple[tuple[Array, JoinedState], _Saved]:
-  """Returns the output and the last state, and what the backward pass gets."""
+  """Returns output and last state, and what the backward pass gets."""
   cut = _cut(plan, inputs)
   padded = blocks.pad_inputs(inputs, cut.length)
   start, length = state.length, inputs.query.shape[1]

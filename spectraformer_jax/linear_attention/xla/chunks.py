@@ -3,7 +3,8 @@
 Names follow the equations of `bidirectional` and `causal`: phi and psi are the
 features of queries and keys. `JoinedState.sums` holds S, the sum of
 ``psi_j v_j^T``, and in its last column z, the sum of ``psi_j``. Products with
-`with_ones` of the values therefore give numerators and normalizers at once.
+the values and a column of ones (`with_ones`) therefore give numerators and
+normalizers at once.
 """
 
 from typing import NamedTuple
@@ -45,9 +46,9 @@ class QuerySums(NamedTuple):
   """Sums over the keys that each query sees.
 
   Attributes:
-    sums: of weights times values, and in the last column of weights,
+    sums: sums of weights times values, and in the last column sums of weights,
       ``[B, N, (L,) G C, V + 1]``.
-    magnitude: of absolute weights, ``[B, N, (L,) G C]``; None for positive
+    magnitude: sums of absolute weights, ``[B, N, (L,) G C]``; None for positive
       maps.
   """
 
@@ -56,7 +57,7 @@ class QuerySums(NamedTuple):
 
 
 class Saved(NamedTuple):
-  """What the backward pass gets of a block's queries, besides their outputs.
+  """What is saved for the backward pass of a block, besides the outputs.
 
   Attributes:
     normalizer: the divisor of each query, ``[B, N, (L,) G C]``; None for signed
@@ -183,7 +184,7 @@ def _read_sums(
   query_exponent: Array | None,
   state: JoinedState,
 ) -> tuple[QuerySums, Array | None]:
-  """Returns the sums of queries over a state, and their `needs_weight`."""
+  """Returns queries' sums over a state, and the result of `needs_weight`."""
   phi = scaled.scale_queries(
     features, state.exponent, query_exponent, engine.products
   )[:, :, 0]
@@ -249,7 +250,7 @@ def mean_vjp(
   normalizer: Array | None,
   d_out: Array,
 ) -> QuerySums:
-  """Returns the gradient of `mean`'s outputs for the sums.
+  """Returns the gradient of the sums, given that of the outputs of `mean`.
 
   For positive maps it reads only the results of `mean`, so that XLA does not
   compute the sums again.
@@ -270,14 +271,14 @@ def needs_weight(
   query_exponent: Array | None,
   sums: QuerySums,
 ) -> Array | None:
-  """Returns the queries for which a zero sum of weights means underflow.
+  """Returns for which queries a zero sum of weights means underflow.
 
   Args:
     sees_keys: bool, broadcastable to ``[..., C]``.
-    features: of the queries; exponentials are never zero themselves.
-    phi: the same, scaled, ``[..., C, F]``.
+    features: of the queries; exponentials without a factor are never zero.
+    phi: the same features, scaled, ``[..., C, F]``.
     query_exponent: see `query_exponents`, ``[..., C, 1]``.
-    sums: of the queries.
+    sums: over the keys of the queries.
 
   Returns:
     Bool ``[..., C]``; None where it cannot be known.
@@ -317,7 +318,7 @@ def unless_unused(
   if normalizer is not None:
     normalizer = jnp.where(rows.reshape(normalizer.shape), 1.0, normalizer)
   if query_exponent is not None:
-    # So large a divisor makes their features zero.
+    # Divided by so large a power of two, their features become zero.
     query_exponent = jnp.where(rows, -exponents.LOWEST, query_exponent)
   out = jnp.where(unused, 0, out).astype(jnp.float32)
   saved = Saved(normalizer, query_exponent)
@@ -327,7 +328,10 @@ def unless_unused(
 def add(
   engine: Engine, state: JoinedState, psi: Array, value: Array
 ) -> JoinedState:
-  """Adds keys ``[B, N, C, F]`` of the state's exponent; values `with_ones`."""
+  """Adds keys ``[B, N, C, F]`` and their values `with_ones` to a state.
+
+  The keys are relative to the exponent of the state.
+  """
   magnitude = state.magnitude
   if magnitude is not None:
     magnitude = magnitude + jnp.sum(jnp.abs(psi), axis=2)
@@ -347,7 +351,7 @@ def times_magnitude(phi: Array, state: JoinedState) -> Array | None:
 
 
 def has_keys(state: JoinedState) -> Array:
-  """Whether keys were seen, bool ``[B, N, 1]``; False without exponents."""
+  """Whether keys were seen, bool ``[B, N, 1]``; False for plain features."""
   return jnp.any(state.exponent > exponents.LOWEST, axis=-1, keepdims=True)
 
 

@@ -1,8 +1,9 @@
 """Features of chunks, scaled by powers of two so that float32 can hold them.
 
 A key feature is divided by ``2 ** exponent``, the largest power of two of that
-feature among the keys so far. Queries multiply by it again, and divide by the
-largest power among their own features, which cancels in the output.
+feature among the keys so far. The query feature is multiplied by it again. Then
+the features of each query are divided by the largest power of two among them,
+which cancels in the output.
 """
 
 import math
@@ -37,9 +38,9 @@ def map_chunks(
     position: of the first token of each chunk, ``[L]``.
   """
   if x.shape[2] == 1:
-    # With an axis of size 1 XLA for CPUs lays out products worse, at 6 % of the
-    # causal time (docs/decisions/08-tpu-layouts.md). To be dropped once that is
-    # no longer measured.
+    # With an axis of size 1 XLA for CPUs lays out products worse, which costs
+    # 6 % of the causal time (docs/decisions/08-tpu-layouts.md). To be dropped
+    # once that is no longer measured.
     features = feature_map(constants, x[:, :, 0], position[0])
     features = jax.tree.map(lambda leaf: leaf[:, :, None], features)
   else:
@@ -62,12 +63,12 @@ def key_exponents(
     features: of the keys, ``[B, N, L, C, F]``.
     exponent: of the state before them, ``[B, N, F or 1]``.
     key_mask: ``[B, 1, L, C, 1]`` bool, or None.
-    segment: ids ``[B, C]`` of packed rows in one chunk, not decreasing; the
-      state belongs to the first.
+    segment: ids ``[B, C]`` of the segments in one chunk, not decreasing, or
+      None where rows are not packed; the state belongs to the first segment.
 
   Returns:
-    ``[B, N, F or 1]``; with `segment`, those of each position's segment,
-    ``[B, N, C, F or 1]``.
+    ``[B, N, F or 1]``; with `segment`, for each position the exponents of its
+    segment, ``[B, N, C, F or 1]``.
   """
   if segment is not None:
     is_first = (segment == segment[:, :1])[:, None, :, None]
@@ -88,17 +89,18 @@ def key_exponents(
 
 
 def max_in_segments(x: Array, segment: Array) -> Array:
-  """Returns the largest of ``x [B, N, C, F]`` in each position's segment.
+  """Returns the maxima of ``x [B, N, C, F]`` over each position's segment.
 
   Args:
     x: numbers.
     segment: ids ``[B, C]``, not decreasing.
   """
   length = x.shape[2]
+  # Maxima spread forwards, then backwards, over twice the distance each time.
   for side in (1, -1):
     distance = 1
     while distance < length:
-      # Equal ids at this distance have only equal ids in between.
+      # If two ids at this distance are equal, so are all ids in between.
       moved = jnp.roll(segment, side * distance, axis=1)
       place = jnp.arange(length)[::side]
       same = (moved == segment) & (place >= distance)[None]
@@ -126,6 +128,7 @@ def scale_keys(
     psi = features.factor
   else:
     psi, own = split(features.log_magnitude)
+    # Only hidden keys may have exponents above that of the state.
     below = jnp.minimum(own - _of_positions(exponent), 0.0)
     psi = psi * power_of_two(below + KEY_EXPONENT)
     psi = products.exponential(features.log_magnitude, psi)
@@ -137,10 +140,12 @@ def scale_keys(
 def query_exponents(features: Features, exponent: Array) -> Array | None:
   """Returns the largest exponent of each query, ``[B, N, L, G C, 1]``.
 
+  It is the largest among the query's features times ``2 ** exponent``.
+
   Args:
     features: ``[B, N, L, G C, F]``.
-    exponent: of the sums that all queries read, ``[B, N, F or 1]``, or that
-      each of them reads, ``[B, N, G C, F or 1]``.
+    exponent: of the sums, ``[B, N, F or 1]`` if all queries read the same ones,
+      ``[B, N, G C, F or 1]`` if each query has its own.
 
   Returns:
     The exponents, which take no gradient; None for plain features.
@@ -170,8 +175,8 @@ def scale_queries(
     return features.factor
   assert query_exponent is not None  # as `query_exponents` gives it
   phi, own = split(features.log_magnitude)
-  # The exponent of an empty state is too low to be subtracted exactly: what
-  # comes out may be above QUERY_EXPONENT and is cut off.
+  # The exponent of an empty state is too low for exact sums. So `scale` may be
+  # above QUERY_EXPONENT; `power_of_two` then limits it.
   scale = own + _of_positions(exponent) - query_exponent + QUERY_EXPONENT
   phi = phi * power_of_two(scale, QUERY_EXPONENT + 8.0)
   phi = products.exponential(features.log_magnitude, phi)
@@ -179,7 +184,7 @@ def scale_queries(
 
 
 def _of_positions(exponent: Array) -> Array:
-  """Adds axes: ``[B, N, F] -> [B, N, 1, 1, F]``, or ``[B, N, 1, C, F]``."""
+  """``[B, N, F] -> [B, N, 1, 1, F]``; ``[B, N, C, F] -> [B, N, 1, C, F]``."""
   if exponent.ndim == 3:
     exponent = exponent[:, :, None]
   return exponent[:, :, None]

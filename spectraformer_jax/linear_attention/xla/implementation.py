@@ -12,9 +12,10 @@ from spectraformer_jax.typing import Array
 
 
 def attend(call: Call) -> tuple[Array, State]:
-  """Maps and attends; see `Implementation`.
+  """Maps queries and keys to features, and attends; see `Implementation`.
 
-  With segments the state is returned as it was: sums of segments are no state.
+  With segments the state is returned as it was, because a state is the sum of
+  one row.
   """
   state, inputs = call.state, call.inputs
   if inputs.segment_ids is not None:
@@ -28,7 +29,7 @@ def attend(call: Call) -> tuple[Array, State]:
   # The causal triangle starts at the top left, whatever T and S are.
   both = min(length, num_keys)
   keys = jax.tree.map(lambda x: x[:, :both], inputs.keys)
-  # Queries from S on see all keys: those that follow are padding.
+  # Queries from S on see all keys: the keys at their positions are padding.
   earlier = Inputs(inputs.query, *blocks.pad_keys(keys, length), None)
   out, state = causal(call._replace(inputs=earlier))
   state = state._replace(length=call.state.length + both)

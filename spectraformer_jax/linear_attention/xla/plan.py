@@ -1,4 +1,4 @@
-"""How many positions a loop handles at once: pure functions of sizes."""
+"""Plans how many positions a loop handles at once, from sizes alone."""
 
 from typing import NamedTuple
 
@@ -7,19 +7,21 @@ class Sizes(NamedTuple):
   """The fastest sizes on one platform.
 
   Attributes:
-    chunk: positions of a causal chunk, C. The masked product costs C (F + V) a
-      token, and the state F V, so C near V is cheapest on a CPU; matrix units
-      need more rows.
+    chunk: positions of a causal chunk, C. For each token the masked product
+      costs C (F + V) and the state costs F V, so C near V is cheapest on a CPU;
+      matrix units need more rows.
     step: positions of a causal step, counted over all rows (examples times
       heads); a step has at least one chunk. Smaller steps cost as much to
       launch as to compute; on a CPU the features of larger steps do not fit
       into the cache.
     stride: positions between two states that are saved for the backward pass,
-      at least one step. States in between are computed again. A state has
-      F (V + 1) numbers; query, key and value of one position have 2 H + V.
-    block: positions of a block where every key is seen, counted over all rows.
-    is_by_row: rows of at least `block` positions have blocks of their own,
-      because XLA for CPUs runs a batch of products on one thread, and one long
+      at least one step. States in between are computed again. For comparison: a
+      state has F (V + 1) numbers, and query, key and value of one position have
+      2 H + V.
+    block: positions of a block in a pass that is not causal, counted over all
+      rows.
+    is_by_row: whether each row of at least `block` positions has blocks of its
+      own: XLA for CPUs runs a batch of products on one thread, but one long
       product on all threads.
   """
 
@@ -31,10 +33,11 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-  # Each size was chosen by a row of docs/decisions. chunk: the cost above.
-  # step: 07, "causal steps of 2048 positions". stride: 07, "states kept every
-  # 256 positions". block: 05, "blocks of 2048 positions". is_by_row: 05,
-  # "blocks of 2048 to 4095 positions".
+  # Each size was chosen by a row of a table in docs/decisions. The comments give
+  # the file and the first words of that row. chunk: the cost above. step: 07,
+  # "causal steps of 2048 positions". stride: 07, "states kept every 256
+  # positions". block: 05, "blocks of 2048 positions". is_by_row: 05, "blocks of
+  # 2048 to 4095 positions".
   "cpu": Sizes(chunk=64, step=2048, stride=256, block=2048, is_by_row=True),
   # Compiled, never timed. step: 07, "several chunks in a causal step". stride:
   # 07, H100 in "states kept every 256 positions". block: 05, "blocks of 16,384
@@ -48,13 +51,13 @@ SIZES = {
 
 
 class CausalPlan(NamedTuple):
-  """A causal pass: strides of steps of chunks.
+  """The sizes of a causal pass: strides consist of steps, steps of chunks.
 
   Attributes:
     chunk_size: positions of a chunk, C.
     chunks_per_step: chunks that one step computes at once, L.
     steps_per_stride: steps between two saved states.
-    num_strides: strides; symbolic where the length is.
+    num_strides: number of strides; symbolic if the length is.
   """
 
   chunk_size: int
@@ -74,12 +77,13 @@ class CausalPlan(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-  """A pass over independent blocks.
+  """The sizes of a pass over independent blocks.
 
   Attributes:
     block_size: positions of a block.
-    num_blocks: blocks of a row; symbolic where the length is.
-    is_by_row: a block has one head of one example, not all heads of all.
+    num_blocks: number of blocks of a row; symbolic if the length is.
+    is_by_row: whether a block has one head of one example; otherwise it has all
+      heads of all examples.
   """
 
   block_size: int
@@ -88,7 +92,7 @@ class BlockPlan(NamedTuple):
 
 
 def is_known(*sizes: int) -> bool:
-  """Whether no size is symbolic, as those of exported programs may be."""
+  """Whether no size is symbolic; sizes of exported programs may be."""
   return all(isinstance(size, int) for size in sizes)
 
 
@@ -105,10 +109,11 @@ def plan_causal(
   Args:
     length: T.
     num_rows: examples times heads.
-    chunk_size: positions of a chunk, one chunk a step; None: the fastest sizes.
-    is_packed: rows have segments. A step is one chunk then, because a state
-      belongs to one segment, the last one of its step.
-    platform: a key of `SIZES`; another one plans as a GPU.
+    chunk_size: positions of a chunk; a step is one chunk then. None: the
+      fastest sizes.
+    is_packed: whether rows have segments. A step is one chunk then, because the
+      state after a step holds one segment only, the last one of the step.
+    platform: a key of `SIZES`; any other name gets the sizes of a GPU.
   """
   best = _sizes(platform)
   size = best.chunk if chunk_size is None else chunk_size
@@ -145,9 +150,9 @@ def plan_blocks(
     length: T or S.
     num_rows: examples times heads.
     chunk_size: positions of a block of all rows; None: the fastest sizes.
-    num_devices: with more than one, rows may be divided over devices, so that
-      no row can be looked up by its number.
-    platform: a key of `SIZES`; another one plans as a GPU.
+    num_devices: number of devices. With more than one, rows may be divided over
+      devices, so a loop cannot pick one row by its number.
+    platform: a key of `SIZES`; any other name gets the sizes of a GPU.
   """
   best = _sizes(platform)
   if not is_known(length, num_rows):
@@ -155,7 +160,7 @@ def plan_blocks(
     return BlockPlan(size, _ceil(length, size), False)
   is_by_row = best.is_by_row and chunk_size is None and num_devices == 1
   if is_by_row and length >= best.block:
-    # Equal blocks of at least that size, so that little is padded.
+    # Equal blocks of at least `best.block` positions, so that little is padded.
     size = _ceil(length, length // best.block)
     return BlockPlan(size, _ceil(length, size), True)
   size = chunk_size or max(best.chunk, best.block // num_rows)

@@ -1,4 +1,4 @@
-"""The matrix products of linear attention, with gradients of the same speed.
+"""The matrix products of linear attention, with gradients that are as fast.
 
 Features are wide, ``[C, F]``, and values narrow, ``[C, V]``. A product that
 reads its wide operand down columns makes XLA for CPUs transpose it entry by
@@ -61,7 +61,7 @@ queries_times_state.defvjp(_queries_fwd, _queries_bwd)
 
 @jax.custom_jvp
 def exponential_of(log_magnitude: Array, features: Array) -> Array:
-  """Returns `features`, whose derivative by `log_magnitude` is themselves.
+  """Returns `features`, their own derivative with respect to `log_magnitude`.
 
   The backward pass then reads them; by autodiff XLA would compute a second exp
   (docs/decisions/04-features-are-their-derivative.md). To be dropped once XLA
@@ -102,15 +102,15 @@ def _exact_exponential(log_magnitude: Array, features: Array) -> Array:
   return jnp.exp(log_magnitude - fixed(log_magnitude)) * fixed(features)
 
 
-# For the forward pass and the first backward pass, which are written by hand.
+# For the forward pass and for the backward pass that is written by hand.
 # It must not be differentiated twice: JAX may drop the rule of `exponential_of`
 # where it differentiates a loop a second time.
 FAST = Products(
   keys_times_values, queries_times_state, exponential_of, lambda body: body
 )
 
-# For all other derivatives, in any mode and order, taken by JAX. Steps are
-# checkpointed, so that features are computed again there as well.
+# For all other derivatives, which JAX takes in any mode and order. Steps are
+# checkpointed, so that JAX computes features again instead of saving them.
 EXACT = Products(
   lambda psi, value: jnp.swapaxes(psi, -1, -2) @ value,
   jnp.matmul,

@@ -1,8 +1,8 @@
 """Packed rows: attention inside segments, as one causal pass.
 
-Positions are sorted by segment id; where every query may see all keys of its
-segment, keys come before queries. In that order a query sees exactly the keys
-before it that share its id, which is what `causal` computes.
+Positions are sorted by segment id. If a query may see all keys of its segment,
+the keys of a segment come before its queries. In that order a query sees
+exactly the keys before it that share its id, which is what `causal` computes.
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from spectraformer_jax.typing import Array
 
 
 def packed(call: Call, segment_ids: tuple[Array, Array]) -> Array:
-  """Each query sees the visible keys of its own segment.
+  """Attends; each query sees the visible keys of its own segment.
 
   Args:
     call: see `Call`; if causal, queries see no later keys.
@@ -27,6 +27,7 @@ def packed(call: Call, segment_ids: tuple[Array, Array]) -> Array:
   if call.is_causal and query_ids is key_ids:
     ids = query_ids
     order = jnp.argsort(ids, axis=1, stable=True)
+    # The place of each query in the sorted row.
     place = jnp.argsort(order, axis=1)
   else:
     ids = jnp.concatenate([key_ids, query_ids], axis=1)
@@ -39,8 +40,8 @@ def packed(call: Call, segment_ids: tuple[Array, Array]) -> Array:
     place = jnp.argsort(order, axis=1)[:, key.shape[1] :]
     if key_mask is None:
       key_mask = jnp.ones(key_ids.shape, bool)
-    # Keys stand in the sorted row without a query, and queries with a hidden
-    # key.
+    # In the sorted row, the place of a key has a query of zeros, and the place
+    # of a query has a hidden key.
     query = jnp.pad(query, _widths(query, key.shape[1], 0))
     key, value, key_mask = (
       jnp.pad(x, _widths(x, 0, query_ids.shape[1]))
@@ -49,8 +50,8 @@ def packed(call: Call, segment_ids: tuple[Array, Array]) -> Array:
   query, key, value, ids = (_take(x, order) for x in (query, key, value, ids))
   if key_mask is not None:
     key_mask = _take(key_mask, order)
-  # Numbered from 0, as floats: the tangent of an int has no type that varies
-  # over the axes of `jax.shard_map`.
+  # Segments are numbered from 0, in floats: the tangent of an int has no type
+  # that varies over the axes of `jax.shard_map`.
   steps = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
   ids = jnp.cumsum(steps, axis=1).astype(jnp.float32)
   inputs = Inputs(query, key, value, key_mask, (ids, ids))
@@ -64,7 +65,7 @@ def _widths(x: Array, before: int, after: int) -> list[tuple[int, int]]:
 
 
 def _take(x: Array, order: Array) -> Array:
-  """Returns the positions of axis 1 in another order, per example."""
+  """Returns x with axis 1 in another order, one order for each example."""
   return jnp.take_along_axis(
     x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1
   )

@@ -32,8 +32,8 @@ class _StepKeys(NamedTuple):
     psi: features of the keys, ``[B, N, L, C, F]``.
     value: values with ones, ``[B, N, L, C, V + 1]``.
     exponent: of psi, ``[B, N, F or 1]``; with segments ``[B, N, C, F or 1]``.
-    before: the state before each chunk, S_<c and z_<c; its sums lead with
-      ``[B, N, L]``.
+    before: the state before each chunk, S_<c and z_<c; the leading axes of its
+      sums are ``[B, N, L]``.
     after: the state after the step.
     has_keys: whether there are keys before the step, bool ``[B, N, 1]``.
   """
@@ -49,7 +49,7 @@ class _StepKeys(NamedTuple):
 def attend(
   engine: Engine, constants: PyTree, state: JoinedState, block: CausalBlock
 ) -> tuple[JoinedState, Array, Saved]:
-  """Attends in L chunks whose queries see the state and earlier keys.
+  """Attends in L chunks; a query sees the state and keys up to its position.
 
   Args:
     engine: see `Engine`.
@@ -147,7 +147,7 @@ def _sum_keys(
   state = rescale(state, exponent if segment is None else exponent[:, :, 0])
   before, after = _prefix_sums(engine, state, psi, value)
   if segment is not None:
-    # The state after the step has the keys of the last segment alone.
+    # The state after the step holds only keys of the last segment.
     state = _seen_by(state, segment[:, -1])
     is_last = (segment == segment[:, -1:])[:, None, :, None]
     last = jnp.where(is_last, psi[:, :, 0], 0.0)
@@ -163,7 +163,7 @@ def _sums(
   step: _StepKeys,
   block: CausalBlock,
 ) -> tuple[QuerySums, Array | None]:
-  """Returns the sums over each query's keys, and their `needs_weight`."""
+  """Returns sums over each query's keys, and the result of `needs_weight`."""
   groups, segment = block.query.shape[2], block.segment
   exponent = _of_queries(step.exponent, block)
   phi = scaled.scale_queries(
@@ -185,7 +185,7 @@ def _sums(
   sums = engine.products.queries_times_state(phi, step.before.sums)
   magnitude = chunks.times_magnitude(phi, step.before)
   if segment is not None:
-    # The state is that of the first segment.
+    # The state belongs to the first segment; other queries do not see it.
     is_first = jnp.tile(segment == segment[:, :1], (1, groups))[:, None, None]
     sums = jnp.where(is_first[..., None], sums, 0.0)
     if magnitude is not None:
@@ -210,7 +210,10 @@ def _of_queries(exponent: Array, block: CausalBlock) -> Array:
 
 
 def _sees_new_keys(engine: Engine, block: CausalBlock) -> Array:
-  """Whether each query sees keys of its step; bool ``[B, 1, L, G C]``."""
+  """Whether each query sees keys of its step; bool ``[B, 1, L, G C]``.
+
+  With segments only the key at the query's own position is looked at.
+  """
   mask = block.keys.key_mask
   if mask is None:
     return jnp.ones((1, 1, 1, 1), bool)
@@ -258,7 +261,7 @@ def _prefix_sums(
 
 
 def _running(first: Array, parts: Array) -> tuple[Array, Array]:
-  """Returns the sum before each part, ``[B, N, L, ...]``, and after all.
+  """Returns the sum before each part, ``[B, N, L, ...]``, and that of all.
 
   On a CPU the parts are added one by one, because XLA computes a cumulative sum
   there by L^2 / 2 additions (docs/decisions/07-causal-steps.md). To be dropped
