@@ -166,9 +166,9 @@ def _scale(
   example and head (and segment), and the query feature is multiplied by this
   maximum; a state counts as a key with the state's exponent. Then the features
   of each query are divided by their own maximum. Both maxima cancel in the
-  ratio, so no gradient flows through them. For a positive map without a state
-  that is not causal every normalizer is at least 1, because its largest term
-  is.
+  ratio, so no gradient flows through them. If the map is positive, the call not
+  causal and the state empty, every normalizer is at least 1, because its
+  largest term is.
 
   Args:
     query: features ``[B, N, G, T, F]``.

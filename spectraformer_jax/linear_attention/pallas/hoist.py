@@ -42,10 +42,10 @@ class PerToken(NamedTuple):
 
 
 class Hoisted(NamedTuple):
-  """The feature maps of the two sides, cut in two.
+  """The feature maps of queries and keys, each cut in two.
 
   Attributes:
-    constants: results of the first part for both sides,
+    constants: results of the first part of both maps,
       ``[B or 1, N or 1, R, K]`` float32.
     query: the second part for queries.
     key: the second part for keys.

@@ -92,7 +92,7 @@ def vmem_bytes(sizes: scan.Sizes, chunk: int) -> int:
   if sizes.is_causal:
     temporary += 3 * tile(chunk, chunk)
   # Blocks count twice, because while one is in use the next one is read and the
-  # last one is written.
+  # previous one is written.
   return 2 * blocks + temporary
 
 

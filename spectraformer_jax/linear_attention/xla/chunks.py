@@ -278,7 +278,7 @@ def needs_weight(
     features: of the queries; exponentials without a factor are never zero.
     phi: the same features, scaled, ``[..., C, F]``.
     query_exponent: see `query_exponents`, ``[..., C, 1]``.
-    sums: over the keys of the queries.
+    sums: over the keys that each query sees.
 
   Returns:
     Bool ``[..., C]``; None where it cannot be known.

@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-  # Each size was chosen by a row of a table in docs/decisions. The comments give
+  # Each size was chosen by a row of a table in docs/decisions. A comment gives
   # the file and the first words of that row. chunk: the cost above. step: 07,
   # "causal steps of 2048 positions". stride: 07, "states kept every 256
   # positions". block: 05, "blocks of 2048 positions". is_by_row: 05, "blocks of
