@@ -96,7 +96,7 @@ def compose(
 def _compose(
   component: Component, weight_matrix: WeightMatrix, num_features: int | None
 ) -> FeatureMap:
-  """Cached: equal arguments return the same object, and warn once."""
+  """Builds the pair; cached: equal arguments give one object, one warning."""
   f, w = component.info, weight_matrix.info
   if f.even and w.antithetic:
     warnings.warn(

@@ -49,7 +49,7 @@ class DrawnMap:
 
   @functools.cached_property
   def has_params(self) -> bool:
-    """Whether `init_params` makes any leaf; the same for all sizes."""
+    """Whether `init_params` makes any leaf; no size changes the answer."""
     component = jax.eval_shape(
       lambda rng: self.component.init(rng, 4), jax.random.key(0)
     )
@@ -69,8 +69,8 @@ class DrawnMap:
       rng: PRNG key.
       head_dim: H.
       num_heads: N; 1 shares one W among all heads.
-      dtype: of the stored projection, except log-weights and integers
-        (permutations, bits), which are float32; drawn in float32, then cast.
+      dtype: of the stored projection, which is drawn in float32, then cast.
+        Log-weights and integers (permutations, bits) are stored as float32.
 
     Returns:
       `FeatureVariables`; every leaf has a leading head axis ``[num_heads]``.

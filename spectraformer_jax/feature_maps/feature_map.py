@@ -37,15 +37,15 @@ SIDES = ("query", "key")
 class FeatureMap(DrawnMap):
   """phi(x) = f(W x, x): pure functions over explicit variables.
 
-  Hashable; make it with `feature_map` or `compose`, which return the same
-  object for equal arguments, so that passing one as a static argument of a
-  jitted function never recompiles. Inputs x are already scaled: attention
-  multiplies queries and keys by ``H**-1/4``, and no method here does.
+  Make it with `feature_map` or `compose`. They return the same object for equal
+  arguments, and it is hashable, so a jitted function that takes it as a static
+  argument is not compiled again. Inputs x are already scaled: attention
+  multiplies queries and keys by ``H**-0.25``, and no method here does.
   """
 
   @property
   def info(self) -> FeatureMapInfo:
-    """Static facts about the pair."""
+    """Static facts about the pair of component and weight matrix."""
     f, w = self.component, self.weight_matrix
     return FeatureMapInfo(
       name=f"{f.info.name}-{w.info.name}",
@@ -57,7 +57,7 @@ class FeatureMap(DrawnMap):
 
   @property
   def feature_dim(self) -> int | None:
-    """F; None for the few maps where it depends on head_dim."""
+    """Number of features F; None for the few maps where head_dim sets it."""
     return self.component.feature_dim(self.num_features or 0, None)
 
   def calibrate(
@@ -69,7 +69,9 @@ class FeatureMap(DrawnMap):
     key_mask: Bool[Array, "B S"] | None = None,
     query_mask: Bool[Array, "B T"] | None = None,
   ) -> PyTree:
-    """Computes data-dependent parameters of each example, in closed form.
+    """Computes stats: the data-dependent parameters of each example.
+
+    They follow from the moments of the data in closed form.
 
     Args:
       variables: from `init`.
@@ -207,7 +209,8 @@ class FeatureMap(DrawnMap):
 
     Raises:
       ValueError: unknown side, shapes that do not agree, missing stats, or a
-        position that is known to be beyond the component's longest sequence.
+        position beyond the component's longest sequence (a traced position is
+        not checked).
     """
     if side not in SIDES:
       raise ValueError(f"side must be one of {SIDES}, got {side!r}.")
@@ -270,8 +273,8 @@ class FeatureMap(DrawnMap):
       x: scaled.
       side: "query" or "key".
       position: of x's first token; None: the position in `prepared`.
-      for_attention: whether queries may lack a factor of each token, see
-        `Component.query_features`.
+      for_attention: whether queries may lack a factor that all features of a
+        token share, see `Component.query_features`.
     """
 
     def one_head(prepared: Prepared, x: Array) -> LogFeatures:
@@ -294,7 +297,7 @@ class FeatureMap(DrawnMap):
     side: Side,
     stats: PyTree = None,
   ) -> Float[Array, "*batch T N F"]:
-    """Computes the features themselves, which may overflow: for analysis.
+    """Computes the features themselves, for analysis: they may overflow.
 
     ``E[apply(x, side="query") . apply(y, side="key")] = kernel(x, y)``.
     Arguments and errors as in `log_features`.

@@ -22,11 +22,11 @@ from spectraformer_jax.typing import (
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMapInfo:
-  """Static facts about a pair.
+  """Static facts about a pair of component and weight matrix.
 
   Attributes:
     name: "component-matrix".
-    positive: features are never negative (component and row weights).
+    positive: features are never negative, signs of the rows included.
     unbiased: the mean of the estimate is exactly the kernel (exact or weighted
       marginals); otherwise the matrix's docstring gives the bias.
     learnable: the weight matrix has trainable parameters, so there is no fixed
@@ -85,7 +85,7 @@ def component_state(
 def weigh_rows(
   out: LogFeatures, rows: WeightSample, side: Side, num_features: int | None
 ) -> LogFeatures:
-  """Multiplies by 1/sqrt(M) and row weights; the query side takes the signs."""
+  """Multiplies by sqrt(row weight / M); signs multiply queries only."""
   if num_features is None:
     return out
   log_magnitude = out.log_magnitude - 0.5 * math.log(num_features)
@@ -114,10 +114,10 @@ def cast_floats(tree: PyTree, dtype: Any) -> PyTree:
 
 
 def store(projection: Projection, dtype: Any) -> Projection:
-  """Casts drawn leaves to the floats that variables hold, which have gradients.
+  """Casts drawn leaves to floats, so that variables suit `jax.grad`.
 
-  Integers become float32, which is exact below 2**24. So do log-weights,
-  because rounding one would change the weight of its row in every estimate.
+  Integers become float32, which is exact below 2**24. Log-weights become
+  float32, too: rounding one would change the weight of its row everywhere.
   """
 
   def cast(path: tuple, leaf: Array) -> Array:
@@ -148,7 +148,7 @@ def mean_over_examples(tree: PyTree, counts: Array) -> PyTree:
 
 
 def check_stats(stats: PyTree, x: Array) -> None:
-  """Raises ValueError unless leaves lead with x's [B, N], where 1 is shared."""
+  """Raises ValueError unless leaves lead with [B or 1, N or 1] of x."""
   batch, heads = x.shape[0], x.shape[2]
   for leaf in jax.tree.leaves(stats):
     if leaf.ndim < 2 or not (

@@ -44,7 +44,7 @@ def trainable(variables: PyTree) -> PyTree:
 def _is_learnt(path: tuple[Any, ...], leaf: Any) -> bool:
   """Returns whether a leaf is a float array outside of projections."""
   names = [_name(part) for part in path]
-  names = [name for name in names if name != "value"]  # of nnx.Variable
+  names = [name for name in names if name != "value"]  # from nnx.Variable
   following = zip(names, names[1:], strict=False)
   if any(one == "projection" and two in PARTS for one, two in following):
     return False

@@ -1,4 +1,4 @@
-"""One head of one example, mapped over heads and examples.
+"""Maps a function of one head of one example over heads and examples.
 
 Leaves that differ per example and head lead with ``[B, N]``. Either may be 1,
 for a leaf that all share; shared leaves are not mapped, so what depends on them
@@ -18,6 +18,8 @@ def over_examples_and_heads(
   function: Callable[..., PyTree],
 ) -> Callable[..., PyTree]:
   """Maps `function` over the two leading axes of its arguments.
+
+  On a mesh with Explicit axes, each device maps over its examples and heads.
 
   Args:
     function: takes trees without leading axes.
@@ -60,12 +62,12 @@ def lead_with_batch(tree: PyTree) -> PyTree:
 def queries_by_key_head(
   query: Array, query_mask: Mask, num_heads: int
 ) -> tuple[Array, Mask]:
-  """Turns grouped queries into more positions of their key head.
+  """Turns the queries that share a key head into more positions of that head.
 
   Args:
     query: ``[B, T, N G, H]``: G queries share a key head.
     query_mask: ``[B, T]`` bool or None.
-    num_heads: N.
+    num_heads: N, the number of key heads.
 
   Returns:
     ``[B, T G, N, H]`` and ``[B, T G]`` or None.

@@ -4,9 +4,9 @@
     testing.check_component(MyComponent())
     testing.check_weight_matrix(MyMatrix())
 
-Every check raises an AssertionError that says what is missing. They use small
-shapes and fixed keys, so a check that passes once passes always. The package's
-own tests run them over everything that is registered.
+Every check raises an AssertionError that says what is wrong. Checks use small
+shapes and fixed PRNG keys, so a check that passes once passes always. The
+package's own tests run them over everything that is registered.
 """
 
 from spectraformer_jax.testing.checks import (

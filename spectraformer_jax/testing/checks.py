@@ -48,10 +48,11 @@ GROUPS = (
 )
 MARGINALS = ("exact", "approximate", "weighted")
 
-# (num_features, head_dim): less, equal, and larger but not a multiple.
+# (num_features, head_dim): num_features is smaller than head_dim, equal to it,
+# and larger but not a multiple.
 SIZES = ((3, 8), (8, 8), (11, 4))
 
-# Pairs x, y at head_dim = 4: generic, opposite, and with signed coordinates.
+# Pairs x, y at head_dim = 4: generic, opposite, and of mixed signs.
 PAIRS = np.array(
   [
     [[0.3, -0.2, 0.5, 0.1], [0.4, 0.1, 0.3, -0.2]],
@@ -315,7 +316,8 @@ def _default_matrices() -> tuple[WeightMatrix, ...]:
 def _default_components(trig_only: bool) -> list[Component]:
   """Returns the components that matrices are checked with, best first.
 
-  A positive map depends on odd moments of W, a trigonometric one does not.
+  A positive map depends on odd moments of W, so it shows errors in them that a
+  trigonometric map hides.
   """
   first = TrigRF("gaussian") if trig_only else COMPONENTS.build("posrf")
   return [first, *(COMPONENTS.build(name) for name in COMPONENTS.names())]

@@ -21,7 +21,7 @@ from spectraformer_jax.typing import (
   WeightSample,
 )
 
-# Limit of a bounded factor: cosines, signs and small sums of them.
+# Largest size of a bounded factor: a cosine, a sign or a small sum of them.
 FACTOR_BOUND = 8.0
 
 
@@ -34,7 +34,7 @@ def require(condition: bool, message: str) -> None:
 def self_stats(
   feature_map: FeatureMap, variables: FeatureVariables, x: Array
 ) -> PyTree:
-  """Returns the stats of queries and keys x ``[T, N, H]``."""
+  """Returns the stats if x ``[T, N, H]`` is both queries and keys."""
   return jax.jit(feature_map.calibrate)(variables, x[None], x[None])
 
 
@@ -60,7 +60,10 @@ def multiply(out: LogFeatures, log_scale: Array | float = 0.0) -> Array:
 def check_shapes(
   feature_map: FeatureMap, head_dim: int, must_fit: bool
 ) -> None:
-  """Checks shapes and dtypes, without computing anything."""
+  """Checks shapes and dtypes, without computing anything.
+
+  Unless `must_fit`, the pair may refuse these sizes.
+  """
   name, num_features = feature_map.info.name, feature_map.num_features
   hint = f"{name}, num_features={num_features}, head_dim={head_dim}"
   heads, length = 2, 3
@@ -159,7 +162,7 @@ def check_features(
   """
   name = feature_map.info.name
   features = jax.jit(functools.partial(features_of_sides, feature_map))
-  # Fused exponents differ in their last bits.
+  # `jit` fuses the exponential of `apply`, so its last bits differ.
   assert_close = functools.partial(
     chex.assert_trees_all_close, rtol=1e-4, atol=1e-6
   )
@@ -207,7 +210,7 @@ def check_features(
 def check_gradients(
   feature_map: FeatureMap, variables: FeatureVariables, x: Array, stats: PyTree
 ) -> None:
-  """Checks that gradients are finite at zero, at one and far out."""
+  """Checks that gradients are finite at x times 0, 1 and 30."""
 
   def loss(params: PyTree, x: Array) -> Array:
     total = jnp.float32(0.0)
@@ -313,7 +316,7 @@ def check_row_order(component: Component, name: str) -> None:
 
 
 def check_learner(feature_map: FeatureMap, name: str) -> None:
-  """Checks that every parameter has a gradient, at the latest after a step."""
+  """Checks that each parameter has a gradient, at once or after one step."""
   init = jax.jit(functools.partial(feature_map.init, head_dim=4))
   variables = init(jax.random.key(0))
   require(
