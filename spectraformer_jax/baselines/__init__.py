@@ -1,10 +1,10 @@
 """Other efficient attentions, to compare with: pure functions.
 
 Outputs do not depend on the number of masked positions or on their content, NaN
-included, nor on other rows of the batch. One exception: the blocks of
+included, nor on other examples of the batch. One exception: the blocks of
 `local_attention` and the projections of `linformer_attention` count positions
-from the start of the row, so padding in front moves them. ``attention=...`` of
-`SpectralSelfAttention` takes a name of `BASELINES`.
+from the start of the sequence, so padding in front moves them. The argument
+`attention` of `SpectralSelfAttention` takes a name of `BASELINES`.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ class Baseline:
 
   Attributes:
     attend: ``(query, key, value, *, key_mask, ...) -> output``.
-    options: names of the options that a user may set.
+    options: names of the keyword arguments that a user may set.
     init_params: ``(rng, *, num_heads, max_len, **options)`` -> learnable
-      keyword arguments of `attend`, which then takes no options; None: not
-      learnable.
+      keyword arguments of `attend`, which then takes no options; None: the
+      baseline has no parameters.
     can_be_causal: whether `attend` takes `is_causal`.
   """
 

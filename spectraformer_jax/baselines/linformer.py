@@ -28,9 +28,9 @@ def linformer_attention(
   .. math::
     O = \operatorname{softmax}(Q (E K)^\top / \sqrt H)\, F V
 
-  Masked keys and values are set to zero before they are mixed, as in releases
-  that follow the paper, which has no mask. Queries attend to all P mixtures, so
-  E = F = I gives exact attention if no key is masked.
+  Masked keys and values are set to zero before they are mixed, as in public
+  code; the paper has no mask. Queries attend to all P mixtures, so E = F = I
+  gives exact attention if no key is masked.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype.
@@ -43,8 +43,8 @@ def linformer_attention(
     key_mask: ``[B, S]`` bool, True where a key may be seen.
 
   Returns:
-    ``[B, T, N, V]`` in value's dtype, computed in float32 at least. Zeros for a
-    row without keys.
+    ``[B, T, N, V]`` in value's dtype, computed in float32 at least. Zeros for
+    an example without visible keys.
 
   Raises:
     ValueError: shapes that do not agree, or a sequence longer than L.

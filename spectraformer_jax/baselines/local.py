@@ -1,4 +1,4 @@
-"""Local attention: exact, inside blocks."""
+"""Local attention: exact attention inside blocks of positions."""
 
 import jax.numpy as jnp
 
@@ -21,17 +21,17 @@ def local_attention(
 ) -> Array:
   """Softmax attention to the keys of the query's own block, O(T W).
 
-  The "local attention" of Long Range Arena. Exact attention if one block holds
-  all T positions.
+  This is the "local attention" of Long Range Arena. It equals exact attention
+  if one block holds all T positions.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype.
     key: ``[B, T, N, H]``.
     value: ``[B, T, N, V]``.
     block_size: W; blocks begin at position 0.
-    neighbours: number of visible blocks on either side of the own one.
+    neighbours: number of visible blocks on each side of the query's own block.
     scale: None means ``1 / sqrt(H)``.
-    is_causal: query i sees keys up to i.
+    is_causal: query i sees no key after i.
     key_mask: ``[B, T]`` bool, True at real positions.
 
   Returns:
@@ -66,7 +66,7 @@ def local_attention(
   after = 0 if is_causal else before
 
   def blocks(array: Array) -> Array:
-    """Reshapes ``[B, T, ...] -> [B, G, W, ...]``, padded with zeros (False)."""
+    """Pads with zeros to G blocks: ``[B, T, ...] -> [B, G, W, ...]``."""
     extra = num_blocks * block_size - length
     pad = ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2)
     shape = (array.shape[0], num_blocks, block_size, *array.shape[2:])
@@ -85,6 +85,7 @@ def local_attention(
   y, v, visible = (windows(blocks(array)) for array in (y, v, mask))
   visible = visible[:, :, None, None, :]
   if is_causal:
+    # Positions from the start of the query's block.
     queries = jnp.arange(block_size)
     keys = jnp.arange((before + 1) * block_size) - before * block_size
     causal = keys[None, :] <= queries[:, None]

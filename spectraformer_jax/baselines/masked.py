@@ -1,6 +1,6 @@
 """Helpers of the baselines: masked inputs, ranks of real positions, an inverse.
 
-Nothing depends on other rows of the batch or on padding.
+No result depends on other examples of the batch or on padding.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class MaskedInputs(NamedTuple):
     x: queries ``[B, T, N, H]``; zeros at masked positions of self-attention.
     y: keys ``[B, S, N, H]``, repeated for grouped queries.
     v: values ``[B, S, N, V]``, repeated likewise.
-    mask: ``[B, S]`` bool.
+    mask: ``[B, S]`` bool, True at visible keys.
   """
 
   x: Array
@@ -48,8 +48,8 @@ def masked_inputs(
     value: ``[B, S, N, V]``.
     scale: of ``query . key``; None means ``1 / sqrt(H)``.
     key_mask: ``[B, S]`` bool, or None: all visible.
-    is_causal: only checked.
-    self_attention: whether T == S and the mask is of queries as well.
+    is_causal: only checked to be a bool; the caller applies it.
+    self_attention: whether T must equal S, and `key_mask` masks queries, too.
 
   Raises:
     ValueError: shapes that do not agree.
@@ -94,7 +94,7 @@ def on_shards(
 
 
 def ranks(mask: Array) -> tuple[Array, Array]:
-  """Numbers the real positions of each row.
+  """Numbers the real positions of each example.
 
   Args:
     mask: ``[B, S]`` bool.
@@ -120,8 +120,8 @@ def iterative_inverse(matrix: Array, iterations: int) -> Array:
     \qquad Z_0 = A^\top / (|A|_1 |A|_\infty)
 
   Nystromformer, equation 11 (after Razavi et al., 2014). The public releases
-  of Nystromformer and Skyformer start from norms over the whole batch; here the
-  norms are those of each matrix.
+  of Nystromformer and Skyformer start from norms over the whole batch; here
+  each matrix has its own norms.
 
   Args:
     matrix: ``[..., m, m]`` float; rows and columns of zeros stay zero.
@@ -138,7 +138,7 @@ def iterative_inverse(matrix: Array, iterations: int) -> Array:
   """
   checks.check_positive_int("iterations", iterations)
   size = jnp.abs(matrix)
-  # `initial` is for m = 0.
+  # For m = 0 there is nothing to take a maximum of: it is `initial`.
   rows, columns = (
     jnp.max(jnp.sum(size, axis), -1, initial=0.0) for axis in (-1, -2)
   )

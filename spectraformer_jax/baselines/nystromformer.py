@@ -1,4 +1,4 @@
-"""Nystromformer: the softmax matrix through landmarks."""
+"""Nystromformer: approximates the softmax matrix through landmarks."""
 
 import functools
 
@@ -34,11 +34,11 @@ def nystromformer_attention(
         \operatorname{softmax}(\tilde Q \tilde K^\top)^+\;
         \operatorname{softmax}(\tilde Q K^\top)\, V
 
-  Landmarks are means over m segments of the *real* positions of each row, so
-  they do not depend on padding. A row of fewer than m positions has one
+  Landmarks are means over m segments of the *real* positions of each example,
+  so they do not depend on padding. An example of fewer than m positions has one
   landmark per position, which is exact attention up to the error of the
-  iterative inverse. The depthwise convolution that the release adds to the
-  output is left out.
+  iterative inverse. The depthwise convolution that the authors' code adds to
+  the output is left out.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype.
@@ -50,8 +50,8 @@ def nystromformer_attention(
     key_mask: ``[B, T]`` bool, True at real positions.
 
   Returns:
-    ``[B, T, N, V]`` in value's dtype, computed in float32 at least. Zeros for a
-    row without keys.
+    ``[B, T, N, V]`` in value's dtype, computed in float32 at least. Zeros for
+    an example without visible keys.
 
   Raises:
     ValueError: shapes that do not agree, or sizes that are not positive.
@@ -79,6 +79,7 @@ def _attend(
   """Computes `nystromformer_attention` of prepared inputs."""
   x, y, v, mask = inputs
   rank, count = ranks(mask)
+  # Row m of `member` averages over segment m; masked positions have none (-1).
   segment = jnp.where(mask, rank * num_landmarks // count, -1)
   member = jax.nn.one_hot(segment, num_landmarks, axis=1, dtype=x.dtype)
   sizes = jnp.sum(member, axis=2)
@@ -93,7 +94,7 @@ def _attend(
     scores = jnp.einsum("btnh,bsnh->bnts", queries, keys, precision="highest")
     return masked_softmax(scores, visible[:, None, None, :])
 
-  # Softmax would give the rows of missing landmarks uniform weights.
+  # A missing landmark is zero, to which softmax would give uniform weights.
   is_landmark = landmark[:, None, :, None]
   core = jnp.where(is_landmark, weights(x_mean, y_mean, landmark), 0.0)
   right = jnp.where(is_landmark, weights(x_mean, y, mask), 0.0)

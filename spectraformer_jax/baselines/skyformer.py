@@ -1,4 +1,4 @@
-"""Skyformer: the Gaussian kernel matrix through landmarks."""
+"""Skyformer: approximates the Gaussian kernel matrix through landmarks."""
 
 import functools
 
@@ -32,22 +32,22 @@ def skyformer_attention(
     O = C(Q, U)\,(C(U, U) + \gamma I)^{-1}\,C(U, K)\,V,
     \qquad C(x, y) = e^{-|x - y|^2 / 2}
 
-  U are landmarks among queries and keys together, which makes the matrix
-  positive definite. The sum is not normalised, as in the paper, unlike the
-  exact "gaussian" attention of this library.
+  The landmarks U are queries and keys together, so that C(U, U) is positive
+  definite. As in the paper, the weights of a query are not normalised; the
+  exact "gaussian" attention of this library normalises them.
 
-  The paper draws U at random (its release draws again in every evaluation).
-  Here U is half queries and half keys, at evenly spaced *real* positions of
-  each row, so it needs no PRNG key and does not depend on padding. A row of at
-  most m / 2 positions uses all of them, and the only errors are those of gamma
-  and of the iterative inverse.
+  The paper draws U at random (its code draws again in every evaluation). Here U
+  is half queries and half keys, at evenly spaced *real* positions of each
+  example, so it needs no PRNG key and does not depend on padding. An example of
+  at most m / 2 positions uses all of them, and the only errors are those of
+  gamma and of the iterative inverse.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype.
     key: ``[B, T, N, H]``.
     value: ``[B, T, N, V]``.
     num_landmarks: m, even.
-    regularisation: gamma above; the release uses 0.1.
+    regularisation: gamma above; the authors' code uses 0.1.
     iterations: of `iterative_inverse`, which gets the matrix scaled to row sums
       near 1 (section 4.3).
     scale: None means ``1 / sqrt(H)``.
@@ -99,13 +99,13 @@ def _attend(
   half = num_landmarks // 2
   _, count = ranks(mask)
   slot = jnp.arange(half)[None]
-  # In a row of fewer than m / 2 positions, each of them is taken once.
+  # With fewer than m / 2 positions, each of them is taken once.
   rank = slot * jnp.maximum(count, half) // half
   in_order = jnp.argsort(~mask, axis=1, stable=True)
   index = jnp.take_along_axis(
     in_order, jnp.minimum(rank, mask.shape[1] - 1), axis=1
   )
-  # Unlike `count`, 0 for a row without keys.
+  # Unlike `count`, the sum is 0 for an example without keys.
   used = slot < jnp.sum(mask, axis=1, keepdims=True)
   take = lambda array: jnp.take_along_axis(
     array, index[:, :, None, None], axis=1
@@ -114,7 +114,7 @@ def _attend(
   used = jnp.concatenate([used, used], axis=1)
 
   def kernel(a: Array, b: Array, a_mask: Array, b_mask: Array) -> Array:
-    """Returns the kernel ``[B, N, A, C]``, zero where either is masked."""
+    """Returns the kernel ``[B, N, A, C]``, zero where a or b is masked."""
     dots = jnp.einsum("banh,bcnh->bnac", a, b, precision="highest")
     squares = lambda z: jnp.moveaxis(jnp.sum(jnp.square(z), axis=-1), 1, 2)
     distance = squares(a)[..., :, None] + squares(b)[..., None, :] - 2 * dots
