@@ -1,7 +1,7 @@
 """Component functions f: the nonlinearity that a feature map applies to W x.
 
-One file per family of the taxonomy. To add one: a frozen dataclass with
-`info`, `log_features` and `kernel_value`, registered by name (CONTRIBUTING.md).
+One file per family of the taxonomy. To add one, register by name a frozen
+dataclass with `info`, `log_features` and `kernel_value` (see CONTRIBUTING.md).
 """
 
 from spectraformer_jax.components.arc_cosine import ArcCosine, ReLU

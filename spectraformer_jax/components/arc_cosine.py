@@ -20,7 +20,8 @@ from spectraformer_jax.typing import (
 
 ORDERS = (0, 1, 2)
 
-# The integrand is smooth and positive: exact in float32 up to order 4.
+# The integrand is smooth and positive, so the quadrature is exact in float32 up
+# to order 4.
 QUADRATURE_NODES = 16
 ROWS = ("gaussian", "none")
 
@@ -32,9 +33,9 @@ def log_arc_cosine(x: Array, y: Array, order: int) -> Array:
     \frac{n!}{4\pi} |x|^n |y|^n \int_{t-\pi}^{\pi-t}
       (\cos t + \cos\varphi)^n \, d\varphi
 
-  with t the angle between x and y (relu to the power 0 is a step). Integrated
-  by quadrature as :math:`\cos t + \cos\varphi = 2 \sin\frac{r + \varphi}{2}
-  \sin\frac{r - \varphi}{2}`, r = pi - t: all terms are positive, so nothing
+  with t the angle between x and y (relu to the power 0 is a step). The
+  quadrature uses :math:`\cos t + \cos\varphi = 2 \sin\frac{r + \varphi}{2}
+  \sin\frac{r - \varphi}{2}` with r = pi - t: all terms are positive, so nothing
   cancels near opposite vectors, where the mean falls like :math:`r^{2n+1}`.
 
   Args:
@@ -45,13 +46,14 @@ def log_arc_cosine(x: Array, y: Array, order: int) -> Array:
   Returns:
     ``[...]``; -inf where the mean is 0.
   """
-  rest = base.angle(x, -y)
+  rest = base.angle(x, -y)  # r = pi - t
   squares = jnp.sum(x**2, axis=-1) * jnp.sum(y**2, axis=-1)
   is_zero = (squares == 0.0) | (rest == 0.0)
   rest = jnp.where(is_zero, 1.0, rest)
   nodes, weights = np.polynomial.legendre.leggauss(QUADRATURE_NODES)
   half = jnp.sin(0.5 * rest)
-  # Half of the interval; the integrand is divided by its largest value.
+  # Over half of the interval, since the integrand is even; divided by its
+  # largest value.
   integral = 0.0
   for node, weight in zip(0.5 * (nodes + 1.0), 0.5 * weights, strict=True):
     above = jnp.sin((0.5 * (1.0 + float(node))) * rest) / half
@@ -79,13 +81,13 @@ class ArcCosine(base.Component):
   with t the angle between x and y. Order 0 is a step,
   :math:`K_0 = (\pi - t)/2\pi`; order 2 gives :math:`K_2 = \frac{|x|^2 |y|^2}
   {2\pi} (3 \sin t \cos t + (\pi - t)(1 + 2 \cos^2 t))`. The second moment of
-  one row is the kernel of twice the order. Not an estimate of softmax: the
-  kernel is flat, so its variance is low, and no order separates long keys from
+  one row is the kernel of twice the order. It does not estimate softmax: the
+  kernel is flat, so its variance is low, but no order separates long keys from
   short ones as the softmax does (order 0 depends on directions only, and no
   gradient passes its step).
 
-  Features can all be zero. A query without a positive product of features with
-  any key has zeros as output, and so has x = 0.
+  Features can all be zero. The output is zeros for x = 0, and for a query whose
+  features have no positive product with those of any key.
 
   Args:
     order: n: 0, 1 or 2.
@@ -161,11 +163,12 @@ class ReLU(base.Component):
   with :math:`K_1` the arc-cosine kernel of order 1 (:class:`ArcCosine`).
   Without W each coordinate is a feature: :math:`K = \sum_l
   (\mathrm{relu}(x_l) + \epsilon)(\mathrm{relu}(y_l) + \epsilon)`, with weight
-  matrix "none" and num_features=None. Not an estimate of softmax.
+  matrix "none" and num_features=None. It does not estimate softmax.
 
   :math:`\epsilon` keeps normalizers positive where all products of features are
-  zero, by mixing in a nearly uniform attention. With 0, a query without a
-  positive product of features with any key has zeros as output.
+  zero: it mixes in a nearly uniform attention. With epsilon = 0, the output is
+  zeros for a query whose features have no positive product with those of any
+  key.
 
   Args:
     rows: "gaussian", or "none" to map x itself, without W.

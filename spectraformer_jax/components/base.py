@@ -1,4 +1,4 @@
-"""The interface of component functions: f in phi(x) = f(W x, x)."""
+"""The interface of component functions: the f in phi(x) = f(W x, x)."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ COMPONENTS = Registry("component")
 
 @dataclasses.dataclass(frozen=True)
 class ComponentInfo:
-  """Static facts about a component; tables and tests are made from them.
+  """Static facts about a component, from which tables and tests are made.
 
   Attributes:
     name: registry name.
@@ -39,12 +39,12 @@ class ComponentInfo:
     positive: features are never negative, so normalizers never are.
     features: feature dim as text: "M", "2M", ...
     variance: relative variance of one row, or "" where not known.
-    cost: per token, on top of the projection.
+    cost: operations per token, without the product W x.
     good_for: when to use it.
     avoid: when not to use it.
     source: paper and equation.
     row_law: name of the law of the rows it needs; "none" if it has no rows.
-    causal_safe: features of a token depend on that token alone.
+    causal_safe: features of a token do not depend on other tokens.
     positional: features also depend on the token's position.
     even: rows w and -w give the same estimate, so a matrix that holds rows and
       their negatives repeats each estimate.
@@ -74,12 +74,13 @@ class Component:
   A subclass is a frozen dataclass whose fields are its options, with a class
   attribute `info`, a `log_features` and a `kernel_value`. All methods are pure,
   work in float32 and see one head of one example: `vmap` adds heads and batch.
-  The row axis is innermost in the layout of features, so F is a multiple of the
-  number of rows; the caller adds ``1/sqrt(M)``, row weights and signs.
+  The row axis is innermost in the layout of features: feature f comes from row
+  f mod M. The caller multiplies features by ``1/sqrt(M)``, row weights and
+  signs.
 
   Attributes:
-    info: facts about the component. `info_from_options` makes those that depend
-      on the options.
+    info: facts about the component. If they depend on its options, make `info`
+      by `info_from_options`.
     features_per_row: F / M. A component whose F is no multiple of M overrides
       `feature_dim` instead.
   """
@@ -160,7 +161,7 @@ class Component:
     return ()
 
   def prepare(self, state: ComponentState, head_dim: int) -> ComponentState:
-    """Returns the state with everything that all tokens share computed."""
+    """Computes what all tokens share, and returns the state that holds it."""
     return state
 
   def realise_rows(
@@ -168,7 +169,8 @@ class Component:
   ) -> WeightSample:
     """Turns the rows of the weight matrix into the rows of `log_features`.
 
-    Called once for all tokens. For laws whose rows are stored as uniforms.
+    It is called once for all tokens. For example, it turns stored uniforms into
+    random degrees.
     """
     return rows
 
@@ -191,10 +193,10 @@ class Component:
   def query_features(
     self, x: Array, rows: WeightSample, state: ComponentState
   ) -> LogFeatures:
-    """Computes `log_features` of queries, up to any factor of each token.
+    """Computes `log_features` of queries, perhaps without a factor per token.
 
-    Attention divides by a sum over keys, which cancels such a factor, so an
-    override may save the work of computing it.
+    Attention divides by a sum over keys, which cancels a factor that all
+    features of a query share, so an override need not compute it.
     """
     return self.log_features(x, rows, "query", state)
 
@@ -261,7 +263,7 @@ class KernelComponent(Component):
     return super().log_second_moment(x, y, state)
 
   def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
-    """Returns the `moments` of one query and one key: means ``[H]`` of each."""
+    """Returns the `moments` of one query and one key, both means ``[H]``."""
     return self.moments(query_mean[None], key_mean[None], None, None)
 
   def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
@@ -297,7 +299,7 @@ def half_square(x: Array) -> Array:
 
 
 def to_log_features(values: Array) -> LogFeatures:
-  """Splits features ``[T, F]`` into each token's largest one and a factor."""
+  """Splits features ``[T, F]`` into each token's largest size and a factor."""
   size = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
   size = jax.lax.stop_gradient(jnp.where(size > 0.0, size, 1.0))
   return LogFeatures(jnp.log(size), values / size)

@@ -1,4 +1,4 @@
-"""Centring, for any component of the softmax or Gaussian kernel."""
+"""Centres the inputs of any component of the softmax or Gaussian kernel."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -39,16 +39,18 @@ class Centred(Component):
     e^{x \cdot y} = e^{(x - c_q) \cdot (y - c_k)}\;
       e^{x \cdot c_k - c_q \cdot c_k}\; e^{c_q \cdot y}
 
-  The softmax kernel of centred vectors differs from that of the vectors by one
-  factor per query and one per key, both exact. So any estimator of it can be
-  applied to :math:`x - c_q` and :math:`y - c_k`, with :math:`c_q, c_k` the
-  means of queries and keys. The estimate stays unbiased whatever the centres,
-  and the variance loses the part of :math:`|x + y|^2` that is due to the means.
-  The Gaussian kernel allows only one centre for both sides, :math:`c = (c_q +
-  c_k) / 2`, which removes the same part and needs no factor; its trigonometric
-  map depends on x - y only, so centring has no effect there.
+  The softmax kernel of centred vectors differs from that of the original ones
+  by one factor per query and one per key, both known exactly. So any estimator
+  of this kernel can be applied to :math:`x - c_q` and :math:`y - c_k`, with
+  :math:`c_q, c_k` the means of queries and keys. The estimate stays unbiased
+  whatever the centres, and the variance loses the part of :math:`|x + y|^2`
+  that is due to the means. The Gaussian kernel allows only one centre for both
+  sides, :math:`c = (c_q + c_k) / 2`, which removes the same part and needs no
+  factor; its trigonometric map depends on x - y only, so centring has no effect
+  there.
 
-  The option ``centred=True`` of every component of these kernels makes one.
+  The option ``centred=True`` of every component of these kernels makes such a
+  component.
 
   Args:
     base: the component that maps centred vectors; of the softmax or Gaussian
@@ -57,12 +59,12 @@ class Centred(Component):
       `statistics` of `base`, or "batch" if it has none.
 
   Raises:
-    ValueError: a base of another kernel; centres of unknown or constant source
-      (a constant centre is zero: no centring), or of another source than the
-      base's parameters.
+    ValueError: a base of another kernel; an unknown source of the centres, a
+      constant one (a constant centre is zero and changes nothing), or another
+      one than that of the base's parameters.
 
   References:
-    None: an identity of the exponential, which holds for all papers' maps.
+    None: this identity of the exponential holds for the maps of all papers.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -164,8 +166,8 @@ class Centred(Component):
   ) -> PyTree:
     """Returns the example's centre, and the base's moments of centred vectors.
 
-    The latter are about the example's own centre, so that no digits are lost to
-    the means; "scatter" is what `solve` needs to move them to a shared centre.
+    The base's moments are taken about the example's own centre, so that large
+    means cost no digits. With "scatter", `solve` moves them to a shared centre.
     """
     centre = {
       "query_mean": masked_mean(query, query_mask),
@@ -191,7 +193,7 @@ class Centred(Component):
     return {"centre": centre, "base": self.base.solve(base)}
 
   def _scatter(self, centre: PyTree) -> PyTree:
-    """Returns the moments of an example minus those about its own centre."""
+    """Returns what the centre of an example adds to its moments."""
     means = centre["query_mean"], centre["key_mean"]
     left = (m - c for m, c in zip(means, self._centres(centre), strict=True))
     return jax.tree.map(
@@ -250,7 +252,7 @@ class Centred(Component):
   def _centre(
     self, x: Array, side: Side, state: ComponentState
   ) -> tuple[Array, Array]:
-    """Returns centred vectors, and the log of the factor that undoes it."""
+    """Returns x - c and the log of the factor that undoes the centring."""
     centres = self._centres((state.stats or state.params)["centre"])
     own, other = centres if side == "query" else centres[::-1]
     centred = x - jnp.reshape(own, (1,) * (x.ndim - 1) + (-1,))
@@ -276,8 +278,8 @@ def build_component(
   Args:
     name: a name of `list_components`.
     kwargs: options of the component. Every component of the softmax or Gaussian
-      kernel has the option "centred". If it has no option "statistics", then a
-      centred one takes "statistics", too, as the source of its centres.
+      kernel has the option "centred". Its centred form takes "statistics" as
+      the source of the centres, also if the component has no such option.
 
   Raises:
     ValueError: unknown name or option (the message has the nearest known one),

@@ -16,8 +16,8 @@ class DataDependent(base.KernelComponent):
   """Base of the components whose optimal parameters depend on the data.
 
   The estimate is unbiased whatever the parameters; good ones lower its
-  variance. All queries and keys of one head of one example share them.
-  Parameters are a flat dictionary of arrays.
+  variance. All queries and keys of one head of one example share the same
+  parameters, a flat dictionary of arrays.
 
   Args:
     kernel: see `KernelComponent`.
@@ -25,7 +25,8 @@ class DataDependent(base.KernelComponent):
       queries and keys of each example; it depends on the whole sequence, so
       causal attention refuses it. "ema": running statistics, passed as `stats`
       (`sf.nn` keeps them). "learned": parameters trained by gradient.
-      "constant": the closed form for unit-variance queries and keys.
+      "constant": the closed form for queries and keys that have unit variance
+      before they are scaled.
   """
 
   statistics: str = "batch"
@@ -40,7 +41,7 @@ class DataDependent(base.KernelComponent):
     return self.statistics in ("batch", "ema")
 
   def constant(self, head_dim: int) -> Params:
-    """Returns `solve` of unscaled queries and keys of unit variance."""
+    """Returns the parameters for unscaled data of unit variance."""
     raise NotImplementedError
 
   def init_params(self, head_dim: int) -> Params:

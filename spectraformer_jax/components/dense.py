@@ -102,11 +102,12 @@ class SADERF(DenseExponential):
       \exp(A |\omega|^2 + \sqrt{1 - 4A}\, \omega^\top x' - |x'|^2/2),
     \qquad x'_l = \psi_l x_l \text{ (queries)},\; x_l / \psi_l \text{ (keys)}
 
-  OPRF after rescaling each coordinate so that queries and keys have the same
-  mean square: :math:`\psi_l = (\overline{y_l^2} / \overline{x_l^2})^{1/4}`. A
-  is that of OPRF for the mapped data, or, per dimension, the best one for each
-  coordinate. The Gaussian kernel subtracts :math:`|x|^2/2`, of the unmapped x,
-  in the exponent. The second moment of one row is
+  This is OPRF after rescaling each coordinate so that queries and keys have the
+  same mean square: :math:`\psi_l = (\overline{y_l^2} /
+  \overline{x_l^2})^{1/4}`. A is that of OPRF for the mapped data, or, with
+  `per_dimension`, the best one for each coordinate. The Gaussian kernel
+  subtracts :math:`|x|^2/2`, of the unmapped x, in the exponent. The second
+  moment of one row is
 
   .. math::
     \prod_l (1-4a_l)(1-8a_l)^{-1/2} \exp\Big(\sum_l
@@ -178,7 +179,7 @@ class SADERF(DenseExponential):
 
 
 def balance(query_square: Array, key_square: Array) -> Array:
-  """Returns the scale of queries that makes both mean squares equal."""
+  """Returns the scale psi that makes mean squares of queries and keys equal."""
   # A coordinate may be zero at all positions.
   tiny = 1e-6 * jnp.mean(query_square + key_square) + 1e-30
   ratio = (key_square + tiny) / (query_square + tiny)
@@ -193,7 +194,7 @@ def apply_map(linear: Array, x: Array) -> Array:
 
 
 def _mean_product(left: Array, product: Array, right: Array) -> Array:
-  """Returns the diagonal of L M R^T, ``[H]``."""
+  """Returns the diagonal of left product right^T, ``[H]``."""
   if left.ndim == 2:
     return jnp.einsum("gh,hk,gk->g", left, product, right, precision="highest")
   return left * product * right

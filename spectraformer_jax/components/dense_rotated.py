@@ -19,8 +19,8 @@ from spectraformer_jax.typing import (
 )
 
 # Share of the mean eigenvalue that is added to second moments, which are
-# singular for fewer tokens than head_dim. It changes the variance, never the
-# mean.
+# singular for fewer tokens than head_dim. It changes the variance of the
+# estimate, never the mean.
 RIDGE = 1e-3
 
 
@@ -34,7 +34,7 @@ class DenseRotated(DenseExponential):
   :math:`\omega^\top Q (I - 4a)^{1/2} Q^\top x` do not depend on the signs of
   eigenvectors, nor on their choice among equal eigenvalues. Features are then a
   continuous function of the moments: a rounding error in them (from padding or
-  another batch) changes features by as little.
+  another batch) changes features just as little.
   """
 
   aligns: ClassVar[bool]
@@ -70,7 +70,7 @@ class DenseRotated(DenseExponential):
         axes = _principal_axes(moments, **maps)
         maps = {name: axes.T @ linear for name, linear in maps.items()}
         maps["axes"] = axes
-      # One Newton step, because an inexact inverse would bias the estimate.
+      # Refines G^-T by a Newton step: an inexact inverse biases the estimate.
       residual = eye - maps["query_map"].T @ maps["key_map"]
       maps["key_map"] += maps["key_map"] @ residual
     return maps
@@ -175,9 +175,10 @@ class ADERF(DenseRotated):
     \qquad x' = G x \text{ (queries)},\; G^{-\top} x \text{ (keys)}
 
   with the G that makes the second moments of mapped queries and keys equal:
-  :math:`G^\top G = M_x^{-1} \# M_y`, the geometric mean of matrices. A is that
-  of OPRF for the mapped data. The Gaussian kernel subtracts :math:`|x|^2/2`, of
-  the unmapped x, in the exponent. The second moment is that of :class:`SADERF`.
+  :math:`G^\top G = M_x^{-1} \# M_y`, the geometric mean of matrices, with M_x
+  and M_y the second moments of queries and keys. A is that of OPRF for the
+  mapped data. The Gaussian kernel subtracts :math:`|x|^2/2`, of the unmapped x,
+  in the exponent. The second moment is that of :class:`SADERF`.
 
   Costs :math:`O(T H^2)` for the pre-map and, per head, an H x H Cholesky
   factor and eigendecomposition: of every example with statistics="batch", one
@@ -227,8 +228,8 @@ class ASDERF(DenseRotated):
   queries and :math:`Q^\top G^{-\top} x` for keys. The variance (mean log second
   moment) is never above that of ADERF, and the lowest of all components with
   one exponential per row on all data tried. At equal feature dimension,
-  :class:`OPRFHyperbolic` has less on small isotropic data, and far more on data
-  of unequal axes. The second moment is that of :class:`SADERF`.
+  :class:`OPRFHyperbolic` has less variance on small isotropic data, and far
+  more on data of unequal axes. The second moment is that of :class:`SADERF`.
 
   Costs :math:`O((T + M) H^2)` to map x and the rows and, per head, two H x H
   eigendecompositions: of every example with statistics="batch", one per step

@@ -1,4 +1,4 @@
-"""Maps without a weight matrix: their kernel is exact."""
+"""Maps without a weight matrix, whose features give their kernel exactly."""
 
 import dataclasses
 import math
@@ -28,10 +28,10 @@ class ELU1(base.Component):
     \phi(x)_l = \mathrm{elu}(q_l) + 1 = \begin{cases} q_l + 1 & q_l > 0 \\
       e^{q_l} & q_l \le 0 \end{cases}, \qquad q = H^{1/4} x
 
-  on the unscaled vector q, as in the paper: the factor undoes the default scale
-  of attention (any other scale is then relative to it). Deterministic and
-  strictly positive, without W: weight matrix "none", num_features=None. Not an
-  estimate of softmax.
+  on the unscaled vector q, as in the paper: the factor :math:`H^{1/4}` undoes
+  the default scale of attention, so any other scale is relative to the default.
+  Deterministic and strictly positive, without W: weight matrix "none",
+  num_features=None. It does not estimate softmax.
 
   References:
     Katharopoulos et al., Transformers are RNNs, 2020, equation 7 (2006.16236).
@@ -94,20 +94,20 @@ class CosFormer(base.Component):
 
   with a fixed L = `max_length` (if L were the length of the batch, padding
   would change the output). All features are non-negative. Without W: weight
-  matrix "none", num_features=None. Not an estimate of softmax.
+  matrix "none", num_features=None. It does not estimate softmax.
 
-  Positions of queries and of keys start at 0, whatever T and S are: use it
-  where both run along one axis, as in self-attention. A caller that maps a
+  Positions of queries and of keys start at 0, whatever T and S are: use the
+  map where both run along one axis, as in self-attention. A caller that maps a
   sequence piece by piece passes the `position` of each piece. Beyond L the
-  cosines would be negative, so a longer sequence is an error, also one that
-  continues a state. If the position is known only at run time (as in a jitted
-  `decode_step`), outputs from position L on are NaN. `kernel_value` assumes
-  equal positions.
+  cosines would be negative, so a longer sequence is an error; the tokens of an
+  initial state count, too. If the position is known only at run time (as in a
+  jitted `decode_step`), outputs from position L on are NaN. `kernel_value`
+  assumes equal positions.
 
   Args:
     max_length: L, at least the length of the longest sequence.
-    epsilon: added to r. With 0, a query without a positive product with any key
-      has zeros as output.
+    epsilon: added to relu(x). With 0, the output is zeros for a query whose
+      features have no positive product with those of any key.
 
   Raises:
     ValueError: a max_length that is not a positive integer, a negative epsilon;
@@ -186,9 +186,9 @@ class Taylor2(base.Component):
     \phi(x) \cdot \phi(y) = 1 + x \cdot y + (x \cdot y)^2 / 2 \ge 1/2
 
   Deterministic, without W: weight matrix "none", num_features=None. Close to
-  the softmax kernel for |x.y| well below 1. For large |x.y| it grows like a
-  square in both directions: a key opposite to the query counts as much as an
-  aligned one.
+  the softmax kernel for |x.y| well below 1. For large |x.y| the kernel grows
+  like a square in both directions: a key opposite to the query counts as much
+  as an aligned one.
 
   Features are signed but the kernel is positive, so normalizers are never near
   zero: attention's guard for signed maps doubles the cost of the sums but adds

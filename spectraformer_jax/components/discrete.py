@@ -33,11 +33,12 @@ from spectraformer_jax.typing import (
 )
 from spectraformer_jax.weight_matrices import stored_uniforms
 
-# Smaller coordinates count as this one and have no gradient: neither their
-# logarithm nor its gradient is then infinite.
+# A coordinate of smaller size counts as this size and has no gradient, so that
+# neither its logarithm nor the gradient of the logarithm is infinite.
 SMALLEST = 1e-30
 
-# Coordinates in one running sum. Terms (degrees times logarithms) reach 1000.
+# Coordinates in one running sum. Terms (degrees times logarithms) reach 1000,
+# so a longer sum would round more.
 SUMMED_AT_ONCE = 16
 
 
@@ -57,7 +58,7 @@ class Discrete(DataDependent):
   def mean_degree(self, parameters: Params) -> Array:
     """Returns the mean of a degree n, which is also called r^2.
 
-    Features are computed from powers of x / r and a term that undoes the r.
+    Features are computed from powers of x / r and a term that undoes the 1 / r.
     Both are near 1, whereas powers of x would lose the last digits of float32.
     """
     raise NotImplementedError
@@ -67,7 +68,7 @@ class Discrete(DataDependent):
     raise NotImplementedError
 
   def split_shift(self, x: Array, parameters: Params) -> tuple[Array, Array]:
-    """Returns the bases of the powers, and log-factors, ``[..., H]`` each."""
+    """Returns the bases of the powers, and log-factors: ``[..., H]`` each."""
     return x, jnp.zeros_like(x)
 
   def typical_moments(self, head_dim: int) -> PyTree:
@@ -91,7 +92,7 @@ class Discrete(DataDependent):
 
   @override
   def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
-    """Returns squares only: sizes do not add up, squares do."""
+    """Returns squares only: means of |x| do not add up, means of x^2 do."""
     return {
       "query_square": jnp.square(query_mean),
       "key_square": jnp.square(key_mean),
@@ -118,10 +119,10 @@ class Discrete(DataDependent):
     bases, log_factor = self.split_shift(x, parameters)
     degrees, mean = rows.w, self.mean_degree(parameters)
     log_bases = log_size(bases) - 0.5 * jnp.log(mean)
-    # At |x|^2 = 200 sums of about a thousand cancel, which costs a float32
-    # feature its fourth digit. So the terms of a typical degree are added up
-    # coordinate by coordinate, where they are small, and only the difference of
-    # n from it (exact, since both are integers) is projected.
+    # At |x|^2 = 200 sums of size 1000 cancel, which costs a float32 feature its
+    # fourth digit. So the terms of a typical degree are added up coordinate by
+    # coordinate, where they are small, and only the difference of n from the
+    # typical degree (exact, since both are integers) is projected.
     typical = jnp.round(mean)
     per_coordinate = typical * log_bases + (0.5 * mean + log_factor)
     exponent = _project_in_parts(log_bases, degrees - typical)
@@ -196,7 +197,7 @@ class PoisRF(Discrete):
   (softmax; the Gaussian kernel multiplies by :math:`e^{-|x|^2/2}`). Unbiased as
   far as the stored uniforms resolve the degrees: degrees less likely than 2^-24
   never occur, so the kernel of a coordinate lacks their terms :math:`(x_l
-  y_l)^n / n!`. These are below 1e-3 in all for rates of 0.1 to 8 and
+  y_l)^n / n!`. Their sum is below 1e-3 for rates of 0.1 to 8 and
   :math:`|x_l y_l| \le 1`, and 4 % at rate 0.01 and :math:`|x_l y_l| = 1`. One
   row has second moment :math:`\exp(\lambda H + \sum_l x_l^2 y_l^2 / \lambda)`.
   The mean of its log over all pairs is smallest at :math:`\lambda = (\frac1H
@@ -311,7 +312,7 @@ class GeomRF(Discrete):
   is below 1e-3 for p of 0.2 to 0.9 and :math:`|x_l y_l| \le 1`, 2 % at p = 0.99
   and :math:`|x_l y_l| = 1`, 5 % at p = 0.9 and :math:`|x_l y_l| = 4`. One row
   has second moment :math:`p^{-H} \prod_l I_0(2 |x_l y_l| / \sqrt{1-p})`.
-  "batch" and "ema" use the p that minimises its log at :math:`|x_l y_l| =
+  "batch" and "ema" use the p that minimises the log of it at :math:`|x_l y_l| =
   \mathrm{mean}_i |x_{il}|\, \mathrm{mean}_j |y_{jl}|`, found on a grid over
   [0.001, 0.99]: exact for one pair, an approximation for several (the exact
   mean would cost T S H).
@@ -383,7 +384,7 @@ class GeomRF(Discrete):
 
   @override
   def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
-    """Converts squares to sizes as for normal data."""
+    """Converts squares to sizes as for normal data: (E|x|)^2 = 2/pi E x^2."""
     grown = {}
     for side in ("query", "key"):
       size, square = moments[f"{side}_size"], scatter[f"{side}_square"]

@@ -9,11 +9,12 @@ from jax.scipy.special import gammaln, i0e
 
 from spectraformer_jax.typing import Array
 
-# With exact uniforms every parameter would be unbiased. Stored uniforms have 23
-# bits, so events less likely than 2**-24 never occur and the estimate lacks
-# their share. In these ranges it is below 4 % of the kernel at |x_l y_l| = 1.
+# With exact uniforms the estimate would be unbiased for every parameter. Stored
+# uniforms have 23 bits, so events less likely than 2**-24 never occur and the
+# estimate lacks their share. In these ranges that share is below 4 % of the
+# kernel at |x_l y_l| = 1.
 RATE_RANGE = (1e-2, 8.0)
-POISSON_TABLE = 80  # entries: the largest degree
+POISSON_TABLE = 80  # number of entries, and the largest degree
 
 P_RANGE = (1e-3, 0.99)
 P_GRID = 64
@@ -57,7 +58,7 @@ def stirling_rest(n: Array) -> Array:
 
 
 def optimal_p(product: Array) -> Array:
-  r"""Returns the p with the smallest second moment of `GeomRF`.
+  r"""Returns the p with the smallest log second moment of `GeomRF`.
 
   .. math:: -H \log p + \sum_l \log I_0(2 m_l / \sqrt{1 - p})
 
@@ -65,7 +66,7 @@ def optimal_p(product: Array) -> Array:
   value and its neighbours.
 
   Args:
-    product: m, ``[H]``, non-negative.
+    product: m, ``[H]``, non-negative: typical sizes of x_l y_l.
   """
   low, high = (math.log(p / (1.0 - p)) for p in P_RANGE)
   grid = np.linspace(low, high, P_GRID, dtype=np.float32)

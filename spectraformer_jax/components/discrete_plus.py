@@ -17,13 +17,13 @@ from spectraformer_jax.typing import (
   WeightSample,
 )
 
-# Distance of the shift from the smallest coordinate. Above 0, so features are
-# positive and gradients are bounded by n / MARGIN.
+# Distance of the shift from the smallest coordinate. It is above 0, so features
+# are positive and gradients are bounded by n / MARGIN.
 MARGIN = 1e-3
 
 
 class ShiftedDiscrete(Discrete):
-  """Base of the plus forms: one shift c for queries and keys.
+  """Base of PoisRF+ and GeomRF+: one shift c for queries and keys.
 
   exp(x.y) = exp((x - c).(y - c)) exp(x.c - |c|^2/2) exp(y.c - |c|^2/2).
   """
@@ -82,7 +82,7 @@ class ShiftedDiscrete(Discrete):
   def query_features(
     self, x: Array, rows: WeightSample, state: ComponentState
   ) -> LogFeatures:
-    """Raises coordinates of queries to the smallest one of the keys.
+    """Raises each coordinate of queries to at least the smallest of the keys.
 
     Attention takes statistics of the visible keys, so with "batch" the shift
     may exceed a query's coordinate, which would make weights negative.
@@ -134,8 +134,8 @@ class PoisRFPlus(ShiftedDiscrete, PoisRF):
   If attention computes the statistics, they are those of the visible keys. With
   "batch", it then raises coordinates of queries to the smallest one of the
   keys: no weight is negative, but the weights of such a query are biased.
-  ``stats=fm.calibrate(variables, query, key)`` counts queries as well, and
-  raises none.
+  ``stats=fm.calibrate(variables, query, key)`` counts queries as well, so no
+  coordinate is raised.
 
   Args:
     kernel: "softmax" or "gaussian".
@@ -177,7 +177,7 @@ class PoisRFPlus(ShiftedDiscrete, PoisRF):
     query_mean, key_mean = moments["query_mean"], moments["key_mean"]
     query = _square_about(query_square, query_mean, shift)
     key = _square_about(key_square, key_mean, shift)
-    # Covariance over examples of x^2 - 2 c x + c^2 and the same of y.
+    # Covariance over examples of x^2 - 2 c x + c^2 and y^2 - 2 c y + c^2.
     both = base.covariance(moments["square_product"], query_square * key_square)
     left = base.covariance(moments["square_mean"], query_square * key_mean)
     right = base.covariance(moments["mean_square"], query_mean * key_square)

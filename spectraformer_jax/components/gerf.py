@@ -54,8 +54,7 @@ class GERF(base.KernelComponent):
   estimate is the real part of :math:`f_q f_k`: features are
   :math:`[\Re f_q, \Im f_q]` and :math:`[\Re f_k, -\Im f_k]`, signed, 2M of
   them, and attention keeps its normalizer away from zero, which biases the
-  output there. With :math:`z = x + s y` the second moment of one
-  row is
+  output there. With :math:`z = x + s y` the second moment of one row is
 
   .. math::
     \tfrac12 e^{-s(|x|^2 + |y|^2)} \Big\{ \Re\big[ (1-4A)^H (1-8A)^{-H/2}
@@ -73,7 +72,7 @@ class GERF(base.KernelComponent):
       queries and keys, with sign=-1 zero. The initial value if A is learnt.
     sign: s, +1 or -1.
     learn: None keeps A fixed. "sigmoid" trains one real A per head in
-      (-inf, 0), where features are bounded; "exp" one in (-inf, 1/8).
+      (-inf, 0), where features are bounded; "exp" trains one in (-inf, 1/8).
 
   Raises:
     ValueError: unknown kernel or `learn`, a `sign` other than +1 and -1, a real
@@ -122,6 +121,7 @@ class GERF(base.KernelComponent):
       )
     if self.learn is not None and a is not None and complex(a).imag:
       raise ValueError(f"a must be real to be learnt, got {a!r}.")
+    # head_dim changes the size of the default A, not its sign.
     start = self._start(1).real
     if self.learn == "sigmoid" and not start < 0.0:
       raise ValueError(
@@ -233,7 +233,7 @@ class GERF(base.KernelComponent):
     size_8, angle_8 = _polar(1.0 - 8.0 * a, -8.0 * a_imag)
     ratio = 2.0 * self.sign * jnp.exp(size_4 - size_8)
     turn = angle_4 - angle_8
-    # Logs of the complex E f^2 and of E |f|^2, the larger of the two.
+    # Logs of the complex E f^2 and of E |f|^2, which is the larger one.
     of_square = (
       head_dim * (size_4 - 0.5 * size_8) + ratio * jnp.cos(turn) * square
     )

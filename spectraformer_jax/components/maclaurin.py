@@ -77,7 +77,7 @@ class Maclaurin(base.Component):
   :math:`-\sum_{n > n_{max}} a_n (x \cdot y)^n`: for "exp" and max_degree 8,
   1.75e-3 at x.y = 2 and 15 % of the kernel at x.y = 6.
 
-  The last two series need |x.y| < 1, so inputs are first mapped into the ball
+  "inverse" and "log" need |x.y| < 1, so inputs are first mapped into the ball
   of radius R by :math:`x \mapsto x / \sqrt{1 + |x|^2/R^2}`, which hardly
   changes short vectors.
 
@@ -94,7 +94,7 @@ class Maclaurin(base.Component):
     coefficients: "exp", "inverse" or "log".
     degrees: law of N: "geometric", 2^-(n+1), or "poisson"; truncated at
       max_degree and renormalised.
-    max_degree: the largest N, at most 24. W has M max_degree rows.
+    max_degree: the largest N, at most 24. W has ``M * max_degree`` rows.
     rate: rate of the Poisson law; None for sqrt(H), which suits unit-variance
       queries and keys.
     radius: R in (0, 1). None: 0.85 for "inverse" and "log"; "exp" then takes
@@ -107,7 +107,7 @@ class Maclaurin(base.Component):
 
   References:
     Kar and Karnick, Random Feature Maps for Dot Product Kernels, 2012,
-    Algorithm 1; Macformer, 2024 (2408.11656); the Poisson law is of neither.
+    Algorithm 1; Macformer, 2024 (2408.11656); neither has the Poisson law.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf

@@ -77,7 +77,7 @@ class OptimalPositive(DataDependent):
     return x
 
   def product(self, x: Array, y: Array) -> Array:
-    """Returns what `solve` uses of x y^T, for vectors ``[..., H]``."""
+    """Returns the part of x y^T that `solve` uses, for vectors ``[..., H]``."""
     raise NotImplementedError
 
   def mean_square(self, x: Array, mask: Mask) -> Array:
@@ -244,7 +244,7 @@ class OPRFHyperbolic(OPRF):
   References:
     Likhosherstov et al., Chefs' Random Tables, 2022, Theorem 3.3, and
     Choromanski et al., Rethinking Attention with Performers, 2021, Lemma 1
-    (2205.15317, 2009.14794); the combination is of neither.
+    (2205.15317, 2009.14794); neither has the combination.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf

@@ -26,7 +26,7 @@ class PosRF(base.KernelComponent):
     \quad \exp(\omega^\top x - |x|^2) \text{ (gaussian)}
 
   One row has relative variance :math:`e^{|x + y|^2} - 1`: exact at y = -x,
-  exponential in the size of x + y.
+  exponential in :math:`|x + y|^2`.
 
   Args:
     kernel: "softmax" or "gaussian".
@@ -91,7 +91,7 @@ class PosRFHyperbolic(base.KernelComponent):
   (softmax; the Gaussian kernel subtracts another :math:`|x|^2/2` in the
   exponent). One row has relative variance :math:`\cosh|x + y|^2 - 1`, which is
   :math:`(1 - e^{-|x+y|^2})/2` times that of PosRF: less than half for twice
-  the features, so better than PosRF at equal feature dimension, too.
+  the features, so the variance is lower at equal feature dimension, too.
 
   Args:
     kernel: "softmax" or "gaussian".

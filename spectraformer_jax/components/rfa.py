@@ -33,15 +33,14 @@ class RFA(base.Component):
       \sigma)], \quad u = x / |x|, \qquad
     K = e^{-|u/\sigma - v/\sigma|^2 / 2} = e^{-(1 - u \cdot v)/\sigma^2}
 
-  (the last form for a scalar :math:`\sigma`): softmax attention of cosine
-  similarities at temperature :math:`\sigma^2`. The relative variance of one row
-  is :math:`\cosh |u/\sigma - v/\sigma|^2 - 1`. A zero vector has direction 0,
-  which is equally far from all others.
+  with v the direction of y (the last form holds for a scalar :math:`\sigma`):
+  softmax attention of cosine similarities at temperature :math:`\sigma^2`. The
+  relative variance of one row is :math:`\cosh |u/\sigma - v/\sigma|^2 - 1`. A
+  zero vector has direction 0, which is equally far from all others.
 
   Features are signed, so the normalizer of attention can be near zero or
   negative; attention keeps it away from zero, which biases the output there and
-  doubles the cost of the sums. The paper's gate is not part of
-  a feature map.
+  doubles the cost of the sums. The paper's gate is not part of a feature map.
 
   Args:
     sigma: initial width.

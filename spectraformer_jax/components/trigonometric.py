@@ -25,9 +25,9 @@ class TrigRF(base.KernelComponent):
     \qquad h(x) = |x|^2 / 2 \text{ (softmax)},\; 0 \text{ (gaussian)}
 
   One row has relative variance :math:`\cosh |x - y|^2 - 1` (softmax): exact at
-  x = y, exploding with the distance. Features are signed, so the normalizer of
-  attention can be near zero or negative; attention keeps it away from zero,
-  which biases the output there.
+  x = y, exponential in :math:`|x - y|^2`. Features are signed, so the
+  normalizer of attention can be near zero or negative; attention keeps it away
+  from zero, which biases the output there.
 
   Args:
     kernel: "softmax" or "gaussian".
