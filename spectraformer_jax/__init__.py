@@ -1,4 +1,4 @@
-"""Random-feature attention: any weight matrix meets any component function.
+"""Random-feature attention: any weight matrix with any component function.
 
     import spectraformer_jax as sf
     fm = sf.feature_map("oprf", "orf", num_features=128)
@@ -116,7 +116,7 @@ def __dir__() -> list[str]:
 
 
 class _Root(types.ModuleType):
-  """Keeps `linear_attention` the function.
+  """Keeps the attribute `linear_attention` the function of that name.
 
   Importing the package ``spectraformer_jax.linear_attention`` would set the
   attribute of that name to the package.

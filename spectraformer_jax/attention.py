@@ -1,4 +1,4 @@
-"""Spectral attention: a feature map, and linear attention on it."""
+"""Spectral attention: linear attention on the features of a feature map."""
 
 import dataclasses
 import functools
@@ -92,15 +92,15 @@ def spectral_attention(
   chunk_size: int | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T NG V"] | tuple[Float[Array, "B T NG V"], State]:
-  r"""Computes random-feature attention, O(T): the kernel trick run backwards.
+  r"""Computes random-feature attention, in time and memory O(T).
 
   Estimates :func:`exact_attention` for the kernel of `feature_map`: queries
   and keys are scaled once, mapped to features, and attended linearly. Features
-  are computed chunk by chunk, so they never exist all at once. They are
-  stabilised by powers of two that cancel exactly.
+  are computed chunk by chunk, so they never exist all at once. Powers of two,
+  which cancel exactly, keep features within the range of float32.
 
   Args:
-    query: ``[B, T, N, H]``, any float dtype; N may be a multiple of the keys'
+    query: ``[B, T, N, H]``, any float dtype; N may be G times the number of key
       heads (grouped-query attention: query head n uses key head n // G).
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
@@ -109,7 +109,7 @@ def spectral_attention(
     stats: data-dependent parameters. None: if the map needs them and attention
       is neither causal nor packed, they are computed from the visible keys of
       each example. Queries do not count, since in a decoder a query must not
-      depend on later ones. In an encoder they may: pass
+      depend on later ones. In an encoder they may count: pass
       ``stats=feature_map.calibrate(variables, query * c, key * c)`` with
       ``c = sqrt(scale)``.
     scale: of ``query . key``, a number or a scalar array (which takes a
@@ -136,9 +136,9 @@ def spectral_attention(
   Raises:
     ValueError: shapes that do not agree, arrays that are not float, a mask over
       query and key positions, stats of another map, stats that would depend on
-      future keys, on other packed rows or on the call that extends a state, a
-      state of another map or together with segments, or an implementation that
-      cannot run.
+      future keys, on other packed rows or (with a state) on the keys of a
+      single call, a state of another map or together with segments, or an
+      implementation that cannot run.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -176,6 +176,7 @@ def spectral_attention(
         spectral_attention,
         feature_map=feature_map,
         variables=variables,
+        # The array part of the scale is in query and key already.
         scale=sqrt_scale**2,
         is_causal=is_causal,
         chunk_size=chunk_size,
@@ -209,7 +210,7 @@ def spectral_attention(
   return (out, state) if return_state else out
 
 
-# Jitted, so that calls outside of jit are compiled once as well.
+# Jitted, so that a call outside of jit is compiled, too, and only once.
 @functools.partial(
   jax.jit, static_argnames=("feature_map", "sqrt_scale", "options")
 )
@@ -247,6 +248,7 @@ def _spectral_attention(
       initial_state,
       AttentionArrays(query, key, value, *masks),
     )
+    # A traced position has not been checked: outputs beyond `longest` are NaN.
     longest = feature_map.component.longest
     if longest is not None and initial_state is not None:
       position = initial_state.length + jnp.arange(query.shape[1])
@@ -303,7 +305,7 @@ def implied_attention_weights(
 
 @dataclasses.dataclass(frozen=True)
 class _OneSide:
-  """The feature map of one side, for unscaled inputs; hashable, so static."""
+  """The feature map of one side, for unscaled inputs; a static argument."""
 
   feature_map: FeatureMap
   sqrt_scale: float
@@ -324,7 +326,7 @@ class _OneSide:
 
 
 def maps_of(feature_map: FeatureMap, sqrt_scale: float) -> Maps:
-  """Returns both sides of a feature map, for the engine."""
+  """Returns both sides of a feature map, for linear attention."""
   of_side = functools.partial(_OneSide, feature_map, sqrt_scale)
   return Maps(of_side("query"), of_side("key"))
 
@@ -339,7 +341,7 @@ def statistics_of_keys(
 ) -> PyTree:
   """Returns `stats`; if None and the map needs any, those of the visible keys.
 
-  Keys stand in for queries, too. Statistics of all queries would make each
+  Keys take the place of queries, too. Statistics of all queries would make each
   query depend on the others, also on later ones in a decoder's cross-attention.
   """
   masks = key_mask, key_mask

@@ -24,7 +24,7 @@ def check_positive_int(name: str, number: Any) -> None:
 
 
 def check_size(name: str, number: Any) -> None:
-  """Raises ValueError unless `number` is an axis size: int or symbolic."""
+  """Raises ValueError unless `number` is an int >= 0 or a symbolic size."""
   if not (jax.export.is_symbolic_dim(number) or number == 0):
     check_positive_int(name, number)
 
@@ -44,7 +44,7 @@ def as_array(x: Any) -> Array | None:
 
 
 def as_floats(**arrays: Any) -> list[Array]:
-  """Converts to arrays; raises ValueError for one that is not float."""
+  """Converts to arrays; raises ValueError for an array that is not float."""
   converted = []
   for name, x in arrays.items():
     x = as_array(x)
@@ -209,9 +209,9 @@ def split_scale(scale: float | None, head_dim: int) -> float:
 def scale_parts(
   scale: float | Array | None, head_dim: int
 ) -> tuple[float, Array | None]:
-  """Splits sqrt(scale) into a constant and a factor computed by the program.
+  """Splits sqrt(scale) into a Python number and an array that multiplies it.
 
-  The factor is None unless `scale` is an array, whose value may be traced.
+  The array is None unless `scale` is an array, whose value may be traced.
   """
   if not isinstance(scale, jax.Array):
     return split_scale(scale, head_dim), None
@@ -224,7 +224,7 @@ def scale_parts(
 
 
 def times_sqrt_scale(x: Array, sqrt_scale: Array | None) -> Array:
-  """Multiplies x by the factor of `scale_parts`, if there is one.
+  """Multiplies x by the array of `scale_parts`, if there is one.
 
   Entries that are not finite stay as they are, so that the gradient of the
   scale is not NaN.
@@ -245,8 +245,8 @@ def static_position(position: Array | int | None) -> int:
 def concrete(x: Array | np.ndarray) -> np.ndarray | None:
   """Returns the content of an array; None if it cannot be read now.
 
-  That of a tracer, a deleted array, and one on devices of other processes
-  cannot.
+  That is so for a tracer, for a deleted array and for an array on devices of
+  other processes.
   """
   if isinstance(x, Tracer):
     return None

@@ -44,8 +44,8 @@ def run(
 
   Args:
     package: what follows ``python -m``.
-    commands: name -> module, whose ``main(argv)`` returns an exit status or
-      None, and what the command does, for ``--help``.
+    commands: name -> (module, purpose). The module has a ``main(argv)`` that
+      returns an exit status or None; ``--help`` shows the purpose.
     argv: command and its arguments.
 
   Returns:
@@ -67,7 +67,7 @@ def run(
     print("\nEach command has --help.")
     return 0 if argv else USER_ERROR
   command, *rest = argv
-  # Prints names of files that the terminal cannot show, escaped.
+  # Escapes the characters of file names that the terminal cannot show.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")
   try:
@@ -87,12 +87,12 @@ def run(
 
 
 def as_typed(program: str, argv: Sequence[str]) -> str:
-  """Returns the command line to type; arguments as for `Parser`."""
+  """Returns the command line as a user types it, `program` as in `Parser`."""
   return f"python -m {program} {shlex.join(argv)}"
 
 
 def parse_literal(text: str) -> Any:
-  """Returns the Python literal that the text is, or else the text.
+  """Returns the value of a text that is a Python literal, else the text.
 
   Example:
     >>> [parse_literal(text) for text in ("1e-3", "true", "cosine")]

@@ -55,6 +55,7 @@ def init_state(
   if value_dim is None:
     value_dim = head_dim
   variables = as_variables(variables)
+  # Before the first token only shapes matter, so the scale may be 1.
   key = jax.ShapeDtypeStruct((batch_size, 1, num_heads, head_dim), jnp.float32)
   state = start(
     maps_of(feature_map, 1.0),
@@ -63,6 +64,7 @@ def init_state(
     value_dim,
     is_signed=not feature_map.info.positive,
   )
+  # `decode_step` keeps the rounding errors of its sums in `State.rest`.
   return with_rest(state)
 
 
@@ -132,11 +134,12 @@ def attend_state(
   """Attends to all keys of a state, in O(T M V).
 
   For a decoder's cross-attention: ``spectral_attention(...,
-  return_state=True)`` sums over the memory once, and each step reads the sums.
+  return_state=True)`` sums over the encoder's keys once, and each step of the
+  decoder reads the sums.
 
   Args:
     state: sums over keys and values.
-    query: ``[B, T, N, H]``; N may be a multiple of the state's heads.
+    query: ``[B, T, N, H]``; N may be a multiple of the state's number of heads.
     feature_map: see `spectral_attention`.
     variables: the same as for the keys.
     stats: the same as for the keys; required if the map needs any.
@@ -159,6 +162,7 @@ def attend_state(
     >>> bool(jnp.allclose(attend_state(state, x, **maps), out, atol=1e-5))
     True
   """
+  # Attends to the state and to zero new keys.
   (query,) = checks.as_floats(query=query)
   batch, heads, _, value_dim = state.kv.shape
   shape = (batch, 0, heads, query.shape[-1] if query.ndim else 0)

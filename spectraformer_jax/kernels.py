@@ -41,7 +41,7 @@ def check_kernel(kernel: str) -> None:
 def scaled_inputs(
   arrays: checks.AttentionArrays, scale: float | Array | None
 ) -> tuple[Array, Array, Array]:
-  """Prepares inputs for attention that builds its weights.
+  """Prepares inputs for attention that computes each weight.
 
   Args:
     arrays: the inputs.
@@ -110,7 +110,7 @@ def exact_attention(
   Gaussian one equals softmax attention with the key bias :math:`-|y|^2/2`.
 
   Args:
-    query: ``[B, T, N, H]``, any float dtype; N may be a multiple of the keys'
+    query: ``[B, T, N, H]``, any float dtype; N may be G times the number of key
       heads (grouped-query attention: query head n uses key head n // G).
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
@@ -151,8 +151,8 @@ def exact_attention(
   if kernel == "gaussian":
     # The query's own factor is the same for all its keys and cancels.
     scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
-  # A score of -inf has weight 0 beside a finite one; other scores that are not
-  # finite have no weight.
+  # A score of -inf has weight 0 beside a finite one. Any other score that is
+  # not finite makes the output NaN.
   any_of = functools.partial(jnp.any, axis=-1, keepdims=True)
   overflows = any_of(visible & ~jnp.isfinite(scores) & ~(scores < 0.0))
   overflows |= any_of(visible) & ~any_of(visible & jnp.isfinite(scores))

@@ -1,7 +1,7 @@
 """Arrays on meshes with Explicit axes, as `jax.make_mesh` makes them.
 
-Examples and heads are independent of each other, so each device computes its
-own, by `jax.shard_map`.
+Examples and heads are independent of each other, so `jax.shard_map` lets each
+device compute its own.
 """
 
 import math
@@ -27,17 +27,18 @@ def on_shards(
 ) -> tuple[Array, PyTree]:
   """Calls `function` on the examples and heads of each device.
 
-  It is called as it is if no array lies on a mesh with Explicit axes.
+  If no array lies on a mesh with Explicit axes, it gets the arrays as they are.
 
   Args:
     function: takes the arguments below, in this order; returns attention's
       output ``[B, T, N, V]`` and a tree whose leaves lead with ``[B, N]``.
-    query: ``[B, T, N G, H]``. Other arrays are divided over devices like its
-      examples and heads.
+    query: ``[B, T, N G, H]``. Examples and heads of the other arrays are
+      divided over devices like those of the query.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     by_head: leaves lead with ``[N or 1]``.
-    by_row: leaves lead with ``[B or 1, N or 1]``, or have fewer axes.
+    by_row: leaves lead with ``[B or 1, N or 1]``, so that each example and head
+      has one row, or have fewer axes.
     by_example: leaves lead with ``[B]``.
 
   Returns:
@@ -181,7 +182,7 @@ def look_up(table: Array, index: Array, **kwargs: Any) -> Array:
 def _reshard(
   trees: tuple[PyTree, ...], mesh: Mesh | AbstractMesh, specs: PyTree
 ) -> tuple[PyTree, ...]:
-  """Divides leaves over a mesh by the specs of the same tree."""
+  """Divides leaves over a mesh by `specs`, a tree of the same structure."""
   return jax.tree.map(
     lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)),
     trees,

@@ -50,8 +50,8 @@ def info_from_options(info_of: Callable[[Entry], Info]) -> Info:
     info_of: method that returns the facts about an entry.
 
   Returns:
-    A property, typed as the value that it returns: `info` is a class variable
-    of the base class, which a type checker lets no property replace.
+    A property, typed as its value: in the base class `info` is a class
+    variable, and a type checker does not let a property replace it.
   """
   return cast(Info, property(info_of))
 
@@ -96,7 +96,7 @@ class Registry:
   def alias(
     self, name: str, class_name: str, base: type[Dataclass], **fixed: Any
   ) -> type[Dataclass]:
-    """Registers a dataclass under another name, some of its options fixed.
+    """Registers a dataclass under another name, with some options fixed.
 
     Args:
       name: registry name; also the class attribute `name` of the result.

@@ -1,4 +1,4 @@
-"""Random generators from a seed; different seeds below 2**64 never coincide.
+"""Makes random generators; different seeds below 2**64 give different ones.
 
 The data package uses this module without JAX, so only `make_key` imports jax.
 """
@@ -37,8 +37,8 @@ def check_seed(name: str, seed: Any) -> int:
 def make_key(seed: int) -> "jax.Array":
   """Returns the PRNG key of a 64-bit seed.
 
-  `jax.random.key` drops the high word of a seed unless `jax_enable_x64` is set;
-  otherwise it returns the same key.
+  `jax.random.key` drops the high 32 bits of a seed unless `jax_enable_x64` is
+  set. With that option, or for a seed below 2**32, both return the same key.
 
   Example:
     >>> from jax.random import key_data
@@ -56,7 +56,7 @@ def make_generator(seed: int, index: int) -> np.random.Generator:
 
   `numpy.random.default_rng([seed, index])` concatenates the 32-bit words of its
   list, so [2**32 + 5, 0] gives the same stream as [5, 1]. Here the high word of
-  the seed comes last.
+  the seed comes last, which keeps streams apart.
 
   Args:
     seed: below 2**64.

@@ -1,4 +1,4 @@
-"""One sequence over many devices, which exchange sums over keys only."""
+"""Divides a sequence over devices, which exchange sums over keys only."""
 
 import functools
 from typing import NamedTuple
@@ -54,8 +54,8 @@ def sequence_parallel_attention(
     query: ``[B, T, N, H]``; N may be a multiple of the keys' heads.
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
-    mesh: devices; see `jax.make_mesh`. If it has Explicit axes, arrays are
-      divided over them first, unless they are already.
+    mesh: devices; see `jax.make_mesh`. If `axis` is an Explicit axis, arrays
+      that it does not divide yet are divided over it first.
     axis: name of the mesh axis that divides T and S.
     feature_map: see `spectral_attention`, like all arguments below.
     variables: replicated.
@@ -143,7 +143,7 @@ def _on_auto_axes(
   arrays: AttentionArrays,
   shared: tuple[FeatureVariables, PyTree],
 ) -> Array:
-  """Computes it on a mesh without Explicit axes (None: that of the context)."""
+  """Runs on a mesh without Explicit axes (None: the mesh of the context)."""
   feature_map, sqrt_scale, is_causal, chunk_size, _, axis = options
   variables, stats = shared
   query, key, value, key_mask, query_mask, _ = arrays

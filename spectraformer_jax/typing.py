@@ -14,7 +14,7 @@ letter meaning                         letter meaning
 
 Arrays of attention are laid out as in ``jax.nn.dot_product_attention``:
 query ``[B, T, N, H]``, key ``[B, S, N, H]``, value ``[B, S, N, V]``.
-Shape strings call the heads of grouped queries ``NG``, a multiple of N.
+Grouped queries have G heads for each key head; shape strings call them ``NG``.
 A PRNG key is called ``rng``; ``key`` is always attention's key.
 """
 
@@ -53,8 +53,8 @@ class FeatureVariables(NamedTuple):
   """The variables of a feature map; leaves have a leading head axis (N or 1).
 
   Attributes:
-    params: learnable leaves; ``{}`` for approximators.
-    projection: random leaves: not learnt, redrawable, saved with the model.
+    params: learnable leaves; ``{}`` if nothing is learnt.
+    projection: random leaves: not learnt, may be redrawn, saved with the model.
   """
 
   params: Params
