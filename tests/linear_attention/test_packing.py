@@ -1,5 +1,7 @@
 """Packed rows and grouped queries."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,31 @@ def test_packed_rows_equal_separate_rows(is_causal, component):
     implementation="reference",
   )
   assert_close((out, grads), expected, tolerance)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("chunk_size", [2, 4, 5, None])
+def test_a_query_without_keys_in_its_segment_gives_zeros(chunk_size, is_causal):
+  fm, variables = build_map("posrf")
+  x, _, _ = draw_arrays(12, batch=1, scale=0.5)
+  ids = jnp.array([[0] * 6 + [1] * 2 + [2] * 3 + [3]])
+  key_mask = jnp.ones((1, 12), bool).at[0, jnp.array([6, 8, 9, 11])].set(False)
+  attend = functools.partial(
+    sf.spectral_attention,
+    x,
+    x,
+    x,
+    feature_map=fm,
+    variables=variables,
+    segment_ids=ids,
+    key_mask=key_mask,
+    is_causal=is_causal,
+  )
+  out = attend(chunk_size=chunk_size)
+  # 2e-5 of the largest output: float32 sums in another order.
+  assert_close(out, attend(implementation="reference"), 2e-5)
+  sees_none = (6, 8, 9, 11) if is_causal else (11,)
+  assert not np.any(out[:, sees_none])
 
 
 SCALES = {"posrf": (1.0, 60.0), "trigrf": (20.0, 1.0)}

@@ -184,9 +184,11 @@ def _sums(
   # phi S_<c + tril(phi psi^T) value.
   sums = engine.products.queries_times_state(phi, step.before.sums)
   magnitude = chunks.times_magnitude(phi, step.before)
+  sees_state = step.has_keys[:, :, None]
   if segment is not None:
     # The state belongs to the first segment; other queries do not see it.
     is_first = jnp.tile(segment == segment[:, :1], (1, groups))[:, None, None]
+    sees_state &= is_first
     sums = jnp.where(is_first[..., None], sums, 0.0)
     if magnitude is not None:
       magnitude = jnp.where(is_first, magnitude, 0.0)
@@ -196,7 +198,7 @@ def _sums(
     weights = within_chunk(jnp.abs(phi), jnp.abs(step.psi))
     magnitude += jnp.sum(weights, axis=-1)
   found = QuerySums(sums, magnitude)
-  sees_keys = step.has_keys[:, :, None] | _sees_new_keys(engine, block)
+  sees_keys = sees_state | _sees_new_keys(engine, block, is_visible)
   return found, chunks.needs_weight(
     sees_keys, features, phi, query_exponent, found
   )
@@ -209,21 +211,28 @@ def _of_queries(exponent: Array, block: CausalBlock) -> Array:
   return jnp.tile(exponent, (1, 1, block.query.shape[2], 1))
 
 
-def _sees_new_keys(engine: Engine, block: CausalBlock) -> Array:
+def _sees_new_keys(
+  engine: Engine, block: CausalBlock, is_visible: Array
+) -> Array:
   """Whether each query sees keys of its step; bool ``[B, 1, L, G C]``.
 
-  With segments only the key at the query's own position is looked at.
+  Args:
+    engine: see `Engine`.
+    block: see `attend`.
+    is_visible: keys of a query's chunk by position and segment, bool
+      ``[B or 1, 1, 1, G C, C]``.
   """
   mask = block.keys.key_mask
   if mask is None:
     return jnp.ones((1, 1, 1, 1), bool)
-  visible = mask[..., 0]
-  if block.segment is None:
-    place = jnp.arange(visible.shape[-1])[None, None]
-    first = jnp.argmax(visible, axis=-1, keepdims=True)
-    visible = jnp.any(visible, axis=-1, keepdims=True) & (place >= first)
-  visible = visible.reshape(*visible.shape[:2], -1, engine.chunk_size)
-  return jnp.tile(visible, (1, 1, 1, block.query.shape[2]))
+  mask = mask[..., 0]
+  if block.segment is not None:  # one chunk
+    return jnp.any(is_visible & mask[:, :, None, None], axis=-1)
+  position = jnp.arange(mask.shape[-1])[None, None]
+  first = jnp.argmax(mask, axis=-1, keepdims=True)
+  sees = jnp.any(mask, axis=-1, keepdims=True) & (position >= first)
+  sees = sees.reshape(*sees.shape[:2], -1, engine.chunk_size)
+  return jnp.tile(sees, (1, 1, 1, block.query.shape[2]))
 
 
 def _seen_by(state: JoinedState, segment: Array) -> JoinedState:
