@@ -27,9 +27,10 @@ from spectraformer_jax.train.step.objectives import OBJECTIVES
 # `check(name, value)` raises ValueError unless the key may have the value.
 Check = Callable[[str, Any], object]
 
-# Arguments of `data.load` that the training loop passes itself, so they cannot
-# be among the options of the task.
-_RESERVED = ("seed", "tokenizer", "cache_dir", "progress")
+# Arguments of `data.load` that cannot be among the options of the task: those
+# with a key of their own in config.task, and those that the run passes itself.
+_TASK_KEYS = ("seed", "tokenizer", "cache_dir")
+_PASSED_BY_THE_RUN = ("task", "split", "progress")
 
 
 def _must_be(right: str, is_right: Callable[[Any], bool]) -> Check:
@@ -75,9 +76,13 @@ def _check_options(section: str, options: Any) -> None:
         f"{section}.{name} must be a number, text or tuple, got "
         f"{dict(value)!r}."
       )
-    if section == "config.task.kwargs" and name in _RESERVED:
+    if section == "config.task.kwargs" and name in _TASK_KEYS:
       raise ValueError(
         f"{section} cannot have {name!r}; set config.task.{name}."
+      )
+    if section == "config.task.kwargs" and name in _PASSED_BY_THE_RUN:
+      raise ValueError(
+        f"{section} cannot have {name!r}: the run passes it itself."
       )
 
 

@@ -215,6 +215,8 @@ def test_what_may_be_none(path):
     ("task.seed", -1, ">= 0"),
     ("task.buckets", 5, "a tuple of lengths"),
     ("task.kwargs", {"seed": 3}, "set config.task.seed"),
+    ("task.kwargs", {"progress": 3}, "the run passes it itself"),
+    ("task.kwargs", {"split": "dev"}, "the run passes it itself"),
     ("model.init_from", 3, "text or None"),
   ],
 )
