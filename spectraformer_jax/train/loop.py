@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,6 +16,7 @@ from spectraformer_jax.nn import from_config
 from spectraformer_jax.train import pretrained
 from spectraformer_jax.train.config import Config, to_dict, validate
 from spectraformer_jax.train.devices import hosts, parallel
+from spectraformer_jax.train.inputs import load_data, make_batches
 from spectraformer_jax.train.run import (
   describe,
   nonfinite,
@@ -32,7 +33,7 @@ from spectraformer_jax.train.run.meters import (
 )
 from spectraformer_jax.train.run.nonfinite import SkippedSteps
 from spectraformer_jax.train.run.profiler import Profiler
-from spectraformer_jax.train.run.progress import Interval, Progress
+from spectraformer_jax.train.run.progress import Progress
 from spectraformer_jax.train.run.selection import is_better, out_of_patience
 from spectraformer_jax.train.run.signals import StopSignals
 from spectraformer_jax.train.run.storage import Storage
@@ -355,51 +356,6 @@ def find_result(workdir: Path, config: Config) -> dict[str, Any] | None:
     except OSError as error:  # such as a read-only folder
       logging.warning("The report is not written again: %s", error)
   return result
-
-
-def load_data(
-  config: Config, splits: Sequence[str] = data.SPLITS
-) -> dict[str, data.Dataset]:
-  """Loads splits of the task; the first call builds the token cache."""
-  task = config.task
-  interval = Interval(config.logging.interval_seconds)
-
-  def progress(done: int, total: int) -> None:
-    if interval.is_over():
-      logging.info("building %s: %d of %d examples", task.name, done, total)
-
-  return {
-    split: data.load(
-      task.name,
-      split,
-      cache_dir=task.cache_dir,
-      seed=task.seed,
-      tokenizer=task.tokenizer,
-      progress=progress,
-      **task.kwargs,
-    )
-    for split in splits
-  }
-
-
-def make_batches(
-  config: Config,
-  dataset: data.Dataset,
-  *,
-  train: bool,
-  state: Mapping[str, Any] | None = None,
-) -> data.Batches:
-  """Makes this process's batches of a split; `state` is where they resume."""
-  return data.Batches(
-    dataset,
-    config.train.batch_size if train else config.eval.batch_size,
-    seed=config.train.seed,
-    train=train,
-    state=state,
-    pad_to_multiple=config.task.pad_to_multiple,
-    buckets=config.task.buckets,
-    **parallel.hosts(),
-  )
 
 
 def on_devices(

@@ -18,7 +18,8 @@ from spectraformer_jax.train.__main__ import main
 from spectraformer_jax.train.config import to_dict
 from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.evaluate import evaluate
-from spectraformer_jax.train.loop import load_data, train_and_evaluate
+from spectraformer_jax.train.inputs import load_data
+from spectraformer_jax.train.loop import train_and_evaluate
 from spectraformer_jax.train.run.checkpoints import Checkpointer
 from spectraformer_jax.train.step import state
 from tests.train import workers

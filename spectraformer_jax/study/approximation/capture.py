@@ -12,7 +12,7 @@ from spectraformer_jax import data
 from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained, rotate
 from spectraformer_jax.study.approximation.inputs import Inputs, make_inputs
 from spectraformer_jax.train.config import to_dict
-from spectraformer_jax.train.loop import load_data
+from spectraformer_jax.train.inputs import load_data
 from spectraformer_jax.train.run import describe, run_folder
 from spectraformer_jax.train.step.steps import model_inputs
 

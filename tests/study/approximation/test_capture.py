@@ -12,7 +12,8 @@ from spectraformer_jax.study.approximation.capture import (
   capture_workdir,
 )
 from spectraformer_jax.train.config import default_config
-from spectraformer_jax.train.loop import load_data, train_and_evaluate
+from spectraformer_jax.train.inputs import load_data
+from spectraformer_jax.train.loop import train_and_evaluate
 from spectraformer_jax.typing import FeatureVariables
 from tests.train.helpers import TINY
 
