@@ -1,4 +1,7 @@
-"""Which kernel, for which data, at what cost: ``python -m ...study``."""
+"""Compares attentions: their error, and the cost and result of training.
+
+Command line: ``python -m spectraformer_jax.study``.
+"""
 
 import importlib
 import sys
@@ -6,11 +9,11 @@ import warnings
 
 
 def moved(former: str, place: str) -> None:
-  """Replaces a module that has moved, with a warning for its importer.
+  """Puts a module in the place of its old name, and warns the importer.
 
   Args:
-    former: the module's ``__name__``.
-    place: the module to use instead.
+    former: the old name, ``__name__`` in the module that calls this.
+    place: name of the module to use instead.
   """
   warnings.warn(f"{former} is now {place}.", DeprecationWarning, stacklevel=3)
   sys.modules[former] = importlib.import_module(place)

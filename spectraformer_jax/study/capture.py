@@ -1,4 +1,4 @@
-"""The former place of `spectraformer_jax.study.approximation.capture`."""
+"""Old name of `spectraformer_jax.study.approximation.capture`."""
 
 from spectraformer_jax.study import moved
 

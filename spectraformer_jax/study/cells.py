@@ -1,4 +1,4 @@
-"""The former place of `spectraformer_jax.study.sweep`."""
+"""Old name of `spectraformer_jax.study.sweep`."""
 
 from spectraformer_jax.study import moved
 

@@ -1,12 +1,12 @@
-"""What the pictures of both studies share: colours, figures, frames."""
+"""Colours, figures and frames of the pictures of both studies."""
 
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without its yellow, which is faint on white. Any
-# colour vision tells these colours apart.
+# Okabe and Ito's palette, without its yellow, which is faint on white. These
+# colours can be told apart with any colour vision.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, ORANGE, BLACK = "#56B4E9", "#E69F00", "#000000"
 # Text in a cell of a heat map.
@@ -14,7 +14,7 @@ CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
 
 
 def new_figure(width: float, height: float) -> Figure:
-  """An empty figure of that many inches, which needs no display."""
+  """Makes an empty figure, sizes in inches; needs no display."""
   return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 

@@ -1,4 +1,4 @@
-"""The former place of `spectraformer_jax.study.approximation.inputs`."""
+"""Old name of `spectraformer_jax.study.approximation.inputs`."""
 
 from spectraformer_jax.study import moved
 

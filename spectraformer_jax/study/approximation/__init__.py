@@ -1,1 +1,1 @@
-"""How far each map is from exact attention, on any queries and keys."""
+"""Measures the error of feature maps against exact attention."""

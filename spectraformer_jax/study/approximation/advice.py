@@ -1,4 +1,4 @@
-"""One plain sentence about a setting."""
+"""Gives advice on a setting, in one sentence."""
 
 import math
 
@@ -14,14 +14,14 @@ from spectraformer_jax.study.approximation.settings import (
 
 # The fitted power of M is not extrapolated further than this.
 MOST_FEATURES = 1_000_000
-# Ratios of times nearer to one are within the scatter of single calls.
+# Ratios of times nearer to one than this are within the scatter of calls.
 SAME_TIME = 1.25
 
 
 def advise(setting: Setting) -> str:
-  """Returns the pair to use, or why to use none.
+  """Returns a sentence that names the pair to use, or says why to use none.
 
-  The sentence is about this setting's inputs and sizes and nothing else.
+  The sentence holds for the inputs and sizes of this setting only.
   """
   best, uniform_error = setting.best(), setting.uniform_error
   uniform = f"uniform attention ({uniform_error:.3g})"
@@ -49,7 +49,7 @@ def advise(setting: Setting) -> str:
 def half_width(row: Measurement) -> float | None:
   """Half of the error's confidence interval; None without one."""
   half = row.figures.error_ci
-  # Errors that do not depend on the draw still vary by rounding.
+  # Errors that do not depend on the draw still vary by rounding: no interval.
   return half if half and half > 1e-6 * row.figures.error else None
 
 
@@ -61,7 +61,7 @@ def with_interval(row: Measurement) -> str:
 
 
 def _ties(setting: Setting, best: Measurement) -> str:
-  """Names other pairs whose errors do not differ significantly from the best.
+  """Names the pairs whose errors do not differ significantly from the best.
 
   Pairs that do not beat uniform attention are left out: their errors may
   scatter too much to differ from anything.
@@ -92,7 +92,11 @@ def _speed(best: Measurement) -> str:
 
 
 def _needed(setting: Setting, pair: str) -> str:
-  """Extrapolates the fit to the M that is as good as uniform attention."""
+  """Extrapolates to the M at which the error is that of uniform attention.
+
+  Returns no text unless that M lies between the largest measured size and
+  `MOST_FEATURES`.
+  """
   fit = setting.slope(pair)
   if fit is None or fit.slope >= 0.0 or not setting.uniform_error:
     return ""

@@ -62,6 +62,7 @@ def capture(
       return call(*args, **kwargs)
     out = call(*args, **kwargs)
     layer = module.parent
+    # A layer calls its projections, so its own entry is the last one.
     is_part = isinstance(layer, SpectralSelfAttention)
     if is_part and module.name in PROJECTIONS:
       calls[-1][module.name] = out
@@ -94,7 +95,8 @@ def capture_workdir(
     workdir: of `train.py`.
     split: "train", "dev" or "test".
     examples: number of examples.
-    step: "best" (by dev accuracy), "last", or a step that was kept.
+    step: "best" (by dev accuracy), "last", or the number of a step whose
+      checkpoint was kept.
 
   Raises:
     ValueError: the workdir holds no run or no such checkpoint, or the task's

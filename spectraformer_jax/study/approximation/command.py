@@ -1,17 +1,17 @@
-"""How well feature maps approximate attention, on random or your own data.
+"""Measures how well feature maps approximate attention, on random or your data.
 
     python -m spectraformer_jax.study approximation --out=DIR
 
-For every pair, number of features, length and scale: the relative error of the
-attention output (Frobenius norm) against exact attention, beside that of
-uniform attention, which ignores queries and keys; bias and squared error of the
-kernel; variance over draws of the weight matrix, with 95 % confidence
-intervals; time and memory. DIR gets results.csv (written row by row; its rows
-are not measured again), report.md with a ranking and a sentence of advice for
-each setting, and pictures.
+For every pair, number of features, length and scale, it measures: the relative
+error of the attention output (Frobenius norm) against exact attention, beside
+that of uniform attention, which ignores queries and keys; bias and squared
+error of the kernel; variance over draws of the weight matrix, with 95 %
+confidence intervals; time and memory. It writes to DIR: results.csv (row by
+row; rows that are there are not measured again), report.md with a ranking and a
+sentence of advice for each setting, and pictures.
 
-Queries and keys are those of --inputs, or standard normal; both are multiplied
-by the scale, and attention divides scores by sqrt(head_dim) as usual.
+Queries and keys are those of --inputs, or standard normal. Both are multiplied
+by the scale; attention divides scores by sqrt(head_dim) as usual.
 """
 
 import argparse
@@ -44,13 +44,13 @@ PROGRAM = "spectraformer_jax.study approximation"
 RESULTS, REPORT = "results.csv", "report.md"
 PAIRS = ("posrf-iid", "posrf-orf", "oprf-orf", "saderf-orf", "trigrf-orf")
 SCALES = (0.25, 0.5, 1.0, 2.0)
-# Defaults of flags for one kind of inputs only.
+# Defaults of flags that only one kind of inputs has.
 RANDOM = {"batch": 2, "heads": 2, "head_dim": 32}
 WORKDIR = {"split": "dev", "examples": 4, "step": "best"}
 
 
 class Case(NamedTuple):
-  """Something to measure.
+  """One measurement to make.
 
   Attributes:
     pair: to build the feature map from.
@@ -137,9 +137,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-  """ValueError for numbers out of range or flags that do not go together.
+  """Checks the flags, and fills in defaults that depend on the kind of inputs.
 
-  Fills in defaults that depend on the kind of inputs.
+  Raises:
+    ValueError: a number is out of range, or flags do not go together.
   """
   args.num_features = args.num_features or (32, 64, 128, 256)
   for name in ("num_features", "lengths"):
@@ -181,7 +182,7 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
 
 
 def _layers(args: argparse.Namespace) -> list[Inputs]:
-  """The inputs of each layer to measure on, in full length."""
+  """The inputs of each layer to measure on, not yet cropped."""
   if args.inputs is None:
     length = max(args.lengths or (1024,))
     shape = {"batch": args.batch, "length": length, "num_heads": args.heads}
@@ -204,7 +205,7 @@ def _plan(
   layers: list[Inputs],
   options: measure.Options,
 ) -> tuple[list[Case], list[str]]:
-  """All cases, and the sizes of pairs that are impossible, with reasons."""
+  """Returns all cases, and the impossible sizes of pairs with the reasons."""
   scales = args.scales or ((1.0,) if args.inputs else SCALES)
   # Values that are typed twice count once.
   scales = list(dict.fromkeys(scales))
@@ -259,7 +260,7 @@ def _measure_all(
   options: measure.Options,
   console: Console,
 ) -> list[results.Measurement]:
-  """Measures the cases that `stored` lacks, under a progress bar."""
+  """Measures the cases that `stored` lacks; returns the rows of all cases."""
   missing = [case for case in cases if not stored.find(case.key)]
   if len(missing) < len(cases):
     console.print(

@@ -18,10 +18,10 @@ ARRAYS = ("query", "key", "value", "key_mask", "query_mask")
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """The inputs of one attention layer, before ``1/sqrt(H)``.
+  """The inputs of one attention layer, without the factor ``1/sqrt(H)``.
 
   Attributes:
-    name: for tables: "random", "layer_0".
+    name: shown in tables, such as "random" or "layer_0".
     query: ``[B, T, N, H]`` float32.
     key: ``[B, S, N, H]`` float32.
     value: ``[B, S, N, V]`` float32.
@@ -52,7 +52,7 @@ class Inputs:
     return digest.hexdigest()[:12]
 
   def cropped(self, length: int | None) -> "Inputs":
-    """Returns the first `length` positions; None for all.
+    """Returns the first `length` positions, or all if `length` is None.
 
     Raises:
       ValueError: there are fewer positions, or not as many queries as keys.
@@ -84,12 +84,12 @@ def make_inputs(
 ) -> Inputs:
   """Makes `Inputs` from arrays of any float dtype.
 
-  Without a key mask all keys are visible. Without a query mask, queries take
-  the mask of keys if T == S; else all queries count.
+  Without a key mask, all keys are visible. Without a query mask, the key mask
+  holds for the queries, too, if T == S; otherwise all queries count.
 
   Raises:
     ValueError: shapes or masks do not agree, numbers are not finite, or a
-      sequence has no visible key or query; the message has `name`.
+      sequence has no visible key or query; the message contains `name`.
 
   Example:
     >>> x = np.ones((1, 5, 2, 4))
@@ -142,8 +142,9 @@ def random_inputs(
 def read_npz(path: Path) -> list[Inputs]:
   """Reads a file that `numpy.savez` wrote; unpickles nothing.
 
-  One layer has the arrays query, key and value, or q, k and v, and perhaps
-  key_mask and query_mask. Many layers have a prefix each: "layer_0/query".
+  A file of one layer holds the arrays query, key and value, or q, k and v, and
+  perhaps key_mask and query_mask. In a file of several layers, each name starts
+  with its layer: "layer_0/query".
 
   Raises:
     ValueError: the file is not an npz of such arrays.
@@ -151,7 +152,7 @@ def read_npz(path: Path) -> list[Inputs]:
   try:
     with np.load(path) as file:
       stored = {name: file[name] for name in file.files}
-  # TypeError: a single array (npy) is no context manager.
+  # TypeError: an npy file gives an array, which is no context manager.
   except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
     raise ValueError(f"{str(path)!r} is not an npz file of arrays.") from None
   layers: dict[str, dict[str, np.ndarray]] = {}
@@ -177,7 +178,7 @@ def read_npz(path: Path) -> list[Inputs]:
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:
-  """A key that sorts layer_10 behind layer_9."""
+  """A sort key that puts layer_10 after layer_9."""
   parts = re.split(r"(\d+)", name)
   return [
     (part.isdigit(), int(part or 0) if part.isdigit() else part)
@@ -186,7 +187,7 @@ def _natural(name: str) -> list[tuple[bool, int | str]]:
 
 
 def write_npz(path: Path, layers: list[Inputs]) -> None:
-  """Writes a file for `read_npz`."""
+  """Writes the layers to a file that `read_npz` reads."""
   np.savez(
     path,
     **{

@@ -24,7 +24,8 @@ from spectraformer_jax.typing import (
 def has_kernel(feature_map: FeatureMap) -> bool:
   """Whether the map estimates a fixed kernel of two vectors.
 
-  Maps with learnt matrices do not, nor maps that depend on the position.
+  Maps with learnt matrices, and maps whose features depend on the position,
+  estimate none.
   """
   learnable = feature_map.weight_matrix.info.learnable
   return not (learnable or feature_map.component.info.positional)
@@ -38,10 +39,10 @@ def kernel_ratios(
   y: Array,
   stats: PyTree,
 ) -> Array:
-  """Returns estimate over kernel, for all pairs of points.
+  """Returns the estimate divided by the kernel, for all pairs of points.
 
-  Computes in the log domain, since the estimate and the kernel may each
-  overflow float32 where their ratio does not.
+  Computes in the log domain, since the estimate or the kernel may overflow
+  float32 where their ratio does not.
 
   Args:
     feature_map: one with a kernel; see `has_kernel`.
@@ -80,7 +81,8 @@ def kernel_ratios(
     ),
   )
   ratios = sign * jnp.moveaxis(ratios, 0, 2)
-  # Infinite terms of both signs add up to NaN: the estimate is useless.
+  # Infinite terms of both signs add up to NaN: the estimate is useless, so its
+  # ratio counts as infinite.
   ratios = jnp.where(jnp.isnan(ratios), jnp.inf, ratios)
   return jnp.where(sign == 0.0, jnp.nan, ratios)
 
@@ -95,8 +97,8 @@ def independent_rows_mse(
 ) -> Array:
   """Returns the relative mean squared error for independent rows of W.
 
-  Takes the closed form of `Component.log_second_moment`. Arguments and shape of
-  the result are those of `kernel_ratios`.
+  Uses the closed form of `Component.log_second_moment`. Takes the arguments of
+  `kernel_ratios`, and returns an array of the same shape.
 
   Raises:
     NotImplementedError: no formula is known.

@@ -26,7 +26,7 @@ from spectraformer_jax.study.approximation.kernel_error import (
 from spectraformer_jax.study.approximation.results import Figures
 from spectraformer_jax.typing import Array, FeatureVariables
 
-# Calls of a reference that are timed; a pair is timed at each draw.
+# Timed calls of exact attention. A pair is timed once for each draw.
 REPEATS = 5
 CONFIDENCE = 0.95
 
@@ -36,11 +36,11 @@ class Options(NamedTuple):
 
   Attributes:
     is_causal: query i sees keys 0..i.
-    target: exact kernel of the attention that outputs are compared with.
+    target: kernel of the exact attention that outputs are compared with.
     draws: number of independent draws of W.
     seed: of the draws, and of the points at which kernels are compared.
-    points: queries, and as many keys, of each head and example at which
-      kernels are compared.
+    points: number of queries, and of keys, of each example at which kernels
+      are compared in each head.
   """
 
   is_causal: bool = False
@@ -56,8 +56,8 @@ class Reference(NamedTuple):
   Attributes:
     exact: exact attention ``[B, T, N, V]`` float64, zero at masked queries.
     uniform_error: error of uniform attention, which ignores queries and keys.
-    ms: time of a call of exact attention.
-    temp_mib: memory that exact attention plans beside arguments and result.
+    ms: median time of a call of JAX's own softmax attention.
+    temp_mib: memory that this attention plans beside arguments and result.
   """
 
   exact: np.ndarray
@@ -83,14 +83,18 @@ class Program(NamedTuple):
 
 
 def arrays_of(inputs: Inputs, scale: float) -> tuple[Array, Array, Array]:
-  """Query, key and value on the device, query and key times `scale`."""
+  """Returns query and key times `scale`, and value, on the device."""
   query, key = inputs.query * scale, inputs.key * scale
   as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
   return as_float(query), as_float(key), as_float(inputs.value)
 
 
 def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
-  """Computes exact attention and uniform attention of these inputs."""
+  """Computes exact and uniform attention of these inputs; times softmax.
+
+  Raises:
+    ValueError: exact attention gives nothing but zeros.
+  """
   query, key, value = arrays_of(inputs, scale)
   exact_attention = functools.partial(
     sf.exact_attention,
@@ -98,7 +102,7 @@ def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
     is_causal=options.is_causal,
   )
   exact = exact_attention(query, key, value, kernel=options.target)
-  # All scores are equal where queries are zero.
+  # Zero queries make all scores equal, so attention is uniform.
   uniform = exact_attention(jnp.zeros_like(query), key, value)
   exact, uniform = counted(exact, inputs), counted(uniform, inputs)
   if not exact.any():
@@ -124,7 +128,7 @@ def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
 
 
 def counted(out: Array, inputs: Inputs) -> np.ndarray:
-  """Outputs ``[B, T, N, V]`` in float64, with zeros at masked queries."""
+  """Returns outputs ``[B, T, N, V]`` in float64, zero at masked queries."""
   mask = inputs.query_mask[:, :, None, None]
   return np.where(mask, np.asarray(out, np.float64), 0.0)
 
@@ -148,7 +152,7 @@ def prepare(
     feature_map.init, head_dim=head_dim, num_heads=num_heads
   )
   if feature_map.weight_matrix.info.redrawable:
-    init = jax.jit(init)  # others cannot be drawn inside jit
+    init = jax.jit(init)  # other matrices cannot be drawn inside jit
   rng = make_key(options.seed)
   draws = [init(jax.random.fold_in(rng, i)) for i in range(options.draws)]
 
@@ -161,6 +165,7 @@ def prepare(
     query_mask: Array,
   ) -> Array:
     stats = None
+    # Without these, `spectral_attention` takes statistics of the keys alone.
     if not options.is_causal:
       sqrt_scale = split_scale(None, head_dim)
       masks = key_mask, query_mask
@@ -196,6 +201,7 @@ def measure(
   """Measures all figures of a pair."""
   arrays = *arrays_of(inputs, scale), inputs.key_mask, inputs.query_mask
   arrays = jax.block_until_ready(jax.device_put(arrays))
+  # The first call may be slower, and is not timed.
   program.compiled(program.draws[0], *arrays)
   outputs, times = [], []
   for variables in program.draws:
@@ -217,9 +223,9 @@ def attention_figures(
 ) -> Figures:
   """Measures the error of outputs, one for each draw, and its variance.
 
-  The mean square over draws is the square of the bias, which more draws would
-  not change, plus the variance. Both estimates are unbiased, so the square may
-  come out below zero.
+  The mean squared error over draws is the variance plus the squared bias, which
+  more draws would not change. The squared bias is the difference of two
+  estimates, so it may come out below zero.
   """
   errors = [relative_error(out, reference.exact) for out in outputs]
   variance = bias2 = None
@@ -233,9 +239,10 @@ def attention_figures(
 def kernel_figures(
   program: Program, inputs: Inputs, scale: float, options: Options
 ) -> dict[str, float | None]:
-  """Measures bias and squared error of the kernel, relative to the kernel.
+  """Measures bias and squared error of the kernel's estimate over the kernel.
 
-  Returns figures by name; none for a map without a fixed kernel.
+  Returns figures by name; none for a map without a fixed kernel, or where the
+  kernel is zero at all points.
   """
   fm = program.feature_map
   if not has_kernel(fm):
@@ -276,9 +283,10 @@ def kernel_figures(
 def summarise(
   sample: Sequence[float] | np.ndarray,
 ) -> tuple[float, float | None, float | None]:
-  """Returns the mean, half of its confidence interval, and the deviation.
+  """Returns the mean, half of its confidence interval, and standard deviation.
 
-  The interval is Student's; a single number has no interval and no deviation.
+  The interval is of Student's t; a single number has no interval and no
+  deviation.
 
   Example:
     >>> mean, half, std = summarise([1.0, 2.0, 3.0])
@@ -313,8 +321,8 @@ def _pick(
 ) -> Array:
   """Draws `count` visible positions of each example: ``[B, count, N, H]``.
 
-  If every example has fewer, as many as the longest has. Shorter examples
-  repeat positions.
+  If every example has fewer, draws as many as the longest example has. Examples
+  with fewer positions than are drawn repeat some.
   """
   count = min(count, int(mask.sum(axis=1).max()))
   indices = np.stack(

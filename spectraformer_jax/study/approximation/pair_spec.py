@@ -1,4 +1,4 @@
-"""Pairs as text: "oprf-orf", "posrf(kernel=gaussian)-rom_hybrid"."""
+"""Component-matrix pairs as text, such as "oprf(centred=True)-rom_hybrid"."""
 
 import dataclasses
 import re
@@ -46,7 +46,7 @@ class Pair:
 
   @property
   def has_rows(self) -> bool:
-    """Whether the map takes a number of features."""
+    """Whether the map has rows of W, and so takes a number of features."""
     component = build_component(*split_options(self.component))
     return component.info.row_law != "none"
 

@@ -16,7 +16,7 @@ from spectraformer_jax.study.approximation.pair_spec import parse_pair
 from spectraformer_jax.study.approximation.results import Measurement
 from spectraformer_jax.study.approximation.settings import Setting, over_uniform
 
-# Markers and dashes tell lines apart in grey.
+# Markers and dashes tell lines apart in a grey print.
 COLOURS = (figures.BLUE, figures.VERMILION, figures.GREEN, figures.PURPLE)
 COLOURS += (figures.SKY, figures.ORANGE)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
@@ -55,7 +55,7 @@ def draw(settings: Sequence[Setting], folder: Path) -> list[Path]:
         count = len(group[0].pairs)
         if name != "heat_map" and count > MOST_LINES:
           title += f"\n{MOST_LINES} best of {count} pairs"
-        # In lines that fit the width of the figure.
+        # Breaks the title into lines that fit the width of the figure.
         width = int(LETTERS_PER_INCH * figure.get_figwidth())
         lines = [textwrap.fill(line, width) for line in title.split("\n")]
         figure.suptitle("\n".join(lines))
@@ -133,7 +133,7 @@ def _draw_heat_maps(group: list[Setting]) -> Figure | None:
     for name, pair in parsed.items():
       place = components.index(pair.component), matrices.index(pair.matrix)
       ratios[place] = over_uniform(setting.largest(name))
-    # Blue is better than uniform attention, red worse, whatever the spread.
+    # The range is fixed: blue is always better than uniform attention.
     axes.imshow(
       np.log10(np.maximum(ratios, LEAST)),
       cmap="RdBu_r",
@@ -165,7 +165,7 @@ def _draw_heat_maps(group: list[Setting]) -> Figure | None:
 def _panels(
   count: int, width: float, height: float
 ) -> tuple[Figure, list[Axes]]:
-  """A figure and that many axes, at most two in a row."""
+  """Makes a figure with `count` axes, at most two in a row."""
   columns = min(count, 2)
   rows = -(-count // columns)
   figure = figures.new_figure(columns * width + 0.6, rows * height + 0.5)
@@ -178,7 +178,8 @@ def _panels(
 def _styles(group: list[Setting]) -> dict[str, dict[str, Any]]:
   """The pairs to show and their looks, the same in all panels.
 
-  If there are too many pairs, the best on average over the panels.
+  If there are too many pairs, shows those that are best on average over the
+  panels.
   """
   pairs = group[0].pairs
   if len(pairs) > MOST_LINES:
@@ -194,7 +195,7 @@ def _styles(group: list[Setting]) -> dict[str, dict[str, Any]]:
 
 
 def _mean_log_error(group: list[Setting], pair: str) -> float:
-  """Mean log of the error over that of uniform attention, for the largest M."""
+  """Mean log of a pair's error over that of uniform attention, at largest M."""
   ratios = [over_uniform(setting.largest(pair)) for setting in group]
   mean = float(np.mean(np.log(np.maximum(ratios, LEAST))))
   return mean if math.isfinite(mean) else math.inf
@@ -215,7 +216,7 @@ def _errorbar(
 
 
 def _largest_sizes(setting: Setting) -> str:
-  """The M of each pair's own last row: one number, or a range."""
+  """The largest M of the pairs, as text: one number, or a range."""
   sizes = {setting.largest(pair).key.num_features for pair in setting.pairs}
   sizes = sorted(size for size in sizes if size is not None)
   if not sizes:

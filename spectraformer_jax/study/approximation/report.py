@@ -12,7 +12,7 @@ from spectraformer_jax.study.approximation.settings import Setting, over_uniform
 from spectraformer_jax.train.run.run_folder import environment, write_text
 
 UNIFORM = "uniform attention"
-# Columns that a narrow terminal has no room for.
+# Columns that a terminal narrower than WIDE letters has no room for.
 IN_REPORT_ONLY, WIDE = ("slope", "kernel MSE", "MiB"), 110
 NOTES = """\
 Error: Frobenius norm of the difference from exact attention over that of exact
@@ -29,7 +29,8 @@ arguments and results.
 def lines(setting: Setting) -> list[dict[str, str]]:
   """Returns the lines of a setting's table, least error first.
 
-  Each line maps headings to cells.
+  Each line maps headings to cells. Exact attention comes first; uniform
+  attention stands before the first pair that is not better.
   """
   columns = {size: f"M={size}" for size in setting.sizes}
   headings = ["", "pair", *columns.values(), "±", "/ uniform"]
@@ -45,6 +46,7 @@ def lines(setting: Setting) -> list[dict[str, str]]:
     if uniform not in table and not over_uniform(row) < 1.0:
       table.append(uniform)
     rows = setting.of_pair(row.pair)
+    # A map without rows has one error, under None; it fills all columns of M.
     errors = {r.key.num_features: r.figures.error for r in rows}
     fit = setting.slope(row.pair)
     slope = "-" if fit is None else f"{fit.slope:.2f}"

@@ -1,4 +1,4 @@
-"""Measurements in a CSV file, which a killed run continues with."""
+"""Measurements in a CSV file, from which a killed run continues."""
 
 import csv
 import math
@@ -37,8 +37,8 @@ class Key(NamedTuple):
 class Figures(NamedTuple):
   """The figures of a measurement; docs/study.md says what they mean.
 
-  None: of one draw there is no interval and no variance; of maps without a
-  fixed kernel there are no kernel figures.
+  A figure that does not exist is None: interval and variance of a single draw,
+  and kernel figures of a map without a fixed kernel.
   """
 
   error: float
@@ -67,7 +67,7 @@ class Measurement(NamedTuple):
   Attributes:
     key: what was measured.
     figures: what came out.
-    device: that it was measured on.
+    device: kind of the device that ran it.
   """
 
   key: Key
@@ -81,18 +81,20 @@ class Measurement(NamedTuple):
 
 
 COLUMNS = (*Key._fields, *Figures._fields, "device")
+# They read the cells of a key, in the order of its fields.
 _READ_KEY = (str, str, int, float, str, str, int, "True".__eq__)
 _READ_KEY += (str, int, int, int)
 
 
 class Results:
-  """The measurements of a CSV file; added ones are on disk at once.
+  """The measurements of a CSV file; writes an added one at once.
 
   Args:
-    path: need not exist. A last line that a kill has cut short is dropped.
+    path: of the file; it is created if missing. A last line that a killed run
+      has not written to its end is dropped.
 
   Raises:
-    ValueError: the file is something else.
+    ValueError: the file has other columns.
   """
 
   def __init__(self, path: Path) -> None:
@@ -122,7 +124,7 @@ class Results:
     """Appends a measurement to the file."""
     self._found[measurement.key] = measurement
     key, figures, device = measurement
-    # Keys in full, since they identify the line; figures with six digits.
+    # Writes keys in full, since they identify the line; figures in six digits.
     shown = [None if x is None else f"{x:.6g}" for x in figures]
     with self._path.open("a", newline="") as file:
       csv.writer(file, lineterminator="\n").writerow([*key, *shown, device])

@@ -1,4 +1,4 @@
-"""Measurements grouped by their inputs, ranked and compared."""
+"""Groups measurements by their inputs, ranks and compares them."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ SIGNIFICANCE = 0.05
 
 
 class Slope(NamedTuple):
-  """Of log error against log M: -1/2 for a mean over independent rows.
+  """A line fitted to log error against log M.
 
   Attributes:
-    slope: by least squares.
-    standard_error: of the fit; None for two points.
+    slope: by least squares; -1/2 is expected of a mean over independent rows.
+    standard_error: of the slope; None for two points.
     intercept: log error at M = 1.
   """
 
@@ -53,26 +53,26 @@ class Setting(NamedTuple):
 
   @property
   def sizes(self) -> list[int]:
-    """All M, in order."""
+    """All numbers of features M, in ascending order."""
     sizes = {row.key.num_features for row in self.rows}
     return sorted(size for size in sizes if size is not None)
 
   @property
   def pairs(self) -> list[str]:
-    """Names, in the order of the measurements."""
+    """Names of the pairs, in the order of the measurements."""
     return list(dict.fromkeys(row.pair for row in self.rows))
 
   def of_pair(self, pair: str) -> list[Measurement]:
-    """The measurements of a pair, few features first."""
+    """The measurements of a pair, by ascending number of features."""
     rows = [row for row in self.rows if row.pair == pair]
     return sorted(rows, key=lambda row: row.key.num_features or 0)
 
   def largest(self, pair: str) -> Measurement:
-    """The measurement of a pair with most features."""
+    """The measurement of this pair that has the most features."""
     return self.of_pair(pair)[-1]
 
   def ranking(self) -> list[Measurement]:
-    """Each pair with its most features, least error first."""
+    """The measurement of each pair with the most features, best first."""
     return sorted(map(self.largest, self.pairs), key=_error)
 
   def best(self) -> Measurement:
@@ -80,7 +80,10 @@ class Setting(NamedTuple):
     return min(self.rows, key=_error)
 
   def slope(self, pair: str) -> Slope | None:
-    """How the error of a pair falls with M; None for fewer than two sizes."""
+    """How the error of a pair falls with M; None for fewer than two sizes.
+
+    Leaves out errors that are zero or not finite.
+    """
     points = [
       (row.key.num_features, row.figures.error)
       for row in self.of_pair(pair)
@@ -108,7 +111,7 @@ def settings_of(rows: Sequence[Measurement]) -> list[Setting]:
 
 
 def told_apart(one: Measurement, other: Measurement) -> bool:
-  """Whether the mean errors differ (Welch's t-test, 5 %)."""
+  """Whether the mean errors differ significantly (Welch's t-test, 5 %)."""
   first, second = one.figures, other.figures
   if first.error_std is None or second.error_std is None:
     return False  # a single draw has no spread
@@ -127,13 +130,13 @@ def told_apart(one: Measurement, other: Measurement) -> bool:
 
 
 def beats_uniform(row: Measurement) -> bool:
-  """Whether the error is below that of uniform attention, interval included."""
+  """Whether the error's interval lies below the error of uniform attention."""
   figures = row.figures
   return figures.error + (figures.error_ci or 0.0) < figures.uniform_error
 
 
 def over_uniform(row: Measurement) -> float:
-  """The error over that of uniform attention; NaN if that is exact."""
+  """The error over that of uniform attention; NaN if the latter is zero."""
   return row.figures.error / (row.figures.uniform_error or math.nan)
 
 

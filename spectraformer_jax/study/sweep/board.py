@@ -1,4 +1,4 @@
-"""Shows a person how a sweep goes: a live table, or a line per event."""
+"""Shows the progress of a sweep: as a live table, or as a line per event."""
 
 import sys
 import time
@@ -25,10 +25,10 @@ class Board:
   event.
 
   Args:
-    cells: all cells of this process's share.
+    cells: all cells that this process has to run.
     folder: of the sweep.
     jobs: number of cells that run side by side.
-    live: whether to draw the table; None: if stderr is a terminal.
+    live: whether to draw the table; None: draws it if stderr is a terminal.
   """
 
   def __init__(
@@ -101,13 +101,13 @@ class Board:
     self._print(f"{cell.name}: FAILED: {reason}")
 
   def _leave(self, cell: Cell) -> None:
-    """Takes the cell out of the waiting and the running ones."""
+    """Takes a cell out of the waiting and the running cells."""
     self._waiting.pop(cell.name, None)
     self._running.pop(cell.name, None)
     self._elsewhere.discard(cell.name)
 
   def refresh(self) -> None:
-    """Draws the table anew."""
+    """Redraws the live table, if there is one."""
     if self._live:
       self._live.update(self._table(), refresh=True)
 
@@ -123,8 +123,8 @@ class Board:
   def seconds_left(self) -> float | None:
     """Estimates the time left; None before the first cell has finished.
 
-    A cell is taken to need the mean time of its task, or of all tasks if none
-    of its own has finished.
+    Assumes that a cell needs the mean time of the finished cells of its task,
+    or of all tasks if its own task has none.
     """
     if not (self._waiting or self._running):
       return 0.0
@@ -140,6 +140,7 @@ class Board:
     for cell, start in self._running.values():
       passed = time.monotonic() - start
       left.append(max(0.0, means.get(cell.task, overall) - passed))
+    # However many cells run side by side, the longest one takes its time.
     return max(sum(left) / self._jobs, *left)
 
   def _print(self, event: str) -> None:

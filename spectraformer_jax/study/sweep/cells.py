@@ -1,8 +1,8 @@
-"""A sweep: tasks x attentions x seeds x any override, as cells.
+"""Expands a sweep, tasks x attentions x seeds x any override, into cells.
 
 A sweep file (``configs/sweeps/*.py``) has a ``get_sweep()`` that returns a
-`Sweep`. A cell is one training run; its folder below the sweep's is
-``<task>/<attention>/seed<seed>``.
+`Sweep`. A cell is one training run; its folder is
+``<task>/<attention>/seed<seed>``, below the folder of the sweep.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ class Sweep:
   """The runs of a sweep.
 
   Attributes:
-    tasks: label -> experiment, ``"configs/listops.py:quick"``.
+    tasks: label -> experiment, such as ``"configs/listops.py:quick"``.
     attentions: names (a pair, "oprf-orf", or a baseline, "softmax"), or label
-      -> overrides; a label that is a name selects that attention.
+      -> overrides; a label that is such a name also selects that attention.
     seeds: of training.
     overrides: of every cell, dotted key -> value.
     task_overrides: label of a task -> overrides; they win over `overrides`.
@@ -70,7 +70,7 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """``task/attention/seed0``: the cell's folder below the sweep's."""
+    """``task/attention/seed0``: the cell's folder, below that of the sweep."""
     return f"{self.task}/{self.attention}/seed{self.seed}"
 
   def config(self) -> Config:
@@ -93,17 +93,17 @@ class Cell:
     return shlex.join(["python", "train.py", *flags, f"--workdir={workdir}"])
 
   def to_json(self) -> str:
-    """Returns text for `cell_from_json`."""
+    """Returns the cell as text, which `cell_from_json` reads."""
     return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def cell_from_json(text: str) -> Cell:
-  """Returns the cell that `Cell.to_json` wrote."""
+  """Reads the cell from the text of `Cell.to_json`."""
   return Cell(**json.loads(text))
 
 
 def expand(sweep: Sweep) -> list[Cell]:
-  """Returns all cells; seed by seed, so that every attention starts early.
+  """Returns all cells, seed by seed, so that every attention starts early.
 
   Raises:
     ValueError: a label cannot be the name of a folder, two cells have one name,
@@ -141,7 +141,7 @@ def expand(sweep: Sweep) -> list[Cell]:
 
 
 def _attentions(sweep: Sweep) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields label and overrides of each attention and combination of `vary`."""
+  """Yields label and overrides of each attention in each value of `vary`."""
   named = sweep.attentions
   if not isinstance(named, Mapping):
     named = {name: {} for name in named}
@@ -162,7 +162,9 @@ def _attentions(sweep: Sweep) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def select(attention: str) -> dict[str, Any]:
-  """Returns the overrides that choose an attention; none for another label.
+  """Returns the overrides that choose an attention by its name.
+
+  Returns none for a label that is not the name of an attention.
 
   Example:
     >>> select("softmax")
@@ -216,7 +218,7 @@ def _override(config: Config, path: str, value: Any) -> None:
 
 
 def parse_value(text: str) -> Any:
-  """Returns the Python literal or truth value that the text is, or the text.
+  """Returns the value of a Python literal, true or false, else the text itself.
 
   Example:
     >>> [parse_value(text) for text in ("1e-3", "true", "cosine")]

@@ -1,12 +1,12 @@
-"""Trains tasks x attentions x seeds, resumable, cell by cell.
+"""Trains tasks x attentions x seeds, cell by cell; can be stopped and resumed.
 
   python -m spectraformer_jax.study sweep configs/sweeps/small.py --out=runs/s
   python -m spectraformer_jax.study sweep --tasks digits listops:quick \
     --attentions oprf-orf softmax --seeds 0 1 2 --set train.num_steps=500 \
     --vary feature_map.num_features=64,128 --out=runs/mine
 
-The same command again continues: finished cells are skipped, the others resume
-from their checkpoints. Flags narrow or change what a sweep file says.
+Run the same command again to continue: it skips finished cells and resumes the
+others from their checkpoints. Flags narrow or change what a sweep file says.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_one(cells: Sequence[Cell]) -> None:
-  """ValueError if no cell has a valid config: then a flag is wrong."""
+  """Raises ValueError if no cell has a valid config, as for a wrong flag."""
   errors = []
   for cell in cells:
     try:
@@ -96,7 +96,8 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
   """Makes the sweep of the file and the flags; flags win.
 
   Raises:
-    ValueError: there is neither, or a flag cannot be read.
+    ValueError: neither a file nor tasks and attentions are given, or a flag
+      cannot be read.
   """
   if not (args.file or (args.tasks and args.attentions)):
     raise ValueError("give a sweep file, or --tasks and --attentions.")
@@ -129,7 +130,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
 
 
 def _experiment(task: str, sweep: Sweep) -> str:
-  """``configs/listops.py:quick`` of "listops:quick"."""
+  """Returns "configs/listops.py:quick" for "listops:quick"."""
   name, colon, variant = task.partition(":")
   path = f"configs/{name}.py"
   if not Path(path).is_file():
@@ -142,7 +143,7 @@ def _experiment(task: str, sweep: Sweep) -> str:
 
 
 def _split(text: str) -> tuple[str, str]:
-  """Key and value of ``key=value``."""
+  """Returns key and value of ``key=value``; the key must be one of a config."""
   key, equals, value = text.partition("=")
   if not equals:
     raise ValueError(f"{text!r} must be KEY=VALUE.")
@@ -151,7 +152,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def shard(cells: Sequence[T], share: str) -> list[T]:
-  """Returns the i-th of n shares; all shares together hold each cell once.
+  """Returns the share "i/n" of the cells; all n shares hold each cell once.
 
   Example:
     >>> shard("abcde", "2/3")

@@ -1,4 +1,4 @@
-"""The records behind a sweep's table: an attention's figures on a task."""
+"""Makes the records of a sweep's table, one for each attention and task."""
 
 import itertools
 import statistics
@@ -23,14 +23,14 @@ class Entry(NamedTuple):
     task, attention: labels.
     seeds: number of runs.
     accuracy: mean test accuracy over seeds, in per cent.
-    accuracy_sd: its sample standard deviation; None for one seed.
+    accuracy_sd: sample standard deviation of the accuracy; None for one seed.
     seconds: mean time of training.
     peak_bytes: mean peak memory.
     parameters: of the model.
     provenance: of the data.
     difference: from the reference; None for the reference, and on tasks that
       the reference lacks.
-    published: the authors' figures, if they give some.
+    published: the authors' figures; None if they give none.
   """
 
   task: str
@@ -52,9 +52,9 @@ class Comparison(NamedTuple):
   Attributes:
     runs: the finished runs.
     tasks, attentions: labels in the order of the table.
-    against: label of the reference, which others are compared with.
-    entries: (attention, task) -> entry, where a run has finished; in the order
-      of the table, task by task.
+    against: label of the reference, which the others are compared with.
+    entries: (attention, task) -> entry, if any run of them has finished; in the
+      order of the table, task by task.
   """
 
   runs: Sequence[Run]

@@ -1,4 +1,4 @@
-"""Runs cells, each in a process of its own: on this machine, or on many."""
+"""Runs cells, each in a process of its own, on one machine or on many."""
 
 import contextlib
 import os
@@ -55,7 +55,7 @@ def train_cell(
   """Runs the process of a cell to its end.
 
   Args:
-    workdir: holds the cell's description; gets the log.
+    workdir: holds the cell's description; the log is written there.
     cpus: the cores to stay on, comma-separated; empty for all.
     is_stopped: once it returns True, the process is told to save and stop.
     command: makes the process's command.
@@ -84,7 +84,7 @@ def train_cell(
   return Outcome(process.returncode, last)
 
 
-# Queues the cell of a workdir for the workers.
+# Workdir of a cell -> future; hands the cell to the workers.
 Submit = Callable[[Path], Future[Outcome]]
 
 
@@ -92,7 +92,7 @@ Submit = Callable[[Path], Future[Outcome]]
 def threads(jobs: int, command: Command = cell_command) -> Iterator[Submit]:
   """Starts workers on this machine, each with its share of the cores.
 
-  An exception that leaves the block makes running cells save and stop.
+  If the block raises an exception, running cells save and stop.
 
   Args:
     jobs: number of cells that run side by side.
@@ -124,7 +124,7 @@ def dask_workers(
 ) -> Iterator[Submit]:
   """Uses the workers of a Dask scheduler, on machines that share the folder.
 
-  A cell whose worker dies is given to another one and resumes there.
+  A cell whose worker dies is given to another worker and resumes there.
 
   Args:
     address: of the scheduler, host:port.
@@ -156,11 +156,11 @@ def dask_workers(
 
 
 def share_of_cpus(slot: int, jobs: int) -> str:
-  """Returns the slot's cores, comma-separated; empty for all of them."""
+  """Returns the cores of one of `jobs` workers, comma-separated; empty: all."""
   if jobs == 1 or not hasattr(os, "sched_getaffinity"):
     return ""
   cpus = sorted(os.sched_getaffinity(0))
-  # More jobs than cores share them.
+  # If there are more jobs than cores, several jobs share a core.
   return ",".join(map(str, cpus[slot::jobs] or [cpus[slot % len(cpus)]]))
 
 
@@ -178,7 +178,7 @@ def run_cells(
     cells: in the order in which they start.
     folder: of the sweep; cells' folders are below it.
     workers: from `threads` or `dask_workers`.
-    jobs: number of cells that run side by side, for the estimate of time left.
+    jobs: number of cells that run side by side, to estimate the time left.
     live: see `Board`.
 
   Returns:
@@ -189,7 +189,7 @@ def run_cells(
   with board, workers as submit:
     waiting = cells
     while waiting := [c for c in waiting if _prepare(c, folder, board)]:
-      # Cells of other processes are looked at again after all free cells.
+      # Cells that other processes run are checked again after all free cells.
       busy = [cell for cell in waiting if in_use(folder / cell.name)]
       for cell in busy:
         board.run_elsewhere(cell)
@@ -208,23 +208,26 @@ def run_cells(
 def _as_completed(
   futures: dict[Future[Outcome], Cell], folder: Path, board: Board
 ) -> Iterator[Future[Outcome]]:
-  """Yields each future as its cell ends; shows the running cells meanwhile."""
+  """Yields each future when its cell ends; shows the running cells meanwhile."""
   pending = set(futures)
   while pending:
     done, pending = wait(
       pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED
     )
     for future in pending:
-      # A Dask future does not tell whether it runs; the lock of its cell does.
+      # A Dask future does not say whether it runs; the lock of its cell does.
       if future.running() or in_use(folder / futures[future].name):
         board.start(futures[future])
-    # In the order of the sweep, however many ended at once.
+    # In the order of the sweep, even if several ended at once.
     yield from (future for future in futures if future in done)
     board.refresh()
 
 
 def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
-  """Whether the cell has to run; if so, writes its description."""
+  """Whether the cell has to run; if so, writes its description.
+
+  A cell whose config is wrong or has changed, or whose run has diverged, fails.
+  """
   workdir = folder / cell.name
   try:
     run_folder.check_config(workdir, train_config.to_dict(cell.config()))
@@ -242,13 +245,13 @@ def _prepare(cell: Cell, folder: Path, board: Board) -> bool:
 
 
 def result_of(cell: Cell, workdir: Path) -> dict[str, Any] | None:
-  """Returns the last row of metrics of a finished cell, else None."""
+  """Returns the last row of a finished cell's metrics; None if unfinished."""
   config = train_config.to_dict(cell.config())
   return finished_result(workdir, config["train"]["num_steps"])
 
 
 def _conclude(cell: Cell, future: Future[Outcome], board: Board) -> bool:
-  """Shows how a cell ended; False if another process runs it."""
+  """Shows how a cell ended; returns False if another process runs it."""
   try:
     status, last_line = future.result()
   except Exception as error:  # such as a Dask task whose workers kept dying

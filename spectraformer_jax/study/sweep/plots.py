@@ -1,8 +1,8 @@
-"""Pictures of a sweep: heat maps, costs with Pareto fronts, learning curves.
+"""Draws a sweep: heat maps, costs with Pareto fronts, learning curves.
 
   python -m spectraformer_jax.study plot runs/s --out=docs/results/s
 
-Folders and archives are given as to `table`.
+Takes several folders, or archives, like the command `table`.
 """
 
 import math
@@ -19,10 +19,11 @@ from spectraformer_jax.study import figures
 from spectraformer_jax.study.sweep.comparison import Comparison, Entry, compare
 from spectraformer_jax.study.sweep.runs import Run, group, read_runs, time_unit
 
-# With the line styles there are 28 looks.
+# Seven colours in four line styles give 28 looks.
 COLOURS = (figures.BLUE, figures.VERMILION, figures.GREEN, figures.PURPLE)
 COLOURS += (figures.ORANGE, figures.SKY, figures.BLACK)
 STYLES = ("-", "--", ":", "-.")
+# Colours of the attentions on the Pareto front, and of the others.
 FRONT, REST = figures.VERMILION, figures.BLUE
 LABEL_SIZE = 7.5
 INCHES_PER_LABEL = 0.16
@@ -54,13 +55,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _entries(comparison: Comparison, task: str) -> dict[str, Entry]:
-  """Attention -> entry of the task, in the order of the names."""
+  """Returns attention -> entry of the task, sorted by name."""
   entries = (comparison.entries.get((n, task)) for n in comparison.attentions)
   return {e.attention: e for e in sorted(filter(None, entries))}
 
 
 def pair_of(attention: str) -> tuple[str, str] | None:
-  """Component and matrix of a label that is a pair's name.
+  """Returns component and matrix of a pair's name; None for another label.
 
   Example:
     >>> pair_of("oprf-orf"), pair_of("softmax")
@@ -110,11 +111,11 @@ def heat_map(comparison: Comparison, task: str) -> Figure | None:
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-  """Returns the names that no other beats in both, cheapest first.
+  """Returns the names that no other beats in cost and accuracy, cheapest first.
 
   Args:
-    points: name -> (cost, accuracy); accuracies that differ by rounding alone
-      are equal.
+    points: name -> (cost, accuracy); accuracies that differ only by rounding
+      count as equal.
 
   Example:
     >>> pareto_front({"a": (1.0, 5.0), "b": (2.0, 4.0), "c": (3.0, 6.0)})
@@ -129,7 +130,7 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def times(comparison: Comparison, task: str) -> Figure:
-  """Accuracy against training time, in the unit of the table."""
+  """Draws accuracy against training time, in the unit of the table."""
   symbol, unit = time_unit(comparison.runs)
   label = {"h": "hours", "min": "minutes"}[symbol]
   seconds_of = lambda run: run.seconds / unit
@@ -137,7 +138,7 @@ def times(comparison: Comparison, task: str) -> Figure:
 
 
 def memory(comparison: Comparison, task: str) -> Figure:
-  """Accuracy against peak memory."""
+  """Draws accuracy against peak memory."""
   gigabytes_of = lambda run: run.peak_bytes / 1e9
   return _costs(comparison, task, gigabytes_of, "peak memory, GB")
 
@@ -145,7 +146,7 @@ def memory(comparison: Comparison, task: str) -> Figure:
 def _costs(
   comparison: Comparison, task: str, cost: Callable[[Run], float], label: str
 ) -> Figure:
-  """Accuracy against the mean cost of each attention, with the Pareto front."""
+  """Draws accuracy against mean cost of attentions, with the Pareto front."""
   entries, groups = _entries(comparison, task), group(comparison.runs)
   points = {
     name: (statistics.fmean(map(cost, groups[name, task])), entry.accuracy)
@@ -155,7 +156,7 @@ def _costs(
   colours = {name: FRONT if name in front else REST for name in points}
   figure, axes = _labelled_figure(7.5, len(points))
   corners = [points[name] for name in front]
-  # The best for at most this cost: a staircase.
+  # The best accuracy for at most a given cost is a staircase.
   axes.step(*zip(*corners, strict=True), where="post", color=FRONT, lw=1.2)
   for name, (x, y) in points.items():
     axes.errorbar(
@@ -183,15 +184,15 @@ def _costs(
 
 
 def _labelled_figure(width: float, labels: int) -> tuple[Figure, Axes]:
-  """A figure high enough for that many labels in the margin."""
+  """Makes a figure high enough for that many labels in the margin."""
   figure = figures.new_figure(width, max(4.0, 1.2 + INCHES_PER_LABEL * labels))
   return figure, figure.subplots()
 
 
 def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
-  """Sets ticks with plain numbers; there may be no power of ten in range."""
+  """Sets limits and ticks of x; a power of ten may not be in the range."""
   low, high = math.log10(min(values)), math.log10(max(values))
-  if high - low < 0.05:  # all but equal: give them room
+  if high - low < 0.05:  # nearly equal values: widen the range
     low, high = low - 0.05, high + 0.05
   edge = 0.06 * (high - low)
   axes.set_xlim(10 ** (low - edge), 10 ** (high + edge))
@@ -203,12 +204,12 @@ def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def curves(comparison: Comparison, task: str) -> Figure:
-  """Dev accuracy against the step: mean over seeds, band from least to most."""
+  """Draws dev accuracy against the step: mean and range over seeds."""
   found = [n for n in comparison.attentions if (n, task) in comparison.entries]
   figure, axes = _labelled_figure(8.0, len(found))
   ends = []
   for name in found:
-    # By place among all attentions: the same look in every task.
+    # The place among all attentions gives the same look in every task.
     i = comparison.attentions.index(name)
     colour = COLOURS[i % len(COLOURS)]
     style = STYLES[i // len(COLOURS) % len(STYLES)]
@@ -242,11 +243,11 @@ def margin_labels(
 ) -> None:
   """Names the points in a column on the right, each joined by a thin line.
 
-  Labels are in order of height and at least a line apart, so no two overlap
-  however close the points are.
+  Labels are in the order of the points' heights and at least a line apart, so
+  no two overlap, however close the points are.
 
   Args:
-    figure: of the axes; gets no more axes.
+    figure: has no other axes than these.
     axes: with their final limits.
     points: x, y, text, colour, line style.
   """
@@ -280,7 +281,7 @@ def spread_out(heights: Sequence[float], gap: float) -> list[float]:
   places: list[float] = []
   for height in heights:
     places.append(max([height, *(y + gap for y in places[-1:])]))
-  # Heights pushed out at the top come back down, as far as there is room.
+  # Heights above the top come back down, as far as there is room.
   ceiling = max(1.0, gap * (len(places) - 1))
   for i in reversed(range(len(places))):
     places[i] = min(places[i], ceiling)

@@ -1,4 +1,4 @@
-"""Trains one cell in a process of its own, with its own memory and crashes."""
+"""Trains one cell in a process of its own, so a crash ends no other cell."""
 
 import logging as python_logging
 import os
@@ -17,8 +17,8 @@ FAILED = 1
 def stop_with_the_sweep() -> None:
   """Sends SIGTERM to this process once the other end of stdin closes.
 
-  The sweep never writes to stdin, so however the sweep ends, a kill included,
-  its cells save their state and stop.
+  The sweep holds the other end and never writes. So its cells save their state
+  and stop however the sweep ends, even if it is killed.
   """
 
   def watch() -> None:
@@ -35,7 +35,7 @@ def main(workdir: str, cpus: str) -> int:
     workdir: holds the cell's description.
     cpus: numbers of the cores to stay on, comma-separated; empty for all.
   """
-  # Before JAX counts the cores and starts as many threads.
+  # Before the import of JAX, which starts as many threads as it finds cores.
   if cpus and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
   from spectraformer_jax.train.devices.host_memory import keep_freed_memory
@@ -43,7 +43,7 @@ def main(workdir: str, cpus: str) -> int:
 
   keep_freed_memory()
   logging.set_verbosity(logging.INFO)
-  # Of other packages, warnings alone: checkpointing logs a lot.
+  # Of other packages, shows only warnings: checkpointing logs a lot.
   logging.get_absl_handler().addFilter(
     lambda record: (
       record.levelno > python_logging.INFO

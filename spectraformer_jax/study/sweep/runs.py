@@ -1,7 +1,7 @@
-"""Finished runs of a sweep: read from its folder, grouped, compared over seeds.
+"""Reads the finished runs of a sweep, groups them and compares them over seeds.
 
-Only ``config.json`` and ``metrics.jsonl`` of each cell are read, so tables can
-be made again without checkpoints.
+Reads only ``config.json`` and ``metrics.jsonl`` of each cell, so tables can be
+made again without checkpoints.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from spectraformer_jax.study.sweep.cells import CELL
 from spectraformer_jax.train.run import run_folder
 from spectraformer_jax.train.run.writers import read_rows, result_row
 
+# Level of significance; confidence intervals hold 1 - LEVEL.
 LEVEL = 0.05
 
 
@@ -68,7 +69,7 @@ class Run(NamedTuple):
 
   @property
   def peak_bytes(self) -> int:
-    """Peak memory of the device; of the process if the device tells none."""
+    """Peak memory of the device, or of the process if the device reports none."""
     device = self.result["peak_device_bytes"]
     return self.result["peak_memory_bytes"] if device is None else device
 
@@ -80,7 +81,8 @@ class Difference(NamedTuple):
     points: difference in test accuracy, positive if better than the reference.
     half_width: half of the 95 % confidence interval; None if `welch` gives
       none.
-    p: of Welch's t-test over seeds, after Holm's correction; None as above.
+    p: of Welch's t-test over seeds, after Holm's correction; None if `welch`
+      gives none.
     verdict: "better", "worse", "not significant", or "-" where p is None.
   """
 
@@ -91,7 +93,7 @@ class Difference(NamedTuple):
 
 
 class Published(NamedTuple):
-  """The authors' figures of an attention on one task; not measured here.
+  """The authors' figures for an attention on one task; not measured here.
 
   Attributes:
     accuracy, accuracy_sd: mean and standard deviation, in per cent.
@@ -210,9 +212,9 @@ def differences(
 ) -> dict[tuple[str, str], Difference]:
   """Compares every attention with the reference, task by task.
 
-  Welch's t-test over seeds, two-sided; Holm's correction over the attentions of
-  a task. Seeds vary initialisation, projections, dropout and order of the
-  training examples; they do not vary the test examples.
+  Applies Welch's t-test over seeds, two-sided, and Holm's correction over the
+  attentions of a task. Seeds vary initialisation, projections, dropout and
+  order of the training examples; they do not vary the test examples.
 
   Args:
     runs: finished runs.
@@ -248,15 +250,15 @@ def welch(
 ) -> tuple[float, float | None, float | None]:
   """Returns the difference of means, half of its 95 % interval, and p.
 
-  Interval and p are None if either sample has one value, or if neither varies:
-  then there is no scale to measure the difference by.
+  Interval and p are None if either sample has only one value, or if neither
+  sample varies: the difference then has no standard error.
 
   Example:
     >>> points, half_width, p = welch([1.0, 2.0, 3.0], [11.0, 12.0, 13.0])
     >>> points, round(half_width, 2), p < 0.001
     (-10.0, 2.27, True)
   """
-  # Rounded, so that equal means of floats differ by zero.
+  # Rounded, so that equal means of floats differ by zero; + 0.0 undoes -0.0.
   points = round(statistics.fmean(one) - statistics.fmean(two), 9) + 0.0
   if min(len(one), len(two)) < 2 or len(set(one)) == len(set(two)) == 1:
     return points, None, None
@@ -284,9 +286,8 @@ def holm(ps: Mapping[str, float]) -> dict[str, float]:
 def paper_figures() -> dict[tuple[str, str], Published]:
   """The authors' own figures by (attention, task).
 
-  The table "Algorithms" in the README of
-  https://github.com/cruiseresearchgroup/spectraformer, read in October 2025's
-  version.
+  They are the table "Algorithms" in the README of
+  https://github.com/cruiseresearchgroup/spectraformer, version of October 2025.
 
   Example:
     >>> paper_figures()["oprf-orf", "listops"].accuracy

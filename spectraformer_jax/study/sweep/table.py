@@ -1,4 +1,4 @@
-"""The paper's table of a sweep, as Markdown, CSV and LaTeX.
+"""Writes a sweep's results as a table like the paper's: Markdown, CSV, LaTeX.
 
   python -m spectraformer_jax.study table runs/s --out=docs/results/s
 

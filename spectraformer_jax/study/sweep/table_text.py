@@ -16,14 +16,15 @@ from spectraformer_jax.study.sweep.runs import (
 )
 
 NONE = "-"
+# Marks columns of the authors' own figures.
 PAPER = "†"
 MARKS = {"better": " +", "worse": " −"}
-# The task of rows of table.csv that hold means over tasks.
+# Stands for the task in those rows of table.csv that hold means over tasks.
 MEAN = "mean over tasks"
 
 
 def columns(comparison: Comparison) -> dict[str, list[str]]:
-  """Returns heading -> one text for each attention."""
+  """Returns the table's columns: heading -> one text for each attention."""
   tasks, names = comparison.tasks, comparison.attentions
   ours, paper = comparison.entries, paper_figures()
 
@@ -63,7 +64,7 @@ def columns(comparison: Comparison) -> dict[str, list[str]]:
 
 
 def _accuracy(row: list[Entry | Published]) -> str:
-  """``38.05 (0.78) +``: with a mark if it differs from the reference."""
+  """Formats ``38.05 (0.78) +``, with a mark if it differs from the reference."""
   (entry,) = row
   sd = NONE if entry.accuracy_sd is None else f"{entry.accuracy_sd:.2f}"
   difference = entry.difference if isinstance(entry, Entry) else None
@@ -78,7 +79,7 @@ def markdown(
 
   Args:
     comparison: the figures.
-    unfinished: names of cells that are not in it.
+    unfinished: names of cells that are not in the comparison.
     command: how the sweep was run.
   """
   table = columns(comparison)
@@ -128,7 +129,7 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 def _differences(comparison: Comparison) -> list[str]:
-  """The section of differences from the reference."""
+  """Lines of the section on differences from the reference."""
   rows = []
   for entry in comparison.entries.values():
     if not (difference := entry.difference):
@@ -184,7 +185,7 @@ def _provenance(comparison: Comparison) -> list[str]:
 def markdown_table(
   headings: Collection[str], rows: Iterable[Collection[str]]
 ) -> list[str]:
-  """Lines of a table with text in its first column and figures in others."""
+  """Lines of a table with text in its first column, figures in the others."""
   line = lambda cells: f"| {' | '.join(cells)} |"
   rule = f"|---|{'---:|' * (len(headings) - 1)}"
   return [line(headings), rule, *map(line, rows)]
@@ -215,12 +216,14 @@ def _escape_latex(text: str) -> str:
   return text.replace(PAPER, r"$^\dagger$")
 
 
+# Columns of table.csv of which means over tasks are given.
 _AVERAGED = ("accuracy", "seconds", "peak_bytes")
 _AVERAGED += ("paper_accuracy", "paper_hours", "paper_gigabytes")
 
 
 def entries_csv(comparison: Comparison) -> str:
-  """A row for each task and attention, figures in full; then the means."""
+  """Formats a row for each task and attention, not rounded; then the means."""
+  # The last two fields, `difference` and `published`, become several columns.
   own, paper = Entry._fields[:-2], Published._fields
   of_difference = ("points", "p", "verdict")
   rows: list[dict[str, Any]] = [
@@ -243,7 +246,7 @@ def entries_csv(comparison: Comparison) -> str:
 
 
 def runs_csv(runs: Sequence[Run]) -> str:
-  """A row for each run."""
+  """Formats a row for each run."""
   names = ["test/accuracy", "test/accuracy_last", "dev/accuracy_best"]
   names += ["best_step", "train_seconds", "compile_seconds", "step_seconds"]
   names += ["peak_memory_bytes", "peak_device_bytes", "parameters"]
@@ -259,7 +262,7 @@ def runs_csv(runs: Sequence[Run]) -> str:
 
 
 def _to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Formats rows with equal keys; None is an empty cell."""
+  """Formats rows that have the same keys; None becomes an empty cell."""
   text = io.StringIO()
   writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
   writer.writeheader()
