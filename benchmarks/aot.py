@@ -5,15 +5,17 @@
 
 For one chip of v5e, v6e and H100: attention of bfloat16 query, key and value
 (posrf-orf, two heads of 32, 128 features) and training steps of the paper's
-model, T = 4096, 65536 and 2^20; `pods`: the step on slices of v5e. Each case is
-compiled in a process of its own and becomes a row of --csv; rows that are there
-already are not made again. Nothing is run: time is the compiler's estimate.
+model, T = 4096, 65536 and 2^20. Target `pods`: the step on slices of v5e. Each
+case is compiled in a process of its own and becomes a row of --csv; cases that
+have a row are not compiled again. Nothing is run: times are estimates.
 
   arguments, results, temporary, peak   the plan of the device's memory, MiB
-  cycles, ms            estimated for TPUs, loops multiplied out
-  traffic, least        MiB to and from memory by the compiled text, and query,
-                        key, value, output and their gradients once each
-  least_ms              the latter at the chip's bandwidth
+  cycles, ms            the compiler's estimate for TPUs; each iteration of a
+                        loop counts
+  traffic               MiB to and from memory, by the compiled text
+  least                 MiB of query, key, value, output and their gradients,
+                        once each
+  least_ms              time to move `least` at the chip's bandwidth
   all_reduces, others   collectives in the program
   compile_s             seconds of tracing and compilation
 """
@@ -34,10 +36,11 @@ from typing import NamedTuple
 CSV = pathlib.Path(__file__).parent / "aot.csv"
 
 HEADS, HEAD_DIM, NUM_FEATURES = 2, 32, 128
-ROWS_OF_A_CHIP = 2
+ROWS_OF_A_CHIP = 2  # sequences on each chip of a slice
 
-# Cycles a second and bytes a second of one chip. The clock follows from the
-# peak: v5e 197 TFLOP/s of 4 units of 128 x 128, v6e 918 of 4 of 256 x 256.
+# Cycles a second and bytes a second of one chip. The clock is the peak over the
+# operations in a cycle: v5e does 197 TFLOP/s in 4 units of 128 x 128
+# multiplications and additions, v6e 918 TFLOP/s in 4 units of 256 x 256.
 CLOCK = {"v5e": 1.5e9, "v6e": 1.75e9}
 BANDWIDTH = {"v5e": 819e9, "v6e": 1640e9, "h100": 3350e9}
 
@@ -48,9 +51,10 @@ class Case(NamedTuple):
   Attributes:
     target: "v5e", "v6e", "h100", or a slice such as "v5e:4x4".
     program: "causal", "bidirectional" or "naive" (bidirectional, all features
-      at once) attention; or "step", a training step, of engine "jit" or "pmap".
-    direction: "forward" or "both".
-    batch: B, of all devices.
+      at once) attention; or a training step, "step-jit" or "step-pmap", by the
+      engine that maps it over devices.
+    direction: "forward" or "both" (forward and backward).
+    batch: B, over all devices.
     length: T.
   """
 
@@ -67,7 +71,7 @@ class Case(NamedTuple):
 
 
 class CompiledCase(NamedTuple):
-  """The figures of one case; sizes in MiB."""
+  """The figures of one case, as the module describes them; sizes in MiB."""
 
   case: str
   arguments: float | None = None
@@ -124,6 +128,7 @@ def compile_case(case: Case) -> CompiledCase:
   least = None
   if not case.program.startswith("step"):
     arrays = {"forward": 4, "both": 8}[case.direction]
+    # Two bytes for each bfloat16 number.
     least = 2 * arrays * case.batch * case.length * HEADS * HEAD_DIM
   is_tpu = platform == "tpu"
   return CompiledCase(
@@ -146,7 +151,7 @@ def compile_case(case: Case) -> CompiledCase:
 
 
 def versions(platform: str) -> str:
-  """The versions of the packages that a row depends on."""
+  """Returns names and versions of the packages that a row depends on."""
   compiler = "libtpu" if platform == "tpu" else "jax-cuda13-plugin"
   return " ".join(
     f"{name}-{importlib.metadata.version(name)}" for name in ("jax", compiler)
@@ -158,7 +163,7 @@ def _mib(count: int) -> float:
 
 
 def _compile_attention(case: Case):
-  """Returns the program of attention alone."""
+  """Compiles attention alone."""
   import jax
   import jax.numpy as jnp
 
@@ -207,7 +212,7 @@ def _compile_attention(case: Case):
 
 
 def _compile_step(case: Case):
-  """Returns the training step of the paper's model."""
+  """Compiles the training step of the paper's model."""
   import jax
   import jax.numpy as jnp
 
@@ -253,7 +258,7 @@ def _compile_step(case: Case):
 
 
 def devices_of(target: str) -> list:
-  """All devices of a slice, or of the smallest slice that XLA can describe."""
+  """Returns all devices of a slice; one device if `target` names a chip."""
   from jax.experimental import topologies
 
   from benchmarks import compile_kernels
@@ -265,7 +270,10 @@ def devices_of(target: str) -> list:
 
 
 def _placer(devices: list):
-  """Shapes of a tree, on all devices, or split over them by the first axis."""
+  """Returns a function that gives the shapes of a tree a place on all devices.
+
+  Each device holds the arrays whole, or a part of their first axis.
+  """
   import jax
   import numpy as np
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -282,7 +290,7 @@ def _placer(devices: list):
 
 
 def compile_elsewhere(case: Case) -> CompiledCase:
-  """Compiles one case in a process of its own; a failure becomes a row, too."""
+  """Compiles one case in a process of its own; a failure gives a row, too."""
   env = os.environ | {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
@@ -304,7 +312,7 @@ def compile_elsewhere(case: Case) -> CompiledCase:
 
 
 def read_rows(path: pathlib.Path) -> dict[str, CompiledCase]:
-  """Reads rows by the names of their cases; none if the file does not exist."""
+  """Reads name of a case -> row; no rows if the file does not exist."""
   if not path.exists():
     return {}
   text = ("case", "versions", "error")
@@ -352,7 +360,7 @@ def print_table(rows: Sequence[CompiledCase]) -> None:
 
 
 def plot(rows: dict[str, CompiledCase], path: str) -> None:
-  """Estimated time and planned memory against the tokens of a program."""
+  """Draws estimated time and planned memory against the tokens of a program."""
   from benchmarks.pictures import Panel, draw_lines
 
   targets = ("v5e", "v6e", "h100")

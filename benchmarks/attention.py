@@ -1,4 +1,4 @@
-"""Time and memory of attention against its length.
+"""Measures time and memory of attention against its length.
 
     python -m benchmarks.attention --csv=attention.csv --plot=attention.png
 
@@ -6,7 +6,7 @@ Forms that are compared, on the same random float32 inputs:
 
   spectral     spectral_attention of posrf-orf
   naive        the same features of all positions at once, and two einsums
-               (bidirectional alone: the causal one would need [T, F, V])
+               (bidirectional only: a causal one would need [T, F, V])
   softmax      jax.nn.dot_product_attention
   exact        exact_attention of this library
 

@@ -34,7 +34,7 @@ from rich.table import Table
 import spectraformer_jax as sf
 from spectraformer_jax.linear_attention import for_platform
 
-# What XLA would find out about the device; from the OpenXLA repository.
+# What XLA would otherwise ask the device; a file of the OpenXLA repository.
 H100 = pathlib.Path(__file__).parent / "h100.txtpb"
 
 PLATFORMS = {"v5e": "tpu", "v6e": "tpu", "h100": "gpu"}
@@ -54,7 +54,7 @@ class Result(NamedTuple):
 
 
 def device_of(target: str):
-  """Returns a described device: programs compile for it, and cannot run."""
+  """Returns the description of a device: programs compile, but cannot run."""
   if PLATFORMS[target] == "tpu":
     topology = topologies.get_topology_desc(
       platform="tpu", topology_name=f"{target}:2x2"
@@ -86,8 +86,8 @@ def compile_attention(
     target: a key of `PLATFORMS`.
     head_dim: H, also of values.
     num_features: M.
-    is_causal: the one or the other.
-    component: of the exponential family, without statistics.
+    is_causal: whether query i sees only keys 0..i.
+    component: one of the exponential family that needs no statistics.
     length: T.
     batch: B.
     heads: N.

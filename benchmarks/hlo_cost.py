@@ -1,9 +1,9 @@
-"""What a compiled program costs by its own text: cycles, traffic, collectives.
+"""Reads a compiled program's cycles, traffic and collectives from its text.
 
-XLA for TPUs writes its estimate of cycles beside each operation, and its memory
-space into each layout. Bodies of loops count as often as they run, which
-`Compiled.cost_analysis` does not do. These are estimates of a static model:
-nothing has been measured.
+XLA for TPUs writes its estimate of cycles beside each operation, and the memory
+space of an array into its layout. Bodies of loops count as often as they run,
+which `Compiled.cost_analysis` does not do. These are estimates of a static
+model: nothing has been measured.
 """
 
 import collections
@@ -34,7 +34,7 @@ OTHER_COLLECTIVES = (
   "collective-permute",
 )
 
-# They move nothing, or are counted where they start.
+# Operations that move nothing, or whose "-start" is counted instead.
 _FREE = frozenset(
   (
     "parameter constant tuple get-tuple-element bitcast while after-all "
@@ -69,12 +69,12 @@ class Cost(NamedTuple):
 
   Attributes:
     cycles: the compiler's estimate; 0 where it gives none (on GPUs).
-    unknown: operations that it says it cannot estimate.
-    traffic: bytes to and from the device's memory, padding included. What is
-      kept in VMEM is not in it. An estimate: each operation is taken to read
-      its operands and to write its result once.
-    all_reduces: operations, not multiplied.
-    other_collectives: the same for all others.
+    unknown: number of operations that the compiler says it cannot estimate.
+    traffic: bytes to and from the device's memory, padding included, without
+      arrays in VMEM. An estimate: each operation is taken to read its operands
+      and to write its result once.
+    all_reduces: number of these operations in the text, each counted once.
+    other_collectives: the same for all other collectives.
   """
 
   cycles: int
@@ -152,7 +152,10 @@ def _add(program, name: str, times: int, totals: collections.Counter) -> None:
 
 
 def _trips(program, operation: Operation, condition: str) -> int:
-  """The loop's number of iterations: annotated, or its condition's bound."""
+  """The loop's number of iterations, annotated or by a bound in its condition.
+
+  1 if the text has neither.
+  """
   if found := TRIPS.search(operation.rest):
     return int(found[1])
   bounds = [
@@ -170,7 +173,7 @@ def _traffic(program, shapes, operation: Operation) -> int:
     return 0
   operands = [shapes.get(name, "") for name in operation.operands]
   if kind in ("copy-start", "slice-start", "async-start"):
-    # A tuple of where to, where from, and what else.
+    # The shape is a tuple: destination, source, and others.
     to = ARRAY.search(operation.shape)
     moved = 2 * _size(to, anywhere=True)
     ends = [to, ARRAY.search(operands[0])] if operands else [to]
@@ -203,7 +206,7 @@ def _traffic(program, shapes, operation: Operation) -> int:
 
 
 def _read(program, inside: list[Operation], name: str, whole: int) -> int:
-  """Bytes that a fusion reads of an array; of a slice, the slice alone."""
+  """Bytes that a fusion reads of an array; where it slices, only the slice."""
   total = 0
   for user in inside:
     for position, operand in enumerate(user.operands):
@@ -262,7 +265,7 @@ def _size(array: re.Match, *, anywhere: bool = False) -> int:
 
 
 def _bits(dtype: str) -> int:
-  """Bits of one number; 0 for tokens and keys."""
+  """Bits of one number; 0 for types without a size, such as tokens."""
   if dtype == "pred":
     return 8
   found = re.search(r"\d+", dtype)

@@ -3,18 +3,19 @@
     python -m benchmarks.kernel_mse --csv=kernel_mse.csv
 
 Queries and keys are N(0, scale^2 I). The expected squared error of an estimate
-from M independent rows, over the squared kernel, is taken from
-`Component.log_second_moment`; nothing is sampled but the inputs. Data-dependent
-parameters are solved for on the same queries and keys. Columns:
+from M independent rows, over the squared kernel, is computed from
+`Component.log_second_moment`; only the inputs are sampled. Data-dependent
+parameters are those of the same queries and keys. Columns:
 
-  geo      geometric mean over pairs of the error's ratio to that of PosRF
-  geo F/M  the same at equal feature dim
+  geo      geometric mean over pairs of the error over that of PosRF
+  geo F/M  geo times F/M: the comparison at equal feature dim F
   median   median over pairs of the relative squared error itself
 
-each beside a verified reference figure, which holds at the default sizes, and
-the range of geo over seeds: errors grow like exp(|x + y|^2), so that one set of
-inputs is not like another. That of the reference has a mean |x + y|^2 of 15.6,
-16 is expected. A row whose geo is off by more than a factor of 1.5 is flagged.
+Beside each is a verified reference figure, which holds at the default sizes,
+and beside geo its range over seeds: errors grow like exp(|x + y|^2), so two
+sets of inputs differ much. The inputs of the reference have a mean |x + y|^2 of
+15.6, where 16 is expected. A row whose geo is off by more than a factor of 1.5
+is flagged.
 """
 
 import argparse
@@ -40,14 +41,14 @@ from spectraformer_jax.kernels import KERNELS
 
 TOLERANCE = 1.5  # factor
 TABLE_WIDTH = 120
-# Degrees enough that the kernel is exp(x.y) within rounding, and the rate that
-# suits the default sizes: the mean of |x| |y|.
+# Enough degrees for the kernel to be exp(x.y) within rounding. The rate is the
+# mean of |x| |y| at the default sizes.
 SERIES = {"max_degree": 24}
 POISSON = SERIES | {"degrees": "poisson", "rate": 8.0}
 
 
 class ListedComponent(NamedTuple):
-  """A component with options, and the reference figures."""
+  """A component with options, and its reference figures."""
 
   label: str
   component: str
@@ -106,13 +107,13 @@ ROWS = (
 def log_relative_errors(
   component: Component, query: jax.Array, key: jax.Array, num_rows: int
 ) -> np.ndarray:
-  """Returns the log of the expected squared error over K^2, of every pair.
+  """Returns the log of (expected squared error / K^2) for every pair.
 
   Args:
     component: of the softmax kernel K.
     query: ``[T, H]`` float32, scaled.
     key: ``[S, H]`` float32, scaled.
-    num_rows: M, independent.
+    num_rows: M, the number of independent rows.
 
   Returns:
     ``[T, S]`` float64.
@@ -124,7 +125,7 @@ def log_relative_errors(
     np.asarray(leaf, np.float64) for leaf in _moments(component, query, key)
   )
   second = np.exp(log_second - 2.0 * np.log(kernel))
-  # The mean is the kernel, but for a series that was cut off.
+  # The mean equals the kernel, except for a series that was cut off.
   mean = mean / kernel
   return np.log((second - mean**2) / num_rows + (mean - 1.0) ** 2)
 
@@ -147,7 +148,7 @@ def _moments(component, query, key):
 def measure(
   *, num_rows: int, head_dim: int, num_points: int, scale: float, seeds: int
 ) -> list[Result]:
-  """Measures all rows; geometric means over seeds."""
+  """Measures all rows; takes geometric means over seeds."""
   samples = {row.label: [] for row in ROWS}
   for seed in range(seeds):
     query_rng, key_rng = jax.random.split(jax.random.key(seed))
@@ -171,7 +172,7 @@ def measure(
 
 
 def _result(row, samples, num_rows, head_dim) -> Result:
-  """The mean over seeds."""
+  """Averages the samples of a row over seeds."""
   if not samples:
     return Result(row, None, None, None, None)
   geo, median = np.exp(np.mean(samples, axis=0)).tolist()

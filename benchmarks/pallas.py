@@ -2,12 +2,12 @@
 
     python -m benchmarks.pallas --csv=pallas.csv
 
-Runs the kernels of the platform that JAX finds and "xla" on the same arrays,
-checks that both agree, and prints milliseconds (median of repeats, results
-waited for, after compilation) of the forward pass and of forward and backward,
-with the fastest and the slowest repeat. Where the kernels refuse a shape, the
-row says why. On a machine without an accelerator there is nothing to measure:
-the script says so and exits with status 1.
+Runs the kernels of the platform that JAX finds and "xla" on the same arrays. It
+prints how far their results differ, and milliseconds of the forward pass and of
+forward and backward: the median of repeats after compilation, each until its
+results are there, the fastest and the slowest. Where the kernels refuse a
+shape, the row says why. On a machine without an accelerator there is nothing to
+measure: the script says so and exits with status 1.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Timing(NamedTuple):
 
 
 class Result(NamedTuple):
-  """One row: an implementation, and its times."""
+  """One row: an implementation with its times, or why it refused the shape."""
 
   implementation: str
   direction: str
@@ -72,7 +72,10 @@ def measure(
   dtype: str,
   repeats: int,
 ) -> list[Result]:
-  """Times implementations on the same arrays; compares with the first."""
+  """Times implementations on the same arrays; compares results to the first's.
+
+  Direction "both" is forward and backward.
+  """
   feature_map = sf.feature_map("posrf", "orf", num_features=num_features)
   variables = feature_map.init(
     jax.random.key(0), head_dim=head_dim, num_heads=heads

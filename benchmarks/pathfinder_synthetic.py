@@ -1,12 +1,13 @@
-"""Speed, statistics and labels of synthetic Pathfinder pictures.
+"""Measures speed, statistics and labels of synthetic Pathfinder pictures.
 
     python -m benchmarks.pathfinder_synthetic [--seconds=8] [--flood=3000]
 
 Prints the table of docs/data.md: pictures a second on one core, the share of
-label 1, short chains in a picture, how many labels a flood of the paths did not
-confirm and in how many pictures two paths touched, and statistics of pixels.
-Then what a picture of 32 x 32 gives away without its paths. Run it from the
-repository: the flood is that of the tests, and needs their extra.
+label 1, short chains in a picture, how many labels a flood fill of the paths
+did not confirm, in how many pictures two paths touched, and statistics of
+pixels. Then prints how well simple models guess the label of a picture of
+32 x 32 without its paths. Run it from the repository: the flood fill is a
+module of the tests, and needs their extra.
 """
 
 import argparse
@@ -32,7 +33,7 @@ LEAK_PICTURES = 6000
 
 
 def draw(side: int, bars: int, seeding: str, seconds: float) -> tuple:
-  """Draws pictures; returns them and the number drawn in a second."""
+  """Draws pictures; returns them and the number drawn per second."""
   batches, rng = [], np.random.default_rng(0)
   start = time.perf_counter()
   for batch in sample(rng, SETTINGS[side], bars=bars, seeding=seeding):
@@ -62,7 +63,7 @@ def row(side: int, bars: int, seeding: str, rate: float, pictures, most: int):
 
 
 def leak(pictures) -> str:
-  """Accuracy of linear models of the pixels, and of two plain numbers."""
+  """Scores linear models of the pixels, and of disc distance and brightness."""
   labels = pictures.labels[:LEAK_PICTURES]
   half = len(labels) // 2
   pixels = pictures.pixels[: 2 * half].astype(np.float32) / 255

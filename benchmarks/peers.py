@@ -1,4 +1,4 @@
-"""Our attention and training step beside those of others, in one run.
+"""Measures this library's attention and training step beside those of others.
 
     pip install torch performer-pytorch
     python -m benchmarks.peers --csv=peers.csv
@@ -6,17 +6,16 @@
 Forms of attention: `spectral` (spectral_attention, posrf-orf, this library),
 `jax_softmax` (jax.nn.dot_product_attention), `torch_softmax`
 (scaled_dot_product_attention) and `performer` (performer-pytorch's FAVOR+).
-More from a checkout of your own; nothing of theirs is in this repository:
+Flags add forms from checkouts of yours; this repository has none of their code:
 
     --spectraformer=DIR  the official release (its src folder): posrf with orf,
                          as `official`, and its training step
     --favor=FILE         Google's fast_attention.py (needs gin-config), `favor`
-    --fla=DIR            flash-linear-attention, `fla`: its causal sum, with the
-                         features of FAVOR+; its plain torch form where there is
-                         no GPU
+    --fla=DIR            flash-linear-attention, `fla`: its causal sum in plain
+                         torch, with the features of FAVOR+
 
-Each figure comes from a process of its own, with as many cores as `threads`
-says; forms of the same case are timed in turn, a call of each at a time.
+Each figure comes from a process of its own, on `threads` cores; forms of the
+same case are timed in turn, a call of each at a time.
 `first_s` is the first call (with compilation), `ms` the median of calls after
 it, `cpu_ms` the same in CPU time of all threads, `mib` the most memory that the
 timed calls held above what was there before them (Linux). All inputs are
@@ -43,7 +42,7 @@ LENGTHS = (256, 512, 1024, 4096, 16384, 65536)
 HEADS, HEAD_DIM, ROWS = 2, 32, 128
 OURS = ("spectral", "jax_softmax")
 QUADRATIC = ("jax_softmax", "torch_softmax")
-# A file by which what a flag names is known; a file itself has none.
+# A file that must be in the folder that a flag names; "" if it names a file.
 CHECKOUTS = {
   "spectraformer": "models/model_LRA.py",
   "favor": "",
@@ -57,7 +56,7 @@ def peak_mib() -> float:
 
 
 def forget_peak() -> float:
-  """Gives back freed memory and restarts the peak; returns the memory now."""
+  """Gives back freed memory, resets the peak and returns the memory in use."""
   ctypes.CDLL(None).malloc_trim(0)
   Path("/proc/self/clear_refs").write_text("5")
   return _status("VmRSS")
@@ -72,7 +71,7 @@ def _status(name: str) -> float:
 
 
 def ours(form: str, case: dict) -> Callable[[], None]:
-  """Makes a call of a JAX form that waits for its results."""
+  """Returns a call of a form in JAX; the call waits for its results."""
   import jax
   import jax.numpy as jnp
 
@@ -85,7 +84,7 @@ def ours(form: str, case: dict) -> Callable[[], None]:
 
 
 def _jitted(jax, jnp, attention, shape, backward) -> Callable[[], None]:
-  """Runs the form; compiles at the first call."""
+  """Returns a call of the form, which compiles when it is first made."""
   inputs = tuple(jax.random.normal(jax.random.key(1), shape))
   function = attention
   if backward:
@@ -96,7 +95,7 @@ def _jitted(jax, jnp, attention, shape, backward) -> Callable[[], None]:
 
 
 def favor(case: dict, file: str) -> Callable[[], None]:
-  """Returns Google's FAVOR+, with features drawn once."""
+  """Returns a call of Google's FAVOR+, with features drawn once."""
   import jax
   import jax.numpy as jnp
 
@@ -112,7 +111,7 @@ def favor(case: dict, file: str) -> Callable[[], None]:
 
 
 def in_torch(form: str, case: dict, paths: dict) -> Callable[[], None]:
-  """Makes a call of a form in torch, on inputs ``[B, N, T, H]``."""
+  """Returns a call of a form in torch, on inputs ``[B, N, T, H]``."""
   import torch
 
   torch.manual_seed(0)
@@ -175,7 +174,7 @@ def torch_attention(form: str, is_causal: bool, paths: dict) -> Callable:
 
 
 def official_step(case: dict, path: str) -> Callable[[], None]:
-  """The release's model and step: AdamW, gradients clipped by value."""
+  """Returns a step of the release's model: AdamW, gradient values clipped."""
   import torch
 
   _official(path)
@@ -221,7 +220,7 @@ def _official(path: str) -> None:
 
   # The release is no package: its modules import each other by their names.
   sys.path.insert(0, str(Path(path).resolve()))
-  # It was written for a torch that had this name.
+  # The release was written for a torch that had torch.qr.
   torch.qr = lambda a, some: torch.linalg.qr(a, mode="reduced")
 
 
@@ -290,11 +289,11 @@ def cases(args: argparse.Namespace, paths: dict) -> list[dict]:
   for length, batch, backward, is_causal, form in itertools.product(
     args.lengths, args.batches, (False, True), (False, True), forms
   ):
-    # The official release has no causal form, fla no other.
+    # The official release has no causal form, fla only a causal one.
     if form in ("official", "fla") and is_causal != (form == "fla"):
       continue
     limit = args.longest_quadratic
-    # performer-pytorch keeps [T, F, H] where it is causal without a GPU.
+    # Causal performer-pytorch without a GPU keeps an array [T, F, H].
     slow = form in QUADRATIC or (form == "performer" and is_causal)
     if slow and batch * length > limit:
       continue
@@ -307,7 +306,7 @@ def cases(args: argparse.Namespace, paths: dict) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-  """Prints a line for each case, with its CPU time over ours."""
+  """Prints a line for each case, with its CPU time over that of `spectral`."""
   from rich.console import Console
   from rich.table import Table
 

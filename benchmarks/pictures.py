@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Looks that differ in grey, and with any colour vision.
+# Looks that can be told apart in a grey print and with any colour vision.
 _STYLES = (
   ("#0072B2", "o", "-"),
   ("#E69F00", "s", "--"),
@@ -41,12 +41,13 @@ def attention_panel(
   title: str,
   **case: bool | int,
 ) -> Panel:
-  """A figure of attention against the length, a line for each form.
+  """Makes a panel of one measured figure against length, a line for each form.
 
   Args:
-    rows: with form, length, the keys of `case`, and `figure`.
-    figure: name of the figure; drawn from 0.01 on, since 0 has no logarithm.
-    y: name and unit of the figure.
+    rows: dicts with form, length, the keys of `case`, and `figure`.
+    figure: name of the measured figure; values below 0.01 are drawn at 0.01,
+      since 0 has no logarithm.
+    y: name and unit of the measured figure.
     title: of the panel.
     **case: is_causal, backward and batch of the rows to draw.
   """
@@ -66,8 +67,8 @@ def draw_lines(
 ) -> None:
   """Writes a picture of rows of panels.
 
-  A name has the same colour everywhere; the first panel has the legend, and
-  others what it lacks.
+  A name has the same colour in all panels. The legend of a panel has the names
+  that no panel before it has shown, and those with a note.
 
   Raises:
     ValueError: more names than there are styles.

@@ -1,4 +1,4 @@
-"""Times cases alone or in turn, each in its own process, into a CSV."""
+"""Times cases, each in its own process, alone or in turn; writes a CSV."""
 
 import contextlib
 import csv
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# The line by which a process asks its parent for a turn.
 _TURN = "waits for its turn\n"
 
 
@@ -33,9 +34,9 @@ def measure_missing(
     cases: all with the same keys.
     figures: names of the measured figures.
     arguments: more flags for each process.
-    compared: a key. Cases that differ in this key alone are timed in turn, a
-      call of each at a time, since the speed of a machine may change by more
-      than the cases differ; see `median_times`.
+    compared: a key of cases. Cases that differ only in this key are timed in
+      turn, a call of each at a time, since the speed of a machine may change by
+      more than the cases differ; see `median_times`.
 
   Returns:
     Rows of the CSV, old and new. Cases that fail are printed and left out.
@@ -72,7 +73,7 @@ def measure_missing(
 
 
 def _groups(cases: Sequence[dict], compared: str | None) -> list[list[dict]]:
-  """Groups cases that differ in `compared` alone; None: each case alone."""
+  """Groups cases that differ only in `compared`; None: each case by itself."""
   groups = {}
   for case in cases:
     same = {key: value for key, value in case.items() if key != compared}
@@ -81,7 +82,7 @@ def _groups(cases: Sequence[dict], compared: str | None) -> list[list[dict]]:
 
 
 def _run_in_turn(commands: Sequence[list[str]]) -> list["_Run"]:
-  """Runs all to their ends; once all ask for turns, one works at a time."""
+  """Runs all commands to their ends; those that ask for turns alternate."""
   runs, waiting = [], []
   with contextlib.ExitStack() as cleanup:
     for command in commands:
@@ -134,9 +135,9 @@ class _Run:
 
 
 def use_cores(count: int) -> None:
-  """Keeps this process on that many cores; call it before JAX counts them.
+  """Keeps this process on `count` cores; call it before JAX counts the cores.
 
-  XLA's own flags for one thread do not hold back all of its threads.
+  XLA's own flags for one thread do not limit all of its threads.
 
   Args:
     count: cores, the last ones of those that the process may use.
@@ -187,11 +188,13 @@ def median_times(
   Args:
     call: waits for its results; has run once before.
     repeats: number of timed runs.
-    enough_s: stops after this many seconds in all, but not before three runs.
+    enough_s: stops after this many seconds of timed runs, but not before three
+      runs.
     in_turn: whether to ask the parent process, `measure_missing`, for a turn
       before each run.
-    settle_s: seconds of untimed runs at the start of each turn, unless one run
-      takes longer: while another process frees memory, the kernel is busy.
+    settle_s: seconds of untimed runs at the start of each turn, since the
+      kernel may still be freeing memory of another process; none once a run
+      takes longer.
   """
   wall, cpu = [], []
   for _ in range(repeats):

@@ -1,12 +1,12 @@
-"""Where the time of a training step goes: a profile of the compiled program.
+"""Profiles the compiled training step: where its time goes.
 
     python -m benchmarks.profile_step [--task listops] [--pair oprf-orf]
 
 Steps of the paper's model, as `train_step.py` makes them, on one core, traced
-by `jax.profiler`. Milliseconds a step by part of the model and by pass
-(`again`: what the backward pass makes anew), and the operations that take the
-most. XLA fuses: a fused operation counts where the last of its parts belongs.
-Tracing itself takes about a tenth.
+by `jax.profiler`. Prints milliseconds a step by part of the model and by pass
+(`again`: what the backward pass recomputes), and the operations that take the
+most. XLA fuses operations: a fused one counts where the last of its parts
+belongs. Tracing itself takes about a tenth of the time.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from benchmarks.processes import use_cores
 from benchmarks.train_step import PAIRS, SHAPES, prepare
 
 PASSES = ("forward", "again", "backward", "other")
-# The first that is found in an operation's name says what it is part of.
+# Part of the model -> pattern. An operation belongs to the first part whose
+# pattern is found in the operation's name.
 PARTS = {
   "attention: features and sums": r"jit\(attend\)",
   "attention: query, key, value, output": r"/(query|key|value|out)/",
@@ -59,7 +60,7 @@ def pass_of(name: str) -> str:
 
 
 def trace(task: str, pair: str, steps: int) -> tuple[dict, dict]:
-  """Milliseconds of each operation in a step, and its name in the program."""
+  """Returns operation -> milliseconds in a step, and -> name in the program."""
   import jax
 
   from spectraformer_jax import data
@@ -83,7 +84,7 @@ def trace(task: str, pair: str, steps: int) -> tuple[dict, dict]:
       for line in plane.lines:
         for event in line.events:
           operation = dict(event.stats).get("hlo_op")
-          # A loop's operations have events of their own.
+          # Left out: the operations inside have events of their own.
           if operation and not re.match("while|call|conditional", operation):
             times[operation] += event.duration_ns / 1e6 / steps
   found = re.findall(r'%([\w.-]+) = .*op_name="([^"]*)"', step.as_text())

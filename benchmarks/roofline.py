@@ -1,15 +1,15 @@
-"""What each part of a training step costs, and the least that it could cost.
+"""Compares the cost of each part of a training step with the least possible.
 
     python -m benchmarks.roofline --plot=roofline.png
 
 Parts of the paper's model for text (8 x 4096 tokens, 2 heads of 32, 128
 features, width 64), forward alone, each compiled by itself, on one core. The
-limit is the larger of operations / peak and bytes / bandwidth, with both
-measured first: the peak of a matrix product of 1024, the bandwidth of a copy of
-256 MiB. Operations are counted by hand (a multiplication and an addition are
-two, an exponential or another transcendental function counts as ten); bytes are
-inputs and outputs, once. `reached` is limit / time. Parts with working sets in
-the cache may come above 1.
+limit is the larger of operations / peak and bytes / bandwidth. Both are
+measured first: the peak with a product of 1024 x 1024 matrices, the bandwidth
+with a copy of 256 MiB. Operations are counted by hand (a multiplication and an
+addition are two, an exponential or another transcendental function counts as
+ten); bytes are inputs and outputs, once. `reached` is limit / time. It may be
+above 1 for parts whose arrays fit into the cache.
 """
 
 import argparse
@@ -19,7 +19,7 @@ TRANSCENDENTAL = 10
 
 
 def seconds(function, *inputs, repeats: int = 15) -> float:
-  """Median CPU time of a compiled call."""
+  """Returns the median CPU seconds of a compiled call."""
   import jax
 
   from benchmarks.processes import median_times
@@ -32,7 +32,7 @@ def seconds(function, *inputs, repeats: int = 15) -> float:
 
 
 def parts() -> list[tuple]:
-  """Yields name, function, shapes and number of operations of each part."""
+  """Returns name, function, shapes and number of operations of each part."""
   import jax
   import jax.numpy as jnp
 
@@ -55,7 +55,7 @@ def parts() -> list[tuple]:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
   def dropout(x):
-    # Of no constant key, whose bits XLA may know.
+    # The key depends on x, since XLA may know the bits of a constant key.
     rngs = {"dropout": jax.random.key(x[0, 0].astype(int))}
     return Dropout(0.1).apply({}, x, deterministic=False, rngs=rngs)
 
@@ -106,7 +106,7 @@ def parts() -> list[tuple]:
 
 
 def measure() -> tuple[float, float, list[tuple]]:
-  """Measures the peak, the bandwidth per second, and rows of the table."""
+  """Returns peak and bandwidth, both per second, and the rows of the table."""
   import jax
   import jax.numpy as jnp
 

@@ -1,14 +1,15 @@
-"""Cost of attention and of a training step as one size grows.
+"""Measures the cost of attention and of a training step as one size grows.
 
     python -m benchmarks.scaling --csv=scaling.csv --plot=scaling.png
 
 Around 2 x 2048 tokens, 2 heads of 32, 128 features, 2 layers: the length T, the
 features M, the head dimension H, the heads N and the depth are each varied
-alone. Attention is posrf-orf, forward + backward, in both forms; `step` a
-training step of the paper's model. CPU time of all threads, medians. The
-exponent is the slope of log time against log size: 1 is linear. Each figure
-comes from a process of its own, and the sizes of a line take turns, a call of
-each at a time; rows that the CSV holds are not measured again.
+alone. Attention is posrf-orf, forward + backward, `bidirectional` and `causal`;
+`step` is a training step of the paper's model. Figures are medians of CPU time
+of all threads. The exponent is the slope of log time against log size: 1 is
+linear. Each figure comes from a process of its own, and the sizes of a line
+take turns, a call of each at a time; rows that the CSV holds are not measured
+again.
 """
 
 import argparse
@@ -29,7 +30,7 @@ BATCH = 2
 
 
 def attention(sizes: dict, is_causal: bool):
-  """Returns a jitted gradient and its inputs."""
+  """Returns a jitted gradient of attention, and its inputs."""
   import jax
   import jax.numpy as jnp
 
@@ -52,7 +53,7 @@ def attention(sizes: dict, is_causal: bool):
 
 
 def training_step(sizes: dict):
-  """Returns a call that takes the loop's next step, and no inputs."""
+  """Returns a function that takes the next training step; it has no inputs."""
   import numpy as np
 
   import spectraformer_jax as sf
@@ -104,7 +105,7 @@ def measure(case: dict, repeats: int) -> dict:
 
 
 def lines(rows: list[dict]) -> dict[tuple[str, str], list[tuple[int, float]]]:
-  """Groups rows: (axis, form) -> sizes and times."""
+  """Groups rows: (axis, form) -> sizes and times; attention has no depth."""
   return {
     (axis, form): sorted(
       (row["size"], row["cpu_ms"])

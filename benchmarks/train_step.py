@@ -1,4 +1,4 @@
-"""Time and memory of whole training steps of the paper's model.
+"""Measures time and memory of whole training steps of the paper's model.
 
     python -m benchmarks.train_step
 
@@ -8,8 +8,8 @@ memory is kept as in train.py. Each figure comes from a process of its own.
 `cpu_s` is CPU time of all threads, the median of steps after the first;
 `--threads=1` keeps the process to one core. `temp_mib` is what the compiled
 program plans beside its arguments and results, `first_s` the first step with
-compilation, and `input %` the share of the steps' time that the input pipeline
-of the training loop made them wait (it should be below 2).
+compilation, and `input %` the share of time that steps wait for the training
+loop's input pipeline (it should be below 2).
 """
 
 import argparse

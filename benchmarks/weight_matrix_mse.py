@@ -1,17 +1,17 @@
-"""Error of kernel estimates with each weight matrix, against iid rows.
+"""Measures kernel estimates with each weight matrix against iid rows.
 
     python -m benchmarks.weight_matrix_mse --csv=weight_matrix_mse.csv
     python -m benchmarks.weight_matrix_mse --draw_time --csv=draw_time.csv
 
-The first prints, for the trigonometric (trig) and the positive (pos) estimate
-of the softmax kernel at scales 0.2 and 0.1, the mean over pairs x, y ~
-N(0, scale^2 I) of the mean squared error, divided by the variance of as many
-iid Gaussian rows in closed form, beside verified reference figures. Those are
-for the default sizes. A figure off by more than 15 % (pos at 0.2, whose tails
-are heavy: 30 %) is "off", and the script then exits with 1, unless
-weight_matrix_rows.csv excepts it with a reason; "+-" is the largest relative
-standard error of the four. The second prints the milliseconds that the rows of
-8 heads, M=256, H=64 take to draw once compiled.
+The first command takes the trigonometric (trig) and the positive (pos) estimate
+of the softmax kernel at scales 0.2 and 0.1. It prints the mean squared error
+over the variance of as many iid Gaussian rows in closed form, as a mean over
+pairs x, y ~ N(0, scale^2 I), beside verified reference figures for the default
+sizes. A figure that differs by more than 15 % (pos at 0.2, whose tails are
+heavy: 30 %) is "off", and the script then exits with 1, unless
+weight_matrix_rows.csv excepts the figure with a reason; "+-" is the largest
+relative standard error of the four figures. The second command prints the
+milliseconds that a compiled draw of the rows takes, of 8 heads, M=256, H=64.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class ListedMatrix(NamedTuple):
   Attributes:
     matrix: name of the matrix.
     options: of the matrix.
-    reference: name of the reference row, "" if there is none.
+    reference: name of the reference row; "" if there is none.
     note: printed below the table.
     excepted: columns that may differ from the reference; `note` says why.
   """
@@ -76,7 +76,7 @@ class ListedMatrix(NamedTuple):
 
 
 class Result(NamedTuple):
-  """Ratios of one row, their standard errors and references, ``[4]`` each."""
+  """Ratios of one row, their standard errors and references: ``[4]`` each."""
 
   row: ListedMatrix
   num_rows: int
@@ -131,8 +131,8 @@ def error_ratios(
     matrix: W.
     num_rows: M.
     head_dim: H.
-    pairs: to average over, new ones for each draw: the ratios of the better
-      matrices grow with |x - y|^2, and one set of pairs is not like another.
+    pairs: number of pairs to average over. Each draw has new pairs: the ratios
+      of the better matrices grow with |x - y|^2, so sets of pairs differ.
     draws: R.
 
   Returns:
@@ -156,7 +156,7 @@ def error_ratios(
     angles, exponents = project(x - y), project(x + y)
     trig, pos = [], []
     for scale in SCALES:
-      # Both estimates over their kernels, and their variances with iid rows.
+      # Each estimate over its kernel, and the variance of that with iid rows.
       s, t = scale**2 * apart, scale**2 * together
       ratio = weight @ jnp.cos(scale * angles) * jnp.exp(0.5 * s)
       variance = 2.0 * jnp.square(jnp.sinh(0.5 * s)) / num_rows
@@ -237,7 +237,7 @@ def summary(lines: Sequence[Sequence[str]]) -> str:
 def draw_milliseconds(
   matrix: WeightMatrix, num_rows: int, head_dim: int, heads: int
 ) -> float:
-  """Returns the least of ten times of drawing all heads' rows, compiled."""
+  """Draws the rows of all heads ten times, compiled; returns the least time."""
 
   @jax.jit
   def draw(rng):
@@ -288,7 +288,7 @@ def compare_errors(results: Iterable[Result]) -> Iterator[list[str]]:
 
 
 def _print_table(lines):
-  """Formats a Markdown table with figures to the right."""
+  """Prints a Markdown table with figures aligned to the right."""
   table = Table(box=box.MARKDOWN)
   for name in lines[0]:
     left = name in ("matrix", "verdict")
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
   with contextlib.ExitStack() as stack:
     status = stack.enter_context(console.status("compiling"))
     if args.csv:
-      # Line by line: a run that is stopped leaves what it has found.
+      # Written line by line, so a run that is stopped leaves what it has found.
       file = stack.enter_context(open(args.csv, "w", newline="", buffering=1))
       writer = csv.writer(file)
     for line in stream:

@@ -14,7 +14,7 @@ class Experiment(Protocol):
   """The type of a decorated `get_config`."""
 
   def __call__(self, text: str | None = None) -> Config:
-    """Makes a config; `text` is behind the colon in --config=file.py:text."""
+    """Makes a config; `text` follows the colon in --config=file.py:text."""
     ...
 
 
@@ -30,12 +30,12 @@ def experiment(
 ) -> Callable[[Callable[[str | None], Config]], Experiment]:
   """Decorates a `get_config(variant)` that knows the variants of these names.
 
-  The text behind the colon in --config=file.py:text is then a variant; a stage
-  of self-pretraining (pretrain, finetune; see `set_stage`); a variant and a
-  stage (VARIANT-pretrain); recipe=NAME for an optimiser of
-  `spectraformer_jax.train.recipes`; or one of these and a recipe with a comma
-  between. The recipe is applied last, so all its values hold; flags for single
-  keys are applied after it.
+  The text after the colon in --config=file.py:text may then be a variant; a
+  stage of self-pretraining (pretrain, finetune; see `set_stage`); a variant and
+  a stage (VARIANT-pretrain); recipe=NAME for an optimiser of
+  `spectraformer_jax.train.recipes`; or one of the first three, a comma and
+  recipe=NAME. The recipe is applied after the variant and the stage, so all its
+  values hold; flags for single keys are applied after the recipe.
   """
 
   def decorate(get_config: Callable[[str | None], Config]) -> Experiment:
@@ -61,7 +61,7 @@ def experiment(
 
 
 def check_variant(variant: str | None, known: tuple[str, ...] = ()) -> None:
-  """Refuses an unknown variant in --config=file.py:variant."""
+  """Raises ValueError for an unknown variant in --config=file.py:variant."""
   if variant not in (None, *known):
     options = f"known: {', '.join(known)}" if known else "it has none"
     raise ValueError(
@@ -86,9 +86,9 @@ def split_stage(text: str | None) -> tuple[str | None, str | None]:
 def set_stage(config: Config, variant: str | None, stage: str) -> None:
   """Makes `config` one of the two runs of self-pretraining (arXiv 2310.02980).
 
-  "pretrain" learns hidden tokens of the task's own inputs. "finetune" learns
-  the labels and starts from the weights of the "pretrain" run in its default
-  workdir; --config.model.init_from names another.
+  "pretrain" learns to predict hidden tokens of the task's own inputs.
+  "finetune" learns the labels; it starts from the weights in the default
+  workdir of the "pretrain" run. --config.model.init_from names another workdir.
   """
   if stage == "pretrain":
     config.train.objective = "masked"
@@ -99,7 +99,7 @@ def set_stage(config: Config, variant: str | None, stage: str) -> None:
 
 
 def set_quick(config: Config) -> None:
-  """Makes `config` a run of minutes that shows whether anything is learnt."""
+  """Makes `config` a run of minutes, to see whether anything is learnt."""
   config.train.num_steps = 300
   recipes.use(config, "modern")
   config.optim.warmup_steps = 30

@@ -4,7 +4,7 @@
   python train.py --config.feature_map.component=posrf
   python train.py --config.model.attention=softmax
 
-Data: the 1,797 images of scikit-learn's `load_digits`, with data seed 0 1,465
+Data: the 1,797 images of scikit-learn's `load_digits`; with data seed 0, 1,465
 train, 181 dev and 151 test images. Not a task of the paper: it stands in for
 the image task of Long Range Arena, needs no download and is learnt in minutes.
 The README's table has the test accuracy of three seeds.

@@ -3,7 +3,7 @@
   python train.py --config=configs/image.py \
     --config.task.kwargs.data_dir=/data/cifar-10-batches-bin
 
-Files: docs/lra.md. Where the CIFAR-10 batches are read, the dev split is 10 %
+Files: docs/lra.md. If the files are the CIFAR-10 batches, the dev split is 10 %
 of the training images, chosen by content; Long Range Arena chooses others.
 
 Default: the settings of the Spectraformer release (src/config.py, lra-image).

@@ -8,8 +8,8 @@ token, the root operator, alone.
 
 Default: the settings of the Spectraformer release (src/config.py, lra-listops).
 Row OPRF-OR (oprf-orf here), column L of the table in its README of October
-2025: 38.05 % (0.78), the authors' figure, read there and not measured here; its
-code drops the closing brackets (--config.task.tokenizer=no_close).
+2025: 38.05 % (0.78), the authors' figure, read there and not measured here. The
+release drops the closing brackets (--config.task.tokenizer=no_close).
 
 listops.py:lra: the settings of Long Range Arena's code (listops/configs/
 base_listops_config.py: 4 layers, 8 heads of 64, CLS, 5000 steps) with

@@ -23,9 +23,9 @@ learnt positions initialised as sinusoids and batch normalisation of the pooled
 vector, without which the model stayed at chance (docs/data.md). Test accuracy,
 measured here, best-dev parameters: 80.9 % with seed 0, 76.2 % with seed 1.
 
-For comparison: boosted trees that see the places of the two discs alone, fitted
-on 4,000 pictures, reach 64 %; with 6 bars 73 %, and 79 % fitted on 50,000
-(docs/data.md).
+For comparison: boosted trees that see only the places of the two discs reach
+64 % when fitted on 4,000 pictures; with 6 bars 73 %, and 79 % when fitted on
+50,000 (docs/data.md).
 """
 
 from configs import common, pathfinder, pathx

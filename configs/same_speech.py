@@ -15,7 +15,7 @@ clipping, minutes on a CPU. Test accuracy, measured here, seed 0, best-dev
 parameters: 49.4 %: nothing is learnt in so few steps.
 
 For comparison: always predicting the commonest label gives 50.0 %, a threshold
-on the share of common words 59.8 %, on the tf-idf cosine 57.8 %
+on the share of common words 59.8 %, a threshold on the tf-idf cosine 57.8 %
 (`check same_speech --linear`).
 """
 

@@ -4,7 +4,7 @@
     --config.task.kwargs.data_dir=/data/aclImdb
 
 Files: docs/lra.md. The dev split is 10 % of the training reviews; with
---config.task.kwargs.val=lra it is the test set, as for the figures below.
+--config.task.kwargs.val=lra it is the test split, as for the figures below.
 
 Default: the settings of the Spectraformer release (src/config.py, lra-text).
 Row OPRF-OR (oprf-orf here), column T of the table in its README of October

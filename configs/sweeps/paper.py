@@ -4,8 +4,8 @@
     configs/sweeps/paper.py --out=runs/paper --shard=1/8
 
 Each cell is a run of full length with the settings of the Spectraformer release
-(configs/*.py). There are 360; by the authors' table one takes 0.5 to 8 hours on
-their GPU. The sweep was not run here.
+(configs/*.py). There are 360 cells; according to the authors' table, one takes
+0.5 to 8 hours on their GPU. The sweep was not run here.
 
 $LRA_DATA holds ``aclImdb``, ``cifar-10-batches-bin`` and ``lra_release``
 (docs/lra.md); ListOps is generated.
@@ -44,7 +44,7 @@ def get_sweep() -> Sweep:
       },
       "softmax": {},
       "gaussian": {},
-      # The number of landmarks, or of projected positions, is that of features.
+      # As many landmarks or projected positions as the pairs have features.
       "linformer": {"model.attention_kwargs.projected_length": 128},
       "nystromformer": {"model.attention_kwargs.num_landmarks": 128},
       "skyformer": {"model.attention_kwargs.num_landmarks": 128},

@@ -7,8 +7,9 @@
 The data need no large download: the digits of scikit-learn (64 pixels), ListOps
 of 32 to 127 tokens from the grammar of Long Range Arena, and the first 512
 bytes of the mails of spam_bodies. None of these is a task of the paper. The
-model is the paper's with half the features, since the sequences are short. The
-optimiser is that of the quick variants, which suits few steps.
+model is that of the paper with half the features, since the sequences are
+short. The optimiser is that of the quick variants, which suits runs of few
+steps.
 """
 
 from spectraformer_jax.study.sweep import Sweep

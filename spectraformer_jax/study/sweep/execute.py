@@ -208,7 +208,7 @@ def run_cells(
 def _as_completed(
   futures: dict[Future[Outcome], Cell], folder: Path, board: Board
 ) -> Iterator[Future[Outcome]]:
-  """Yields each future when its cell ends; shows the running cells meanwhile."""
+  """Yields each future as its cell ends; meanwhile shows the running cells."""
   pending = set(futures)
   while pending:
     done, pending = wait(

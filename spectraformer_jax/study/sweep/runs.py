@@ -69,7 +69,7 @@ class Run(NamedTuple):
 
   @property
   def peak_bytes(self) -> int:
-    """Peak memory of the device, or of the process if the device reports none."""
+    """Peak memory of the device; of the process if the device reports none."""
     device = self.result["peak_device_bytes"]
     return self.result["peak_memory_bytes"] if device is None else device
 

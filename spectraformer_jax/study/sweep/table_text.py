@@ -64,7 +64,7 @@ def columns(comparison: Comparison) -> dict[str, list[str]]:
 
 
 def _accuracy(row: list[Entry | Published]) -> str:
-  """Formats ``38.05 (0.78) +``, with a mark if it differs from the reference."""
+  """Formats ``38.05 (0.78) +``: a mark if it differs from the reference."""
   (entry,) = row
   sd = NONE if entry.accuracy_sd is None else f"{entry.accuracy_sd:.2f}"
   difference = entry.difference if isinstance(entry, Entry) else None
