@@ -10,8 +10,8 @@ case is compiled in a process of its own and becomes a row of --csv; cases that
 have a row are not compiled again. Nothing is run: times are estimates.
 
   arguments, results, temporary, peak   the plan of the device's memory, MiB
-  cycles, ms            the compiler's estimate for TPUs; each iteration of a
-                        loop counts
+  cycles, ms            the compiler's estimate for TPUs; the body of a loop
+                        counts once for each iteration
   traffic               MiB to and from memory, by the compiled text
   least                 MiB of query, key, value, output and their gradients,
                         once each

@@ -54,7 +54,7 @@ class Result(NamedTuple):
 
 
 def device_of(target: str):
-  """Returns the description of a device: programs compile, but cannot run."""
+  """Returns a described device: programs compile for it but cannot run."""
   if PLATFORMS[target] == "tpu":
     topology = topologies.get_topology_desc(
       platform="tpu", topology_name=f"{target}:2x2"

@@ -53,7 +53,7 @@ def attention(sizes: dict, is_causal: bool):
 
 
 def training_step(sizes: dict):
-  """Returns a function that takes the next training step; it has no inputs."""
+  """Returns a function that takes the next training step, and no inputs: ()."""
   import numpy as np
 
   import spectraformer_jax as sf

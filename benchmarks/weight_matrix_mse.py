@@ -11,7 +11,7 @@ sizes. A figure that differs by more than 15 % (pos at 0.2, whose tails are
 heavy: 30 %) is "off", and the script then exits with 1, unless
 weight_matrix_rows.csv excepts the figure with a reason; "+-" is the largest
 relative standard error of the four figures. The second command prints the
-milliseconds that a compiled draw of the rows takes, of 8 heads, M=256, H=64.
+milliseconds of a compiled draw of the rows of 8 heads, M=256, H=64.
 """
 
 import argparse
