@@ -15,7 +15,10 @@ Info = TypeVar("Info")
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-  """Returns " Did you mean ...? Known: ..." for an error about `name`."""
+  """Returns the end of an error about `name`: the nearest name and all names.
+
+  The text starts with a space; without a near name it lists all names only.
+  """
   known = sorted(known)
   close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
   hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -44,14 +47,14 @@ def check_int(
 
 
 def info_from_options(info_of: Callable[[Entry], Info]) -> Info:
-  """Makes the class attribute `info` of an entry whose options change it.
+  """Makes `info` a property, for a class whose options change its facts.
 
   Args:
     info_of: method that returns the facts about an entry.
 
   Returns:
-    A property, typed as its value: in the base class `info` is a class
-    variable, and a type checker does not let a property replace it.
+    The property, declared with the type of its value: in the base class `info`
+    is a class variable, and a type checker does not let a property replace it.
   """
   return cast(Info, property(info_of))
 
@@ -60,7 +63,7 @@ class Registry:
   """Maps names to factories.
 
   Args:
-    kind: what an entry is, for error messages: "component", "weight matrix".
+    kind: what an entry is, for error messages, such as "weight matrix".
 
   Example:
     >>> shapes = Registry("shape")
@@ -96,14 +99,14 @@ class Registry:
   def alias(
     self, name: str, class_name: str, base: type[Dataclass], **fixed: Any
   ) -> type[Dataclass]:
-    """Registers a dataclass under another name, with some options fixed.
+    """Registers a subclass of a dataclass, with some options fixed.
 
     Args:
       name: registry name; also the class attribute `name` of the result.
       class_name: name of the result. Objects can be pickled if the module of
         `base` assigns the result to a variable of this name.
       base: a frozen dataclass.
-      **fixed: values of the options that the alias does not accept.
+      **fixed: values of the fixed options, which the result does not accept.
 
     Returns:
       A subclass of `base`. Its objects never equal those of `base`.
@@ -167,13 +170,13 @@ class Registry:
     kwargs: Mapping[str, Any] | None = None,
     shared_options: tuple[str, ...] = (),
   ) -> Any:
-    """Calls the factory registered under `name`.
+    """Calls the factory registered under `name` and returns its result.
 
     Args:
       name: registry name.
       kwargs: keywords for the factory.
-      shared_options: options that the caller handles itself; the error about
-        an unknown keyword lists them, too.
+      shared_options: options that the caller of `build` handles itself; the
+        error about an unknown keyword lists them, too.
 
     Raises:
       ValueError: unknown `name`, or a keyword that the factory does not accept.

@@ -1,7 +1,11 @@
 """Weight matrices W: recipes for the frequencies (rows) of a feature map.
 
-One file per construction. A new one is a frozen dataclass with `info` and
-`draw`, registered by name and imported here: see CONTRIBUTING.md.
+In formulas M is num_features (the number of rows), H is head_dim, and x and y
+are a query and a key, scaled by ``head_dim ** -1/4``.
+
+Each file has one construction or several similar ones. A new weight matrix is a
+frozen dataclass with `info` and `draw`, registered by name and imported here:
+see CONTRIBUTING.md.
 """
 
 from spectraformer_jax.weight_matrices.base import (

@@ -23,20 +23,21 @@ class WeightMatrixInfo:
     name: registry name.
     group: place in the taxonomy: "monte carlo", "geometric", "structural",
       "unit cube", "quadrature", "learner" or "none".
-    marginals: law of a single row. "exact": the row law, so that every mean
-      over rows is unbiased. "weighted": means are unbiased with the row
-      weights. "approximate": only the first two moments agree with the row law,
-      so means are biased.
+    marginals: law of a single row. "exact": the row law that the component
+      requires, so that every mean over rows is unbiased. "weighted": another
+      law; the row weights make means unbiased. "approximate": only the first
+      two moments agree with the row law, so means are biased.
     source: paper and equation.
     summary: what the rows are, in one line.
     good_for: which components it suits, and when.
     row_laws: names of the row laws that it can draw.
     constraint: which num_features and head_dim it accepts, in words.
     cost: cost of one draw.
-    variance: variance of kernel estimates, relative to independent rows; "" if
-      unknown.
+    variance: mean squared error of kernel estimates, divided by the variance of
+      as many independent rows; "" if unknown. "trig" and "pos": for TrigRF and
+      PosRF. "scale s": for x and y drawn from N(0, s^2 I).
     learnable: it has trainable parameters.
-    redrawable: a new projection can be drawn inside `jax.jit`.
+    redrawable: a new projection can replace the old one, also in `jax.jit`.
     weighted: rows have unequal weights.
     signed: row weights can be negative, and so can the estimate of a positive
       kernel.
@@ -72,8 +73,9 @@ class WeightMatrix:
   creates parameters in `init`, and computes rows from both in `rows`.
 
   All methods are pure and see one head; the caller adds heads by `jax.vmap`.
-  Tables that depend on sizes alone are NumPy arrays in a `functools.lru_cache`:
-  a JAX array that is created while tracing must not outlive the trace.
+  In shapes M is `num_rows` and H is `head_dim`. A table that depends on sizes
+  alone is a NumPy array, cached by `functools.lru_cache`: a cached JAX array
+  could come from inside a trace, and must not outlive that trace.
 
   Attributes:
     info: facts about the matrix. If they depend on the options, make it by
@@ -88,7 +90,7 @@ class WeightMatrix:
     return False
 
   def check(self, num_rows: int, head_dim: int) -> None:
-    """Raises ValueError, with the constraint, for sizes it does not support."""
+    """Raises ValueError, naming the constraint, for unsupported sizes."""
 
   def init(self, rng: Array, num_rows: int, head_dim: int) -> Params:
     """Returns new learnable parameters, float32; ``{}`` if there are none."""
@@ -100,12 +102,13 @@ class WeightMatrix:
     """Draws the random leaves: a flat dictionary of float32 or integer arrays.
 
     Leaf "w" ``[M, H]`` holds the rows of an approximator or the noise of a
-    learner. Rows of unequal weight have the leaves "log_weight" and "sign"
-    ``[M]``, too. Only a matrix that is not redrawable may lack "w".
+    learner. Rows of unequal weight add the leaf "log_weight" ``[M]``; if some
+    weights are negative, also "sign" ``[M]``. Only a matrix that is not
+    redrawable may lack "w": a redraw reads H from its shape.
 
     `FeatureMap.init` stores leaves in the dtype that its caller chooses, except
-    "log_weight" and integers. Those are stored as float32, so that the whole
-    tree has gradients; integers must be below 2**24, which float32 holds
+    "log_weight" and integers, which it stores as float32: `jax.grad` refuses
+    integer leaves. Integers must be below 2**24, so that float32 holds them
     exactly.
     """
     raise NotImplementedError
@@ -113,7 +116,7 @@ class WeightMatrix:
   def calibrate(
     self, params: Params, key: Array, key_mask: Array | None
   ) -> Any:
-    """Returns the context of one sequence, for rows that depend on it.
+    """Returns what `rows` needs to know about one sequence: its context.
 
     Args:
       params: from `init`.
@@ -142,7 +145,7 @@ class WeightMatrix:
 
 @dataclasses.dataclass(frozen=True)
 class GaussianRows(WeightMatrix):
-  """Base of weight matrices with rows of equal weight for the Gaussian law.
+  """Base of weight matrices with Gaussian rows of equal weight.
 
   A subclass overrides `draw_rows` instead of `draw`.
   """
@@ -163,8 +166,9 @@ class NormedRows(GaussianRows):
   """Base of `GaussianRows` that have either chi norms or equal norms.
 
   Args:
-    norms: "chi", or "sqrt_d" (all norms are sqrt(H): less variance, and a bias
-      that M does not reduce; see "orf_sqrtd").
+    norms: "chi" (those of independent Gaussian rows), or "sqrt_d" (all norms
+      are sqrt(H): less variance, and a bias that M does not reduce; see
+      "orf_sqrtd").
 
   Attributes:
     facts: `info` for norms="chi".
@@ -196,8 +200,8 @@ def draw_blocks(
 ) -> Array:
   """Stacks independent blocks of rows and keeps the first `num_rows` rows.
 
-  Cutting the last block keeps the law of the remaining rows; one block of
-  `num_rows` rows would have another scale.
+  The last block is drawn whole and then cut, so that its remaining rows keep
+  their law; a block of another size would have another scale.
 
   Args:
     draw_block: ``(rng, num_blocks) -> [num_blocks, block_size, H]``.

@@ -16,10 +16,12 @@ from spectraformer_jax.weight_matrices.row_laws import RowLaw
 def fastfood_blocks(
   scales: Array, gaussian: Array, permutation: Array, signs: Array
 ) -> Array:
-  r"""Products of two Hadamard matrices, three diagonals and a permutation.
+  r"""Multiplies two Hadamard matrices, three diagonals and a permutation.
 
   .. math::
     \sqrt n\, \mathrm{diag}(s)\, H\, \mathrm{diag}(g)\, P\, H\, \mathrm{diag}(b)
+
+  H is the Hadamard matrix divided by :math:`\sqrt n`.
 
   Args:
     scales: s ``[blocks, n]`` float32.
@@ -52,13 +54,13 @@ class FastFood(base.GaussianRows):
     W_b = \sqrt n\, \mathrm{diag}(s / |g|)\, H\, \mathrm{diag}(g)\, P\, H\,
     \mathrm{diag}(b), \quad g \sim N(0, I_n), \quad s_i \sim \chi_n
 
-  b: random signs; P: a random permutation; H: the Hadamard matrix over
-  :math:`\sqrt n`; n: the least power of two that is at least head_dim, whose
-  last columns are dropped. Each row alone is exactly N(0, I), but rows of a
+  b: random signs; P: a random permutation; H: the Hadamard matrix divided by
+  :math:`\sqrt n`; n: the least power of two that is at least head_dim. Columns
+  beyond head_dim are dropped. Each row alone is exactly N(0, I), but rows of a
   block are similar (their mean squared cosine is 2/(n+2), that of independent
-  rows 1/n), so the variance is larger than that of independent rows. At usual
-  head dims the fast transform, for which the construction was made, gains
-  nothing over a dense product.
+  rows 1/n), so the variance is larger than that of independent rows. The
+  fast transform, for which the construction was made, is not faster than a
+  dense product at usual head dims.
 
   References:
     Le, Sarlos and Smola, Fastfood: Approximating Kernel Expansions in
@@ -103,20 +105,21 @@ class FastFood(base.GaussianRows):
 @base.WEIGHT_MATRICES.register("fastfood_learnable")
 @dataclasses.dataclass(frozen=True)
 class FastFoodLearnable(base.WeightMatrix):
-  r"""Fastfood with three learnable diagonals: 3 numbers per row, not H.
+  r"""Fastfood with three learnable diagonals: 3 numbers per row instead of H.
 
   .. math::
     W_b = \sqrt n\, \mathrm{diag}(s)\, H\, \mathrm{diag}(g)\, P\, H\,
     \mathrm{diag}(b)
 
-  H: the Hadamard matrix over :math:`\sqrt n`; P: a permutation, drawn once and
-  saved with the model, since the diagonals depend on it; n: the least power of
-  two that is at least head_dim, whose last columns are dropped. The diagonals
-  start as those of "fastfood", so each row starts as exactly N(0, I).
+  H: the Hadamard matrix divided by :math:`\sqrt n`; P: a permutation that is
+  drawn once and saved with the model, since the learnt diagonals fit no other;
+  n: the least power of two that is at least head_dim. Columns beyond
+  head_dim are dropped. The diagonals start as those of "fastfood", so each row
+  starts as exactly N(0, I).
 
-  The parameters determine the rows: no noise can be redrawn, and the map learns
-  the kernel of M frequencies. Parameters are "s" ``[M]``, "g" ``[blocks, n]``
-  and "b" ``[blocks, H]``. Entries that only affect dropped rows or columns are
+  There is no noise to redraw: the map learns M frequencies, not a distribution
+  of frequencies. Parameters are "s" ``[M]``, "g" ``[blocks, n]`` and "b"
+  ``[blocks, head_dim]``. Entries that only affect dropped rows or columns are
   left out, so that every parameter has a gradient.
 
   References:
@@ -179,6 +182,6 @@ class FastFoodLearnable(base.WeightMatrix):
 
 
 def _block_shape(num_rows: int, head_dim: int) -> tuple[int, int]:
-  """Returns the number of blocks and their size n."""
+  """Returns the number of blocks and n, the number of rows of each."""
   n = pieces.next_power_of_two(head_dim)
   return -(-num_rows // n), n

@@ -20,7 +20,7 @@ def orthogonal_directions(rng: Array, num_rows: int, head_dim: int) -> Array:
 def orthogonal_rows(
   rng: Array, norms: str, num_rows: int, head_dim: int
 ) -> Array:
-  """Draws `orthogonal_directions` times `row_norms`: ``[M, H]``."""
+  """Draws `orthogonal_directions`, scaled to drawn `row_norms`: ``[M, H]``."""
   direction_rng, norm_rng = jax.random.split(rng)
   directions = orthogonal_directions(direction_rng, num_rows, head_dim)
   lengths = pieces.row_norms(norm_rng, norms, num_rows, head_dim)
@@ -37,9 +37,9 @@ class ORF(base.NormedRows):
     U_b \sim \mathrm{Haar}(H), \quad r_m \sim \chi_H
 
   Each row alone is N(0, I), so every component stays unbiased. Orthogonality
-  lowers the variance of trigonometric maps most: by a factor of 0.38 at
-  :math:`|x - y|^2 \approx 2.6`, H = 32, and not at all once :math:`|x - y|^2`
-  is far above log M.
+  lowers the variance of trigonometric maps most: to 0.38 of that of independent
+  rows at :math:`|x - y|^2 \approx 2.6`, H = 32, but not at all once
+  :math:`|x - y|^2` is far above log M.
 
   Args:
     norms: "chi" (exact marginals), or "sqrt_d" (all norms are sqrt(H): less
@@ -92,9 +92,10 @@ class ORF(base.NormedRows):
 def orf_sqrtd() -> ORF:
   r"""Orthogonal rows that all have norm sqrt(H): `ORF` with norms="sqrt_d".
 
-  Without the tail of :math:`|\omega|` positive maps have far less variance (a
-  factor of 0.38 at scale 0.2, H = 32, M = 128), but for any M they estimate
-  another kernel. With :math:`s = |x - y|^2, t = |x + y|^2`:
+  No row is long, so positive maps have far less variance (0.38 of that of
+  independent rows at scale 0.2, H = 32, M = 128), but for any M they estimate
+  another kernel. With :math:`s = |x - y|^2, t = |x + y|^2` the mean of a
+  trigonometric estimate (first) and of a positive one (second) is:
 
   .. math::
     E\, \hat k = {}_0F_1(; H/2; -H s/4) \approx e^{-s/2} (1 - s^2/4H)
@@ -119,9 +120,10 @@ class ORFAntithetic(ORF):
   r"""Orthogonal rows and their negatives: :math:`W = (B; -B)`.
 
   B is `ORF` with half of the rows (if M is odd, the negative of the last row is
-  left out). Rows sum to zero, which removes the first-order noise of positive
-  maps: a factor of 0.50 at scale 0.2, 0.08 at 0.1 (H = 32, M = 128). A cosine
-  is even, so trigonometric maps only lose half of their rows.
+  left out). Rows sum to zero, which removes the part of the noise of positive
+  maps that is linear in the rows: their variance is 0.50 of that of independent
+  rows at scale 0.2, 0.08 at 0.1 (H = 32, M = 128). A cosine is even, so
+  trigonometric maps gain nothing and lose half of their rows.
 
   Args:
     norms: "chi" (exact marginals) or "sqrt_d" (see "orf_sqrtd_anti").
@@ -179,9 +181,10 @@ def orf_sqrtd_anti() -> ORFAntithetic:
 
   With M = 2H it is the third-degree spherical-radial rule (the nodes of the
   cubature Kalman filter) under a random rotation; larger M stack such rules.
-  Kernel estimates of degree up to 3 in w are exact for every draw. The bias is
-  that of "orf_sqrtd". The error of PosRF, bias included, is 0.13 of that of
-  independent rows at scale 0.2, 0.01 at 0.1 (H = 32, M = 128).
+  Means over the rows of a polynomial of degree up to 3 are then exact for every
+  draw. The bias is that of "orf_sqrtd". The mean squared error of PosRF, bias
+  included, is 0.13 of that of independent rows at scale 0.2, 0.01 at 0.1
+  (H = 32, M = 128).
 
   References:
     Arasaratnam and Haykin, Cubature Kalman Filters, 2009.
@@ -202,12 +205,12 @@ class ORFPairedNorms(base.GaussianRows):
     W = \mathrm{diag}(r)\, U, \quad r_{2k} = F^{-1}(u_k), \quad
     r_{2k+1} = F^{-1}(1 - u_k), \quad u_k \sim U(0, 1)
 
-  U as in `ORF`, F the cdf of the chi law with H degrees of freedom. The rows of
-  a pair are in the same block of H rows; the last row of an odd block has no
-  partner and an independent norm. Each row alone is N(0, I). A decreasing
-  coupling is optimal for two orthogonal rows. The trigonometric variance falls
-  to 0.060 of that of independent rows at scale 0.1, H = 32 (0.089 for `ORF`);
-  positive maps gain nothing.
+  U is as in `ORF`; F is the cdf of the chi law with H degrees of freedom. The
+  rows of a pair are in the same block of H rows; if H is odd, the last row of a
+  block has no partner and an independent norm. Each row alone is N(0, I). For
+  two orthogonal rows this decreasing coupling of the norms is optimal. The
+  trigonometric variance falls to 0.060 of that of independent rows at scale
+  0.1, H = 32 (0.089 for `ORF`); positive maps gain nothing over `ORF`.
 
   References:
     Reid et al., Variance-Reducing Couplings for Random Features, 2024
@@ -253,9 +256,9 @@ class ORFStratifiedNorms(base.GaussianRows):
     W = \mathrm{diag}(r)\, U, \quad r_m = F^{-1}((\pi(m) + u_m) / M), \quad
     u_m \sim U(0, 1)
 
-  U as in `ORF`, F the cdf of the chi law with H degrees of freedom,
-  :math:`\pi` a random permutation of all M rows. Each row alone is N(0, I). As
-  accurate as "orf_pnc", without pairs.
+  U is as in `ORF`; F is the cdf of the chi law with H degrees of freedom;
+  :math:`\pi` is a random permutation of 0 .. M - 1. Each row alone is N(0, I).
+  It is as accurate as "orf_pnc" and needs no pairs.
 
   References:
     Stratified sampling (McKay, Beckman and Conover, 1979) of the norms of Yu et

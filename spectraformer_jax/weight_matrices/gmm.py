@@ -14,7 +14,7 @@ from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array, Params, Projection, WeightSample
 from spectraformer_jax.weight_matrices import base, learners, networks, pieces
 
-# Standard deviation of the initial means, if there are several components.
+# Standard deviation of the initial means of a mixture of several Gaussians.
 MEAN_SPREAD = 0.1
 CONTEXTS = ("keys", "learned")
 
@@ -28,10 +28,10 @@ class GMM(learners.Learner):
     w_m = \mu_k + \sigma_k \odot \epsilon_m, \quad
     a_m = \pi_k / R_k, \quad \pi = \mathrm{softmax}(l)
 
-  Every component k has nearly the same number :math:`R_k` of rows: floor(M / K)
-  or one more. Its share :math:`\pi_k` is in the row weights, which have a
-  gradient; components are not sampled. With z = x - y and v = x + y the maps
-  estimate
+  Each Gaussian k of the mixture has nearly the same number :math:`R_k` of rows:
+  floor(M / K) or one more. Its share :math:`\pi_k` enters through the row
+  weights :math:`a_m` and so has a gradient, which it would not have if the
+  number of rows were sampled. With z = x - y and v = x + y the maps estimate
 
   .. math::
     \sum_k \pi_k \cos(\mu_k \cdot z) e^{-|\sigma_k \odot z|^2 / 2}
@@ -39,14 +39,14 @@ class GMM(learners.Learner):
     e^{-(|x|^2 + |y|^2)/2} \sum_k \pi_k
     e^{\mu_k \cdot v + |\sigma_k \odot v|^2 / 2} \quad \text{(positive)}
 
-  At the start :math:`\pi_k = 1/K`. A single component has mean 0 and variance
-  1. Several components have different means, drawn from N(0, 0.01 I), and
-  variances of 0.99, so that each row is exactly N(0, I) over the draw of the
-  parameters.
+  At the start :math:`\pi_k = 1/K`. A single Gaussian starts with mean 0 and
+  variance 1. Several Gaussians start with different means, drawn from
+  N(0, 0.01 I), and variances of 0.99, so that each row is exactly N(0, I) over
+  the draw of the parameters.
 
   Args:
     base: as for `Learner`.
-    num_components: K.
+    num_components: K, the number of Gaussians.
     min_log_sigma: lower bound of log sigma, below 0.
     max_log_sigma: upper bound of log sigma, above 0; it limits positive
       kernels, which grow with exp(sigma^2). Log sigma approaches the bounds
@@ -58,8 +58,8 @@ class GMM(learners.Learner):
 
   References:
     Chowdhury, Solomou, Dubey and Sachan, On Learning the Transformer Kernel,
-    2021 (2110.08323), GMM-RKS. The paper mixes attention outputs, this class
-    kernels.
+    2021 (2110.08323), GMM-RKS. The paper mixes the outputs of attention; this
+    class mixes kernels.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -142,16 +142,16 @@ class GMM(learners.Learner):
 @base.WEIGHT_MATRICES.register("cov")
 @dataclasses.dataclass(frozen=True)
 class Cov(learners.Learner):
-  r"""Gaussian rows of a learnable covariance.
+  r"""Gaussian rows with a learnable covariance.
 
   .. math::
     W = E L^\top, \quad E\, \hat k = e^{-z^\top L L^\top z / 2}
     \text{ (trigonometric, Gaussian; } z = x - y)
 
-  L is lower triangular with a positive diagonal. The parameters are its lower
-  triangle, row by row; the diagonal goes through softplus. It starts as the
-  identity. Equivalent to a learnable linear map of queries and keys before the
-  feature map.
+  E is the noise. L is lower triangular with a positive diagonal and starts as
+  the identity. The parameters are its lower triangle, row by row; the diagonal
+  goes through softplus. The matrix acts like a learnable linear map of queries
+  and keys before the feature map.
 
   Args:
     base: as for `Learner`.
@@ -161,7 +161,7 @@ class Cov(learners.Learner):
 
   References:
     Chowdhury et al., On Learning the Transformer Kernel, 2021 (2110.08323),
-    GMM-RKS with one component, its covariance full as in DARKFormer
+    GMM-RKS with one component, but with a full covariance as in DARKFormer
     (2603.04127).
 
   Example:
@@ -204,7 +204,7 @@ class Cov(learners.Learner):
 @base.WEIGHT_MATRICES.register("variational")
 @dataclasses.dataclass(frozen=True)
 class Variational(learners.Learner):
-  r"""Gaussian rows; a network computes mean and scale from the sequence.
+  r"""Gaussian rows whose mean and scale a network computes from the sequence.
 
   .. math::
     w_m = \mu(c) + \sigma(c) \odot \epsilon_m, \quad
@@ -212,10 +212,11 @@ class Variational(learners.Learner):
 
   The last layer of the network starts at zero, so W starts as the noise. The
   context c is the mean of the visible keys of a sequence, without gradient. So
-  each example has its own W ``[B, N, M, H]``, which costs memory. Non-causal
-  attention computes the context itself; elsewhere `FeatureMap.calibrate` does,
-  as leaf "rows" of the stats. Causal attention raises an error, since the mean
-  depends on future keys; it needs ``context="learned"`` or explicit stats.
+  each of B examples has its own W in each of N heads, ``[B, N, M, H]``, which
+  costs memory. Non-causal attention computes the context itself; elsewhere
+  `FeatureMap.calibrate` returns it as leaf "rows" of the stats. Causal
+  attention raises an error, since the mean depends on future keys; it needs
+  ``context="learned"`` or explicit stats.
 
   Args:
     base: as for `Learner`.
@@ -295,7 +296,7 @@ class Variational(learners.Learner):
   ) -> WeightSample:
     noise = learners.noise_of(projection)
     if isinstance(context, tuple):
-      # A parameter, or zeros for callers that only need shapes.
+      # The learnt context, or zeros for callers that only need shapes.
       context = params.get("context", jnp.zeros_like(noise[0]))
     mu, log_sigma = self.mean_and_log_sigma(params, context)
     return WeightSample(mu[None, :] + jnp.exp(log_sigma)[None, :] * noise)
@@ -306,8 +307,8 @@ class Variational(learners.Learner):
     .. math::
       \tfrac12 \sum_j (\sigma_j^2 + \mu_j^2 - 1 - 2 \log \sigma_j)
 
-    Zero at the start. A training loss can add its mean over examples and heads,
-    times 1e-3 to 1e-2, to keep the law near N(0, I).
+    It is zero at the start. To keep the law near N(0, I), a training loss can
+    add the mean of this number over examples and heads, times 1e-3 to 1e-2.
 
     Args:
       params: of one head.

@@ -40,7 +40,7 @@ def hadamard_product(signs: Array) -> Array:
 
 
 def _drop_columns(rng: Array, norms: str, rows: Array, head_dim: int) -> Array:
-  """Keeps the first head_dim columns; for "chi", then draws new norms."""
+  """Keeps the first head_dim columns; if norms="chi", then draws new norms."""
   rows = rows[:, :head_dim]
   return pieces.chi_rows(rng, rows) if norms == "chi" else rows
 
@@ -48,24 +48,25 @@ def _drop_columns(rng: Array, norms: str, rows: Array, head_dim: int) -> Array:
 @base.WEIGHT_MATRICES.register("rom")
 @dataclasses.dataclass(frozen=True)
 class ROM(base.GaussianRows):
-  r"""Random orthogonal matrices, S-Rademacher: k sign-randomised Hadamards.
+  r"""Random orthogonal matrices, S-Rademacher: Hadamards with random signs.
 
   .. math::
     W_b = \sqrt n\, H D_1 H D_2 \cdots H D_k
 
-  H: Hadamard matrix over :math:`\sqrt n`; D: independent diagonals of random
-  signs; n: the least power of two that is at least head_dim, whose last columns
-  are dropped. Mean and covariance of a row are exact. The rows of a block are
-  orthogonal if head_dim = n; otherwise they are not, and norms vary.
+  H: the Hadamard matrix divided by :math:`\sqrt n`; D: independent diagonals of
+  random signs; n: the least power of two that is at least head_dim. Columns
+  beyond head_dim are dropped. Mean and covariance of a row are exactly 0 and I.
+  The rows of a block are orthogonal if head_dim = n; otherwise they are not,
+  and their norms vary.
 
   Args:
     num_factors: k >= 2; 3 is "sorf" and the usual choice. With a single factor
-      the product of an input along an axis and any row would be plus or minus
-      the norm of the input.
+      all rows would have the same product, plus or minus |x|, with an input x
+      along an axis.
     norms: "sqrt_d": rows as they are, of norm sqrt(head_dim) (in the mean
-      square, if head_dim < n), with about the mean given at "orf_sqrtd";
-      "chi": norms of independent Gaussian rows, which leave almost no bias
-      (directions are not quite uniform).
+      square, if head_dim < n); estimates have about the mean given at
+      "orf_sqrtd". "chi": norms of independent Gaussian rows, which leave almost
+      no bias (the directions are not quite uniform).
 
   Raises:
     ValueError: `num_factors` is not an integer >= 2; unknown `norms`.
@@ -120,13 +121,14 @@ class ROM(base.GaussianRows):
 @base.WEIGHT_MATRICES.register("sorf")
 @dataclasses.dataclass(frozen=True)
 class SORF(ROM):
-  r"""Structured orthogonal random features: three signed Hadamards.
+  r"""Structured orthogonal random features: three Hadamards, random signs.
 
   .. math::
     W_b = \sqrt n\, H D_1 H D_2 H D_3
 
-  `ROM` with its option `num_factors` fixed to 3. As accurate as "orf_sqrtd"
-  (norms "sqrt_d") or "orf" (norms "chi"), from random signs alone.
+  `ROM` with its option `num_factors` fixed to 3. It is as accurate as
+  "orf_sqrtd" (norms "sqrt_d") or "orf" (norms "chi"); its directions need
+  random signs alone.
 
   Args:
     norms: "sqrt_d": rows as they are; "chi": norms of independent Gaussian
@@ -176,19 +178,20 @@ class ROMHybrid(base.GaussianRows):
     \end{pmatrix}, \qquad B = \sqrt n\, H D_U H D_1 H D_2
     \text{ or } \sqrt n\, H D_1 H D_2 H D_U
 
-  :math:`D_U` has entries :math:`e^{2 \pi i u}`, the other diagonals random
-  signs; n as in `ROM`. A complete block has 2 n rows with
-  :math:`W_b^\top W_b = 2 n I`, but the rows are not orthogonal to one another.
-  So the variance falls only with M >= 2 n (a trigonometric factor of 0.39 at
-  scale 0.2, H = 32; 0.85 with half a block).
+  :math:`D_U` has entries :math:`e^{2 \pi i u}` with uniform u, the other
+  diagonals have random signs; H and n are as in `ROM`. A complete block has 2 n
+  rows with :math:`W_b^\top W_b = 2 n I`, but the rows are not orthogonal to one
+  another. So the variance is much lower only with M >= 2 n (for trigonometric
+  maps 0.39 of that of independent rows at scale 0.2, H = 32; 0.85 with half a
+  block).
 
   Args:
     norms: "sqrt_d": rows as they are, of norm sqrt(head_dim) in the mean
       square; "chi": norms of independent Gaussian rows.
     circle_factor: position of :math:`D_U`: "outermost" (first formula) or
-      "innermost" (second). In the second, an input along an axis meets one
-      phase only: the bias of the trigonometric estimate is up to 0.09 at
-      |x - y|^2 = 2, instead of 0.01.
+      "innermost" (second). In the second formula an input along an axis is
+      multiplied by one phase only: the bias of the trigonometric estimate is up
+      to 0.09 at |x - y|^2 = 2, instead of 0.01.
 
   Raises:
     ValueError: unknown `norms` or `circle_factor`.
@@ -241,7 +244,8 @@ class ROMHybrid(base.GaussianRows):
       signs = pieces.random_signs(sign_rng, (num_blocks, 2, n))
       phase = 2.0 * np.pi * open_uniform(phase_rng, (num_blocks, 1, n))
       circle = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=1)
-      # D_U is cos + i sin: cosines give the real part, sines the imaginary.
+      # The formula is linear in D_U = cos + i sin: with the cosines in its
+      # place it gives the real part of B, with the sines the imaginary part.
       shared = jnp.broadcast_to(signs[:, None], (num_blocks, 2, 2, n))
       factors = [circle[:, :, None, :], shared]
       if self.circle_factor == "innermost":

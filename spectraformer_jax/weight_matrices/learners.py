@@ -3,8 +3,8 @@
 A learner draws noise (the rows of an approximator) and transforms it into rows.
 The redraw interval of the training loop decides what is learnt: with new noise
 at every step gradients are those of the kernel; with fixed noise they are those
-of ordinary learnt features. Weight decay skips these parameters, since smaller
-frequencies would be another kernel.
+of ordinary learnt features. Weight decay skips the parameters of learners: it
+would shrink the frequencies, and so change the kernel.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from spectraformer_jax.weight_matrices.base import (
 )
 from spectraformer_jax.weight_matrices.row_laws import RowLaw
 
-# In float32 `inverse_softplus` of smaller norms is not finite.
+# Least norm of a row: 0 has no `inverse_softplus`, and a zero row no direction.
 MIN_NORM = 1e-6
 
-# Facts of a learner; the other arguments are those of `WeightMatrixInfo`.
+# Makes the `WeightMatrixInfo` of a learner from its remaining fields.
 learner_facts = functools.partial(
   WeightMatrixInfo, group="learner", marginals="exact", learnable=True
 )
@@ -36,9 +36,9 @@ learner_facts = functools.partial(
 class Learner(WeightMatrix):
   """Base of the learners that transform the rows of another weight matrix.
 
-  At initialisation `transform` preserves the law of Gaussian rows, so every
-  component starts unbiased. Dependence between rows of the noise (orthogonal
-  rows, stratified norms) is preserved as well, and with it the lower variance.
+  With the parameters of `init`, `transform` keeps the law of Gaussian rows, so
+  every component starts unbiased. It keeps dependence between rows of the noise
+  (orthogonal rows, stratified norms) as well, and with it the lower variance.
 
   Args:
     base: name of the weight matrix whose rows are the noise; its rows must be
@@ -48,7 +48,7 @@ class Learner(WeightMatrix):
     facts: `info` for a base of exact marginals that accepts any sizes.
 
   Raises:
-    ValueError: unknown `base`, or one that does not meet these conditions.
+    ValueError: unknown `base`, or one that makes other rows.
   """
 
   facts: ClassVar[WeightMatrixInfo]
@@ -110,9 +110,9 @@ def noise_of(projection: Projection) -> Array:
 
 
 def soft_clip(x: Array, low: float, high: float) -> Array:
-  """Clips smoothly into (low, high); close to the identity around 0.
+  """Clips smoothly to (low, high): nearly the identity around 0.
 
-  Unlike a hard clip it has a nonzero gradient everywhere.
+  Unlike that of a hard clip, the gradient does not drop to 0 at the bounds.
 
   Args:
     x: any shape, float32.
@@ -140,7 +140,7 @@ def check_log_sigma_range(low: float, high: float) -> None:
 
 
 def inverse_softplus(x: Array) -> Array:
-  """Returns the y with ``jax.nn.softplus(y) == x``, for x > 0.
+  """Returns y such that ``jax.nn.softplus(y) == x``, for x > 0.
 
   Example:
     >>> import jax

@@ -18,8 +18,8 @@ from spectraformer_jax.weight_matrices.row_laws import ENTRY_LAWS, RowLaw
 class IID(base.WeightMatrix):
   """Independent rows of the component's row law: plain Monte Carlo.
 
-  Unbiased for every component. The variance of one row divided by M is the
-  denominator of the variance ratios that other matrices quote.
+  Every component is unbiased. Other matrices state their variance as a ratio to
+  the variance of this matrix, which is that of one row divided by M.
 
   References:
     Rahimi and Recht, Random Features for Large-Scale Kernel Machines, 2007,
@@ -59,9 +59,9 @@ class Antithetic(base.GaussianRows):
   .. math::
     W = (G; -G), \quad G_{mj} \sim N(0, 1)
 
-  The rows of the first half are independent; if M is odd, the negative of the
-  last row is left out. Each row alone is N(0, I). The variance against
-  independent rows is exactly :math:`1 - e^{-|x + y|^2}` for positive maps, and
+  The rows of G are independent; if M is odd, the negative of the last row is
+  left out. Each row alone is N(0, I). The variance, divided by that of
+  independent rows, is exactly :math:`1 - e^{-|x + y|^2}` for positive maps and
   exactly 2 for trigonometric ones (a cosine is even, so half of the rows repeat
   the other half).
 
@@ -103,18 +103,18 @@ class Importance(base.WeightMatrix):
 
   .. math::
     w_m \sim N(0, \sigma^2 I), \quad
-    \log a_m M = H \log \sigma - \tfrac12 |w_m|^2 (1 - \sigma^{-2})
+    \log (M a_m) = H \log \sigma - \tfrac12 |w_m|^2 (1 - \sigma^{-2})
 
-  Unbiased with its weights for every component. The variance of the weights
-  is exponential in H: at H = 32, sigma = 1.1 increases the variance of
+  The row weights :math:`a_m` make every component unbiased. Their variance is
+  exponential in H: at H = 32, sigma = 1.1 increases the variance of
   trigonometric maps by a factor of 1.6 to 6. It lowers the variance of positive
   maps at large :math:`|x + y|` only. Component "oprf" samples with
-  :math:`\sigma^2 = 1 - 4 A` and chooses A for the data: use it instead of this
-  matrix, not with it.
+  :math:`\sigma^2 = 1 - 4 A` and chooses A for the data: use "oprf" instead of
+  this matrix, not with it.
 
   Args:
-    sigma: scale of the rows, above 1/sqrt(2); at or below it the second moment
-      of the weights is infinite.
+    sigma: scale of the rows, above 1/sqrt(2); at 1/sqrt(2) or below, the second
+      moment of the weights is infinite.
 
   Raises:
     ValueError: sigma too small, or not finite.
@@ -169,18 +169,18 @@ class Sparse(base.GaussianRows):
     W_{mj} = \sqrt{H / q}\, g_{mj}\, [j \in S_m], \quad
     S_m \text{ a uniform } q\text{-subset}, \quad g \sim N(0, 1)
 
-  Mean and covariance are those of N(0, I), but rows are not Gaussian: the mean
-  of trigonometric estimates is the mean over q-subsets S of
-  :math:`\exp(-\tfrac{H}{2q} |z_S|^2)`, z = x - y, which is too large (by 0.5
-  for axis-aligned inputs at q = 4, H = 32). The variance of positive maps is
+  Mean and covariance are those of N(0, I), but rows are not Gaussian. With
+  z = x - y, the mean of trigonometric estimates is the mean over q-subsets S of
+  :math:`\exp(-\tfrac{H}{2q} |z_S|^2)`, which is too large (by 0.5 for
+  axis-aligned inputs at q = 4, H = 32). The variance of positive maps is
   many hundred times that of independent rows at scale 0.2. Sparse rows are not
   faster on an accelerator.
 
   Args:
-    nonzeros: q, nonzero entries of a row.
+    nonzeros: q, the number of nonzero entries of a row (before mixing).
     hadamard: mix the coordinates by random signs and a Hadamard matrix and draw
-      chi norms. Then accuracy is that of independent rows on generic inputs;
-      on axis-aligned and constant inputs the bias is up to 0.07 (at
+      chi norms. Then the accuracy is that of independent rows on most inputs,
+      but on axis-aligned and constant inputs the bias is up to 0.07 (at
       |x - y|^2 = 2).
 
   Raises:
@@ -233,8 +233,8 @@ class Sparse(base.GaussianRows):
     rows = _sparse_rows(row_rng, num_rows, size, self.nonzeros)
     if not self.hadamard:
       return math.sqrt(head_dim / self.nonzeros) * rows
-    # Signs come after the Hadamard product; before it they would change
-    # nothing, since the law of the entries is symmetric.
+    # Signs come after the Hadamard product; before it they would not change the
+    # law of the rows, since that of the entries is symmetric.
     signs = pieces.random_signs(sign_rng, (1, head_dim))
     table = pieces.hadamard(size)[:, :head_dim]
     mixed = jnp.matmul(rows, table, precision="highest")
@@ -247,7 +247,7 @@ class Sparse(base.GaussianRows):
 
 
 def _sparse_rows(rng: Array, num_rows: int, size: int, nonzeros: int) -> Array:
-  """Draws rows ``[M, size]``: `nonzeros` normals at random places, else 0."""
+  """Draws rows ``[M, size]``: N(0, 1) at `nonzeros` random places, else 0."""
   place_rng, value_rng = jax.random.split(rng)
   scores = jax.random.bits(place_rng, (num_rows, size), jnp.uint32)
   _, places = jax.lax.top_k(scores, nonzeros)

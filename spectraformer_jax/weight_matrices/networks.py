@@ -10,7 +10,7 @@ from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.typing import Array, Params, Projection
 from spectraformer_jax.weight_matrices import base, learners, pieces
 
-# A coupling scales by at most exp(MAX_LOG_SCALE).
+# A coupling multiplies a coordinate by at most exp(MAX_LOG_SCALE).
 MAX_LOG_SCALE = 1.5
 
 
@@ -18,12 +18,12 @@ def init_perceptron(rng: Array, widths: tuple[int, ...]) -> Params:
   """Returns parameters of a perceptron whose output is zero for every input.
 
   The last layer starts at zero, the others with zero biases and Gaussian
-  kernels of variance 1 over fan-in. So the first training step changes the last
+  kernels of variance 1 / fan-in. So the first training step changes the last
   layer only; the layers before it have a gradient from the second step on.
 
   Args:
     rng: PRNG key.
-    widths: of the input, the hidden layers and the output.
+    widths: numbers of units of the input, the hidden layers and the output.
 
   Returns:
     ``{"layer_0": {"kernel": [in, out], "bias": [out]}, ...}`` float32.
@@ -80,10 +80,11 @@ class Generator(learners.Learner):
 
   The MLP has GELU between layers and a linear output that starts at zero, so W
   starts as the noise. Each row depends on its own noise only. Unlike the
-  published form there are no batch statistics and no tanh at the output, which
-  bounds the frequencies and cannot be N(0, I). The learnt law need not be
-  symmetric: a trigonometric map estimates the real part of its characteristic
-  function; a positive map estimates a function of x + y that differs at -x - y.
+  published network, this one has no batch statistics and no tanh at its output:
+  a tanh bounds the frequencies, which then cannot have the law N(0, I). The
+  learnt law need not be symmetric. A trigonometric map estimates the real part
+  of its characteristic function; a positive map estimates a function of x + y
+  whose values at x + y and -(x + y) may differ.
 
   Args:
     base: as for `Learner`.
@@ -143,8 +144,9 @@ class Flow(learners.Learner):
     (\ell, t) = \mathrm{MLP}(w_A), \quad
     w_B \leftarrow w_B \odot e^{\ell} + t
 
-  Affine couplings of the two halves A and B of the coordinates. The halves swap
-  roles after each coupling; :math:`\ell` is clipped smoothly to (-1.5, 1.5).
+  Each step is an affine coupling: one half A of the coordinates scales and
+  shifts the other half B. The halves swap roles after each coupling;
+  :math:`\ell` is clipped smoothly to (-1.5, 1.5).
   The networks start at zero, so W starts as the noise. Unlike "generator", the
   transformation is invertible and the density of the rows is known: see
   `inverse` and `kl`.
@@ -220,7 +222,7 @@ class Flow(learners.Learner):
     return self.forward(params, noise)[0]
 
   def forward(self, params: Params, noise: Array) -> tuple[Array, Array]:
-    """Returns rows ``[M, H]`` and log-determinants ``[M]`` of the Jacobians."""
+    """Returns rows ``[M, H]``, log-determinants of their Jacobians ``[M]``."""
     w, log_det = noise, jnp.zeros(noise.shape[:1], noise.dtype)
     for i in range(self.num_couplings):
       changed, log_scale, shift = self._coupling(params, i, w)
@@ -239,9 +241,10 @@ class Flow(learners.Learner):
   def kl(self, params: Params, projection: Projection) -> Array:
     """Estimates the KL divergence of the law of the rows from N(0, I).
 
-    The mean over rows of ``log q(w) - log N(w; 0, I)``: unbiased, and zero at
-    the start. A training loss can add about 1e-3 times this number to stay near
-    the kernel for which the component was designed.
+    The estimate is the mean over rows of ``log q(w) - log N(w; 0, I)``, where q
+    is the density of the rows: unbiased, and zero at the start. A training loss
+    can add about 1e-3 times this number to stay near the kernel for which the
+    component was designed.
 
     Args:
       params: of one head.
@@ -258,7 +261,7 @@ class Flow(learners.Learner):
   def _coupling(
     self, params: Params, i: int, w: Array
   ) -> tuple[slice, Array, Array]:
-    """Returns the coordinates that coupling i changes, log-scale and shift."""
+    """Returns the coordinates that coupling i changes, log-scales, shifts."""
     unchanged, changed = _split(i, w.shape[-1])
     out = apply_perceptron(params[f"coupling_{i}"], w[:, unchanged])
     raw, shift = jnp.split(out, 2, axis=-1)

@@ -17,7 +17,7 @@ class NoRows(base.WeightMatrix):
   """No rows, for deterministic components such as ELU+1.
 
   References:
-    None: the name "none" in a pair says that nothing is random.
+    None. The name "none" in a pair says that the pair has no random rows.
 
   Example:
     >>> import spectraformer_jax as sf

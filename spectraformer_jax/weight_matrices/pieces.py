@@ -29,14 +29,14 @@ def random_signs(rng: Array, shape: tuple[int, ...]) -> Array:
 def haar(rng: Array, num_blocks: int, dim: int) -> Array:
   """Draws independent uniform (Haar) orthogonal matrices.
 
-  One batched QR decomposition with the signs that make its Q uniform. Without
-  these signs the entries of a row have nonzero means, and every positive map is
-  biased.
+  Uses one batched QR decomposition, with the signs that make its Q uniform.
+  Without these signs the entries of a row have nonzero means, and every
+  positive map is biased.
 
   Args:
     rng: PRNG key.
     num_blocks: number of matrices.
-    dim: rows of each.
+    dim: number of rows of each matrix.
 
   Returns:
     ``[num_blocks, dim, dim]`` float32.
@@ -70,7 +70,7 @@ def random_permutations(rng: Array, shape: tuple[int, ...]) -> Array:
 
 
 def chi_norms(rng: Array, num_rows: int, dim: int) -> Array:
-  """Draws norms of independent vectors of N(0, I_dim): ``[num_rows]`` float32.
+  """Draws the norms of independent N(0, I_dim) vectors: ``[num_rows]`` float32.
 
   Example:
     >>> chi_norms(jax.random.key(0), 5, 8).shape
@@ -91,7 +91,7 @@ def row_norms(rng: Array, norms: str, num_rows: int, dim: int) -> Array:
   Args:
     rng: PRNG key.
     norms: "chi" (independent, of the chi law), "sqrt_d" (all sqrt(dim)) or
-      "stratified" (one in each 1/M of the chi law).
+      "stratified" (of the chi law, one in each of M cells of probability 1/M).
     num_rows: M.
     dim: degrees of freedom of the chi law.
 
@@ -117,10 +117,10 @@ def set_norms(rows: Array, norms: Array) -> Array:
 
 
 def chi_rows(rng: Array, rows: Array) -> Array:
-  """Scales rows ``[M, H]`` to independent chi norms: those of Gaussian rows.
+  """Scales rows ``[M, H]`` to the norms of independent Gaussian rows.
 
-  A zero row has no direction and becomes a Gaussian row. (Dropping columns can
-  leave zero rows.)
+  A zero row has no direction and becomes a Gaussian row. (Dropping columns of a
+  larger matrix can leave zero rows.)
 
   Example:
     >>> w = chi_rows(jax.random.key(0), jnp.array([[3.0, 0.0], [0.0, 0.0]]))
@@ -133,11 +133,12 @@ def chi_rows(rng: Array, rows: Array) -> Array:
 def rescale_rows(rows: Array, gaussian: Array) -> Array:
   """Scales each row to the norm of the same row of `gaussian`: ``[M, H]``.
 
-  A zero row becomes the row of `gaussian`. Differentiable in `rows`.
+  A zero row becomes the row of `gaussian`. The result is differentiable in
+  `rows`.
   """
   square = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
   gaussian_square = jnp.sum(jnp.square(gaussian), axis=-1, keepdims=True)
-  # A row whose entries cancel has a square of about 1e-12, by rounding.
+  # A row that is zero but for rounding errors has a square of about 1e-12.
   nonzero = square > 1e-8
   scale = jnp.sqrt(gaussian_square / jnp.where(nonzero, square, 1.0))
   return jnp.where(nonzero, rows * scale, gaussian)
@@ -161,13 +162,12 @@ def antithetic_rows(half: Array, num_rows: int) -> Array:
 
 
 def chi_ppf(u: Array, dim: int) -> Array:
-  """Inverse cdf of the chi law: the quantile u of the norm of N(0, I_dim).
+  """Inverts the cdf of the chi law, the law of the norm of N(0, I_dim).
 
-  Six Newton steps in log(r^2 / 2) for the regularised incomplete gamma
-  function, from the Wilson-Hilferty approximation. A lower bound of the
-  quantile limits the start from below; without it, small u at small dim
-  diverge. Above u = 1/2 the steps solve for the upper tail, where 1 - u has
-  more digits.
+  Solves ``gammainc(dim / 2, r^2 / 2) = u`` by six Newton steps in log(r^2 / 2),
+  from the Wilson-Hilferty approximation. The start is at least a lower bound of
+  the quantile; without this bound the steps diverge for small u at small dim.
+  Above u = 1/2 the steps solve for the upper tail, where 1 - u has more digits.
 
   Args:
     u: any shape, float32, inside (0, 1).
@@ -200,14 +200,15 @@ def chi_ppf(u: Array, dim: int) -> Array:
 
 
 def stratified_uniforms(rng: Array, num: int) -> Array:
-  """Draws a uniform in each cell (i / num, (i + 1) / num), in random order.
+  """Draws one number in each cell (i / num, (i + 1) / num), in random order.
 
-  Each number alone is uniform on (0, 1). The numbers are midpoints of a grid of
-  at most 2**23 cells, so none is 0 or 1 or is rounded into the next cell.
+  Each number alone is uniform on (0, 1). All numbers are midpoints of a finer
+  grid of at most 2**23 intervals, so none is 0 or 1 or is rounded into the next
+  cell.
 
   Args:
     rng: PRNG key.
-    num: number of uniforms, at most 2**22.
+    num: number of cells, at most 2**22.
 
   Returns:
     ``[num]`` float32.
@@ -236,14 +237,16 @@ def next_power_of_two(n: int) -> int:
 
 
 def read_only(table: np.ndarray) -> np.ndarray:
-  """Makes a table read-only and returns it: callers share cached tables."""
+  """Makes a table read-only and returns it; callers share cached tables."""
   table.setflags(write=False)
   return table
 
 
 @functools.lru_cache
 def hadamard(n: int) -> np.ndarray:
-  """Sylvester's Hadamard matrix over sqrt(n): symmetric and orthogonal.
+  """Returns Sylvester's Hadamard matrix divided by sqrt(n).
+
+  This matrix is symmetric and orthogonal.
 
   Args:
     n: a power of two.
@@ -268,14 +271,14 @@ def hadamard(n: int) -> np.ndarray:
 
 @functools.lru_cache
 def simplex(k: int, dim: int) -> np.ndarray:
-  """Unit vectors to the corners of a regular simplex: all angles are equal.
+  """Returns unit vectors to the corners of a regular simplex.
 
-  Inner products are -1 / (k - 1), the least value that all pairs can share, and
-  the vectors sum to zero. A single vector, k = 1, is the first axis.
+  All inner products are -1 / (k - 1), the least value that all pairs can share,
+  and the vectors sum to zero. A single vector, k = 1, is the first axis.
 
   Args:
     k: number of vectors, at most dim + 1.
-    dim: length of each.
+    dim: number of entries of each vector.
 
   Returns:
     ``[k, dim]`` float32, NumPy, read-only.

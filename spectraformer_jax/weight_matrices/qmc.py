@@ -1,7 +1,7 @@
 """Rows from quasi-Monte Carlo points: evenly spread over the unit cube.
 
 A point is ``[H]`` uint32: the integer u 2**32 stands for the coordinate u in
-[0, 1). Random shifts of integers, and counts of points in a cell, are exact.
+[0, 1). In integers, random shifts and the number of points in a cell are exact.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from spectraformer_jax.weight_matrices import base, pieces, row_laws
 # Laine and Karras 2011, Stratified Sampling for Stochastic Transparency. The
 # multipliers are even, so that a bit depends on itself and on lower bits alone.
 _HASH_MULTIPLIERS = (0x6C50B47C, 0xB82F1E52, 0xC7AFE638, 0x8D22F6E6)
-# Shape of the table of Sobol directions.
+# Shape of the table of Sobol directions: coordinates, bits.
 MAX_DIM, MAX_BITS = 256, 20
 SEQUENCES = ("sobol", "lattice", "halton")
 SCRAMBLINGS = ("shift", "lms", "owen")
 MULTIPLIERS = ("best", "random")
-# Most rows of a lattice with random multipliers: products fit into uint32.
+# Most rows of a lattice with random multipliers: its products fit into uint32.
 MAX_RANDOM_LATTICE = 2**16
 _SOURCES = {
   "sobol": "Avron et al. 2016, section 3; Sobol points of Joe and Kuo 2008",
@@ -46,8 +46,8 @@ def sobol_directions() -> np.ndarray:
   """Loads the direction numbers of the Sobol sequence (Joe and Kuo, 2008).
 
   They are derived from the points of scipy 1.17. Point 2**c of the Gray-code
-  order differs from the point before it by direction number c alone. So
-  ``sobol_directions.npy`` is, for every c::
+  order is the point before it XOR direction number c. So column c of
+  ``sobol_directions.npy`` is made by::
 
     sobol = scipy.stats.qmc.Sobol(256, scramble=False, bits=30)
     sobol.fast_forward(2**c - 1)  # not for c = 0: the first call would return 0
@@ -63,7 +63,7 @@ def sobol_directions() -> np.ndarray:
 
 
 def sobol_points(directions: Array, num_points: int) -> Array:
-  """Returns the first points of the digital sequence of some directions.
+  """Returns the first points of the digital sequence of given directions.
 
   Args:
     directions: direction numbers ``[H, bits]`` uint32, most significant bit
@@ -105,10 +105,10 @@ def halton_points(num_points: int, dim: int) -> np.ndarray:
 def lattice_points(num_points: int, dim: int) -> np.ndarray:
   """Returns a Korobov lattice ``[M, H]`` uint32.
 
-  Coordinate j of point m is the fraction of m a**j / M. Of the multipliers a
-  that are tried, the chosen one has the least sum of the lattice criterion P2
-  over all pairs of coordinates. A bad multiplier repeats coordinates: 17 has
-  only 8 different powers modulo 128.
+  Coordinate j of point m is the fractional part of m a**j / M. Of the
+  multipliers a that are tried, the chosen one has the least sum of the lattice
+  criterion P2 over all pairs of coordinates. A bad multiplier repeats
+  coordinates: 17 has only 8 different powers modulo 128.
   """
   best = min(
     _multipliers(num_points, dim),
@@ -118,9 +118,10 @@ def lattice_points(num_points: int, dim: int) -> np.ndarray:
 
 
 def random_lattice_points(rng: Array, num_points: int, dim: int) -> Array:
-  """Draws a Korobov lattice ``[M, H]`` uint32: a random odd multiplier below M.
+  """Draws a Korobov lattice ``[M, H]`` uint32 by its multiplier.
 
-  M is at most 2**16; products of larger numbers would overflow.
+  The multiplier is a random odd number below M. M is at most 2**16; products of
+  larger numbers would overflow.
   """
   size = jnp.uint32(num_points)
   half = jax.random.randint(rng, (), 0, max(num_points // 2, 1), jnp.int32)
@@ -134,7 +135,7 @@ def random_lattice_points(rng: Array, num_points: int, dim: int) -> Array:
   points = index[:, None] * powers[None, :] % size
   if num_points == 1:
     return points
-  # The integer part of points * 2**32 / M.
+  # The integer part of points * 2**32 / M, without overflow.
   whole, rest = divmod(2**32, num_points)
   return points * jnp.uint32(whole) + points * jnp.uint32(rest) // size
 
@@ -156,7 +157,7 @@ def scramble_directions(rng: Array, directions: Array) -> Array:
 
   Multiplies the bits of each coordinate by a random lower triangular matrix
   over GF(2) with ones on its diagonal: an output bit depends on the input bit
-  at its place and on the input bits above it.
+  at its place and on the more significant ones.
   """
   place = np.arange(32, dtype=np.uint64)
   unit = (np.uint64(1) << (31 - place)).astype(np.uint32)
@@ -171,8 +172,8 @@ def scramble_directions(rng: Array, directions: Array) -> Array:
 def owen_scramble(rng: Array, points: Array) -> Array:
   """Scrambles points by Owen's nested uniform scramble.
 
-  A bit flips depending on a hash (Laine and Karras) of all the bits above it,
-  with a random seed for each coordinate. Each point alone is exactly uniform,
+  A hash (Laine and Karras) of all more significant bits decides whether a bit
+  flips; each coordinate has a random seed. Each point alone is exactly uniform,
   and a digital net stays a net.
   """
   seed = jax.random.bits(rng, (1, points.shape[1]), jnp.uint32)
@@ -203,7 +204,7 @@ def _primes(count: int) -> list[int]:
 
 
 def _multipliers(num_points: int, dim: int) -> list[int]:
-  """Returns multipliers coprime to `num_points`, fewer for large tables."""
+  """Returns up to 64 numbers coprime to `num_points`; fewer for large sizes."""
   candidates = np.arange(1, max(num_points // 2, 1) + 1)
   coprime = candidates[np.gcd(candidates, num_points) == 1].tolist()
   trials = min(max(2**23 // (num_points * dim), 8), 64)
@@ -225,7 +226,7 @@ def _pair_criterion(points: np.ndarray) -> float:
 
 
 def _to_bits(points: np.ndarray) -> np.ndarray:
-  """Returns coordinates in [0, 1) as read-only uint32."""
+  """Returns coordinates u in [0, 1) as integers u 2**32, uint32, read-only."""
   return pieces.read_only(np.floor(points * 2.0**32).astype(np.uint32))
 
 
@@ -238,12 +239,13 @@ class QMC(base.WeightMatrix):
     W_{mj} = F^{-1}(u_{mj}), \quad u_1, \ldots, u_M
     \text{ the first points of a randomised sequence in } [0, 1)^H
 
-  Row m is point m, column j its coordinate j. The randomisation makes each
-  point alone uniform, so each row has exactly the component's row law (any law)
-  and every component stays unbiased. Sobol points, under each scrambling, put
-  exactly one of M = 2^k points into each 1/M of every coordinate; another M
-  takes the first M points, which are a little less balanced. Low variance for
-  positive maps at small distances, and for trigonometric ones.
+  Row m is point m, column j its coordinate j, both mapped by the inverse cdf of
+  the component's row law (any law). The randomisation makes each point alone
+  uniform, so each row has exactly this law and every component stays unbiased.
+  If M is a power of two, Sobol points, under each scrambling, put exactly one
+  point into each of M equal cells of every coordinate; for another M the points
+  are a little less balanced. The variance is low for positive maps at small
+  distances, and for trigonometric ones.
 
   Args:
     sequence: "sobol"; "lattice" (Korobov); "halton", whose coordinates beyond
@@ -251,10 +253,10 @@ class QMC(base.WeightMatrix):
     scrambling: "shift" (of the bits for Sobol, modulo 1 for the others); for
       Sobol also "lms", a random linear scramble and a shift, and "owen", a
       nested uniform scramble by a hash.
-    multiplier: a of the lattice, whose coordinate j steps by a^j / M: "best",
-      good for all pairs of coordinates, or "random", an odd one for each draw
-      (M up to 2**16). A random one often repeats coordinates: worse than
-      independent rows for trigonometric maps.
+    multiplier: the integer a of the lattice, whose coordinate j steps by
+      a^j / M: "best", good for all pairs of coordinates, or "random", an odd
+      one for each draw (M up to 2**16). A random multiplier often repeats
+      coordinates: worse than independent rows for trigonometric maps.
 
   Raises:
     ValueError: unknown `sequence`, `scrambling` or `multiplier`, or one that

@@ -16,17 +16,18 @@ from spectraformer_jax.weight_matrices import base, pieces
 from spectraformer_jax.weight_matrices.row_laws import RowLaw, open_uniform
 
 GROWTHS = ("odd", "linear")
-# Most nodes of the grid of SGQ, and of the rule of GQ.
+# Most nodes of the grid of SGQ, and of the one-dimensional rule of GQ.
 _MAX_GRID = 2**16
 _MAX_NODES = 64
 
 
 @functools.lru_cache
 def gauss_hermite(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the Gauss rule for N(0, 1): exact to degree ``2 num_nodes - 1``.
+  """Returns the Gauss rule for N(0, 1), exact to degree ``2 num_nodes - 1``.
 
   Returns:
-    Nodes, ascending, and weights that sum to 1: ``[L]`` float64, read-only.
+    Nodes, ascending, and weights that sum to 1: ``[num_nodes]`` float64,
+    read-only.
 
   Example:
     >>> nodes, weights = gauss_hermite(3)
@@ -34,7 +35,8 @@ def gauss_hermite(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
     ([3.0, 0.0, 3.0], [0.167, 0.667, 0.167])
   """
   nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
-  # Exactly symmetric, so that e.g. the node 0 of all odd rules is exactly 0.
+  # Makes the rule exactly symmetric, so that the middle node of a rule with an
+  # odd number of nodes is exactly 0.
   nodes = (nodes - nodes[::-1]) / 2.0
   weights = weights + weights[::-1]
   return pieces.read_only(nodes), pieces.read_only(weights / weights.sum())
@@ -44,7 +46,7 @@ def gauss_hermite(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
 def smolyak_grid(
   level: int, dim: int, growth: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  r"""Returns Smolyak's rule for N(0, I_dim), of total degree 2 level - 1.
+  r"""Returns Smolyak's rule for N(0, I_dim), exact to degree 2 level - 1.
 
   .. math::
     A(q, d) = \sum_{q \le |i|_1 \le q + d - 1} (-1)^{q + d - 1 - |i|_1}
@@ -53,7 +55,8 @@ def smolyak_grid(
   Args:
     level: q, at least 1.
     dim: d.
-    growth: nodes of the Gauss rule U_i: "odd", 2 i - 1, or "linear", i.
+    growth: how many nodes the Gauss rule U_i has: "odd", 2 i - 1, or "linear",
+      i.
 
   Returns:
     Nodes ``[K, d]``, all different, and weights ``[K]`` that sum to 1; usually
@@ -68,7 +71,8 @@ def smolyak_grid(
   for excess in range(max(0, level - dim), level):
     missing = level - 1 - excess
     coefficient = (-1) ** missing * math.comb(dim - 1, missing)
-    # Axes whose rule has a single node, 0 (excess 0), are left out.
+    # The excess of an axis is i - 1; `excess` is their sum. An axis of excess 0
+    # is left out: its rule U_1 has the node 0 alone.
     for excesses in _compositions(excess, dim):
       product = list(_product_rule(excesses, growth))
       for axes in itertools.combinations(range(dim), len(excesses)):
@@ -97,7 +101,7 @@ def most_nodes(level: int, dim: int) -> int:
 def _product_rule(
   excesses: tuple[int, ...], growth: str
 ) -> Iterator[tuple[tuple[float, ...], float]]:
-  """Yields nodes and weights of the product of the rules i = excess + 1."""
+  """Yields nodes and weights of the product of the rules U_(excess + 1)."""
   rules = [
     gauss_hermite(2 * excess + 1 if growth == "odd" else excess + 1)
     for excess in excesses
@@ -109,7 +113,10 @@ def _product_rule(
 
 
 def _compositions(total: int, most_parts: int) -> Iterator[tuple[int, ...]]:
-  """Yields all tuples of at most `most_parts` positive integers of this sum."""
+  """Yields tuples of positive integers of sum `total`, of all allowed lengths.
+
+  A tuple has at most `most_parts` entries.
+  """
   if total == 0:
     yield ()
   elif most_parts > 0:
@@ -127,13 +134,14 @@ class GQ(base.GaussianRows):
     P(W_{mj} = x_l) = p_l, \quad l = 1, \ldots, L
 
   with the nodes :math:`x_l` and weights :math:`p_l` of the L-point Gauss rule
-  for N(0, 1). Rows are sampled from the full grid of L^H nodes by their product
-  weights, so they have equal weights. Moments agree with those of the Gaussian
-  up to degree 2 L - 1 in each coordinate. Trigonometric estimates have the mean
+  for N(0, 1). A row is a node of the full grid of L^H nodes, drawn with its
+  weight in the grid as probability; so all rows have equal weight. Moments
+  agree with those of the Gaussian up to degree 2 L - 1 in each coordinate.
+  Trigonometric estimates have the mean
   :math:`\prod_j \sum_l p_l \cos(x_l z_j)`, z = x - y. For axis-aligned inputs
-  at :math:`|z|^2 = 2` its error is up to 0.2 for L = 2 (random signs), 0.04 for
-  L = 3, less than 1e-3 for L = 8. The variance is that of independent rows: a
-  baseline, not an improvement.
+  at :math:`|z|^2 = 2` the error of this mean is up to 0.2 for L = 2 (random
+  signs), 0.04 for L = 3, less than 1e-3 for L = 8. The variance is that of
+  independent rows: a baseline, not an improvement.
 
   Args:
     num_nodes: L, from 2 to 64.
@@ -189,7 +197,7 @@ class SGQ(base.WeightMatrix):
     \hat K(x, y) = \sum_i a_i f_i(x) f_i(y), \quad
     \{(\omega_i, a_i)\} = A(q, H)
 
-  with Smolyak's rule A(q, H), exact for polynomials of total degree 2 q - 1.
+  with Smolyak's rule A(q, H), exact for polynomials of degree up to 2 q - 1.
   The rule is deterministic, so its whole error is bias: tiny for small x and y,
   too large to be of use elsewhere. Some weights are negative (at q = 2 that of
   the origin is 1 - H/3, and the absolute weights add up to about 2 H / 3), so
@@ -198,7 +206,8 @@ class SGQ(base.WeightMatrix):
 
   Args:
     level: q, at least 2. (The rule of level 1 has one node, the origin.)
-    growth: nodes of the one-dimensional rule i: "odd", 2 i - 1, or "linear", i.
+    growth: how many nodes the one-dimensional rule i has: "odd", 2 i - 1, or
+      "linear", i.
     rotate: rotate the grid randomly. Only a rotated grid can be redrawn.
 
   Raises:
@@ -285,7 +294,7 @@ class SGQ(base.WeightMatrix):
     if self.rotate:
       rotation = pieces.haar(rng, 1, head_dim)[0]
       w = jnp.matmul(w, rotation, precision="highest")
-    # At H = 3 the origin of the grid of level 2 has weight 0.
+    # A weight can be 0 (the origin at level 2, H = 3), and its log infinite.
     sizes = np.maximum(np.abs(weights) * len(weights), 1e-30)
     return {
       "w": w,

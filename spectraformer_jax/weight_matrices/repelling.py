@@ -14,14 +14,14 @@ from spectraformer_jax.weight_matrices.geometric import orthogonal_rows
 
 # Sweeps of SimRF+ over the rows of a block.
 SWEEPS = 5
-# Delta in the energy of NOMC, and steps of its descent.
+# Delta in the energy of NOMC, and number of steps of gradient descent on it.
 DELTA = 0.1
 STEPS = 400
 
 
 @functools.lru_cache
 def simplex_blocks(num_rows: int, dim: int) -> np.ndarray:
-  """Stacks simplices of `dim` corners; the last has the remaining rows.
+  """Stacks simplices of `dim` corners; the last has as many as rows remain.
 
   Args:
     num_rows: M.
@@ -56,7 +56,8 @@ class SimRF(base.NormedRows):
   but the last, where k is the number of remaining rows. Each row alone is
   N(0, I). Rows of a block nearly sum to zero, which lowers the variance of
   positive maps to 0.13 of that of independent rows at scale 0.1, H = 32 (0.80
-  for `ORF`). Trigonometric maps are slightly worse than with `ORF`.
+  for `ORF`). The variance of trigonometric maps is slightly higher than with
+  `ORF`.
 
   Args:
     norms: "chi" (exact marginals) or "sqrt_d": all norms sqrt(H), with the mean
@@ -123,8 +124,8 @@ class SimRFPlus(SimRF):
 
   which brings the sum of the block closer to zero. Then the block is rotated.
   Norms stay as they are and the rotation is independent, so each row alone is
-  still N(0, I). The gain over "simrf" is small: a variance factor of 0.11
-  instead of 0.13 at scale 0.1, H = 32.
+  still N(0, I). The gain over "simrf" is small: the variance of positive maps
+  is 0.11 of that of independent rows at scale 0.1, H = 32, instead of 0.13.
 
   Args:
     norms: "chi" (exact marginals) or "sqrt_d": all norms sqrt(H), where a
@@ -162,7 +163,7 @@ class SimRFPlus(SimRF):
       i = step % size
       rest = total - rows[:, i]
       length = jnp.sqrt(jnp.sum(jnp.square(rest), axis=-1, keepdims=True))
-      # Unchanged: a single row, and a row whose others sum to zero.
+      # Keeps a row if there is no direction to turn to: the others sum to zero.
       turned = -norms[:, i, None] * rest / jnp.maximum(length, 1e-6)
       row = jnp.where(length > 1e-4, turned, rows[:, i])
       return rows.at[:, i].set(row), rest + row
@@ -173,11 +174,11 @@ class SimRFPlus(SimRF):
 
 @functools.lru_cache(maxsize=32)
 def repelling_directions(num_rows: int, dim: int) -> np.ndarray:
-  r"""Unit vectors that minimise :math:`\sum 1 / (\delta + |v_i - v_j|^2)`.
+  r"""Makes unit vectors of low energy :math:`\sum 1/(\delta + |v_i - v_j|^2)`.
 
-  Projected gradient descent on the host from a fixed start, once per size. Each
-  step subtracts from each vector a mean of the others, weighted by the
-  derivatives of their terms.
+  Runs projected gradient descent on the host from a fixed start, once per size.
+  Each step subtracts from each vector a weighted mean of the others; a weight
+  is the derivative of the term of the pair.
 
   Args:
     num_rows: M.
@@ -215,7 +216,7 @@ class NOMC(base.NormedRows):
   V is computed once per size on the host (a second at M = 256, H = 64) and
   cached. Each row alone is N(0, I). For M <= H the rows are those of `ORF`. The
   energy separates directions, not lines: it ignores that v and -v are
-  equivalent for a cosine, so trigonometric maps do better with `ORF`.
+  equivalent for a cosine, so trigonometric maps have less variance with `ORF`.
 
   Args:
     norms: "chi" (exact marginals) or "sqrt_d": all norms sqrt(H), with the mean

@@ -12,7 +12,7 @@ from spectraformer_jax.typing import Array, Params, Projection, WeightSample
 from spectraformer_jax.weight_matrices import base, learners, pieces
 from spectraformer_jax.weight_matrices.row_laws import RowLaw, open_uniform
 
-# Factors B P D of a butterfly matrix.
+# Number of factors B P D of a butterfly matrix.
 STAGES = 3
 
 
@@ -60,15 +60,15 @@ class Butterfly(base.WeightMatrix):
     r_m \sim \chi_H
 
   D: random signs; P: random permutations; B: log2(n) layers of n/2 rotations of
-  planes by uniform angles; n: the least power of two that is at least H, whose
-  last columns are dropped. If head_dim = n, blocks are exactly orthogonal and
+  planes by uniform angles; n: the least power of two that is at least H.
+  Columns beyond H are dropped. If H = n, blocks are exactly orthogonal and
   directions nearly uniform: errors are those of `ORF`, the bias is about 0.01
   at most.
 
   Args:
     norms: "chi": norms of independent Gaussian rows; "sqrt_d": rows of norm
-      sqrt(H) (in the mean square, if head_dim < n), with about the mean given
-      at "orf_sqrtd".
+      sqrt(H) (in the mean square, if H < n); estimates then have about the mean
+      given at "orf_sqrtd".
     learnable: the angles are parameters that start at a random draw. Blocks are
       orthogonal for any angles. Such a matrix cannot be redrawn.
 
@@ -148,7 +148,7 @@ class Butterfly(base.WeightMatrix):
     return super().rows(params, projection, context)
 
   def _rotated_rows(self, drawn: Projection, angles: Array) -> Array:
-    """Returns rows ``[M, H]``; leaf "w" is a Gaussian matrix of their norms."""
+    """Returns rows ``[M, H]``; chi norms are those of the rows of leaf "w"."""
     signs, order = drawn["signs"], drawn["permutation"].astype(jnp.int32)
     blocks = jax.vmap(butterfly_matrix)(signs, order, angles)
     num_rows, head_dim = drawn["w"].shape
@@ -167,11 +167,11 @@ def _draw_angles(rng: Array, num_rows: int, head_dim: int) -> Array:
 
 
 def reflections(vectors: Array) -> Array:
-  r"""Products of Householder reflections, :math:`\prod_k (I - 2 u_k u_k^\top)`.
+  r"""Multiplies Householder reflections: :math:`\prod_k (I - 2 u_k u_k^\top)`.
 
   Args:
-    vectors: ``[blocks, K, H]``, of any norm; u are the unit vectors. The factor
-      of a zero vector is the identity.
+    vectors: ``[blocks, K, H]``, of any norm; :math:`u_k` is vector k divided by
+      its norm. The factor of a zero vector is the identity.
 
   Returns:
     ``[blocks, H, H]``, orthogonal for any vectors.
@@ -197,16 +197,16 @@ def reflections(vectors: Array) -> Array:
 
 
 def haar_reflections(rng: Array, num_blocks: int, dim: int) -> Array:
-  """Draws vectors whose `reflections` are Haar, but for random column signs.
+  """Draws vectors whose `reflections`, with random column signs, are Haar.
 
   Vector k is ``x + sign(x_k) |x| e_k``, where x is N(0, I) on the coordinates k
-  and above and zero on the others (Stewart 1980). Reflections in Gaussian
-  vectors on all coordinates are not Haar.
+  and above and zero on the others (Stewart 1980). Gaussian vectors on all
+  coordinates would not give Haar matrices.
 
   Args:
     rng: PRNG key.
     num_blocks: number of matrices.
-    dim: rows of each.
+    dim: number of rows of each matrix.
 
   Returns:
     ``[num_blocks, dim - 1, dim]`` float32.
@@ -231,7 +231,8 @@ class LearnedORF(base.WeightMatrix):
   Rows of a block are orthogonal for any parameters. At the start the product of
   reflections and D is a uniform (Haar) orthogonal matrix and the norms are
   drawn from the chi law, so W starts as "orf". D is a diagonal of random signs
-  in the projection. The parameters determine the rows: nothing can be redrawn.
+  in the projection; it is never redrawn, since the learnt reflections fit these
+  signs only.
 
   References:
     Stewart, The Efficient Generation of Random Orthogonal Matrices, 1980; as

@@ -1,8 +1,9 @@
 """Row laws: the distributions that components require of the entries of W.
 
 The entries of a row are independent under every law. A weight matrix that
-couples its rows draws uniforms and calls `RowLaw.from_uniform`; one that only
-makes Gaussian rows (orthogonal, structured, learnt) refuses other laws.
+spreads its rows evenly ("lhs", "qmc") draws dependent uniforms and calls
+`RowLaw.from_uniform`. One that only makes Gaussian rows (orthogonal,
+structured, learnt) does not list other laws in `WeightMatrixInfo.row_laws`.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class RowLaw:
 
 
 def open_uniform(rng: Array, shape: tuple[int, ...]) -> Array:
-  """Draws float32 uniforms strictly inside (0, 1): `ndtri` is finite there."""
+  """Draws float32 uniforms strictly inside (0, 1), where `ndtri` is finite."""
   return bits_to_open_uniform(jax.random.bits(rng, shape, jnp.uint32))
 
 
@@ -46,7 +47,7 @@ def bits_to_open_uniform(bits: Array) -> Array:
 
 
 def _no_rows(*_: object) -> Array:
-  """Returns no entries, for components without rows."""
+  """Returns an empty array, for components without rows."""
   return jnp.zeros((0,), jnp.float32)
 
 
@@ -69,7 +70,7 @@ ROW_LAWS = {
 }
 
 
-# Laws for a weight matrix that draws, or inverts, one entry at a time.
+# Laws for a weight matrix that makes each entry by `sample` or `from_uniform`.
 ENTRY_LAWS = tuple(name for name in ROW_LAWS if name != "none")
 
 

@@ -31,17 +31,17 @@ class SSR(base.WeightMatrix):
 
   with the H + 1 corners :math:`v_i` of a regular simplex in each block b. One
   row is the origin, :math:`\omega_0 = 0`; the other M - 1 rows come from as
-  many blocks as needed. Unbiased with its weights for every component.
-  :math:`a_0` is negative in about half of the draws, so estimates can be
-  negative. Its noise does not decrease with the distance, so the variance is
-  lower at small :math:`|x - y|` only (for trigonometric maps it is 5 times that
-  of independent rows at scale 0.5).
+  many blocks as needed. The row weights :math:`a` make every component
+  unbiased. :math:`a_0` is negative in about half of the draws, so estimates can
+  be negative. The noise of :math:`a_0` does not decrease with the distance, so
+  the variance is lower at small :math:`|x - y|` only (for trigonometric maps it
+  is 5 times that of independent rows at scale 0.5).
 
   Args:
     symmetric: use corners and their negatives, next to each other. Complete
-      blocks are then exact for polynomials of degree 3, otherwise of degree 2.
-      For positive maps; trigonometric features of a row and its negative are
-      equal.
+      blocks are then exact for polynomials of degree 3 instead of 2. This
+      option is for positive maps; trigonometric features of a row and its
+      negative are equal.
 
   Raises:
     ValueError: when built: fewer than 2 rows.
@@ -163,11 +163,12 @@ class SROMC(base.WeightMatrix):
     \omega_{il} = \sqrt{2 T_l}\, u_i, \quad a_{il} = \lambda_l L / M
 
   with the nodes :math:`T_l` and normalised weights :math:`\lambda_l` of the
-  L-point Gauss-Laguerre rule of order H/2 - 1 (the law of :math:`|w|^2 / 2`),
-  and M / L directions :math:`u_i`, orthogonal in blocks of H. The mean of
-  trigonometric estimates is :math:`\sum_l \lambda_l\, {}_0F_1(; H/2; -T_l s /
-  2)`, :math:`s = |x - y|^2`: a bias of about 1e-3 at L = 2. Since each
-  direction is used L times, it suits small distances only.
+  L-point Gauss-Laguerre rule of order H/2 - 1 (for the law of
+  :math:`|w|^2 / 2`), and M / L directions :math:`u_i`, orthogonal in blocks of
+  H. With :math:`s = |x - y|^2` the mean of trigonometric estimates is
+  :math:`\sum_l \lambda_l\, {}_0F_1(; H/2; -T_l s / 2)`: a bias of about 1e-3 at
+  L = 2. Since each direction is used L times, these rows suit small distances
+  only.
 
   Args:
     num_radii: L, from 1 to 16.
@@ -232,13 +233,13 @@ class SROMC(base.WeightMatrix):
 
 @functools.lru_cache
 def gauss_laguerre(num_nodes: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-  """Gauss rule for the law of ``|w|^2 / 2`` with w of N(0, I_dim).
+  """Returns the Gauss rule for the law of ``|w|^2 / 2`` with w of N(0, I_dim).
 
-  This is the Gamma law of shape dim / 2. The nodes are the eigenvalues of the
-  Jacobi matrix of its orthogonal polynomials (Golub and Welsch 1969).
+  This law is the Gamma law of shape dim / 2. The nodes are the eigenvalues of
+  the Jacobi matrix of its orthogonal polynomials (Golub and Welsch 1969).
 
   Returns:
-    Nodes, and weights that sum to 1: ``[L]`` float64, read-only.
+    Nodes, and weights that sum to 1: ``[num_nodes]`` float64, read-only.
 
   Example:
     >>> nodes, weights = gauss_laguerre(2, 8)
@@ -257,7 +258,10 @@ def gauss_laguerre(num_nodes: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 def _sphere_nodes(
   rng: Array, num_nodes: int, dim: int, symmetric: bool
 ) -> Array:
-  """Draws rotated simplices on spheres of independent radii chi_{dim + 2}."""
+  """Draws rotated simplices on spheres, as nodes ``[num_nodes, dim]``.
+
+  The radii are independent, of the chi law with dim + 2 degrees of freedom.
+  """
   corners = pieces.simplex(dim + 1, dim)
   if symmetric:
     corners = np.stack([corners, -corners], axis=1).reshape(-1, dim)

@@ -27,17 +27,19 @@ class SSF(base.GaussianRows):
     W = \mathrm{diag}(r)\, P\, Q, \quad Q \sim \mathrm{Haar}(H), \quad
     P_\tau = m^{-1/2} [\cos(2\pi k\tau/n), \sin(2\pi k\tau/n)]_{k \in \Lambda}
 
-  with m = ceil(H / 2) frequencies, n = ceil(M / 2) times tau, and a second
-  half of P in which (cos, sin) becomes (-sin, cos). The frequencies are chosen
-  once for each (M, H), on the host, by coordinate descent on the energy
-  :math:`\sum_{i \neq j} |p_i - p_j|^{-2}`. The random rotation makes each row
-  exactly N(0, I); the points alone are deterministic, and biased. If H is odd,
-  it rotates H + 1 coordinates, of which the last is dropped. Low variance for
-  trigonometric and positive maps.
+  :math:`\Lambda` has m = ceil(H / 2) integer frequencies k; :math:`\tau` takes
+  n = ceil(M / 2) values 0 .. n - 1. These are half of the points; in the other
+  half (-sin, cos) replaces (cos, sin). The frequencies are chosen once for each
+  (M, H), on the host, by coordinate descent on the energy
+  :math:`\sum_{i \neq j} |p_i - p_j|^{-2}` of the rows p of P. The random
+  rotation and the random norms make each row of W exactly N(0, I); the points
+  alone are deterministic, and biased. If H is odd, the rotation acts on H + 1
+  coordinates and the last one is dropped. The variance is low for trigonometric
+  and positive maps.
 
   Args:
-    norms: "stratified" (one norm in each 1/M of the chi law) or "chi"
-      (independent norms).
+    norms: both of the chi law: "stratified" (one norm in each of M cells of
+      probability 1/M) or "chi" (independent norms).
 
   Raises:
     ValueError: unknown `norms`. When built: num_features below
@@ -95,7 +97,7 @@ class SSF(base.GaussianRows):
 def structured_points(num_rows: int, head_dim: int) -> np.ndarray:
   """Returns unit points P ``[M, 2 ceil(H / 2)]`` float32, NumPy, read-only.
 
-  If num_rows is odd, the last point is dropped.
+  An odd M drops the last point.
   """
   frequencies = np.array(choose_frequencies(num_rows, head_dim))
   times = np.arange(-(-num_rows // 2))
@@ -111,10 +113,12 @@ def choose_frequencies(num_rows: int, head_dim: int) -> tuple[int, ...]:
   """Returns m different frequencies of 1 .. n - 1 with a low energy.
 
   Coordinate descent: replaces one frequency after the other by the unused
-  frequency, of at most 256 candidates, that lowers the energy most.
+  frequency, of at most 256 candidates, that lowers the energy most. n is
+  ceil(num_rows / 2), m is ceil(head_dim / 2).
   """
   size, num_times = _num_frequencies(head_dim), -(-num_rows // 2)
   lags = np.arange(num_times)
+  # Multiples of the golden ratio give a fixed order that mixes all frequencies.
   golden = (np.sqrt(5.0) - 1.0) / 2.0
   order = np.argsort(np.arange(1, num_times) * golden % 1.0) + 1
   chosen, unused = list(order[:size]), list(order[size:])
@@ -127,6 +131,7 @@ def choose_frequencies(num_rows: int, head_dim: int) -> tuple[int, ...]:
     return cosines[steps], sines[steps]
 
   def energies(cos_sum: np.ndarray, sin_sum: np.ndarray) -> np.ndarray:
+    # Squared distances at each lag, within a half of the points and across.
     within = 2.0 - 2.0 * cos_sum[:, 1:] / size
     across = 2.0 - 2.0 * sin_sum / size
     # Frequencies with a common period repeat points: a large, finite energy.
@@ -137,6 +142,7 @@ def choose_frequencies(num_rows: int, head_dim: int) -> tuple[int, ...]:
   cos_sum, sin_sum = (wave.sum(axis=0) for wave in waves(chosen))
   for sweep in range(_SWEEPS):
     for place in range(size):
+      # Every stride-th unused frequency, from another start each time.
       candidates = range((sweep * size + place) % stride, len(unused), stride)
       cos, sin = waves([chosen[place], *(unused[i] for i in candidates)])
       cos_sum, sin_sum = cos_sum - cos[0], sin_sum - sin[0]

@@ -13,7 +13,7 @@ from spectraformer_jax.registry import check_int
 from spectraformer_jax.typing import Array, Params
 from spectraformer_jax.weight_matrices import base, learners
 
-# Knots span these normal scores; 1 row entry in 16,000 lies outside.
+# Knots reach from -SPAN to SPAN; 1 Gaussian entry in 16,000 lies outside.
 SPAN = 4.0
 # Distance of the outermost knots of the radial spline from sqrt(head_dim): more
 # than four standard deviations of the norm of a Gaussian row.
@@ -38,9 +38,9 @@ def monotone_spline(
   """Evaluates an increasing function with learnable values at the knots.
 
   The value at knot 0 is `start`; the value at knot i is that at knot i - 1 plus
-  ``softplus(increments[i - 1])``. The slope outside the knots is 1. The value
-  is a sum of ramps, one per interval: the gradient of a look-up would be a
-  scatter.
+  ``softplus(increments[i - 1])``. The slope outside the knots is 1. The code
+  adds ramps, one per interval, since a look-up of the interval would have a
+  scatter as its gradient.
 
   Args:
     x: any shape, float32.
@@ -77,11 +77,12 @@ class BBQ(learners.Learner):
   .. math::
     w_{mj} = q_j(\epsilon_{mj}), \quad q_j \text{ increasing}
 
-  :math:`q_j` is the quantile function of coordinate j as a function of normal
-  scores: piecewise linear between knots from -4 to 4, of slope 1 outside. Its
-  increments go through softplus, so it increases for any parameters. It starts
-  as the identity. The learnt kernel is a product over coordinates. Bases that
-  spread entries evenly, "lhs" or "qmc", suit it as well as "orf".
+  :math:`q_j` turns N(0, 1) into the law of coordinate j, so it is the quantile
+  function of this law after the normal cdf. It is piecewise linear between
+  knots from -4 to 4, of slope 1 outside. Its increments go through softplus, so
+  it increases for any parameters. It starts as the identity. The learnt kernel
+  is a product over coordinates. Bases that spread entries evenly ("lhs", "qmc")
+  are suitable as well as "orf".
 
   Args:
     base: as for `Learner`.
@@ -147,13 +148,13 @@ class LearnedRadial(learners.Learner):
     g \text{ increasing}, \quad g(0) = 0
 
   Directions stay uniform, so the kernel depends only on :math:`|x - y|` (for a
-  positive map on :math:`|x + y|`) and is a mixture of Gaussian kernels of all
-  widths. g is piecewise linear between 0 and knots around sqrt(H), has slope 1
-  beyond them, and starts as the identity.
+  positive map on :math:`|x + y|`) and is a mean over norms r of kernels
+  :math:`{}_0F_1(; H/2; -r^2 |x - y|^2 / 4)`. g is piecewise linear between 0
+  and knots around sqrt(H), has slope 1 beyond them, and starts as the identity.
 
   Args:
-    base: as for `Learner`. "orf_strat", orthogonal rows with one norm per
-      quantile cell, samples the norms most evenly.
+    base: as for `Learner`. The default, "orf_strat", has orthogonal rows with
+      one norm per quantile cell, which samples the norms most evenly.
     num_pieces: number of intervals between knots, each of which has one
       parameter per head.
 
@@ -161,8 +162,8 @@ class LearnedRadial(learners.Learner):
     ValueError: `num_pieces` is not an integer of at least 2; unknown `base`.
 
   References:
-    Tompkins et al., Black Box Quantiles for Kernel Learning, 2019, for the
-    norms of Yu et al., Orthogonal Random Features, 2016, equation 4.
+    Tompkins et al., Black Box Quantiles for Kernel Learning, 2019, applied to
+    the norms of Yu et al., Orthogonal Random Features, 2016, equation 4.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -201,7 +202,7 @@ class LearnedRadial(learners.Learner):
     return (learned / norms)[:, None] * noise
 
   def _knots(self, head_dim: int) -> np.ndarray:
-    """Returns 0 and evenly spaced knots in the range of Gaussian norms."""
+    """Returns 0 and evenly spaced knots over the norms of Gaussian rows."""
     end = math.sqrt(head_dim) + RADIAL_SPAN
     first = max(math.sqrt(head_dim) - RADIAL_SPAN, end / self.num_pieces)
     return np.append(0.0, np.linspace(first, end, self.num_pieces))

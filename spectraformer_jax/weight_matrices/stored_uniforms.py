@@ -1,9 +1,10 @@
 """Uniforms stored as integers, for laws whose parameter comes from data.
 
-The rows of the Poisson, geometric and hash laws are the 23 bits b of uniforms
-u = (b + 1/2) / 2**23; the component inverts the cdf once it knows the parameter
-of the law. Integers keep all their bits when a projection is stored in
-bfloat16; a uniform rounded to bfloat16 would follow another law.
+An entry under the Poisson, geometric or hash law is an integer b of 23 bits,
+which stands for the uniform u = (b + 1/2) / 2**23; the component inverts the
+cdf once it knows the parameter of the law. Integers keep all their bits when a
+projection is stored in bfloat16 (they are stored as float32); a uniform rounded
+to bfloat16 would follow another law.
 """
 
 import jax
@@ -15,13 +16,13 @@ NUM_BITS = 23
 
 
 def draw(rng: Array, shape: tuple[int, ...]) -> Array:
-  """Draws independent bits, int32 in [0, 2**23)."""
+  """Draws independent integers of 23 random bits, int32 in [0, 2**23)."""
   bits = jax.random.bits(rng, shape, jnp.uint32)
   return (bits >> (32 - NUM_BITS)).astype(jnp.int32)
 
 
 def from_uniform(uniform: Array) -> Array:
-  """Returns the bits, int32, of float32 uniforms in (0, 1)."""
+  """Returns the integers b, int32, for float32 uniforms in (0, 1)."""
   return jnp.floor(uniform * 2.0**NUM_BITS).astype(jnp.int32)
 
 
@@ -29,7 +30,7 @@ def to_uniform(bits: Array) -> Array:
   """Returns float32 uniforms u strictly inside (0, 1); u and 1 - u are exact.
 
   Args:
-    bits: from `draw` or `from_uniform`, in any dtype that holds 23 bits.
+    bits: b from `draw` or `from_uniform`, in any dtype that holds 23 bits.
 
   Example:
     >>> float(to_uniform(from_uniform(0.75)))

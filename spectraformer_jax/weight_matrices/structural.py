@@ -15,16 +15,19 @@ from spectraformer_jax.weight_matrices import base, pieces
 
 ROW_NORMS = ("shared", "chi")
 KINDS = ("toeplitz", "hankel", "circulant", "ldr")
-# Defaults of kind "ldr": displacement rank, nonzero entries of sparse factors.
+# Kind "ldr": default displacement rank; nonzero entries of a sparse factor.
 RANK = 4
 NONZEROS = 5
 
 
 def circulant(vector: Array) -> Array:
-  """Circulant matrices ``[..., n, n]``: entry (i, j) is vector[(i - j) mod n].
+  """Makes circulant matrices: entry (i, j) is vector[(i - j) mod n].
 
   Args:
     vector: ``[..., n]``, the first column.
+
+  Returns:
+    ``[..., n, n]``.
 
   Example:
     >>> import jax.numpy as jnp
@@ -43,9 +46,9 @@ class SCRF(base.GaussianRows):
   .. math::
     W_b = \mathrm{circ}(g)\, \mathrm{diag}(b), \quad g \sim N(0, I_H)
 
-  with random signs b of the columns (a cosine would not see signs of rows).
-  Each row alone is N(0, I). All rows of a block have the norm of g, which costs
-  variance; in "scrf_chi" each row has its own norm.
+  with random signs b of the columns (signs of rows would not change a cosine).
+  Each row alone is N(0, I). All rows of a block have the norm of g, which
+  raises the variance; in "scrf_chi" each row has its own norm.
 
   Args:
     norms: "shared": rows as they are; "chi": independent norms of Gaussian
@@ -129,10 +132,10 @@ def scrf_chi() -> SCRF:
 
 
 def toeplitz(budget: Array, num_rows: int, dim: int) -> Array:
-  """Toeplitz matrix ``[M, H]``: entry (m, j) is budget[m - j + H - 1].
+  """Makes a Toeplitz matrix ``[M, H]``: entry (m, j) is budget[m - j + H - 1].
 
   Args:
-    budget: ``[M + H - 1]``.
+    budget: ``[M + H - 1]``, all the different entries.
     num_rows: M.
     dim: H.
 
@@ -144,10 +147,10 @@ def toeplitz(budget: Array, num_rows: int, dim: int) -> Array:
 
 
 def hankel(budget: Array, num_rows: int, dim: int) -> Array:
-  """Hankel matrix ``[M, H]``: entry (m, j) is budget[m + j].
+  """Makes a Hankel matrix ``[M, H]``: entry (m, j) is budget[m + j].
 
   Args:
-    budget: ``[M + H - 1]``.
+    budget: ``[M + H - 1]``, all the different entries.
     num_rows: M.
     dim: H.
 
@@ -159,7 +162,7 @@ def hankel(budget: Array, num_rows: int, dim: int) -> Array:
 
 
 def skew_circulant(vector: Array) -> Array:
-  """Like `circulant`, with opposite signs above the diagonal.
+  """Makes matrices as `circulant` does, with opposite signs above the diagonal.
 
   Args:
     vector: ``[..., n]``, the first column.
@@ -175,19 +178,20 @@ def skew_circulant(vector: Array) -> Array:
 
 
 def low_displacement(rng: Array, num_blocks: int, dim: int, rank: int) -> Array:
-  r"""Blocks :math:`\sum_i \mathrm{circ}(g_i)\, \mathrm{skew}(h_i)`.
+  r"""Draws blocks :math:`\sum_i \mathrm{circ}(g_i)\, \mathrm{skew}(h_i)`.
 
-  Each g is Gaussian. Each h is zero except for 5 entries (n, if that is less)
-  at random places, of equal size and random signs.
+  Each g is Gaussian; skew is `skew_circulant`. Each h is zero except for 5
+  entries (n, if that is less) at random places, of equal size and random signs.
 
   Args:
     rng: PRNG key.
     num_blocks: number of blocks.
     dim: n.
-    rank: terms of the sum.
+    rank: number of terms of the sum.
 
   Returns:
-    ``[num_blocks, n, n]`` float32, rows of mean covariance I.
+    ``[num_blocks, n, n]`` float32; the covariance of a row is I on average over
+    h.
 
   Example:
     >>> low_displacement(jax.random.key(0), 3, 8, 2).shape
@@ -214,20 +218,22 @@ class PModel(base.GaussianRows):
   .. math::
     W = A\, D_1 H D_0, \qquad A_m = g^\top P_m, \quad g \sim N(0, I)
 
-  A is Toeplitz or Hankel (M + H - 1 Gaussian numbers for the whole matrix),
-  circulant (H per block) or of low displacement rank (rank n per block).
-  :math:`D_1 H D_0` (Hadamard matrix and random signs) mixes the inputs, so that
-  no input is special; where head_dim is not a power of two, it is :math:`D_0`
-  alone. Each row alone is exactly N(0, I); of kind "ldr" it is so on average
-  over the sparse factor (bias 0.005). Norms of rows are equal or nearly equal,
-  which costs variance.
+  Row m of A is g times a matrix :math:`P_m` that sets its structure: A is
+  Toeplitz or Hankel (M + head_dim - 1 Gaussian numbers for the whole matrix),
+  circulant (head_dim per block) or of low displacement rank (``rank * n`` per
+  block; n: the least power of two that is at least head_dim). The factor
+  :math:`D_1 H D_0` (Hadamard matrix and random signs) mixes the coordinates of
+  an input, so that no input is special; if head_dim is not a power of two, this
+  factor is :math:`D_0` alone, except for "ldr". Each row alone is exactly
+  N(0, I); for kind "ldr" only on average over the sparse factor (bias 0.005).
+  Norms of rows are equal or nearly equal, which raises the variance.
 
   Args:
     kind: "toeplitz", "hankel", "circulant" or "ldr".
     norms: "shared": rows as they are; "chi": independent norms of Gaussian
       rows, which lower the error to that of independent rows.
-    rank: displacement rank of "ldr" (4 if None; more is closer to independent
-      rows); None for the other kinds.
+    rank: displacement rank of "ldr" (4 if None; with a larger rank rows are
+      closer to independent); None for the other kinds.
 
   Raises:
     ValueError: unknown `kind` or `norms`, a `rank` that is not a positive
@@ -326,8 +332,8 @@ PModelLDR = base.WEIGHT_MATRICES.alias(
 def mix_inputs(rng: Array, blocks: Array) -> Array:
   """Multiplies blocks ``[L, rows, n]`` from the right by ``D1 H D0``.
 
-  If n is not a power of two, there is no Hadamard matrix H and the factor is
-  the diagonal of random signs D0 alone.
+  D0 and D1 are diagonals of random signs, H is the Hadamard matrix divided by
+  sqrt(n). If n is not a power of two, the factor is D0 alone.
 
   Example:
     >>> mixed = mix_inputs(jax.random.key(0), jnp.eye(4)[None])[0]
