@@ -72,10 +72,10 @@ class WeightMatrix:
   and overrides `draw`. An approximator draws its rows. A learner draws noise,
   creates parameters in `init`, and computes rows from both in `rows`.
 
-  All methods are pure and see one head; the caller adds heads by `jax.vmap`.
-  In shapes M is `num_rows` and H is `head_dim`. A table that depends on sizes
-  alone is a NumPy array, cached by `functools.lru_cache`: a cached JAX array
-  could come from inside a trace, and must not outlive that trace.
+  All methods are pure and see one head; the caller adds heads by `jax.vmap`. In
+  shapes M is `num_rows` and H is `head_dim`. A table that depends on sizes
+  alone is a NumPy array, cached by `functools.lru_cache`: a JAX array made
+  inside a trace must not outlive the trace, so it must not be cached.
 
   Attributes:
     info: facts about the matrix. If they depend on the options, make it by
@@ -163,7 +163,7 @@ class GaussianRows(WeightMatrix):
 
 @dataclasses.dataclass(frozen=True)
 class NormedRows(GaussianRows):
-  """Base of `GaussianRows` that have either chi norms or equal norms.
+  """Base of matrices whose rows have either chi norms or equal norms.
 
   Args:
     norms: "chi" (those of independent Gaussian rows), or "sqrt_d" (all norms

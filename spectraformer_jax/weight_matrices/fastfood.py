@@ -58,9 +58,9 @@ class FastFood(base.GaussianRows):
   :math:`\sqrt n`; n: the least power of two that is at least head_dim. Columns
   beyond head_dim are dropped. Each row alone is exactly N(0, I), but rows of a
   block are similar (their mean squared cosine is 2/(n+2), that of independent
-  rows 1/n), so the variance is larger than that of independent rows. The
-  fast transform, for which the construction was made, is not faster than a
-  dense product at usual head dims.
+  rows 1/n), so the variance is larger than that of independent rows. The fast
+  transform, for which the construction was made, is not faster than a dense
+  product at usual head dims.
 
   References:
     Le, Sarlos and Smola, Fastfood: Approximating Kernel Expansions in
@@ -113,9 +113,9 @@ class FastFoodLearnable(base.WeightMatrix):
 
   H: the Hadamard matrix divided by :math:`\sqrt n`; P: a permutation that is
   drawn once and saved with the model, since the learnt diagonals fit no other;
-  n: the least power of two that is at least head_dim. Columns beyond
-  head_dim are dropped. The diagonals start as those of "fastfood", so each row
-  starts as exactly N(0, I).
+  n: the least power of two that is at least head_dim. Columns beyond head_dim
+  are dropped. The diagonals start as those of "fastfood", so each row starts as
+  exactly N(0, I).
 
   There is no noise to redraw: the map learns M frequencies, not a distribution
   of frequencies. Parameters are "s" ``[M]``, "g" ``[blocks, n]`` and "b"

@@ -1,4 +1,4 @@
-"""Orthogonal rows: independent, fixed or dependent norms, and negatives."""
+"""Orthogonal rows with independent, equal or coupled norms; negated rows."""
 
 import dataclasses
 
@@ -183,8 +183,8 @@ def orf_sqrtd_anti() -> ORFAntithetic:
   cubature Kalman filter) under a random rotation; larger M stack such rules.
   Means over the rows of a polynomial of degree up to 3 are then exact for every
   draw. The bias is that of "orf_sqrtd". The mean squared error of PosRF, bias
-  included, is 0.13 of that of independent rows at scale 0.2, 0.01 at 0.1
-  (H = 32, M = 128).
+  included, is 0.13 of that of independent rows at scale 0.2 and 0.01 of it at
+  scale 0.1 (H = 32, M = 128).
 
   References:
     Arasaratnam and Haykin, Cubature Kalman Filters, 2009.

@@ -169,12 +169,12 @@ class Sparse(base.GaussianRows):
     W_{mj} = \sqrt{H / q}\, g_{mj}\, [j \in S_m], \quad
     S_m \text{ a uniform } q\text{-subset}, \quad g \sim N(0, 1)
 
-  Mean and covariance are those of N(0, I), but rows are not Gaussian. With
-  z = x - y, the mean of trigonometric estimates is the mean over q-subsets S of
-  :math:`\exp(-\tfrac{H}{2q} |z_S|^2)`, which is too large (by 0.5 for
-  axis-aligned inputs at q = 4, H = 32). The variance of positive maps is
-  many hundred times that of independent rows at scale 0.2. Sparse rows are not
-  faster on an accelerator.
+  Mean and covariance are those of N(0, I), but rows are not Gaussian: the mean
+  of trigonometric estimates is the mean over q-subsets S of
+  :math:`\exp(-\tfrac{H}{2q} |z_S|^2)`, z = x - y, which is too large (by
+  0.5 for axis-aligned inputs at q = 4, H = 32). The variance of positive maps
+  is many hundred times that of independent rows at scale 0.2. Sparse rows are
+  not faster on an accelerator.
 
   Args:
     nonzeros: q, the number of nonzero entries of a row (before mixing).

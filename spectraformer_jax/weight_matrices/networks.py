@@ -144,8 +144,8 @@ class Flow(learners.Learner):
     (\ell, t) = \mathrm{MLP}(w_A), \quad
     w_B \leftarrow w_B \odot e^{\ell} + t
 
-  Each step is an affine coupling: one half A of the coordinates scales and
-  shifts the other half B. The halves swap roles after each coupling;
+  In each affine coupling one half A of the coordinates decides how the other
+  half B is scaled and shifted. The halves swap roles after each coupling;
   :math:`\ell` is clipped smoothly to (-1.5, 1.5).
   The networks start at zero, so W starts as the noise. Unlike "generator", the
   transformation is invertible and the density of the rows is known: see

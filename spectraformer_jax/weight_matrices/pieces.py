@@ -17,7 +17,7 @@ NORMS = ("chi", "sqrt_d")
 
 
 def normal(rng: Array, shape: tuple[int, ...]) -> Array:
-  """Draws independent entries of N(0, 1), float32 also under x64."""
+  """Draws independent N(0, 1) entries, float32 even if JAX's x64 mode is on."""
   return jax.random.normal(rng, shape, dtype=jnp.float32)
 
 
@@ -165,8 +165,8 @@ def chi_ppf(u: Array, dim: int) -> Array:
   """Inverts the cdf of the chi law, the law of the norm of N(0, I_dim).
 
   Solves ``gammainc(dim / 2, r^2 / 2) = u`` by six Newton steps in log(r^2 / 2),
-  from the Wilson-Hilferty approximation. The start is at least a lower bound of
-  the quantile; without this bound the steps diverge for small u at small dim.
+  from the Wilson-Hilferty approximation. The start is raised to a lower bound
+  of the quantile, since from less the steps diverge for small u and dim.
   Above u = 1/2 the steps solve for the upper tail, where 1 - u has more digits.
 
   Args:

@@ -118,9 +118,9 @@ def lattice_points(num_points: int, dim: int) -> np.ndarray:
 
 
 def random_lattice_points(rng: Array, num_points: int, dim: int) -> Array:
-  """Draws a Korobov lattice ``[M, H]`` uint32 by its multiplier.
+  """Draws a Korobov lattice ``[M, H]`` uint32 with a random multiplier.
 
-  The multiplier is a random odd number below M. M is at most 2**16; products of
+  The multiplier is an odd number below M. M is at most 2**16; products of
   larger numbers would overflow.
   """
   size = jnp.uint32(num_points)
@@ -239,8 +239,8 @@ class QMC(base.WeightMatrix):
     W_{mj} = F^{-1}(u_{mj}), \quad u_1, \ldots, u_M
     \text{ the first points of a randomised sequence in } [0, 1)^H
 
-  Row m is point m, column j its coordinate j, both mapped by the inverse cdf of
-  the component's row law (any law). The randomisation makes each point alone
+  Entry (m, j) is coordinate j of point m, mapped by the inverse cdf of the
+  component's row law (any law). The randomisation makes each point alone
   uniform, so each row has exactly this law and every component stays unbiased.
   If M is a power of two, Sobol points, under each scrambling, put exactly one
   point into each of M equal cells of every coordinate; for another M the points

@@ -71,8 +71,8 @@ def smolyak_grid(
   for excess in range(max(0, level - dim), level):
     missing = level - 1 - excess
     coefficient = (-1) ** missing * math.comb(dim - 1, missing)
-    # The excess of an axis is i - 1; `excess` is their sum. An axis of excess 0
-    # is left out: its rule U_1 has the node 0 alone.
+    # `excess` is the sum of i - 1 over all axes. Axes with i = 1 are left out:
+    # the only node of U_1 is 0.
     for excesses in _compositions(excess, dim):
       product = list(_product_rule(excesses, growth))
       for axes in itertools.combinations(range(dim), len(excesses)):
@@ -113,10 +113,7 @@ def _product_rule(
 
 
 def _compositions(total: int, most_parts: int) -> Iterator[tuple[int, ...]]:
-  """Yields tuples of positive integers of sum `total`, of all allowed lengths.
-
-  A tuple has at most `most_parts` entries.
-  """
+  """Yields all tuples of at most `most_parts` positive integers of one sum."""
   if total == 0:
     yield ()
   elif most_parts > 0:

@@ -225,7 +225,7 @@ class PModel(base.GaussianRows):
   :math:`D_1 H D_0` (Hadamard matrix and random signs) mixes the coordinates of
   an input, so that no input is special; if head_dim is not a power of two, this
   factor is :math:`D_0` alone, except for "ldr". Each row alone is exactly
-  N(0, I); for kind "ldr" only on average over the sparse factor (bias 0.005).
+  N(0, I), but for "ldr" only on average over the sparse factor (bias 0.005).
   Norms of rows are equal or nearly equal, which raises the variance.
 
   Args:

@@ -179,9 +179,9 @@ class LHS(base.WeightMatrix):
   with one random permutation :math:`\pi_j` for each column, and F the cdf of
   the component's row law (any law). Every coordinate has one row in each of M
   cells of probability 1/M, for any M and H. Each row has exactly the row law,
-  so every component stays unbiased. Stratification removes
-  the part of the variance that is a sum over coordinates: most of the variance
-  of positive maps at small distances, little of that of trigonometric ones.
+  so every component stays unbiased. Stratification removes the part of the
+  variance that is a sum over coordinates: most of the variance of positive maps
+  at small distances, little of that of trigonometric ones.
 
   References:
     McKay, Beckman and Conover, A Comparison of Three Methods for Selecting
