@@ -28,7 +28,7 @@ class SSF(base.GaussianRows):
     P_\tau = m^{-1/2} [\cos(2\pi k\tau/n), \sin(2\pi k\tau/n)]_{k \in \Lambda}
 
   :math:`\Lambda` has m = ceil(H / 2) integer frequencies k; :math:`\tau` takes
-  n = ceil(M / 2) values 0 .. n - 1. These are half of the points; in the other
+  n = ceil(M / 2) values: 0 .. n - 1. These are half of the points; in the other
   half (-sin, cos) replaces (cos, sin). The frequencies are chosen once for each
   (M, H), on the host, by coordinate descent on the energy
   :math:`\sum_{i \neq j} |p_i - p_j|^{-2}` of the rows p of P. The random
