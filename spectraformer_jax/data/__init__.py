@@ -1,4 +1,4 @@
-"""Tasks as flat token arrays, and batches of them. Imports numpy and not jax.
+"""Loads tasks as flat token arrays, in batches. Imports numpy and not jax.
 
   >>> import tempfile
   >>> from spectraformer_jax import data
@@ -10,8 +10,8 @@
 A task is a function that returns a :class:`Source`, registered under its name
 in :data:`TASKS`. :func:`load` builds a split into the token cache once and
 memory-maps it from then on. ``docs/data.md`` shows how to add a task. The tasks
-of Long Range Arena read files of the user from ``data_dir``; see
-``docs/lra.md``.
+of Long Range Arena read the user's files from ``data_dir``, except for ListOps,
+which can be drawn; see ``docs/lra.md``.
 """
 
 from spectraformer_jax.data.batches import Batches

@@ -1,4 +1,4 @@
-"""``python -m spectraformer_jax.data COMMAND ...``."""
+"""Runs ``python -m spectraformer_jax.data COMMAND ...``."""
 
 import sys
 from collections.abc import Sequence

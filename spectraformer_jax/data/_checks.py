@@ -1,4 +1,4 @@
-"""Argument checks without jax.
+"""Checks arguments without jax.
 
 `spectraformer_jax.checks` imports jax, which `spectraformer_jax.data` does not
 need.
@@ -12,7 +12,7 @@ from spectraformer_jax.registry import nearest
 
 
 def check_int(name: str, number: Any, low: int) -> int:
-  """Returns `number` as an int; raises ValueError if it is below `low`."""
+  """Returns an integer >= `low` as an int; raises ValueError for any other."""
   try:
     integer = operator.index(number)
   except TypeError:
@@ -23,6 +23,6 @@ def check_int(name: str, number: Any, low: int) -> int:
 
 
 def check_choice(name: str, choice: Any, choices: Iterable[str]) -> None:
-  """Raises ValueError, with the nearest one, unless `choices` has `choice`."""
-  if choice not in tuple(choices):  # a tuple accepts unhashable choices
+  """Raises ValueError, with a near choice, unless `choices` has `choice`."""
+  if choice not in tuple(choices):  # a tuple can look for unhashable ones
     raise ValueError(f"Unknown {name} {choice!r}.{nearest(choice, choices)}")

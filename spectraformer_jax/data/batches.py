@@ -1,4 +1,4 @@
-"""Batches of numpy arrays, in an order that depends on (seed, epoch) only."""
+"""Makes numpy batches, in an order that depends on (seed, epoch) only."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +21,14 @@ class _Plan(NamedTuple):
 
 
 class Batches(Iterator[Batch]):
-  """Iterates over a dataset in batches of one shape, or of one per bucket.
+  """Iterates over a dataset in batches of one shape, or one shape per bucket.
 
   A batch holds, for b = global_batch / hosts rows:
 
   * ``tokens`` [b, length]: ids, padded with 0 on the right; uint8, or uint16
-    where the vocabulary needs it. Only ``length`` tells which are padding.
-  * ``length`` [b] int32: real tokens of each row.
+    where the vocabulary needs it. Only ``length`` tells which are padding,
+    since 0 may also be the id of a token.
+  * ``length`` [b] int32: number of tokens of each row, without padding.
   * ``tokens_2``, ``length_2``: the second sequence, for pairs.
   * ``label`` [b] int32.
   * ``weight`` [b] float32: 1, or 0 for a row that only completes the last
@@ -39,9 +40,9 @@ class Batches(Iterator[Batch]):
 
   With `buckets`, a batch holds examples of similar lengths and is padded to the
   next bucket. Examples that do not fill a batch of their bucket move to the
-  next bucket, so an epoch has as many batches and examples as without buckets.
-  The order still depends on (seed, epoch) only; evaluation goes from short
-  examples to long ones.
+  next longer one, so an epoch has as many batches and examples as without
+  buckets. The order still depends on (seed, epoch) only; evaluation goes from
+  short examples to long ones.
 
   Host h of H gets rows ``[h b, (h + 1) b)`` of every global batch, so the
   global order does not depend on the number of hosts, nor does the state.
@@ -53,11 +54,11 @@ class Batches(Iterator[Batch]):
     train: True for endless, shuffled epochs; False for one pass in order.
     host: this host's index.
     hosts: number of hosts.
-    state: position to resume from, of :meth:`state`; None: the start.
+    state: position to resume from, as :meth:`state` returns it; None: start.
     pad_to_multiple: the padded length is ``dataset.length`` rounded up to a
       multiple of this.
-    buckets: shorter lengths to pad to, rising; each rounded up likewise. The
-      longer sequence of a pair decides.
+    buckets: padded lengths below the full one, in rising order; each is rounded
+      up likewise. The longer sequence of a pair decides its bucket.
 
   Raises:
     ValueError: if a number is out of range, a training batch is larger than the
@@ -153,14 +154,15 @@ class Batches(Iterator[Batch]):
     ]
     longest = np.max(lengths_by_name, axis=0)
     bucket = np.searchsorted(self.lengths, longest[order])
-    # Sorted by bucket, so a batch that a bucket cannot fill continues with the
-    # next longer bucket, whose length it gets.
+    # Sorts by bucket, so that a batch that a bucket cannot fill continues with
+    # the next longer bucket, whose length it gets.
     by_bucket = np.argsort(bucket, kind="stable")
     order, bucket = order[by_bucket], bucket[by_bucket]
     ends = np.minimum(np.arange(1, steps + 1) * size, len(order)) - 1
     lengths = np.asarray(self.lengths)[bucket[ends]]
     if self.train:
-      # A second stream: the first one orders the examples.
+      # The order of the batches needs random words of its own: those of epochs
+      # below 2**63 order the examples.
       shuffled = epoch_order(steps, self.seed, 2**63 + self._epoch)
       order = order.reshape(steps, size)[shuffled].ravel()
       lengths = lengths[shuffled]
@@ -187,7 +189,7 @@ class Batches(Iterator[Batch]):
     padded = np.zeros((len(indices), width), self.dataset.id_dtype)
     starts, ends = offsets[indices], offsets[indices + 1]
     lengths = (ends - starts).astype(np.int32)
-    # One slice per row: many times faster than a single fancy gather.
+    # Copies one slice per row: many times faster than indexing all at once.
     for row, start, end in zip(
       padded, starts.tolist(), ends.tolist(), strict=True
     ):
@@ -197,7 +199,7 @@ class Batches(Iterator[Batch]):
     return padded, lengths
 
   def _identity(self) -> dict[str, Any]:
-    """Returns the values that a state must share with its iterator."""
+    """Returns the values in which a state must agree with its iterator."""
     return {
       "seed": self.seed,
       "global_batch": self.global_batch,
@@ -206,7 +208,7 @@ class Batches(Iterator[Batch]):
     }
 
   def _restore(self, state: Mapping[str, Any]) -> None:
-    """Goes to the position in `state`, if it belongs to this order."""
+    """Goes to the position in `state`; raises ValueError if it does not fit."""
     for name, here in self._identity().items():
       if state.get(name) != here:
         raise ValueError(
@@ -216,7 +218,8 @@ class Batches(Iterator[Batch]):
         )
     self._epoch = check_int("state['epoch']", state.get("epoch"), 0)
     self._step = check_int("state['step']", state.get("step"), 0)
-    # A finished epoch is the start of the next one, or the end of evaluation.
+    # A finished epoch of training counts as the start of the next one; only
+    # evaluation can be at the end of its epoch.
     last_step = self.steps_per_epoch - (1 if self.train else 0)
     if self._step > last_step or (self._epoch and not self.train):
       raise ValueError(
@@ -243,10 +246,10 @@ def _padded_lengths(
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-  """Returns the order of an epoch: the ranks of Philox words for (seed, epoch).
+  """Returns the order of an epoch, which sorts Philox words for (seed, epoch).
 
-  The raw words are fixed by the algorithm, so the order is the same in every
-  version of numpy.
+  The algorithm Philox fixes these random words, so the order is the same in
+  every version of numpy.
 
   Args:
     num_examples: number of examples.

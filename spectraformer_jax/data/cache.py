@@ -1,4 +1,4 @@
-"""The token cache: builds each split of a task once, then memory-maps it.
+"""Keeps the token cache: builds each split once, then memory-maps it.
 
 A split is a folder ``<cache>/<name>-<tokenizer>-<hash of the facts>/<split>/``:
 
@@ -6,7 +6,8 @@ A split is a folder ``<cache>/<name>-<tokenizer>-<hash of the facts>/<split>/``:
 * ``offsets.npy``: int64, where each example starts and ends.
 * ``labels.npy``: int32.
 * ``tokens_2.npy``, ``offsets_2.npy``: for tasks of pairs.
-* ``meta.json``: format, facts, counts, fingerprint, tables of the baselines.
+* ``meta.json``: format, facts, counts, fingerprint, and for each baseline a
+  table of the label counts of its groups.
 
 A folder is written under a temporary name and renamed when complete. If two
 processes build the same split, both use the folder of the first to finish.
@@ -144,7 +145,7 @@ def _build(
 
 
 def _publish(folder: pathlib.Path, destination: pathlib.Path) -> None:
-  """Renames a complete folder, unless another process did so before."""
+  """Renames a complete folder, unless another process has published one."""
   try:
     folder.rename(destination)
   except OSError:
@@ -180,7 +181,10 @@ def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
 def _read_arrays(
   folder: pathlib.Path, source: Source, split: str, figures: dict[str, float]
 ) -> Dataset:
-  """Returns the dataset whose arrays lie in `folder`, and hashes them."""
+  """Returns the dataset whose arrays lie in `folder`, and hashes them.
+
+  The baselines of the dataset get the accuracies in `figures`.
+  """
   arrays = {}
   for suffix in ("", "_2") if source.pair else ("",):
     name = f"tokens{suffix}"

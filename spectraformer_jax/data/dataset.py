@@ -1,4 +1,4 @@
-"""One split of one task: flat tokens, offsets of the examples, labels."""
+"""Holds one split of one task: flat tokens, offsets of the examples, labels."""
 
 import dataclasses
 import hashlib
@@ -15,18 +15,20 @@ PROVENANCES = ("lra-files", "tfds", "generated", "stand-in")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Facts:
-  """The properties that all examples of a task share.
+  """Holds the properties that all examples of a task share.
 
   Attributes:
-    name: name of the task, with all differences from its published form.
+    name: name of the task; it shows all differences from the published form.
     vocab_size: ids lie in ``[0, vocab_size)``.
     num_classes: labels lie in ``[0, num_classes)``.
     length: the task's padded length; no example is longer.
-    provenance: ``"lra-files"``, ``"tfds"``, ``"generated"`` or ``"stand-in"``.
+    provenance: origin of the data: ``"lra-files"`` (files of Long Range Arena
+      or of the data sets that it uses), ``"tfds"`` (a folder of TensorFlow
+      Datasets), ``"generated"`` (drawn here) or ``"stand-in"`` (other data).
     tokenizer: how text or pixels are encoded as ids.
     pair: whether an example is two sequences.
-    id_shift: added to a stored token to get its id. It is 1 for raw bytes: all
-      256 values occur, and id 0 is the padding.
+    id_shift: number added to a stored token to get its id. It is 1 for raw
+      bytes, since all 256 values occur and id 0 is the padding.
     settings: everything else that decides the content (seed, sizes, generator,
       files), as json values.
 
@@ -70,10 +72,9 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset(Facts):
-  """One split, in memory or mapped from the cache.
+  """Holds one split, in memory or mapped from the cache.
 
-  A random-access source (``len``, indexing) with the attributes of
-  :class:`Facts` and these:
+  Supports ``len`` and indexing. Has the attributes of :class:`Facts` and these:
 
   Attributes:
     split: ``"train"``, ``"dev"`` or ``"test"``.
@@ -83,10 +84,10 @@ class Dataset(Facts):
     labels: ``[num_examples]`` int32.
     tokens_2: the second sequences of pairs, or None.
     offsets_2: their offsets, or None.
-    baselines: accuracy of simple rules on this split, by name; state it beside
-      every result. The rules are fitted on the training split.
-    fingerprint: 32 hexadecimal digits that change with each of the above except
-      `baselines`; computed if empty.
+    baselines: accuracy of simple rules on this split, by name of the rule;
+      state it beside every result. The rules are fitted on the training split.
+    fingerprint: 32 hexadecimal digits that change with each of the facts and of
+      the attributes above, except `baselines`; computed if empty.
 
   Raises:
     ValueError: if the arrays do not fit each other or the facts.
@@ -178,7 +179,7 @@ class Dataset(Facts):
     return example | {"label": int(self.labels[index])}
 
   def sequences(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Returns name, tokens and offsets of the one sequence or of both."""
+    """Returns name, tokens and offsets of each sequence: two for pairs."""
     sequences = [("tokens", self.tokens, self.offsets)]
     if self.tokens_2 is not None and self.offsets_2 is not None:
       sequences.append(("tokens_2", self.tokens_2, self.offsets_2))

@@ -1,7 +1,7 @@
 """Finds and opens files below a folder that a user names.
 
 Files may be damaged or hostile: only plain files are opened (a pipe never
-ends), and reading one into memory has a limit.
+ends), and a file is read into memory up to a limit only.
 """
 
 import codecs
@@ -19,23 +19,24 @@ LOGGER = logging.getLogger("spectraformer_jax.data")
 LEVELS = 3
 """Depth of a search: archives unpack to ``lra_release/lra_release``."""
 
-MAX_LINE = 2**24
+MAX_LINE = 2**24  # bytes of a line, with its end
 MAX_FILE = 2**24
-"""Limit of a file that is read at once: a review, a picture, a description."""
+"""Limit in bytes of a file read at once: a review, a picture, a description."""
 
+# Folders that a search does not enter: they may hold thousands of files.
 _LEAVES = {
   "imgs",
   "metadata",
   "neg",
   "pos",
   "unsup",
-}  # may hold thousands of files
-_SHOWN = 8
-_SAMPLE = 2**16
+}
+_SHOWN = 8  # names of files in a message
+_SAMPLE = 2**16  # bytes at each end of a file that are hashed
 
 
 def open_root(data_dir: str | os.PathLike) -> pathlib.Path:
-  """Returns the folder `data_dir`; raises ValueError if it is none."""
+  """Returns the folder `data_dir`; raises ValueError if it is not one."""
   root = as_path("data_dir", data_dir)
   try:
     if root.is_file():
@@ -59,14 +60,14 @@ def as_path(name: str, value: str | os.PathLike) -> pathlib.Path:
     value: the argument.
 
   Raises:
-    ValueError: if the argument is empty or no path.
+    ValueError: if the argument is empty or is not a path.
 
   Example:
     >>> as_path("data_dir", "a/b").name
     'b'
   """
   try:
-    # An empty path would be the current folder.
+    # Refuses an empty path, which would be the current folder.
     text = os.fspath(value)
     if not text or "\0" in text:
       raise ValueError
@@ -86,7 +87,8 @@ def open_plain(path: pathlib.Path) -> io.BufferedReader:
 def read_plain(path: pathlib.Path, limit: int = MAX_FILE) -> bytes:
   """Reads a plain file; raises ValueError if it exceeds `limit` bytes."""
   with open_plain(path) as file:
-    # `read` allocates its argument: not `limit` bytes for a small file.
+    # `read(n)` allocates n bytes, so n is not `limit` for a small file. The
+    # one byte more shows that a file is too large.
     size = os.fstat(file.fileno()).st_size
     content = file.read(min(size, limit) + 1)
   if len(content) > limit:
@@ -109,7 +111,7 @@ def folders(root: pathlib.Path) -> Iterator[pathlib.Path]:
 def innermost(
   root: pathlib.Path, wanted: Callable[[pathlib.Path], bool]
 ) -> pathlib.Path | None:
-  """Returns the deepest folder that `wanted` accepts; warns of the others."""
+  """Returns the deepest folder that `wanted` accepts; logs the others."""
   hits = [folder for folder in folders(root) if wanted(folder)]
   hits.sort(key=lambda folder: (-len(folder.parts), folder))
   if len(hits) > 1:
@@ -128,7 +130,7 @@ def check_present(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> None:
 
 
 def describe(root: pathlib.Path) -> str:
-  """Describes the content of `root` for a message; names a packed archive."""
+  """Describes the content of `root` for a message; says what to unpack."""
   entries = sorted(root.iterdir())
   names = [f"{p.name}/" if p.is_dir() else p.name for p in entries[:_SHOWN]]
   if len(entries) > _SHOWN:
@@ -166,9 +168,10 @@ def archive_kind(path: pathlib.Path) -> str | None:
 
 
 def checksum(paths: Iterable[pathlib.Path], root: pathlib.Path) -> str:
-  """Returns a hash of 64 bits over the names, sizes and ends of files.
+  """Returns a hash of 64 bits over the names, sizes and both ends of files.
 
-  The middle of a large file is not read, so that opening a task stays fast.
+  Of a large file it reads only the first and the last 64 KiB, so that opening a
+  task stays fast.
   """
   digest = hashlib.sha256()
   for path in paths:
@@ -208,12 +211,13 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _subfolders(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the sorted folders in a folder that a search enters."""
+  """Returns the folders in `folder` that a search enters, sorted."""
   if folder.name in _LEAVES:
     return []
   try:
     with os.scandir(folder) as entries:
-      # is_dir() of a link that leads to itself is an error.
+      # For a link that leads to itself, `e.is_dir` raises an error, and
+      # `os.path.isdir` returns False.
       names = [
         e.name
         for e in entries
@@ -233,12 +237,12 @@ def _plain_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _no_folder(root: pathlib.Path) -> str:
-  """Returns the message about a `data_dir` that is no folder."""
+  """Returns the message about a `data_dir` that is not a folder."""
   return f"data_dir must be an existing folder, got {str(root)!r}."
 
 
 def _unpack(path: pathlib.Path, kind: str) -> str:
-  """Returns the message about an archive."""
+  """Returns the message that asks the user to unpack an archive."""
   command = {"tar": "tar xf", "gzip": "gzip -dc", "zip": "unzip"}[kind]
   return (
     f"{path} is a {kind} file: unpack it ({command} {path}) and point data_dir "

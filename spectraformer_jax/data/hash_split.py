@@ -1,4 +1,4 @@
-"""Splits by content: equal examples always belong to the same split."""
+"""Splits data by content: equal examples always belong to the same split."""
 
 import hashlib
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 from spectraformer_jax.seeds import check_seed
 
 SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
-"""Shares of the splits for data that have none."""
+"""Shares of the splits for data that come without splits."""
 
 
 def split_by_content(
@@ -22,15 +22,15 @@ def split_by_content(
 
   Args:
     contents: the bytes that identify each example.
-    shares: split name to its expected share; the shares add up to 1.
+    shares: maps each split to its expected share; the shares add up to 1.
     seed: different seeds give independent splits.
 
   Returns:
-    Split name to the sorted indices of its examples, int64.
+    For each split, the sorted indices of its examples, int64.
 
   Raises:
-    ValueError: if a share is negative or they do not add up to 1, or the seed
-      is not an integer >= 0 and below 2**64.
+    ValueError: if a share is negative, if the shares do not add up to 1, or if
+      the seed is not an integer >= 0 and below 2**64.
 
   Example:
     >>> parts = split_by_content([b"a", b"b", b"a"], {"x": 0.5, "y": 0.5}, 0)

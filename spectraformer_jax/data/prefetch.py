@@ -15,9 +15,9 @@ class Prefetch(Iterator[Batch]):
   """Prepares the next batches in a thread.
 
   Returns the batches of the wrapped iterator in the same order, with the same
-  :meth:`state`; the wrapped iterator must not be used otherwise. Use it in a
-  ``with`` block, or call :meth:`close`; otherwise the thread ends when this
-  object is garbage-collected.
+  :meth:`state`; only this object may use the wrapped iterator. Use this object
+  in a ``with`` block, or call :meth:`close`; otherwise the thread ends when
+  this object is garbage-collected.
 
   Args:
     batches: the wrapped iterator.
@@ -37,7 +37,7 @@ class Prefetch(Iterator[Batch]):
     self._ready: queue.Queue = queue.Queue(maxsize=2)
     self._stop = threading.Event()
     self._end: BaseException | None = None
-    # The thread must not refer to `self`, which would never be collected.
+    # The thread must not refer to `self`, or `self` would never be collected.
     self._thread = threading.Thread(
       target=_produce,
       args=(batches, self._ready, self._stop),
@@ -63,7 +63,7 @@ class Prefetch(Iterator[Batch]):
     raise self._end
 
   def close(self) -> None:
-    """Stops the thread and waits for it; the iterator is then exhausted."""
+    """Stops the thread and waits for its end; no batch follows."""
     self._stop.set()
     self._thread.join()
     self._end = self._end or StopIteration()
@@ -82,7 +82,7 @@ def _produce(
   while not stop.is_set():
     try:
       item = next(batches), batches.state()
-    except BaseException as error:  # `__next__` raises it
+    except BaseException as error:  # `Prefetch.__next__` raises it
       item = error
     while not stop.is_set():
       try:

@@ -1,4 +1,4 @@
-"""The registry of tasks, and :func:`load`."""
+"""Holds the registry of tasks, and :func:`load`."""
 
 import os
 from collections.abc import Mapping
@@ -76,8 +76,8 @@ def build_source(
   Args:
     task: name of the task.
     options: options of the task.
-    cache_dir: root of the token cache; passed to tasks that read a package from
-      there.
+    cache_dir: root of the token cache; passed to the tasks that read a package
+      from there.
   """
   if "cache_dir" in TASKS.options(task):
     options = {**options, "cache_dir": cache_dir}

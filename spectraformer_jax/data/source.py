@@ -19,10 +19,10 @@ TWO_CLASS_BYTES = {
   "num_classes": 2,
   "id_shift": 1,
 }
-"""Facts of texts of two classes: an id is a byte plus one, 0 is padding."""
+"""Facts of tasks of texts with two classes: an id is a byte plus one."""
 
 Rule = Callable[[Dataset], np.ndarray]
-"""Sorts the examples of a dataset into groups: ``[num_examples]`` ints >= 0."""
+"""Returns the group of each example as ``[num_examples]`` ints >= 0."""
 
 
 def with_max_len(name: str, max_len: int, default: int) -> str:
@@ -43,11 +43,12 @@ class Source(Facts):
     write: called as ``write(writers, progress)``; appends every example of the
       splits in `writers`. The examples and their order must depend on the
       facts alone.
-    passes: groups of splits; one call of `write` writes one group. Splits
-      belong to one group if they come from one reading (a split by content) or
-      must not share examples.
-    rules: baseline name to rule. The baseline guesses the most frequent
-      training label of the example's group. "majority label" is always added.
+    passes: tuples of splits; one call of `write` writes the splits of one
+      tuple. Splits belong to one tuple if one reading of the data yields them
+      (a split by content) or if they must not share examples.
+    rules: maps the name of a baseline to its rule. The baseline guesses the
+      most frequent training label of the example's group. "majority label" is
+      always added.
   """
 
   write: Callable[[Mapping[str, Writer], ReportProgress], None]

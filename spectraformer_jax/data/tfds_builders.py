@@ -1,14 +1,14 @@
-"""The generated tasks as data sets of TensorFlow Datasets.
+"""Offers the generated tasks as data sets of TensorFlow Datasets.
 
   >>> from spectraformer_jax.data import tfds_builders
   >>> tfds_builders.LraListops.name, tfds_builders.PathfinderSynthetic.name
   ('lra_listops', 'pathfinder_synthetic')
 
 ``tfds_builders.LraListops(data_dir=...).download_and_prepare()`` draws the task
-through the token cache and writes it in the array_record format, which is read
-and written without TensorFlow; nothing is downloaded. Once this module is
-imported, ``tfds.data_source("lra_listops", split="train")`` works as well. It
-is not imported by :mod:`spectraformer_jax.data`.
+into the token cache and writes it from there in the array_record format, which
+is read and written without TensorFlow; nothing is downloaded. Once this module
+is imported, ``tfds.data_source("lra_listops", split="train")`` works as well.
+:mod:`spectraformer_jax.data` does not import this module.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from spectraformer_jax.data.source import SPLITS
 
 @dataclasses.dataclass(kw_only=True)
 class TaskConfig(tfds.core.BuilderConfig):
-  """Options of a task.
+  """Holds the options of a task.
 
   Attributes:
     options: options of the task, including ``seed``; kept in the metadata.
@@ -57,8 +57,8 @@ class _TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       file_format: format of the files; TFRecord, the default of TensorFlow
         Datasets, needs TensorFlow.
       cache_dir: root of the token cache that the task is built in.
-      **kwargs: see ``tfds.core.DatasetBuilder``; a `config` of your own is a
-        :class:`TaskConfig` with another name.
+      **kwargs: see ``tfds.core.DatasetBuilder``. A `config` of your own must be
+        a :class:`TaskConfig` with a name other than ``"full"``.
     """
     self._cache_dir = cache_dir
     super().__init__(file_format=file_format, **kwargs)
@@ -99,7 +99,7 @@ class _TaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   @override
   def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-    """Yields number and content of each example."""
+    """Yields the number and the features of each example."""
     options = {"seed": 0, **self._options()}
     dataset = load(self.TASK, split, cache_dir=self._cache_dir, **options)
     name, shape = self._field(dataset.length)

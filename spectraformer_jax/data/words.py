@@ -1,7 +1,7 @@
 """Encodes texts as their longer words, each hashed to an id.
 
-Needs no vocabulary: an id is a checksum of the word. Some words share an id,
-the more the smaller the number of ids.
+Needs no vocabulary: an id is a checksum of the word. Some words share an id;
+with more ids, fewer words do.
 """
 
 import itertools
@@ -13,8 +13,8 @@ import numpy as np
 VOCAB_SIZE = 8192
 
 # Any byte from 128 on counts as a letter: in UTF-8 and in the 8-bit encodings
-# of mails it mostly is a letter or a part of one.
-# Shorter words occur in every text.
+# of mails it mostly is a letter or a part of one. Words of fewer than five
+# letters are left out, since they occur in every text.
 _WORD = re.compile(rb"[a-z0-9\x80-\xff]{5,}")
 
 
@@ -29,9 +29,9 @@ def hash_words(
   sequence must not be empty.
 
   Args:
-    text: in any encoding that extends ASCII.
+    text: the text, in any encoding that extends ASCII.
     max_len: largest number of words.
-    vocab_size: at least 2, at most 65,536.
+    vocab_size: number of ids with that of the padding, 2 to 65,536.
 
   Returns:
     ``[T]`` uint16, T from 1 to `max_len`.

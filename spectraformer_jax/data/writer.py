@@ -14,7 +14,7 @@ from spectraformer_jax.data.dataset import Facts, cast
 class Writer:
   """Receives the examples of one split in order and writes them.
 
-  Tokens are written at once, so a split may be larger than memory.
+  Each call writes its tokens to disk, so a split may be larger than memory.
 
   Args:
     folder: an empty folder.
@@ -50,14 +50,16 @@ class Writer:
     """Adds examples.
 
     Args:
-      tokens: their stored tokens, concatenated, ``[sum(lengths)]`` integers.
-      lengths: ``[count]`` integers.
-      labels: ``[count]`` integers.
-      tokens_2: the second sequences, for tasks of pairs.
+      tokens: stored tokens of the examples, concatenated, ``[sum(lengths)]``
+        integers.
+      lengths: number of tokens of each example, ``[count]`` integers.
+      labels: label of each example, ``[count]`` integers.
+      tokens_2: tokens of the second sequences, for tasks of pairs.
       lengths_2: the lengths of the second sequences.
 
     Raises:
-      ValueError: if lengths do not match, or a number does not fit its type.
+      ValueError: if the lengths do not match the tokens or the labels, or a
+        number does not fit its type.
     """
     labels = cast("labels", labels, np.dtype(np.int32))
     sequences = [(tokens, lengths), (tokens_2, lengths_2)]
@@ -67,7 +69,7 @@ class Writer:
     self.num_examples += len(labels)
 
   def finish(self) -> None:
-    """Completes the arrays; raises ValueError if there is no example."""
+    """Completes the array files; raises ValueError if there is no example."""
     self.close()
     if self.num_examples == 0:
       raise ValueError(f"task {self._facts.name!r} has a split of no examples.")
@@ -81,14 +83,14 @@ class Writer:
       column.close()
 
   def save_meta(self, meta: Mapping[str, Any]) -> None:
-    """Writes ``meta.json``, which makes the folder readable."""
+    """Writes ``meta.json``, without which the cache cannot read the folder."""
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in meta.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     (self._folder / "meta.json").write_text(text, encoding="utf-8")
 
 
 class _Column:
-  """A flat token array on disk that grows, and its offsets."""
+  """Writes a flat token array that grows on disk, and its offsets."""
 
   def __init__(
     self, folder: pathlib.Path, suffix: str, dtype: np.dtype
@@ -129,7 +131,7 @@ class _Column:
       self._file.close()
 
   def _write_header(self) -> None:
-    """Writes numpy's header, which reserves space for a larger size."""
+    """Writes numpy's header, whose length does not change with the size."""
     header = {
       "descr": np.lib.format.dtype_to_descr(self._dtype),
       "fortran_order": False,

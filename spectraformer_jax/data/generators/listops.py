@@ -1,15 +1,16 @@
 """Draws ListOps expressions by the grammar of Long Range Arena, fast.
 
-The grammar: a node above the depth limit is an operator with probability 1/4
-and a digit otherwise; at the limit it is a digit; the root has depth 1.
-Operators and digits are uniform; an operator has 2 to 10 arguments, uniformly.
-A digit is one token, an operator two (its name and its closing bracket), and an
-expression is kept when its length lies strictly between two bounds.
+The grammar: a node is an operator with probability 1/4 and a digit otherwise;
+at the depth limit every node is a digit; the root has depth 1. All operators
+are equally likely, and so are all digits, and all numbers of arguments from 2
+to 10. A digit is one token, an operator two (its name and its closing bracket),
+and an expression is kept when its length lies strictly between two bounds.
 
-Many trees grow together, one depth at a time, so that numpy does the work.
-Within a level the nodes of a tree, and the arguments of an operator, are
-neighbours; a tree's children follow in the order of their parents. Everything
-else is then a segmented sum, minimum, maximum or sort over neighbours.
+Many trees grow together, one depth at a time, so that numpy does the work. A
+level is an array of the nodes of one depth. In it the nodes of a tree, and the
+arguments of an operator, are neighbours; children follow in the order of their
+parents. Everything else is then a segmented sum, minimum, maximum or sort over
+neighbours.
 
 Source: Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree
 Learning", 2018; Tay et al., "Long Range Arena", 2021, section 2.2.1.
@@ -23,21 +24,21 @@ import numpy as np
 from spectraformer_jax.data.formats.listops_text import CLOSE, MAX, MED, MIN, SM
 
 VERSION = 1
-"""Part of the cache key; increase it when equal seeds give other sequences."""
+"""Part of the token cache's key; increase it if a seed's sequences change."""
 
 MIN_ARGUMENTS, MAX_ARGUMENTS = 2, 10
 
-_ROOTS = 1024  # trees grown together: the arrays of a level stay in the cache
+_ROOTS = 1024  # trees grown together: a level fits the processor's cache
 
-# A uniform byte below 160 gives a node: 12 of 160 for each digit, 10 of 160 for
-# each operator, hence exactly 1/4 for the operators together.
+# Maps a uniform number below 160 to a node: 12 of the numbers give each digit
+# and 10 each operator, so the four operators together have exactly 1/4.
 _NODES = np.repeat(
   np.arange(1, SM + 1, dtype=np.uint8), [12] * 10 + [10] * (SM - MIN + 1)
 )
 
 
 class Expressions(NamedTuple):
-  """A batch of expressions, one after the other.
+  """Holds a batch of expressions, one after the other.
 
   Attributes:
     tokens: ids with closing brackets, ``[sum(lengths)]`` uint8.
@@ -51,7 +52,7 @@ class Expressions(NamedTuple):
 
 
 class _Level(NamedTuple):
-  """The nodes of one depth: their ids, and the arity of each operator."""
+  """Holds the nodes of one depth: ids, and each operator's argument count."""
 
   ids: np.ndarray
   arity: np.ndarray
@@ -102,7 +103,7 @@ def _grow(
     )
     children = _segment_sums(arity, operator_ends)
     length += nodes + operators
-    # Every pending child adds at least one token.
+    # Drops trees that will be too long: each child adds at least one token.
     alive &= length + children < max_len
     levels.append((ids, nodes, arity, operators))
     nodes = np.where(alive, children, 0)
@@ -121,7 +122,11 @@ def _grow(
 
 
 def _linearise(levels: list[_Level]) -> Expressions:
-  """Computes sizes and values bottom-up, then token positions top-down."""
+  """Writes trees as tokens, and computes the value of each.
+
+  Computes the value and the size (tokens of the subtree) of each node
+  bottom-up, then the position of its first token top-down.
+  """
   sizes: list[np.ndarray] = []  # the deepest level first
   value = np.empty(0, np.uint8)
   for level in reversed(levels):
@@ -145,6 +150,7 @@ def _linearise(levels: list[_Level]) -> Expressions:
     operator = np.flatnonzero(level.ids >= MIN)
     opening = position[operator]
     tokens[opening + sizes[depth][operator] - 1] = CLOSE
+    # A child comes after its operator's token and the siblings before it.
     before = _starts(sizes[depth + 1])
     first = before[_starts(level.arity)]
     position = before + np.repeat(opening + 1 - first, level.arity)
@@ -177,6 +183,7 @@ def _medians(
   index = np.arange(arity.sum(), dtype=np.int32)
   index += np.repeat(starts - first, arity)
   segment = np.repeat(np.arange(len(arity), dtype=np.int32), arity)
+  # A digit takes the low 4 bits, so each segment is sorted by itself.
   ordered = np.sort(segment * 16 + arguments[index])
   lower = ordered[first + (arity - 1) // 2] % 16
   upper = ordered[first + arity // 2] % 16
@@ -184,13 +191,13 @@ def _medians(
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
-  """Returns where segments of these sizes start: the exclusive sum, int32."""
+  """Returns where segments of the sizes `counts` start, int32."""
   ends = np.cumsum(counts, dtype=np.int32)
   return ends - counts
 
 
 def _segment_sums(numbers: np.ndarray, ends: np.ndarray) -> np.ndarray:
-  """Returns the sums of consecutive segments, which may be empty."""
+  """Returns the sums of segments that end at `ends`, and may be empty."""
   total = np.zeros(len(numbers) + 1, np.int32)
   np.cumsum(numbers, dtype=np.int32, out=total[1:])
   return np.diff(total[ends], prepend=np.int32(0))

@@ -1,11 +1,12 @@
 """Draws Pathfinder pictures by the rules of the public generator, fast.
 
-Two long snakes start at a fixed distance from each other and grow in turn, bar
-by bar. The angle between a bar and its predecessor has weight cos^2, and a bar
-keeps its margin from everything but its predecessor. A picture is dropped if a
-snake finds no room three times in a row. Short snakes are then placed where
-they have room. Two discs mark both ends of one long snake (label 1), or the
-start of one and the end of the other (label 0).
+A snake is a chain of bars. Two long snakes start at a fixed distance from each
+other and grow in turn, bar by bar. The angle between a bar and its predecessor
+is drawn with weight cos^2, and a bar keeps its margin from everything but its
+predecessor. A picture is dropped if a snake finds no room three times in a row.
+Short snakes are then placed where they have room. Two discs mark both ends of
+one long snake (label 1), or the start of one and the end of the other (label
+0).
 
 Two rules are stricter than in the public generator, so that no snake touches
 another and the label depends on connectivity only: a bar keeps its margin from
@@ -13,14 +14,14 @@ the last bar of the other snake as well, and from the gaps between bars (see
 `pathfinder_shapes`).
 
 All pictures of a batch grow together, so that numpy does the work, and dropped
-pictures leave the batch. Dropping is rejection sampling: the distribution is
-that of starting again.
+pictures leave the batch. This is rejection sampling: the other pictures have
+the same distribution as if dropped ones were started again.
 
 With ``seeding="upstream"`` the first long snake and all short ones start
 towards the top left, within 15 degrees, as in the public generator with a
-current OpenCV: it looks for the room of a first bar with a kernel that misses
-its centre in all other directions, which therefore count as occupied. With
-``"any"`` all directions are equally likely.
+current OpenCV. That generator looks for the room of a first bar with a kernel.
+In all other directions this kernel misses its centre, so that the generator
+takes them for occupied. With ``"any"`` all directions are equally likely.
 
 Sources: Linsley et al., "Learning long-range spatial dependencies with
 horizontal gated recurrent units", 2018; Kim et al., "Disentangling neural
@@ -43,20 +44,23 @@ from spectraformer_jax.data.generators.pathfinder_shapes import (
 )
 
 VERSION = 1
-"""Part of the cache key; increase it when equal seeds give other pictures."""
+"""Part of the token cache's key; increase it if a seed's pictures change."""
 
 SEEDINGS = ("upstream", "any")
 
+# Directions of a first bar in degrees, from the first to below the second.
 _ALLOWED = {"upstream": (210, 240), "any": (0, DEGREES)}
-_TRIES = 3  # drawn ends of a bar before its snake is dropped
+_TRIES = 3  # ends drawn for a bar before its snake is dropped
 _SNAKE_TRIES = 5  # tries of a short snake before it is left out
-_PLACES = 64  # drawn places of a short snake in one try
-_OVERLAP = 1.8 * FULL  # sum of two pixels that are occupied, not only touched
-_STATE_BYTES = 2**24  # memory of one batch
+_PLACES = 64  # places drawn for a short snake in one try
+# A bar collides where its pixel and an occupied one add up to this: both are
+# then nearly full, not only touched.
+_OVERLAP = 1.8 * FULL
+_STATE_BYTES = 2**24  # bytes of `_Snakes.occupied` and `_Snakes.near` together
 
 
 class Pictures(NamedTuple):
-  """A batch of pictures, with the geometry of their discs and snakes.
+  """Holds a batch of pictures, with the geometry of their discs and snakes.
 
   Attributes:
     pixels: [count, side * side] uint8.
@@ -81,7 +85,8 @@ def sample(
   Args:
     rng: source of all randomness.
     settings: sizes of the pictures and their parts.
-    bars: number of bars of a long snake, at least 6; short ones have a third.
+    bars: number of bars of a long snake, at least 6; a short snake has a third
+      of them, rounded down.
     seeding: ``"upstream"`` or ``"any"``.
 
   Yields:
@@ -100,7 +105,7 @@ def sample(
   ]
   if len(streams) == 1:
     yield from streams[0]  # without end
-  # All margins are equally frequent, though more pictures of some are dropped.
+  # Makes all margins equally frequent, though some lose more pictures.
   stocks = [next(stream) for stream in streams]
   while True:
     chosen = rng.integers(len(streams))
@@ -116,7 +121,11 @@ def _take(pictures: Pictures, start: int, stop: int | None) -> Pictures:
 
 
 class _Snakes:
-  """Pictures that grow together, each on its own page of a flat array.
+  """Holds pictures that grow together, on pages of a flat array.
+
+  A page is a picture with its frame. While its long snakes grow, a picture has
+  two pages, then only the first. A pivot is a position in the flat array, which
+  also tells the page; a direction is an index of the tables of `Shapes`.
 
   Attributes:
     occupied: pixels that bars and the border occupy, [pages, pixels].
@@ -133,7 +142,7 @@ class _Snakes:
   def at(
     self, pages: np.ndarray, rows: np.ndarray, columns: np.ndarray
   ) -> np.ndarray:
-    """Returns flat positions of pixels."""
+    """Returns the positions of pixels in the flat array."""
     width, frame = self.shapes.width, self.shapes.frame
     return (pages * width + rows + frame) * width + columns + frame
 
@@ -164,6 +173,7 @@ class _Snakes:
     sums = np.cumsum(weights, axis=1)
     found = np.zeros(len(pivots), bool)
     chosen = np.zeros(len(pivots), np.int64)
+    # Snakes whose weights are all about 0 have no room.
     pending = np.flatnonzero(sums[:, -1] > 1e-4 * FULL)
     for _ in range(_TRIES):
       drawn = self.rng.random(len(pending), np.float32) * sums[pending, -1]
@@ -183,7 +193,10 @@ def _raise(
   patches: Patches,
   factor: float = 1,
 ) -> None:
-  """Sets each page to the maximum of itself and a patch, in place."""
+  """Sets each page to the maximum of itself and a patch, in place.
+
+  `shapes` has the index of the patch of each page.
+  """
   flat = pages.reshape(-1)
   pixels = centres[:, None] + patches.offsets[shapes]
   values = patches.values[shapes]
@@ -216,13 +229,13 @@ def _grow_long(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Grows two long snakes in each picture.
 
-  A picture has two pages, one per snake: each holds all bars but the snake's
-  last one.
+  A picture has two pages, one per snake. The page of a snake holds all bars but
+  the last one of this snake, from which the next bar need not keep its margin.
 
   Returns:
-    The first page of each picture that is kept, [count], which holds all bars;
-    and pivots on that page and directions of the bars, [count, 2 snakes, bars,
-    2].
+    The number of the first page of each picture that is kept, [count], which
+    holds all bars in the end; and pivot (on that page) and direction of each
+    bar, [count, 2 snakes, bars, 2].
   """
   rng, shapes = snakes.rng, snakes.shapes
   pages = np.arange(0, len(snakes.occupied), 2)
@@ -247,11 +260,12 @@ def _grow_long(
       pivots, directions = bars_of[index, snake, bar - 1].T
       found, following, chosen = snakes.extend(pivots + own, directions)
       index, following, chosen = index[found], following[found], chosen[found]
-      # Only now: a bar may lie within the margin of its predecessor.
+      # Marks the predecessor only now: a bar may lie within its margin.
       snakes.occupy(pivots[found] + own, directions[found])
       snakes.occupy(following - own + other, chosen)
       bars_of[index, snake, bar, 0] = following - own
       bars_of[index, snake, bar, 1] = chosen
+  # The first page lacks only the last bar of its own snake.
   snakes.occupy(*bars_of[index, 0, -1].T)
   return pages[index], bars_of[index]
 
@@ -266,8 +280,8 @@ def _grow_short(
   """Grows the short snakes of the pictures on the pages `kept`.
 
   Returns:
-    Pivots and directions, [count, short snakes, bars // 3, 2]; -1 for missing
-    snakes.
+    Pivot and direction of each bar, [count, short snakes, bars // 3, 2]; -1 for
+    missing snakes.
   """
   length = bars // 3
   count = settings.distractor_bars // length
@@ -276,6 +290,7 @@ def _grow_short(
     pending = np.arange(len(kept))
     for _ in range(_SNAKE_TRIES):
       degrees = snakes.rng.integers(0, DEGREES, len(pending))
+      # A direction that is not allowed makes the try fail.
       able = (allowed[0] <= degrees) & (degrees < allowed[1])
       tried, directions = pending[able], degrees[able]
       directions += len(snakes.shapes.ends)
@@ -291,8 +306,8 @@ def _grow_one(
   """Grows one short snake on each page; leaves a page unchanged if it fails.
 
   Returns:
-    The indices of the pages where it succeeded, and the pivots and directions
-    of those snakes, [count, bars, 2].
+    The indices in `pages` where it succeeded, and pivot and direction of each
+    bar of those snakes, [count, bars, 2].
   """
   pivots, free = _find_room(snakes, pages, directions)
   index = np.flatnonzero(free)
@@ -318,15 +333,15 @@ def _find_room(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Finds a pivot on each page from which a bar has room.
 
-  It is the first of `_PLACES` drawn ones with room, so all pivots with room are
-  equally likely.
+  Draws `_PLACES` pivots and takes the first that has room, so all pivots with
+  room are equally likely.
 
   Returns:
     The pivots, and whether each has room.
   """
   shapes = snakes.shapes
   size = (2, len(pages), _PLACES)
-  # Nearer to the edge no bar has room, and patches would leave the frame.
+  # Nearer to the edge no bar has room, and patches would not fit the frame.
   low, high = shapes.margin, shapes.side - shapes.margin
   tails = snakes.rng.integers(low, high, size)
   pivots = snakes.at(pages[:, None], *tails)
@@ -344,11 +359,11 @@ def _finish(
   long: np.ndarray,
   short: np.ndarray,
 ) -> Pictures:
-  """Draws the labels, places the discs, and draws the pictures."""
+  """Chooses labels at random, places the discs, and paints the pictures."""
   rng, shapes = snakes.rng, snakes.shapes
   count, area = len(kept), shapes.width**2
   pages = np.arange(count)
-  # Positions on the pages of the kept pictures.
+  # The canvas has one page per kept picture: moves the positions to it.
   shift = (pages - kept) * area
   long[..., 0] += shift[:, None, None]
   short[..., 0] += np.where(short[..., 0] < 0, 0, shift[:, None, None])
@@ -369,7 +384,7 @@ def _finish(
   inside = slice(shapes.frame, -shapes.frame)
   canvas = canvas.reshape(count, shapes.width, shapes.width)[:, inside, inside]
   canvas = canvas / canvas.max(axis=(1, 2), keepdims=True)
-  # Short snakes have fewer bars.
+  # Short snakes have fewer bars; the rest stays NaN.
   snakes_bars = np.full(
     (count, 2 + short.shape[1], long.shape[2], 4), np.nan, np.float32
   )
@@ -391,6 +406,6 @@ def _segments(shapes: Shapes, bars: np.ndarray) -> np.ndarray:
 
 
 def _coordinates(shapes: Shapes, flat: np.ndarray) -> np.ndarray:
-  """Returns rows and columns of flat positions, [..., 2] int32."""
+  """Returns row and column in the picture of flat positions, [..., 2] int32."""
   rows, columns = np.divmod(flat % shapes.width**2, shapes.width)
   return (np.stack([rows, columns], axis=-1) - shapes.frame).astype(np.int32)

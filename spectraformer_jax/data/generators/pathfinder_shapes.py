@@ -1,14 +1,15 @@
-"""Synthetic Pathfinder: its settings, and tables of the pixels of its bars.
+"""Holds settings of synthetic Pathfinder, and makes tables of its bars' pixels.
 
 A snake is a chain of bars on a grid of pixels. A bar points away from a pivot
-in one of finitely many directions and covers the radii from `margin` to `margin
-+ bar_length`; the next pivot lies `margin` behind its end. So the pixels of a
-bar, of the room that it needs, and of its neighbourhood are tables over
-directions, in which growing a snake looks them up.
+in one of finitely many directions and covers the distances from `margin` to
+`margin + bar_length`; the next pivot lies `margin` beyond the end of the bar.
+So tables list, for each direction, the pixels of a bar, of the room that it
+needs, and of its neighbourhood; the generator only looks them up.
 
-Directions are those of the pixels on the circle of radius `margin +
-bar_length`, where a bar may end, and then 360 degrees for the first bar of a
-snake. Angles are those of (row, column) = (sin, cos), rows counted downwards.
+The first directions are those of the pixels on the circle of radius `margin +
+bar_length`, where a bar may end. The 360 others are whole degrees, for the
+first bar of a snake. The angle a points to (row, column) = (sin a, cos a), with
+rows counted downwards.
 """
 
 import dataclasses
@@ -24,12 +25,12 @@ FULL = 127
 """Value of an occupied pixel; the sum of two fits a uint8."""
 
 _SAMPLES = 4  # points per pixel and axis, to measure the covered part
-_LINK = 0.75  # half the thickness of occupied gaps, in pixels
+_LINK = 0.75  # half the thickness of the lines that close gaps, in pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Sizes in pixels, and counts.
+  """Holds the sizes, in pixels, and counts of a kind of pictures.
 
   Attributes:
     side: width and height of the picture.
@@ -38,10 +39,10 @@ class Settings:
     margins: half the gap between bars; each picture has one of them.
     seed_distance: distance between the starts of the two long snakes.
     radius: radius of the discs.
-    continuity: a snake turns by less than 90 degrees / `continuity`.
+    continuity: a snake turns by less than 90 degrees / `continuity` per bar.
     distractor_bars: largest number of bars of all short snakes together.
-    target: brightness of the long snakes; that of discs is 1.
-    distractor: brightness of the short snakes.
+    target: brightness of the long snakes, relative to that of the discs.
+    distractor: brightness of the short snakes, relative to that of the discs.
   """
 
   side: int
@@ -61,16 +62,17 @@ SETTINGS = {
   64: Settings(64, 3, 1.0, (2,), 12, 2.0, 1.4, 28, 1.2, 1.2),
   128: Settings(128, 5, 1.5, (2, 3), 20, 3.0, 1.8, 35, 0.9, 0.9),
 }
-"""32 and 128 are as published, but for 128 the bar's length and the border are
-not published: 5, the public generator's default, and 1. 64 lies in between."""
+"""Settings by `side`. Those of 32 and 128 are as published, except for two of
+128 that are not: the bar length, here 5 (the public generator's default), and
+the border, here 1. Those of 64 lie in between."""
 
 
 class Patches(NamedTuple):
-  """For each direction or shape, a set of pixels with values.
+  """Holds a set of pixels with values for each direction or shape.
 
   Attributes:
     offsets: offsets of the pixels from the centre in a flat picture, [shapes,
-      pixels]. Rows are padded with pixels of value 0; none repeats a pixel.
+      pixels]. Rows are padded with pixels of value 0; no row repeats a pixel.
     values: values of the pixels, [shapes, pixels].
   """
 
@@ -79,7 +81,7 @@ class Patches(NamedTuple):
 
 
 class Shapes(NamedTuple):
-  """Tables for one picture size and margin; D directions, K ends of a bar.
+  """Holds tables for one picture size and margin; D directions, K bar ends.
 
   Attributes:
     side: width and height of the picture.
@@ -145,7 +147,7 @@ def make_shapes(settings: Settings, margin: int) -> Shapes:
   segments = np.concatenate([inner * unit, far], axis=1)
   bars = np.stack([_coverage(s, half, frame) for s in segments])
   room = np.stack([_coverage(s, margin + half, frame) for s in segments])
-  # From pivot to pivot: otherwise snakes could cross in their gaps.
+  # Occupies the line between pivots: else snakes could cross in their gaps.
   behind = (length + 2 * margin) * unit
   links = np.concatenate([np.zeros_like(unit), behind], axis=1)
   closed = np.stack([_coverage(s, _LINK, frame) for s in links])
@@ -215,14 +217,14 @@ def _patches(squares: np.ndarray, width: int) -> Patches:
   line = np.arange(side) - side // 2
   offsets = (line[:, None] * width + line[None, :]).ravel()
   values = squares.reshape(count, -1)
-  # Stable, so that nonzero pixels come first, in their order.
+  # Moves the nonzero pixels to the front; a stable sort keeps their order.
   order = np.argsort(values == 0, axis=1, kind="stable")
   order = order[:, : np.count_nonzero(values, axis=1).max()]
   return Patches(offsets[order], np.take_along_axis(values, order, axis=1))
 
 
 def _border(side: int, frame: int, margin: int) -> np.ndarray:
-  """Returns the pixels from the edge of the picture outwards, and near them."""
+  """Returns what the edge and the frame occupy, and the pixels near to that."""
   width = side + 2 * frame
   occupied = np.full((width, width), FULL, np.uint8)
   inside = slice(frame + 1, frame + side - 1)

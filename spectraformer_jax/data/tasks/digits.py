@@ -1,6 +1,6 @@
 """Handwritten digits, 8 x 8: the smallest real image task, for smoke tests.
 
-The 1,797 images of scikit-learn, read row by row as 64 tokens. A token is the
+Reads the 1,797 images of scikit-learn row by row as 64 tokens. A token is the
 pixel itself, 0 to 16, as in the image tasks of Long Range Arena. Black is 0, as
 is the padding of other tasks, so masks come from lengths and never from ids.
 
@@ -20,7 +20,11 @@ from spectraformer_jax.data.writer import Writer
 
 @TASKS.register("digits")
 def digits(*, seed: int = 0) -> Source:
-  """Returns the task: about 80 % train, 10 % dev, 10 % test, by content."""
+  """Returns the task: about 80 % train, 10 % dev, 10 % test, by content.
+
+  Args:
+    seed: seed of the split by content.
+  """
 
   def write(writers: Mapping[str, Writer], progress: ReportProgress) -> None:
     # Imported here: it takes a second, and only building the cache needs it.

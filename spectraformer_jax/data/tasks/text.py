@@ -4,7 +4,7 @@ An id is a byte plus one; a review is cut after `max_len` bytes. The files have
 no validation set. With ``val="holdout"``, dev is 10 % of the training reviews,
 by content, so that repeats stay together. With ``val="lra"``, dev is the test
 set, as in the code of Long Range Arena and its descendants: the best-dev
-checkpoint is then chosen on the test set, which the task's name states.
+checkpoint is then chosen on the test set. The task's name states this.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.2; Maas et al.,
 "Learning Word Vectors for Sentiment Analysis", 2011.
@@ -38,9 +38,10 @@ def text(
   """Returns the task, from the files in `data_dir`.
 
   Args:
-    seed: seed of the holdout.
+    seed: seed of the split by content, with ``val="holdout"``.
     data_dir: the folder of the files, or one up to three levels above it.
-    val: ``"holdout"``, or ``"lra"`` to use the test set as dev.
+    val: ``"holdout"`` to hold out training reviews as dev, or ``"lra"`` to use
+      the test set as dev.
     max_len: number of bytes kept of a review. Published figures use 4000; the
       base config of Long Range Arena has 1000.
 
