@@ -1,4 +1,4 @@
-"""Loads tasks as flat token arrays, in batches. Imports numpy and not jax.
+"""Loads and batches tasks as flat token arrays. Imports numpy and not jax.
 
   >>> import tempfile
   >>> from spectraformer_jax import data

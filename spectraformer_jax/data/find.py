@@ -31,7 +31,7 @@ _LEAVES = {
   "pos",
   "unsup",
 }
-_SHOWN = 8  # names of files in a message
+_SHOWN = 8  # names in a message
 _SAMPLE = 2**16  # bytes at each end of a file that are hashed
 
 

@@ -19,7 +19,7 @@ TWO_CLASS_BYTES = {
   "num_classes": 2,
   "id_shift": 1,
 }
-"""Facts of tasks of texts with two classes: an id is a byte plus one."""
+"""Facts of byte texts of two classes: an id is a byte plus 1, 0 is padding."""
 
 Rule = Callable[[Dataset], np.ndarray]
 """Returns the group of each example as ``[num_examples]`` ints >= 0."""

@@ -31,7 +31,7 @@ def hash_words(
   Args:
     text: the text, in any encoding that extends ASCII.
     max_len: largest number of words.
-    vocab_size: number of ids with that of the padding, 2 to 65,536.
+    vocab_size: number of ids, including the padding's; 2 to 65,536.
 
   Returns:
     ``[T]`` uint16, T from 1 to `max_len`.

@@ -23,7 +23,7 @@ from spectraformer_jax.data.registry import TASKS, build_source
 from spectraformer_jax.data.source import SPLITS, Source
 from spectraformer_jax.seeds import check_seed
 
-DIFFERS = 1
+DIFFERS = 1  # exit status
 
 
 def main(args: Sequence[str]) -> int:
@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> int:
     args: what follows ``check`` on the command line.
 
   Returns:
-    0, or 1 if a figure of Long Range Arena is not met.
+    0, or 1 if the task differs from a figure of Long Range Arena.
 
   Raises:
     ValueError: if a task or an option is unknown, or a file is damaged.

@@ -9,11 +9,11 @@ import numpy as np
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.formats.listops_text import CLOSE, decode
 
-COLUMNS = 8
-SHOWN = 200
+COLUMNS = 8  # images of each label
+SHOWN = 200  # characters of a text; of other tokens a third, as they are longer
 
-_SMALLEST = 64  # side of an image in a picture, in pixels
-_GAP = 4
+_SMALLEST = 64  # pixels; smaller images are drawn about as large as this
+_GAP = 4  # pixels between images
 
 
 def show(

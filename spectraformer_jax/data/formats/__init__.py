@@ -1,1 +1,1 @@
-"""File and text formats, read without trust in their content."""
+"""Reads file and text formats without trust in their content."""

@@ -1,4 +1,4 @@
-"""Colour to gray exactly as TensorFlow's ``rgb_to_grayscale`` for uint8."""
+"""Turns colour to gray exactly as TensorFlow's ``rgb_to_grayscale``, uint8."""
 
 import numpy as np
 
@@ -8,8 +8,9 @@ def rgb_to_gray(
 ) -> np.ndarray:
   """Returns gray pixels, uint8, in the shape of each plane.
 
-  Every operation is in float32 and in TensorFlow's order: another order,
-  rounding or a fixed-point formula differs by one on some colours.
+  Every operation is in float32 and in TensorFlow's order. Another order,
+  another rounding or a fixed-point formula gives values that differ by one for
+  some colours.
 
   Args:
     red: uint8, any shape.

@@ -1,4 +1,4 @@
-"""ListOps as text and as ids: encodes, decodes and evaluates expressions.
+"""Encodes, decodes and evaluates ListOps expressions, as text and as ids.
 
 An expression is ``[OP argument ... ]`` where an argument is a digit or another
 expression and OP is MIN, MAX, MED (median, rounded down) or SM (sum modulo 10).
@@ -29,7 +29,7 @@ IDS = {
   "]": CLOSE,
   "<cls>": CLS,
 }
-"""Token to id. ``<cls>`` is reserved for models that put one in front."""
+"""The id of each token. ``<cls>`` is for models that put one in front."""
 
 FORMS = ("plain", "lra", "x")
 
@@ -127,7 +127,7 @@ def decode(tokens: Iterable[int], form: str = "plain") -> str:
 def check_complete(tokens: np.ndarray) -> None:
   """Raises ValueError unless the ids are one complete expression.
 
-  Takes a tenth of the time of :func:`evaluate`.
+  This takes a tenth of the time of :func:`evaluate`.
 
   Args:
     tokens: ``[length]`` ids between 1 and 15, at least one.
@@ -142,7 +142,7 @@ def check_complete(tokens: np.ndarray) -> None:
     raise ValueError(
       f"brackets must balance, got {depth[-1]} operators without a ']'."
     )
-  # Only the end of the expression lies outside all operators.
+  # Of a complete expression, only the last token lies outside all operators.
   outside = np.flatnonzero(depth <= 0)
   if depth[-1] or outside[0] != len(tokens) - 1:
     raise ValueError(
@@ -209,7 +209,8 @@ def _apply(operator: int, arguments: list[int]) -> int:
 
 def _parenthesise(ids: list[int]) -> str:
   """Returns the LRA form: one pair of parentheses per argument and bracket."""
-  children = [0]  # of each open operator; the first entry is the whole text
+  # Arguments so far of the whole text, then of each open operator.
+  children = [0]
   opened: list[int] = []  # where the open operators stand in `words`
   words: list[str] = []
   for token in ids:

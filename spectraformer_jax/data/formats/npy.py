@@ -10,15 +10,15 @@ from spectraformer_jax.data.find import first_line, open_plain
 def open_array(path: pathlib.Path, what: str = "array") -> np.ndarray:
   """Memory-maps the array in a file.
 
-  A header that announces more than the file holds allocates nothing, and
-  pickled objects are refused.
+  A header that announces more than the file holds does not cost memory. Pickled
+  objects are refused.
 
   Args:
     path: path of the file.
     what: name of the expected content, for messages.
 
   Raises:
-    ValueError: if the file is no array of plain numbers or texts.
+    ValueError: if the file does not hold an array of plain numbers or texts.
 
   Example:
     >>> import tempfile

@@ -1,9 +1,9 @@
-"""Pickle files of other programs, read without running anything in them.
+"""Reads pickle files of other programs without running anything in them.
 
 `pickle.Unpickler` builds the values: None, numbers, strings, bytes, tuples,
 lists, dicts, and numpy arrays and scalars of numbers. A file may only name the
-functions that numpy writes for arrays. Each is replaced by one of this module,
-so a file can neither import nor call anything else.
+functions that numpy writes for arrays. A function of this module replaces each
+of them, so a file can neither import nor call anything else.
 
 A scan of the opcodes comes first, since opcodes alone can exhaust memory or
 time: hashing a dict key that is a tuple of references to tuples takes time
@@ -11,8 +11,8 @@ exponential in the size of the file, and an object numbered 2**31 needs a memo
 of 2**32 entries. For files that pass the scan, time and memory are proportional
 to the size of the file, which is held in memory as a whole.
 
-Covers what pickle protocols 0 to 5 of Python 2 and 3, and numpy 1 and 2, write
-for such values. Strings of Python 2 are read as bytes.
+Reads what pickle protocols 0 to 5 of Python 2 and 3, and numpy 1 and 2, write
+for such values. Strings of Python 2 become bytes.
 """
 
 import math
@@ -28,11 +28,12 @@ import numpy as np
 
 from spectraformer_jax.data.find import first_line, open_plain
 
-_MAX_INT_BITS = 2**15
+_MAX_INT_BITS = 2**15  # bits of an integer
 _MAX_NAME = 100  # bytes of the name of a type or a byte order
-# An opcode makes a value of at most 64 bytes plus its content. So the values of
-# a small file take 64 MiB, those of a large one twice its size. A real file has
-# about 30 opcodes for an array of 1,000 numbers or more.
+# A file may have `_MIN_STEPS` opcodes, and one more per `_BYTES_PER_STEP`
+# bytes. An opcode makes a value of at most 64 bytes plus its content. So the
+# values of a small file take 64 MiB, those of a large one twice its size. A
+# real file has about 30 opcodes for an array of 1,000 numbers or more.
 _MIN_STEPS = 2**20
 _BYTES_PER_STEP = 32
 
@@ -107,7 +108,7 @@ class _RefusedError(ValueError):
 class _Scan:
   """Simulates the unpickler's stack with kinds of values instead of values.
 
-  A kind is one of pickletools, or `_ENCODE` for the function of that name.
+  A kind is a `StackObject` of pickletools, or `_ENCODE` for that function.
   """
 
   def __init__(self, size: int) -> None:
@@ -139,7 +140,7 @@ class _Scan:
       self._replace(opcode, argument)
 
   def _remember(self, key: int) -> None:
-    # Picklers number objects in order.
+    # Picklers number objects in order, so no number exceeds that of opcodes.
     if not 0 <= key <= self.steps or not self.stack:
       raise _RefusedError(f"it gives number {key} to object {len(self.memo)}.")
     self.memo[key] = self.stack[-1]
@@ -235,7 +236,7 @@ class _Array(np.ndarray):
     _check_tuple(state, 5)
     _, shape, dtype, fortran, raw = state
     filled = _array(raw, dtype, shape, "F" if fortran else "C")
-    self.count(len(raw))  # numpy copies numbers in another byte order
+    self.count(len(raw))  # numpy copies if the byte order is not its own
     state = (1, filled.shape, filled.dtype, bool(fortran), raw)
     super().__setstate__(state)
     del self.count  # each array is filled once
@@ -246,7 +247,8 @@ class _Unpickler(pickle.Unpickler):
 
   def __init__(self, content: mmap.mmap, size: int) -> None:
     super().__init__(content, encoding="bytes")
-    self._free = 2 * size  # a byte may be encoded once, and copied once
+    # Bytes still free to copy: each byte may be encoded once and copied once.
+    self._free = 2 * size
 
   def find_class(self, module: str, name: str) -> _Function:
     full_name = f"{module} {name}".replace("numpy._core.", "numpy.core.")
@@ -267,7 +269,7 @@ class _Unpickler(pickle.Unpickler):
       raise ValueError("it copies its strings again and again.")
 
   def _encode(self, text: Any, encoding: Any) -> bytes:
-    """Returns text as bytes: protocols 0 to 2 of Python 3 write bytes so."""
+    """Returns bytes that Python 3 writes as text in protocols 0 to 2."""
     if encoding != "latin1" or not isinstance(text, str):
       raise ValueError("it encodes text other than as 'latin1'.")
     self._count(len(text))

@@ -1,4 +1,4 @@
-"""Accuracy of simple rules, to be stated beside every result."""
+"""Computes the accuracy of simple rules, to be stated beside every result."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ MAJORITY = "majority label"
 def count_labels(
   dataset: Dataset, rules: Mapping[str, Rule]
 ) -> dict[str, list[list[int]]]:
-  """Counts the labels in each group of each rule."""
+  """Returns a table [groups, classes] of label counts for each rule."""
   majority = {MAJORITY: lambda dataset: np.zeros(len(dataset), np.int64)}
   tables = {}
   for name, rule in (majority | dict(rules)).items():
@@ -25,9 +25,10 @@ def count_labels(
 
 
 def accuracy(fitted: list[list[int]], scored: list[list[int]]) -> float:
-  """Returns the accuracy on one table of each group's best label in another.
+  """Returns the accuracy of guessing the most frequent label of each group.
 
-  Groups that `fitted` lacks get its most frequent label.
+  The guesses come from the table `fitted` and are scored on the table `scored`.
+  For a group that `fitted` lacks, the guess is the most frequent label of all.
 
   Example:
     >>> accuracy([[9, 1], [2, 8]], [[4, 1], [0, 5]])

@@ -1,11 +1,12 @@
-"""Simple models of words and of pixels, to compare a result with.
+"""Fits simple models of words or pixels, to compare a result with.
 
 * Texts: a linear support vector machine on words and pairs of words (tf-idf).
 * Pairs of texts: the cosine of their tf-idf words, with the threshold that
   classifies the training pairs best.
 * Images: logistic regression on the pixels of 8,000 training images.
 
-They see the task's sequences, cut to its length. Their settings are not tuned.
+The models see the task's sequences, cut to its length. Their settings are not
+tuned.
 """
 
 import warnings
@@ -16,8 +17,8 @@ import numpy as np
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.source import SPLITS
 
-IMAGES = 8000
-MAX_WORDS = 300_000
+IMAGES = 8000  # training images that the model is fitted on
+MAX_WORDS = 300_000  # words and pairs of words; the most frequent ones are kept
 TEXTS = ("bytes", "words")
 
 
@@ -58,7 +59,7 @@ def words(splits: Mapping[str, Dataset]) -> dict[str, float]:
 
 
 def cosine(splits: Mapping[str, Dataset]) -> dict[str, float]:
-  """Returns the accuracy, by split, of a threshold of the tf-idf cosine."""
+  """Returns the accuracy, by split, of a threshold on the tf-idf cosine."""
   from scipy.sparse import csr_array
   from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -107,6 +108,6 @@ def texts(dataset: Dataset, second: bool = False) -> list[str]:
   offsets = bounds.tolist()
   spans = zip(offsets, offsets[1:], strict=False)
   if dataset.tokenizer == "words":
-    # The letter: the vectorizer ignores words of one character.
+    # Puts a letter first: the vectorizer ignores words of one character.
     return [" ".join(f"w{i}" for i in tokens[a:b].tolist()) for a, b in spans]
   return [tokens[a:b].tobytes().decode("latin-1") for a, b in spans]

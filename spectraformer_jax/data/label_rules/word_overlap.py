@@ -1,4 +1,4 @@
-"""A simple rule for pairs of texts: the share of words in common."""
+"""Provides a simple rule for pairs of texts: the share of words in common."""
 
 import re
 

@@ -1,8 +1,8 @@
 """Reads pairs of papers of the ACL Anthology Network from Long Range Arena.
 
 ``tsv_data/new_aan_pairs.{train,eval,test}.tsv``: label, two ids and two texts,
-separated by tabs, without header and quoting. The files with ``only_ids`` in
-their name lack the texts.
+separated by tabs, without a header and without quoting. The files with
+``only_ids`` in their name lack the texts.
 
 Source: Radev et al., "The ACL Anthology Network Corpus", 2013.
 """
@@ -34,7 +34,7 @@ _PRINTED = re.compile(
 
 @reader.reads("retrieval", files="tsv_data/new_aan_pairs.{train,eval,test}.tsv")
 def find_aan(root: pathlib.Path) -> reader.TaskFiles | None:
-  """Finds the folder of the pairs; texts are read as they are written."""
+  """Finds the folder of the pairs; reads texts as the files print them."""
   folder = find.innermost(root, lambda f: any(p.is_file() for p in _paths(f)))
   if folder is None:
     _explain_only_ids(root)
@@ -57,9 +57,9 @@ def rows(
   Args:
     folder: holds the files.
     split: ``"train"``, ``"dev"`` or ``"test"``.
-    literal: the texts are printed Python bytes (``b'...'`` with ``\n`` as two
-      characters). ``"keep"`` reads the characters; ``"decode"`` reads the bytes
-      that they mean.
+    literal: how to read the texts, which are Python bytes as ``print`` shows
+      them (``b'...'`` with ``\n`` as two characters). ``"keep"`` reads these
+      characters; ``"decode"`` reads the bytes that they mean.
 
   Raises:
     ValueError: at the first malformed line, with its number.

@@ -2,7 +2,7 @@
 
 ``{train,test}/{neg,pos}/<id>_<stars>.txt``; ``unsup`` has no labels and is left
 out. Leading and trailing white space is stripped, as in TensorFlow Datasets,
-the source of Long Range Arena's reviews. All other bytes are kept, also invalid
+the source of Long Range Arena's reviews. All other bytes are kept, even invalid
 UTF-8 and a byte order mark.
 
 Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", 2011.

@@ -3,8 +3,8 @@
 The binary form (``data_batch_{1..5}.bin``, ``test_batch.bin``; records of one
 label byte and 3072 colour bytes) is preferred if both exist. Long Range Arena's
 validation set is the last 10 % of the training images in the order of
-TensorFlow Datasets, a hash of keys that the batches lack; here the split is by
-content.
+TensorFlow Datasets. That order comes from a hash of keys that the batches lack,
+so here the split is by content.
 
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images",
 2009.
@@ -26,8 +26,8 @@ BATCHES = {
   "test": ("test_batch",),
 }
 ROWS = {"train": 50_000, "test": 10_000}
-PLANE = 32 * 32
-RECORD = 1 + 3 * PLANE
+PLANE = 32 * 32  # bytes of one colour of an image
+RECORD = 1 + 3 * PLANE  # a label and an image
 
 MAX_BYTES = 2**26  # a pickled batch takes 31 MB
 
@@ -115,7 +115,10 @@ def _python_rows(path: pathlib.Path) -> Iterator[reader.Example]:
 def _rows(
   images: np.ndarray, labels: Sequence[Any], path: pathlib.Path, first: int
 ) -> Iterator[reader.Example]:
-  """Yields gray images of ``[count, 3072]``; the first has number `first`."""
+  """Yields colour images ``[count, 3072]`` as gray ones, with labels.
+
+  In messages, the images are numbered from `first` on.
+  """
   gray = rgb_to_gray(*np.moveaxis(images.reshape(-1, 3, PLANE), 1, 0))
   for i, pixels in enumerate(gray):
     label = reader.check_label(labels[i], 10, f"{path} image {first + i}")

@@ -1,7 +1,8 @@
 """Reads the idx files of MNIST and its relatives: images and labels.
 
-A header of big-endian numbers (a magic number, then the sizes), then one byte
-per pixel or label, often gzipped; https://yann.lecun.com/exdb/mnist.
+A file holds a header of big-endian numbers (a magic number, whose last byte is
+the number of sizes, then the sizes), then one byte per pixel or label. It is
+often gzipped. Source: https://yann.lecun.com/exdb/mnist.
 """
 
 import gzip
@@ -23,7 +24,7 @@ _READ_AT_ONCE = 1000
 def read_rows(
   images: io.BufferedIOBase, labels: io.BufferedIOBase, side: int, where: str
 ) -> Iterator[Example]:
-  """Yields square images, padded with black to `side` x `side`, and labels.
+  """Yields square images, padded with black to `side` x `side`, with labels.
 
   Args:
     images: the open idx file of the images, gzipped or not.
@@ -54,7 +55,7 @@ def read_rows(
       for i, image in enumerate(pixels.reshape(size, -1)):
         name = f"{where} image {start + i}"
         yield Example(image, check_label(of_chunk[i], 10, name))
-    # Reading past the end makes gzip compare its checksum.
+    # Reads past the end, which also makes gzip compare its checksum.
     for file, name in ((images, "images"), (labels, "labels")):
       if file.read(1):
         raise ValueError(
@@ -88,13 +89,13 @@ def _sizes(file: io.BufferedIOBase, magic: int, where: str) -> tuple[int, ...]:
 def _read(
   file: io.BufferedIOBase, shape: tuple[int, ...], where: str
 ) -> np.ndarray:
-  """Returns the next bytes as an array."""
+  """Returns the next bytes as an array of shape `shape`."""
   content = _exactly(file, math.prod(shape), where)
   return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _exactly(file: io.BufferedIOBase, size: int, where: str) -> bytes:
-  """Reads `size` bytes; raises ValueError if the file ends before."""
+  """Reads `size` bytes; raises ValueError if the file has fewer."""
   content = file.read(size)
   if len(content) < size:
     raise ValueError(f"{where}: the file is cut off, {size} bytes are missing.")

@@ -3,7 +3,8 @@
 ``listops-1000/basic_{train,val,test}.tsv``: a header ``Source<TAB>Target``,
 then one expression and its value per line, in any form that
 :func:`listops_text.encode` accepts; :func:`export` writes the form of the
-release. Both work line by line: the training file has about 0.6 GB.
+release. Files are read and written line by line, since the training file has
+about 0.6 GB.
 """
 
 import os
@@ -46,8 +47,8 @@ def find_listops(root: pathlib.Path) -> reader.TaskFiles | None:
 def rows(path: pathlib.Path) -> Iterator[reader.Example]:
   """Yields the ids and the value of each expression.
 
-  Incomplete expressions are refused. Values are not computed here, but by the
-  command ``check``.
+  Incomplete expressions are refused. The values are those of the file; only the
+  command ``check`` computes some to compare them.
 
   Raises:
     ValueError: at the first malformed line, with its number.
@@ -86,7 +87,8 @@ def export(dataset: Dataset, folder: str | os.PathLike) -> pathlib.Path:
   r"""Writes a split of ListOps as the corresponding file of the release.
 
   Args:
-    dataset: with tokeniser ``"full"``: the form needs closing brackets.
+    dataset: the split; its tokeniser must be ``"full"``, since the form needs
+      closing brackets.
     folder: created if it does not exist; an existing file is replaced when the
       new one is complete.
 

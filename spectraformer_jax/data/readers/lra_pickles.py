@@ -1,15 +1,16 @@
-"""Reads the pickles that Spectraformer, Skyformer and Nystromformer make.
+"""Reads pickles from the code of Spectraformer, Skyformer and Nystromformer.
 
-``lra-<task>.{train,dev,test}.pickle``, without ``lra-`` in Nystromformer: a
-list of dicts of ``input_ids_0``, perhaps ``input_ids_1``, and ``label``, whose
-ids are padded with 0. Nothing in them is run, see :mod:`pickles`; a
-file is held in memory as a whole.
+The files are ``lra-<task>.{train,dev,test}.pickle``, without ``lra-`` in
+Nystromformer. Each holds a list of dicts of ``input_ids_0``, perhaps
+``input_ids_1`` (read for pairs only), and ``label``; ids are padded with 0.
+Nothing in a file is run, see :mod:`pickles`; a file is held in memory as a
+whole.
 
-Ids of bytes and pixels mean what they do here. Those of ListOps come from the
-order of a Python set, so they differ from file to file and cannot be decoded,
-and the code that makes them drops the brackets. The splits are the files' own:
-dev of Text is the test set, and that of Pathfinder is a new random draw in
-every run.
+Ids of bytes and pixels mean the same as in this package. Those of ListOps come
+from the order of a Python set, so they differ from file to file and cannot be
+decoded, and the code that makes the files drops the brackets. The splits are
+those of the files: dev of Text is the test set, and dev of Pathfinder is a new
+random draw in every run of that code.
 """
 
 import functools
@@ -24,23 +25,23 @@ from spectraformer_jax.data.formats import pickles
 from spectraformer_jax.data.readers import reader
 
 SPLITS = ("train", "dev", "test")
-MAX_IDS = 2**20
+MAX_IDS = 2**20  # in one sequence
 MAX_BYTES = 2**34  # the training pairs of retrieval take 4.7 GB
 CONTOUR = "curv_contour_length_14"
 
 
 class _Form(NamedTuple):
-  """File names and content of a task's pickles."""
+  """Describes file names and content of a task's pickles."""
 
   names: tuple[str, ...]
-  counts: tuple[int, int, int]
+  counts: tuple[int, int, int]  # examples of each split
   num_classes: int
-  lowest: int  # id of token 0 here
-  highest: int
-  pixels: int = 0
+  lowest: int  # id in the files of what is stored as token 0
+  highest: int  # largest id in the files
+  pixels: int = 0  # of an image; 0 if the task has no images
 
 
-_TEXT = (2, 1, 256)
+_TEXT = (2, 1, 256)  # num_classes, lowest, highest
 _PATHS = (160_000, 20_000, 20_000)
 
 _FORMS = {
@@ -131,7 +132,7 @@ def _tokens(ids: Any, where: str, form: _Form) -> np.ndarray:
     )
   ids = ids.ravel()
   if not form.pixels:
-    ids = np.trim_zeros(ids, "b")  # in images 0 is black, not padding
+    ids = np.trim_zeros(ids, "b")  # not in images, where 0 is black
   elif len(ids) != form.pixels:
     raise ValueError(f"{where} must hold {form.pixels} pixels, got {len(ids)}.")
   if not len(ids) or ids.min() < form.lowest or ids.max() > form.highest:

@@ -4,8 +4,8 @@
 ``metadata/<batch>.npy``. Despite their name, the lists of the release are text:
 one line per image, with folder, file, number, label and parameters of the
 generator, separated by spaces. A new run of the generator writes arrays of
-strings; both are read. The archive holds ``pathfinder128`` twice; the one in
-the inner ``lra_release`` is read.
+strings; both are read. The archive holds two folders ``pathfinder128``; the one
+in the inner ``lra_release`` is read.
 
 Source: Linsley et al., "Learning long-range spatial dependencies with
 horizontal gated recurrent units", 2018; Kim et al., "Disentangling neural
@@ -27,12 +27,12 @@ from spectraformer_jax.data.readers import reader
 
 DIFFICULTY = "curv_contour_length_14"
 ROWS = {"all": 200_000}
-MAX_EMPTY = 10
+MAX_EMPTY = 10  # image files without content; the release has one
 MAX_LISTED = 200_000
-"""Limit of one list; in the release, all lists together have this size."""
+"""Limit of a list's images; all lists of the release name as many together."""
 
-_MAX_LINE = 4096  # bytes; those of the release have about 100
-_MAX_NAME = 255
+_MAX_LINE = 4096  # bytes; lines of the release have about 100
+_MAX_NAME = 255  # characters of the folder and file of an image
 
 _FILES = f"pathfinder{{}}/{DIFFICULTY}/{{{{imgs,metadata}}}}"
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -41,6 +41,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 def _find(root: pathlib.Path, side: int) -> reader.TaskFiles | None:
   """Finds the innermost ``pathfinder<side>`` with LRA's difficulty."""
   name = f"pathfinder{side}"
+  # `root` may be the wanted folder, or the difficulty in it.
   resolved = root.resolve()
   if resolved.name == DIFFICULTY and resolved.parent.name == name:
     root = resolved.parent
@@ -54,6 +55,7 @@ def _find(root: pathlib.Path, side: int) -> reader.TaskFiles | None:
     return None
   folder = top / DIFFICULTY
   lists = _sorted_lists(folder)
+  # The checksum covers all lists, but only two of the many pictures.
   images = [next(_read_list(path))[0] for path in (lists[0], lists[-1])]
   pictures = [folder / image for image in images if (folder / image).is_file()]
   return reader.TaskFiles(
@@ -93,13 +95,13 @@ def _sorted_lists(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _number(text: str) -> tuple[int, str]:
-  """Returns a key that sorts by the digits in a name."""
+  """Returns a key that sorts names by the number that their digits form."""
   digits = "".join(c for c in text if c.isdecimal())
   return int(digits or 0), text
 
 
 def _read_list(path: pathlib.Path) -> Iterator[tuple[str, int]]:
-  """Yields the path and the label of each image of a list, by number."""
+  """Yields path and label of each image of a list, sorted by file number."""
   with find.open_plain(path) as file:
     is_array = file.read(6) == b"\x93NUMPY"
   table = []
@@ -157,7 +159,8 @@ def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
   for number, row in enumerate(table, start=1):
     try:
       row = np.ascontiguousarray(row.astype(str))
-      # A str may hold numbers that are no characters, and fails later.
+      # A numpy string may hold numbers that are not characters; such a string
+      # fails later.
       is_text = row.view(np.uint32).max() <= sys.maxunicode
     except ValueError:
       is_text = False

@@ -7,7 +7,8 @@ reads::
     @reads("text", files="aclImdb/{train,test}/{neg,pos}/<id>_<stars>.txt")
     def find_aclimdb(root: pathlib.Path) -> TaskFiles | None: ...
 
-Its examples are streamed: no reader but that of pickles holds them all.
+A reader streams its examples: only readers of pickles hold all examples of a
+file in memory.
 """
 
 import dataclasses
@@ -30,17 +31,18 @@ ARCHIVE = (
   "(https://storage.googleapis.com/long-range-arena/lra_release.gz)"
 )
 
+# A chunk of examples is complete when it has as many rows or tokens as this.
 _CHUNK_ROWS = 1024
 _CHUNK_TOKENS = 2**22
 
 _LABEL = re.compile(r"\d{1,9}(\.0*)?", re.ASCII)
 
 Plan = Sequence[tuple[str, Mapping[str, float]]]
-"""For each pass, the part of the files that it reads and the splits' shares."""
+"""For each pass, the part of the files that it reads and each split's share."""
 
 
 class Example(NamedTuple):
-  """An example: its stored tokens, not yet cut to length, and its label."""
+  """Holds an example: stored tokens, not yet cut to length, and the label."""
 
   tokens: np.ndarray
   label: int
@@ -53,7 +55,7 @@ class TaskFiles:
 
   Attributes:
     folder: the folder of the files.
-    what: name of the layout.
+    what: name of the layout of the files.
     parts: the parts of the files (``"train"``, ``"dev"``, ``"test"`` or
       ``"all"``), with the expected number of examples of each.
     rows: yields the examples of a part, in an order that depends on the files
@@ -62,7 +64,7 @@ class TaskFiles:
     mark: appended to the task's name if the content differs from the published
       form.
     provenance: see :class:`Facts`.
-    tokenizer: None if the task chooses it.
+    tokenizer: the one that made the files; None if the task chooses one.
   """
 
   folder: pathlib.Path
@@ -107,8 +109,8 @@ def find_data(
     instead: tasks that need no files, for messages.
 
   Raises:
-    ValueError: if `data_dir` is None or no folder, or holds no files of the
-      task, or two layouts.
+    ValueError: if `data_dir` is None or not a folder, or holds no files of the
+      task, or holds files in two layouts.
   """
   names = [repr(name) for name in instead if name in TASKS.names()]
   without = f"; without the files try {' or '.join(names)}" if names else ""
@@ -148,7 +150,7 @@ def make_source(
 
   Args:
     found: files of the task.
-    plan: one entry per pass; a part of several splits is divided by content.
+    plan: one entry per pass; a part with several splits is divided by content.
     name: name of the task, without the mark of the files.
     seed: seed of the division by content.
     settings: additional settings of :class:`Facts`.
@@ -196,7 +198,7 @@ def own_splits() -> Plan:
 
 
 def check_label(label: Any, num_classes: int, where: str) -> int:
-  """Returns a label as an int; accepts ``1``, ``1.0`` and texts of them.
+  """Returns a label as an int; accepts ``1`` and ``1.0``, also as text.
 
   Example:
     >>> check_label(b"1.0", 2, "pairs.tsv line 3")
@@ -257,7 +259,7 @@ def _divide(
 
 
 def _content(row: Example) -> bytes:
-  """Returns bytes that are equal for equal examples."""
+  """Returns bytes that are equal for equal sequences only."""
   if row.tokens_2 is None:
     return row.tokens.tobytes()
   first = row.tokens.tobytes()

@@ -1,13 +1,13 @@
 """Reads folders that TensorFlow Datasets has prepared, without TensorFlow.
 
-``imdb_reviews`` for Text, ``cifar10`` for Image, Long Range Arena's own
-``pathfinder32`` and ``pathfinder128``, and our ``lra_listops``. They must be in
-the array_record format: without TensorFlow nothing reads TFRecord files, the
-default of TensorFlow Datasets.
+The folders are ``imdb_reviews`` for Text, ``cifar10`` for Image, Long Range
+Arena's own ``pathfinder32`` and ``pathfinder128``, and ``lra_listops`` of
+:mod:`tfds_builders`. They must be in the array_record format: without
+TensorFlow nothing reads TFRecord files, the default of TensorFlow Datasets.
 
-Long Range Arena's validation set of CIFAR-10 is the last tenth in the order of
-these folders: no other form of the files gives its split. Of Pathfinder it
-uses 80, 10 and 10 % of the hard images.
+Long Range Arena's validation set of CIFAR-10 is the last tenth of the training
+images in the order of this folder: no other form of the files gives this split.
+Of Pathfinder, Long Range Arena uses the hard images, 80 : 10 : 10 % in order.
 """
 
 import functools
@@ -42,16 +42,16 @@ _DRAW = "LraListops of spectraformer_jax.data.tfds_builders writes array_record"
 
 
 class _Form(NamedTuple):
-  """The TensorFlow Datasets form of a task."""
+  """Describes the TensorFlow Datasets form of a task."""
 
   name: str
-  field: str
+  field: str  # feature that holds the tokens
   num_classes: int
-  slices: Mapping[str, str]
-  sizes: Mapping[str, int]
-  advice: str
+  slices: Mapping[str, str]  # of the data set's splits, by part
+  sizes: Mapping[str, int]  # expected number of examples, by part
+  advice: str  # for folders in another format
   mark: str = ""
-  side: int = 0
+  side: int = 0  # of an image, in pixels; 0 for other content
 
 
 _HARD = {"train": "hard[:80%]", "dev": "hard[80%:90%]", "test": "hard[90%:]"}
@@ -162,7 +162,10 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_file(path: pathlib.Path) -> None:
-  """Raises ValueError if a file is no plain file, or a huge description."""
+  """Raises ValueError unless a path is a plain file of an allowed size.
+
+  Files beside the records are read into memory, so they must be small.
+  """
   with find.open_plain(path):
     size = path.stat().st_size
   if f".{FORMAT}" not in path.name and size > _MAX_DESCRIPTION:
@@ -185,6 +188,7 @@ def _check_features(folder: pathlib.Path) -> None:
       waiting += value
     elif isinstance(value, dict):
       waiting += value.values()
+      # A missing key passes as the prefix of the allowed names.
       for key in ("pythonClassName", "python_class_name", "type"):
         name = value.get(key, "tensorflow_datasets.core.features.")
         if not isinstance(name, str) or not _CLASS.match(name + "x"):
@@ -192,6 +196,7 @@ def _check_features(folder: pathlib.Path) -> None:
             f"{path} must name features of TensorFlow Datasets only, got "
             f"{str(name)[:60]!r}."
           )
+    # JSON as text could name classes that this loop does not see.
     elif isinstance(value, str) and "{" in value:
       raise ValueError(
         f"{path} must not hold JSON as text, got {value[:60]!r}."
@@ -232,9 +237,10 @@ def _open(folder: pathlib.Path, split: str) -> Any:
   import tensorflow_datasets as tfds
 
   try:
-    # Its stubs know neither the features of `info` nor `as_data_source`.
+    # Any: the stubs of `tfds` know neither `info.features` nor
+    # `as_data_source`.
     builder: Any = tfds.builder_from_directory(folder)
-    # Pictures are unpacked here, after a check of their size.
+    # Pictures stay packed: `_unpack` opens them after a check of their size.
     packed = {
       name: tfds.decode.SkipDecoding()
       for name, feature in builder.info.features.items()

@@ -156,10 +156,9 @@ def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Pair]]:
 def _pair_up(replies: list[Reply], rng: np.random.Generator) -> Iterator[Pair]:
   """Yields positive and negative pairs from the replies of one list.
 
-  The replies are ordered by thread. A negative pair takes an answer from
-  further
-  on: the distance is the size of the largest thread, so this answer belongs to
-  another thread.
+  The replies are ordered by thread. The answer of a negative pair is as many
+  places farther on as the largest thread has replies, so it belongs to another
+  thread.
   """
   threads = collections.defaultdict(list)
   for i in rng.permutation(len(replies)):
