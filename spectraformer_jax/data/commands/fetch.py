@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data._checks import check_choice
 from spectraformer_jax.data.cache import split_folder
 from spectraformer_jax.data.commands.check import load_splits, report
 from spectraformer_jax.data.commands.options import make_parser, parse_options
@@ -36,6 +36,7 @@ from spectraformer_jax.data.packages import (
   verify,
 )
 from spectraformer_jax.data.registry import build_source
+from spectraformer_jax.seeds import check_seed
 
 PACKAGES: dict[str, Package | None] = {
   "digits": None,  # comes with scikit-learn
@@ -79,7 +80,7 @@ def main(args: Sequence[str]) -> int:
   flags, rest = parser.parse_known_args(args)
   check_choice("stand-in", flags.name, PACKAGES)
   options = parse_options(rest)
-  options["seed"] = check_int("seed", flags.seed, 0)
+  options["seed"] = check_seed("seed", flags.seed)
   source = build_source(flags.name, options, flags.cache_dir)
   package = PACKAGES[flags.name]
   if package and "data_dir" not in options:

@@ -97,6 +97,8 @@ def _read(
 def _exactly(file: io.BufferedIOBase, size: int, where: str) -> bytes:
   """Reads `size` bytes; raises ValueError if the file has fewer."""
   content = file.read(size)
-  if len(content) < size:
-    raise ValueError(f"{where}: the file is cut off, {size} bytes are missing.")
+  if missing := size - len(content):
+    raise ValueError(
+      f"{where}: the file is cut off, {missing} bytes are missing."
+    )
   return content

@@ -177,6 +177,7 @@ def test_a_damaged_file_is_not_used(run, tmp_path, client):
     (["imdb_half", "--max_len=0"], "max_len must be an integer >= 1, got 0"),
     (["imdb_half", "--max_len"], "must be written --name=value"),
     (["imdb_half", "--seed=-1"], "seed must be an integer >= 0, got -1"),
+    (["imdb_half", f"--seed={2**64}"], "seed must be"),
   ],
 )
 def test_mistakes(run, args, message):
