@@ -148,6 +148,7 @@ def honoured(masks):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.quick_every(2)
 def test_all_masks_of_four_queries_and_four_keys(is_causal):
   count = 1 << 16
   bits = np.arange(count)[:, None] >> np.arange(16)[None] & 1

@@ -36,6 +36,7 @@ def test_orthogonal_rows_gain(run):
   assert float(run["orf", 32]["trig.2"]) == pytest.approx(0.378, rel=0.15)
 
 
+@pytest.mark.slow
 def test_matrices_that_need_more_rows_than_columns_are_skipped(run):
   assert set(run) == {
     ("iid", 32),

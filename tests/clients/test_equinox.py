@@ -149,6 +149,7 @@ def test_trains_as_with_softmax(matrix):
   )
 
 
+@pytest.mark.slow
 def test_nothing_leaks(batched):
   early = jnp.broadcast_to(jnp.arange(LENGTH)[None] < 5, TOKENS.shape)
   other = helpers.with_other_word(TOKENS, slice(None), 5)
@@ -160,6 +161,7 @@ def test_nothing_leaks(batched):
   helpers.assert_blind(batched, TOKENS, other, jnp.arange(3) != 1)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_batch(batched):
   """One example at a time, and all in one call, are the same."""
   alone = make_model()(TOKENS[1], LENGTHS[1])

@@ -174,6 +174,7 @@ def test_images_of_a_batch_are_apart():
   helpers.assert_blind(logits, IMAGES, other, jnp.arange(len(IMAGES)) != 3)
 
 
+@pytest.mark.slow
 def test_weight_decay_leaves_the_projection():
   """With this library's module every block has a projection of its own."""
   model = make_model(None, is_own_module=True)

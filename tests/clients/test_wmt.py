@@ -179,11 +179,13 @@ def trained(params):
   return train_model(make_model(), params)
 
 
+@pytest.mark.slow
 def test_trains_as_with_softmax(params, trained):
   _, original = train_model(make_model(None), params)
   helpers.assert_trains_alike(trained[1], original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross", ["oprf", "posrf", "saderf", "elu1"])
 @pytest.mark.quick_every(4)
 def test_targets_do_not_see_the_future(trained, cross):
@@ -260,6 +262,7 @@ def start_decoding(model, params, inputs):
   return encoded, variables["cache"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross", ["oprf", "posrf"])
 @pytest.mark.quick_every(2)
 def test_decoding_is_teacher_forcing(trained, cross):
