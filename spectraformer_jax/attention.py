@@ -136,7 +136,7 @@ def spectral_attention(
   Raises:
     ValueError: shapes that do not agree, arrays that are not float, a mask over
       query and key positions, stats of another map, stats that would depend on
-      future keys, on other packed rows or (with a state) on the keys of a
+      future keys, on other segments or (with a state) on the keys of a
       single call, a state of another map or together with segments, or an
       implementation that cannot run.
 
@@ -232,10 +232,10 @@ def _spectral_attention(
     key: Array,
     value: Array,
     variables: FeatureVariables,
-    rows: tuple[PyTree, State | None],
+    by_example_and_head: tuple[PyTree, State | None],
     masks: tuple[Mask, Mask, SegmentIds | None],
   ) -> tuple[Array, State | None]:
-    stats, initial_state = rows
+    stats, initial_state = by_example_and_head
     key_mask, query_mask, segment_ids = masks
     query = with_zeros(query, query_mask)
     stats = statistics_of_keys(
@@ -260,7 +260,7 @@ def _spectral_attention(
     on_one_device,
     *arrays[:3],
     by_head=variables,
-    by_row=(stats, initial_state),
+    by_example_and_head=(stats, initial_state),
     by_example=arrays[3:],
   )
 

@@ -76,15 +76,15 @@ def check_statistics(
     )
   if segment_ids is not None and component.info.positional:
     raise ValueError(
-      f"component {name!r} counts positions of the whole row, so it cannot be "
-      "combined with segment_ids."
+      f"component {name!r} counts positions from the start of the row, not of "
+      "each segment: it cannot be combined with segment_ids."
     )
   if stats is not None or not feature_map.info.needs_stats:
     return
   if is_causal:
     setting, effect = "is_causal=True", "leak the future"
   elif segment_ids is not None:
-    setting, effect = "segment_ids", "mix packed rows"
+    setting, effect = "segment_ids", "mix segments"
   elif has_state:
     setting, effect = "a state", "differ from those of its other calls"
   else:

@@ -22,7 +22,7 @@ def on_shards(
   value: Array,
   *,
   by_head: PyTree,
-  by_row: PyTree,
+  by_example_and_head: PyTree,
   by_example: PyTree,
 ) -> tuple[Array, PyTree]:
   """Calls `function` on the examples and heads of each device.
@@ -37,8 +37,8 @@ def on_shards(
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
     by_head: leaves lead with ``[N or 1]``.
-    by_row: leaves lead with ``[B or 1, N or 1]``, so that each example and head
-      has one row, or have fewer axes.
+    by_example_and_head: leaves lead with ``[B or 1, N or 1]``, or have fewer
+      than two axes.
     by_example: leaves lead with ``[B]``.
 
   Returns:
@@ -47,7 +47,7 @@ def on_shards(
   Raises:
     ValueError: the length is divided over devices.
   """
-  inputs = (query, key, value, by_head, by_row, by_example)
+  inputs = (query, key, value, by_head, by_example_and_head, by_example)
   mesh = _explicit_mesh(inputs)
   if mesh is None:
     return function(*inputs)
@@ -62,17 +62,16 @@ def on_shards(
   batch = _spec(query)[0]
   all_heads, heads = _heads(mesh, query, key)
 
-  def rows(x: Array) -> P:
+  def of_heads(x: Array) -> P:
     return _fit(x, batch, heads) if x.ndim > 1 else P()
 
-  examples = lambda x: _fit(x, batch)
   specs = (
     P(batch, None, all_heads),
     P(batch, None, heads),
     P(batch, None, heads),
     jax.tree.map(lambda x: _fit(x, heads), by_head),
-    jax.tree.map(rows, by_row),
-    jax.tree.map(examples, by_example),
+    jax.tree.map(of_heads, by_example_and_head),
+    jax.tree.map(lambda x: _fit(x, batch), by_example),
   )
   inputs = _reshard(inputs, mesh, specs)
   shapes = jax.tree.map(
@@ -84,7 +83,7 @@ def on_shards(
     mesh=mesh,
     axis_names=explicit,
     in_specs=specs,
-    out_specs=(specs[0], jax.tree.map(rows, state)),
+    out_specs=(specs[0], jax.tree.map(of_heads, state)),
   )
   return run(*inputs)
 
@@ -134,7 +133,7 @@ def with_auto_axes(
   return run(arrays, shared)
 
 
-def on_rows(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+def on_heads(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
   """Wraps `function` so that it runs on the examples and heads of each device.
 
   Args:

@@ -331,7 +331,7 @@ class _Call:
       self.key,
       self.value,
       by_head=self.adapter.variables,
-      by_row=self.adapter.stats,
+      by_example_and_head=self.adapter.stats,
       by_example=(form, self.query_mask, self.key_mask),
     )[0]
 

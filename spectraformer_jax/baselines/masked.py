@@ -87,7 +87,7 @@ def on_shards(
     ),
     *inputs[:3],
     by_head=by_head,
-    by_row=(),
+    by_example_and_head=(),
     by_example=inputs.mask,
   )
   return out

@@ -33,7 +33,7 @@ def over_examples_and_heads(
     >>> add(jnp.ones((3, 1, 5)), jnp.ones((1, 2, 5))).shape
     (3, 2, 5)
   """
-  return meshes.on_rows(_over_one_axis(_over_one_axis(function)))
+  return meshes.on_heads(_over_one_axis(_over_one_axis(function)))
 
 
 def _over_one_axis(function: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -207,7 +207,7 @@ def _linear_attention(
     on_one_device,
     *arrays[:3],
     by_head=(),
-    by_row=initial_state,
+    by_example_and_head=initial_state,
     by_example=arrays[3:],
   )
 

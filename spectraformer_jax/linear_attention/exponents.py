@@ -25,8 +25,9 @@ LOWEST = -(2.0**30)
 # are, so that a state with keys never looks empty.
 LOWEST_SEEN = -(2.0**29)
 
-# If a query's and a key's exponent add up to this or more, their sum is not
-# exact in float32.
+# Rounding in float32 changes a query's exponent of this size by up to about
+# 100. Below this size such an error cannot turn the query's largest feature,
+# which is scaled to 2^QUERY_EXPONENT, into 0; from here on it may.
 TOO_LARGE = 2.0**28
 
 # Each key feature is scaled so that its largest value over the keys is about

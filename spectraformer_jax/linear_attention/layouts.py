@@ -6,6 +6,7 @@ partitioner of other programs does not know the operation and gathers the whole
 array. An exported program must not contain a layout.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +28,11 @@ def in_columns(x: Array) -> Array:
   the 32 dims of a head do not. To be dropped once ``benchmarks/aot.py`` shows
   the same cycles without (docs/decisions/08-tpu-layouts.md).
   """
-  return jax.lax.platform_dependent(x, tpu=_columns, default=_same)
+  put = functools.partial(_laid_out.bind, layout=_in_columns, plain=_same)
+  return jax.lax.platform_dependent(x, tpu=put, default=_same)
 
 
-def turned(x: Array) -> Array:
+def transposed(x: Array) -> Array:
   """Transposes the last two axes, on a CPU in memory too.
 
   Without the barriers XLA makes the transposition a part of the product before
@@ -38,10 +40,13 @@ def turned(x: Array) -> Array:
   product then reads or writes columns, at which XLA aborts for small shapes. To
   be dropped with the products that need it, see `xla.products`.
   """
-  return jax.lax.platform_dependent(x, cpu=_turned, default=_swap)
+  in_memory = functools.partial(
+    _laid_out.bind, layout=_transposed_in_memory, plain=_swap_last_axes
+  )
+  return jax.lax.platform_dependent(x, cpu=in_memory, default=_swap_last_axes)
 
 
-def once(x: Array) -> Array:
+def behind_barrier(x: Array) -> Array:
   """Returns x behind a barrier: else XLA computes it again for each feature.
 
   A TPU gets no barrier: XLA would round what it stores for a product to
@@ -58,8 +63,8 @@ def _in_columns(x: Array) -> Array:
   return with_layout_constraint(x, Layout((*leading, column, row)))
 
 
-def _turned_in_memory(x: Array) -> Array:
-  return _in_rows(_swap(_in_rows(x)))
+def _transposed_in_memory(x: Array) -> Array:
+  return _in_rows(_swap_last_axes(_in_rows(x)))
 
 
 def _in_rows(x: Array) -> Array:
@@ -68,20 +73,12 @@ def _in_rows(x: Array) -> Array:
   return jax.lax.optimization_barrier(with_layout_constraint(x, row_major))
 
 
-def _swap(x: Array) -> Array:
+def _swap_last_axes(x: Array) -> Array:
   return jnp.swapaxes(x, -1, -2)
 
 
 def _same(x: Array) -> Array:
   return x
-
-
-def _columns(x: Array) -> Array:
-  return _laid_out.bind(x, layout=_in_columns, plain=_same)
-
-
-def _turned(x: Array) -> Array:
-  return _laid_out.bind(x, layout=_turned_in_memory, plain=_swap)
 
 
 # A linear function that is its own transpose, in two forms: `layout` constrains

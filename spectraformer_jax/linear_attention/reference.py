@@ -19,7 +19,11 @@ from spectraformer_jax.linear_attention.inputs import (
   PlainFeatures,
 )
 from spectraformer_jax.linear_attention.normalize import normalize
-from spectraformer_jax.linear_attention.state import State, join, part
+from spectraformer_jax.linear_attention.state import (
+  State,
+  join_sums,
+  split_sums,
+)
 from spectraformer_jax.linear_attention.xla import chunks
 from spectraformer_jax.linear_attention.xla.blocks import Keys
 from spectraformer_jax.linear_attention.xla.chunks import Engine
@@ -49,13 +53,13 @@ def causal_in_chunks(
   Returns:
     ``[T, V]``.
   """
-  is_earlier = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))
+  is_visible = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))
 
   def step(
     sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]
   ) -> tuple[tuple[Array, Array], Array]:
     (S, z), (phi, psi, value) = sums, chunk
-    weights = jnp.where(is_earlier, phi @ psi.T, 0.0)
+    weights = jnp.where(is_visible, phi @ psi.T, 0.0)
     numerator = phi @ S + weights @ value
     normalizer = phi @ z + weights.sum(axis=1)
     sums = S + psi.T @ value, z + psi.sum(axis=0)
@@ -93,9 +97,9 @@ def attend(call: Call) -> tuple[Array, State]:
     key_mask = key_mask[:, None, :, None]
   keys = Keys(key, value, key_mask, position)
   engine = Engine(maps, EXACT, chunk_size=key.shape[2])
-  after = chunks.add_keys(engine, constants, join(state), keys)
+  after = chunks.add_keys(engine, constants, join_sums(state), keys)
   after = after._replace(length=position + key.shape[2])
-  return jnp.moveaxis(out, 3, 1), part(after)
+  return jnp.moveaxis(out, 3, 1), split_sums(after)
 
 
 def _attend_features(
@@ -114,8 +118,8 @@ def _attend_features(
     value: ``[B, N, S, V]`` float32.
     is_visible: bool, broadcastable to ``[B, N, G, T, S]``.
     state: sums over keys that came before; every query sees them.
-    segment_ids: of queries ``[B, T]`` and keys ``[B, S]``, where rows are
-      packed; the state is empty then.
+    segment_ids: of queries ``[B, T]`` and keys ``[B, S]``, or None; with
+      segments the state is empty.
 
   Returns:
     ``[B, N, G, T, V]`` float32.
@@ -140,16 +144,16 @@ def _attend_features(
   seen = weights(phi, psi)
   numerator = jnp.einsum("bngts,bnsv->bngtv", seen, value, precision="highest")
   numerator += of_state(phi, state.kv)
-  normalizer = size = jnp.sum(seen, axis=-1) + of_state(phi, state.total)
+  normalizer = weight_sum = jnp.sum(seen, axis=-1) + of_state(phi, state.total)
   magnitude = None
   if state.magnitude is not None:
     magnitude = jnp.sum(weights(jnp.abs(phi), jnp.abs(psi)), axis=-1)
-    magnitude = size = magnitude + of_state(jnp.abs(phi), state.magnitude)
+    magnitude = weight_sum = magnitude + of_state(jnp.abs(phi), state.magnitude)
   out = normalize(numerator, normalizer, magnitude)
   # NaN where a query sees keys but all their weights have underflowed: zeros
   # would say that it sees none.
   if query.factor is None:
-    is_bad |= (jnp.any(is_visible, axis=-1) & (size == 0.0))[..., None]
+    is_bad |= (jnp.any(is_visible, axis=-1) & (weight_sum == 0.0))[..., None]
   return jnp.where(is_bad, jnp.nan, out)
 
 
@@ -186,7 +190,9 @@ def _scale(
     one = jnp.ones_like(state.total[..., :1])
     return query.factor, jnp.where(key_mask, key.factor, 0.0), one
   if query.log_magnitude is None or key.log_magnitude is None:
-    raise TypeError("the maps of queries and keys must be of one kind.")
+    raise TypeError(
+      "the maps of queries and keys must both return log_magnitude, or neither."
+    )
   key_log = jnp.where(key_mask, key.log_magnitude, -jnp.inf)
   earlier = state.exponent * math.log(2.0)
   shift = jnp.maximum(jnp.max(key_log, axis=2), earlier)

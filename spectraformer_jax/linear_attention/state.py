@@ -51,8 +51,8 @@ class JoinedState(NamedTuple):
     exponent: see `State`.
     length: see `State`.
     rest: see `State`.
-    segment: id of the segment that the sums belong to, ``[B]``; None where
-      rows are not packed.
+    segment: id of the segment that the sums belong to, ``[B]``; None: there
+      are no segments.
   """
 
   sums: Array
@@ -72,7 +72,7 @@ class JoinedState(NamedTuple):
     return self._replace(sums=linear[0], magnitude=linear[1])
 
 
-def join(state: State) -> JoinedState:
+def join_sums(state: State) -> JoinedState:
   """Appends `total` to `kv` as the last column.
 
   Exponent and rest take no gradient.
@@ -82,8 +82,8 @@ def join(state: State) -> JoinedState:
   return JoinedState(sums, state.magnitude, exponent, state.length, rest)
 
 
-def part(state: JoinedState) -> State:
-  """Undoes `join`."""
+def split_sums(state: JoinedState) -> State:
+  """Undoes `join_sums`."""
   kv, total = state.sums[..., :-1], state.sums[..., -1]
   return State(
     kv, total, state.magnitude, state.exponent, state.length, state.rest

@@ -293,7 +293,7 @@ def test_errors(kwargs, words):
 def test_packed_rows_refuse_statistics_of_the_whole_row():
   fm, variables = build_map("oprf")
   ids = jnp.zeros((2, 10), int)
-  with pytest.raises(ValueError, match="mix packed rows"):
+  with pytest.raises(ValueError, match="mix segments"):
     sf.spectral_attention(
       *draw_arrays(10), feature_map=fm, variables=variables, segment_ids=ids
     )

@@ -68,7 +68,7 @@ def test_positions_start_again_in_each_segment():
 @pytest.mark.parametrize(
   ("kwargs", "words"),
   [
-    ({"feature_map": make_map("oprf")}, "mix packed rows"),
+    ({"feature_map": make_map("oprf")}, "mix segments"),
     (
       {"attention": "local", "feature_map": None},
       "segment_ids with attention='local'",

@@ -94,7 +94,7 @@ def test_the_context_has_no_gradient():
   ("kwargs", "leak"),
   [
     ({"is_causal": True}, "leak the future"),
-    ({"segment_ids": jnp.zeros((3, 5), jnp.int32)}, "mix packed rows"),
+    ({"segment_ids": jnp.zeros((3, 5), jnp.int32)}, "mix segments"),
   ],
 )
 def test_a_context_of_what_must_not_be_seen_is_refused(kwargs, leak):

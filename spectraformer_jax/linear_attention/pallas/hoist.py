@@ -191,8 +191,8 @@ def _first_equal(equations: Sequence[JaxprEqn]) -> dict[Var, Var]:
       first.get(a, a) if isinstance(a, Var) else repr(a)
       for a in equation.invars
     )
-    what = equation.primitive, tuple(inputs), repr(equation.params)
-    same = results.setdefault(what, equation.outvars)
+    signature = equation.primitive, tuple(inputs), repr(equation.params)
+    same = results.setdefault(signature, equation.outvars)
     if same is not equation.outvars:
       first.update(zip(equation.outvars, same, strict=True))
   return first

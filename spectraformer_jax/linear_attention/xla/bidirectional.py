@@ -26,9 +26,9 @@ from spectraformer_jax.linear_attention.state import (
   JoinedState,
   Linear,
   State,
-  join,
-  part,
+  join_sums,
   rescale,
+  split_sums,
 )
 from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.linear_attention.xla import blocks, chunks
@@ -53,7 +53,9 @@ def accumulate(call: Call) -> State:
     functools.partial(_sum_backward, cut, engine),
     functools.partial(_sum, cut, engine._replace(products=EXACT)),
   )
-  return part(run(*alike(call.constants, join(call.state), inputs.keys)))
+  return split_sums(
+    run(*alike(call.constants, join_sums(call.state), inputs.keys))
+  )
 
 
 def _sum(
@@ -70,9 +72,9 @@ def _sum(
   def step(state: JoinedState, index: Array) -> tuple[JoinedState, None]:
     place = cut.place(index)
     block = cut.take_keys(padded, place, start)
-    of_rows = cut.rows((constants, state), place)
-    return cut.write_rows(
-      state, chunks.add_keys(engine, *of_rows, block), place
+    of_heads = cut.take_heads((constants, state), place)
+    return cut.write_heads(
+      state, chunks.add_keys(engine, *of_heads, block), place
     ), None
 
   state, _ = jax.lax.scan(
@@ -100,11 +102,11 @@ def _sum_backward(
     d_floats, d_key, d_value = carry
     place = cut.place(index)
     block = cut.take_keys(padded, place, state.length)
-    of_rows = cut.rows((constants, exponent, gradient.linear), place)
-    d_rows, d_block_key, d_block_value = chunks.add_keys_vjp(
-      engine, *of_rows[:2], block, of_rows[2]
+    of_heads = cut.take_heads((constants, exponent, gradient.linear), place)
+    d_heads, d_block_key, d_block_value = chunks.add_keys_vjp(
+      engine, *of_heads[:2], block, of_heads[2]
     )
-    d_floats = cut.add_to_rows(d_floats, d_rows, place)
+    d_floats = cut.add_to_heads(d_floats, d_heads, place)
     d_key = cut.write(d_key, d_block_key, place)
     return (d_floats, d_key, cut.write(d_value, d_block_value, place)), None
 
@@ -136,7 +138,7 @@ def read(call: Call, position: Array) -> Array:
     functools.partial(_read_backward, cut, engine),
     functools.partial(_read, cut, dtype, engine._replace(products=EXACT)),
   )
-  return run(*alike(call.constants, join(call.state), query), position)
+  return run(*alike(call.constants, join_sums(call.state), query), position)
 
 
 def _read(
@@ -153,10 +155,10 @@ def _read(
 
   def step(out: Array, index: Array) -> tuple[Array, Saved]:
     place = cut.place(index)
-    of_rows = cut.rows((constants, state), place)
+    of_heads = cut.take_heads((constants, state), place)
     block = cut.take_queries(padded, place)
     block_out, saved = chunks.read(
-      engine, *of_rows, block, position + place.position
+      engine, *of_heads, block, position + place.position
     )
     return cut.write(out, block_out, place), saved
 
@@ -188,14 +190,14 @@ def _read_backward(
     place = cut.place(index)
     d_floats, d_linear, d_block = chunks.read_vjp(
       engine,
-      *cut.rows((constants, state), place),
+      *cut.take_heads((constants, state), place),
       cut.take_queries(padded, place),
       position + place.position,
       cut.take_queries(out, place),
       saved,
       cut.take_queries(d_out, place).astype(jnp.float32),
     )
-    total = cut.add_to_rows(total, (d_floats, d_linear), place)
+    total = cut.add_to_heads(total, (d_floats, d_linear), place)
     return (total, cut.write(d_query, d_block, place)), None
 
   moving = leaves.floats(constants), state.linear

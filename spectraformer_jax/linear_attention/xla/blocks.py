@@ -44,8 +44,8 @@ class CausalBlock(NamedTuple):
   Attributes:
     query: ``[B, N, G, C, H]``.
     keys: see `Keys`.
-    segment: segment ids ``[B, C]``, not decreasing; None where rows are not
-      packed.
+    segment: segment ids ``[B, C]``, not decreasing; None: there are no
+      segments.
   """
 
   query: Array
@@ -113,33 +113,33 @@ class Blocks(NamedTuple):
     batch: B.
     heads: N, those of keys.
     size: positions of a block, C.
-    num_blocks: number of blocks of a row; symbolic if the length is.
-    is_by_row: whether a block has one head of one example; otherwise it has all
-      heads of all examples.
+    num_blocks: number of blocks of a sequence; symbolic if the length is.
+    is_per_head: whether a block has one head of one example; otherwise it has
+      all heads of all examples.
   """
 
   batch: int
   heads: int
   size: int
   num_blocks: int
-  is_by_row: bool = False
+  is_per_head: bool = False
 
   @property
   def length(self) -> int:
-    """Positions of a row with its padding."""
+    """Positions of a sequence with its padding."""
     return self.num_blocks * self.size
 
   def indices(self) -> Array:
     """Returns the indices of all blocks."""
-    rows = self.batch * self.heads if self.is_by_row else 1
-    return jnp.arange(rows * self.num_blocks)
+    num_heads = self.batch * self.heads if self.is_per_head else 1
+    return jnp.arange(num_heads * self.num_blocks)
 
   def place(self, index: Array) -> Place:
     """Returns where block `index` starts; the position varies fastest."""
-    if not self.is_by_row:
+    if not self.is_per_head:
       return Place(0, 0, index * self.size)
-    row, block = jnp.divmod(index, self.num_blocks)
-    example, head = jnp.divmod(row, self.heads)
+    index, block = jnp.divmod(index, self.num_blocks)
+    example, head = jnp.divmod(index, self.heads)
     return Place(example, head, block * self.size)
 
   def take(self, x: Array, place: Place) -> Array:
@@ -161,8 +161,9 @@ class Blocks(NamedTuple):
   def take_queries(self, query: Array, place: Place) -> Array:
     """Reads a block of ``[B, T, N G, H]``, as ``[B, N, G, C, H]``."""
     block = self.take(query, place)
-    shape = (*block.shape[:2], self._rows()[1], -1, block.shape[-1])
-    return jnp.moveaxis(block.reshape(shape), 1, 3)
+    heads = self._examples_and_heads()[1]
+    block = block.reshape(*block.shape[:2], heads, -1, block.shape[-1])
+    return jnp.moveaxis(block, 1, 3)
 
   def take_causal(
     self, inputs: Inputs, place: Place, start: Array
@@ -186,7 +187,7 @@ class Blocks(NamedTuple):
     block = jnp.moveaxis(block, -2, 1).astype(whole.dtype).reshape(size)
     return jax.lax.dynamic_update_slice(whole, block, start)
 
-  def rows(self, tree: Tree, place: Place) -> Tree:
+  def take_heads(self, tree: Tree, place: Place) -> Tree:
     """Reads what a tree holds for the examples and heads of a block.
 
     Args:
@@ -194,43 +195,43 @@ class Blocks(NamedTuple):
         are.
       place: where the block starts.
     """
-    if not self.is_by_row:
+    if not self.is_per_head:
       return tree
 
     def one(leaf: Array) -> Array:
       if not leaf.ndim:
         return leaf
-      return jax.lax.dynamic_slice(leaf, *self._of_rows(leaf, place))
+      return jax.lax.dynamic_slice(leaf, *self._of_leaf(leaf, place))
 
     return jax.tree.map(one, tree)
 
-  def write_rows(self, whole: Tree, rows: Tree, place: Place) -> Tree:
-    """Writes into the whole tree the part that `rows` reads."""
-    if not self.is_by_row:
-      return rows
+  def write_heads(self, whole: Tree, of_heads: Tree, place: Place) -> Tree:
+    """Writes into the whole tree what `take_heads` reads."""
+    if not self.is_per_head:
+      return of_heads
 
     def one(leaf: Array, part: Array) -> Array:
       if not leaf.ndim:
         return part
-      start, _ = self._of_rows(leaf, place)
+      start, _ = self._of_leaf(leaf, place)
       return jax.lax.dynamic_update_slice(leaf, part, start)
 
-    return jax.tree.map(one, whole, rows)
+    return jax.tree.map(one, whole, of_heads)
 
-  def add_to_rows(self, whole: Tree, rows: Tree, place: Place) -> Tree:
+  def add_to_heads(self, whole: Tree, of_heads: Tree, place: Place) -> Tree:
     """Adds to what the tree holds for the examples and heads of a block."""
-    added = leaves.tree_add(self.rows(whole, place), rows)
-    return self.write_rows(whole, added, place)
+    added = leaves.tree_add(self.take_heads(whole, place), of_heads)
+    return self.write_heads(whole, added, place)
 
-  def _rows(self) -> tuple[int, int]:
+  def _examples_and_heads(self) -> tuple[int, int]:
     """Returns the numbers of examples and heads of a block."""
-    return (1, 1) if self.is_by_row else (self.batch, self.heads)
+    return (1, 1) if self.is_per_head else (self.batch, self.heads)
 
   def _of_array(
     self, x: Array, place: Place
   ) -> tuple[list[Array | int], list[int]]:
     """Returns where a block of an array starts, and its shape."""
-    examples, heads = self._rows()
+    examples, heads = self._examples_and_heads()
     start, size = [place.example, place.position], [examples, self.size]
     if x.ndim > 2:
       groups = x.shape[2] // self.heads
@@ -238,10 +239,10 @@ class Blocks(NamedTuple):
       size += [heads * groups, *x.shape[3:]]
     return start, size
 
-  def _of_rows(
+  def _of_leaf(
     self, leaf: Array, place: Place
   ) -> tuple[list[Array | int], tuple[int, ...]]:
-    """Returns start and shape of one row of ``[B or 1, N or 1, ...]``."""
+    """Returns start and shape of one head of ``[B or 1, N or 1, ...]``."""
     start = [
       0 if size == 1 else at
       for size, at in zip(leaf.shape[:2], place[:2], strict=True)

@@ -31,8 +31,8 @@ from spectraformer_jax.linear_attention.state import (
   JoinedState,
   Linear,
   State,
-  join,
-  part,
+  join_sums,
+  split_sums,
 )
 from spectraformer_jax.linear_attention.varying import alike
 from spectraformer_jax.linear_attention.xla import blocks, steps
@@ -76,11 +76,11 @@ def causal(call: Call) -> tuple[Array, State]:
     functools.partial(_backward, plan, engine),
     functools.partial(_run, plan, engine._replace(products=EXACT)),
   )
-  state = join(call.state)
+  state = join_sums(call.state)
   if segment_ids is not None:
     state = state._replace(segment=segment_ids[0][:, 0])
   out, state = run(*alike(call.constants, state, inputs))
-  return out, part(state)
+  return out, split_sums(state)
 
 
 def _run(

@@ -235,9 +235,9 @@ def mean(
   """
   numerator, normalizer = sums.sums[..., :-1], sums.sums[..., -1]
   out = normalize(numerator, normalizer, sums.magnitude)
-  size = normalizer if sums.magnitude is None else sums.magnitude
+  weight_sum = normalizer if sums.magnitude is None else sums.magnitude
   if needs_weight is not None:
-    is_lost = needs_weight & (size < exponents.SMALLEST_NORMALIZER)
+    is_lost = needs_weight & (weight_sum < exponents.SMALLEST_NORMALIZER)
     out = jnp.where(is_lost[..., None], jnp.nan, out)
     normalizer = jnp.where(is_lost, jnp.nan, normalizer)
   return out, normalizer if sums.magnitude is None else None
@@ -313,13 +313,13 @@ def unless_unused(
   """
   unused = jnp.all(d_out == 0.0, axis=-1, keepdims=True)
   normalizer, query_exponent = saved
-  rows = chunks_first(engine, unused)
-  rows = rows.reshape(*rows.shape[:3], -1, 1)
+  in_chunks = chunks_first(engine, unused)
+  in_chunks = in_chunks.reshape(*in_chunks.shape[:3], -1, 1)
   if normalizer is not None:
-    normalizer = jnp.where(rows.reshape(normalizer.shape), 1.0, normalizer)
+    normalizer = jnp.where(in_chunks.reshape(normalizer.shape), 1.0, normalizer)
   if query_exponent is not None:
     # Divided by so large a power of two, their features become zero.
-    query_exponent = jnp.where(rows, -exponents.LOWEST, query_exponent)
+    query_exponent = jnp.where(in_chunks, -exponents.LOWEST, query_exponent)
   out = jnp.where(unused, 0, out).astype(jnp.float32)
   saved = Saved(normalizer, query_exponent)
   return jnp.where(unused, 0, query), out, saved

@@ -21,7 +21,10 @@ from spectraformer_jax.linear_attention.exponents import (
   whole_exponent,
 )
 from spectraformer_jax.linear_attention.inputs import FeatureFn, Features
-from spectraformer_jax.linear_attention.layouts import in_columns, once
+from spectraformer_jax.linear_attention.layouts import (
+  behind_barrier,
+  in_columns,
+)
 from spectraformer_jax.linear_attention.xla.products import Products
 from spectraformer_jax.typing import Array, PyTree
 
@@ -64,7 +67,7 @@ def key_exponents(
     exponent: of the state before them, ``[B, N, F or 1]``.
     key_mask: ``[B, 1, L, C, 1]`` bool, or None.
     segment: ids ``[B, C]`` of the segments in one chunk, not decreasing, or
-      None where rows are not packed; the state belongs to the first segment.
+      None: there are no segments. The state belongs to the first segment.
 
   Returns:
     ``[B, N, F or 1]``; with `segment`, for each position the exponents of its
@@ -85,7 +88,7 @@ def key_exponents(
     largest = max_in_segments(visible[:, :, 0], segment)
   is_hidden = largest <= hidden
   largest = jnp.where(is_hidden, LOWEST, jnp.maximum(largest, LOWEST_SEEN))
-  return once(jnp.maximum(exponent, whole_exponent(largest)))
+  return behind_barrier(jnp.maximum(exponent, whole_exponent(largest)))
 
 
 def max_in_segments(x: Array, segment: Array) -> Array:
@@ -154,7 +157,9 @@ def query_exponents(features: Features, exponent: Array) -> Array | None:
     return None
   fixed = jax.lax.stop_gradient(features.log_magnitude)
   products = fixed + _of_positions(exponent) * math.log(2.0)
-  return once(whole_exponent(jnp.max(products, axis=-1, keepdims=True)))
+  return behind_barrier(
+    whole_exponent(jnp.max(products, axis=-1, keepdims=True))
+  )
 
 
 def scale_queries(

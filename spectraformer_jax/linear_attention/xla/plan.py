@@ -10,35 +10,33 @@ class Sizes(NamedTuple):
     chunk: positions of a causal chunk, C. For each token the masked product
       costs C (F + V) and the state costs F V, so C near V is cheapest on a CPU;
       matrix units need more rows.
-    step: positions of a causal step, counted over all rows (examples times
-      heads); a step has at least one chunk. Smaller steps cost as much to
-      launch as to compute; on a CPU the features of larger steps do not fit
-      into the cache.
+    step: positions of a causal step, counted over all heads of all examples; a
+      step has at least one chunk. Smaller steps cost as much to launch as to
+      compute; on a CPU the features of larger steps do not fit into the cache.
     stride: positions between two states that are saved for the backward pass,
       at least one step. States in between are computed again. For comparison: a
       state has F (V + 1) numbers, and query, key and value of one position have
       2 H + V.
-    block: positions of a block in a pass that is not causal, counted over all
-      rows.
-    is_by_row: whether each row of at least `block` positions has blocks of its
-      own: XLA for CPUs runs a batch of products on one thread, but one long
-      product on all threads.
+    block: positions of a block in a pass that is not causal, counted likewise.
+    is_per_head: whether each head of each example has blocks of its own if it
+      has at least `block` positions: XLA for CPUs runs a batch of products on
+      one thread, but one long product on all threads.
   """
 
   chunk: int
   step: int
   stride: int
   block: int
-  is_by_row: bool = False
+  is_per_head: bool = False
 
 
 SIZES = {
   # Each size was chosen by a row of a table in docs/decisions. A comment gives
   # the file and the first words of that row. chunk: the cost above. step: 07,
   # "causal steps of 2048 positions". stride: 07, "states kept every 256
-  # positions". block: 05, "blocks of 2048 positions". is_by_row: 05, "blocks of
-  # 2048 to 4095 positions".
-  "cpu": Sizes(chunk=64, step=2048, stride=256, block=2048, is_by_row=True),
+  # positions". block: 05, "blocks of 2048 positions". is_per_head: 05, "blocks
+  # of 2048 to 4095 positions".
+  "cpu": Sizes(chunk=64, step=2048, stride=256, block=2048, is_per_head=True),
   # Compiled, never timed. step: 07, "several chunks in a causal step". stride:
   # 07, H100 in "states kept every 256 positions". block: 05, "blocks of 16,384
   # positions".
@@ -81,14 +79,14 @@ class BlockPlan(NamedTuple):
 
   Attributes:
     block_size: positions of a block.
-    num_blocks: number of blocks of a row; symbolic if the length is.
-    is_by_row: whether a block has one head of one example; otherwise it has all
-      heads of all examples.
+    num_blocks: number of blocks of a sequence; symbolic if the length is.
+    is_per_head: whether a block has one head of one example; otherwise it has
+      all heads of all examples.
   """
 
   block_size: int
   num_blocks: int
-  is_by_row: bool
+  is_per_head: bool
 
 
 def is_known(*sizes: int) -> bool:
@@ -98,7 +96,7 @@ def is_known(*sizes: int) -> bool:
 
 def plan_causal(
   length: int,
-  num_rows: int,
+  num_heads: int,
   chunk_size: int | None,
   *,
   is_packed: bool,
@@ -108,25 +106,25 @@ def plan_causal(
 
   Args:
     length: T.
-    num_rows: examples times heads.
+    num_heads: heads of all examples together, B N.
     chunk_size: positions of a chunk; a step is one chunk then. None: the
       fastest sizes.
-    is_packed: whether rows have segments. A step is one chunk then, because the
+    is_packed: whether there are segments. A step is one chunk then, because the
       state after a step holds one segment only, the last one of the step.
     platform: a key of `SIZES`; any other name gets the sizes of a GPU.
   """
   best = _sizes(platform)
   size = best.chunk if chunk_size is None else chunk_size
-  most = 1
-  if chunk_size is None and not is_packed and is_known(length, num_rows):
-    most = max(1, best.step // (num_rows * size))
   if not is_known(length):
     steps_per_stride = max(1, best.stride // size)
     num_strides = _ceil(length, steps_per_stride * size)
     return CausalPlan(size, 1, steps_per_stride, num_strides)
+  max_chunks_per_step = 1
+  if chunk_size is None and not is_packed and is_known(num_heads):
+    max_chunks_per_step = max(1, best.step // (num_heads * size))
   size = min(size, length)
   num_chunks = _ceil(length, size)
-  num_steps = _ceil(num_chunks, most)
+  num_steps = _ceil(num_chunks, max_chunks_per_step)
   chunks_per_step = _ceil(num_chunks, num_steps)
   num_strides = _ceil(
     num_steps, max(1, best.stride // (chunks_per_step * size))
@@ -138,7 +136,7 @@ def plan_causal(
 
 def plan_blocks(
   length: int,
-  num_rows: int,
+  num_heads: int,
   chunk_size: int | None,
   *,
   num_devices: int,
@@ -148,22 +146,23 @@ def plan_blocks(
 
   Args:
     length: T or S.
-    num_rows: examples times heads.
-    chunk_size: positions of a block of all rows; None: the fastest sizes.
-    num_devices: number of devices. With more than one, rows may be divided over
-      devices, so a loop cannot pick one row by its number.
+    num_heads: heads of all examples together, B N.
+    chunk_size: positions of a block, which then has all heads of all examples;
+      None: the fastest sizes.
+    num_devices: number of devices. With more than one, heads and examples may
+      be divided over devices, so a loop cannot pick one of them by its number.
     platform: a key of `SIZES`; any other name gets the sizes of a GPU.
   """
   best = _sizes(platform)
-  if not is_known(length, num_rows):
+  if not is_known(length, num_heads):
     size = chunk_size or best.chunk
     return BlockPlan(size, _ceil(length, size), False)
-  is_by_row = best.is_by_row and chunk_size is None and num_devices == 1
-  if is_by_row and length >= best.block:
+  is_per_head = best.is_per_head and chunk_size is None and num_devices == 1
+  if is_per_head and length >= best.block:
     # Equal blocks of at least `best.block` positions, so that little is padded.
     size = _ceil(length, length // best.block)
     return BlockPlan(size, _ceil(length, size), True)
-  size = chunk_size or max(best.chunk, best.block // num_rows)
+  size = chunk_size or max(best.chunk, best.block // num_heads)
   size = min(size, length)
   return BlockPlan(size, _ceil(length, size), False)
 

@@ -15,14 +15,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spectraformer_jax.linear_attention.layouts import once, turned
+from spectraformer_jax.linear_attention.layouts import (
+  behind_barrier,
+  transposed,
+)
 from spectraformer_jax.typing import Array
 
 
 @jax.custom_vjp
 def keys_times_values(psi: Array, value: Array) -> Array:
   """Returns ``psi^T value``: ``[..., C, F], [..., C, V] -> [..., F, V]``."""
-  return turned(turned(value) @ psi)
+  return transposed(transposed(value) @ psi)
 
 
 def _keys_fwd(psi: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -33,7 +36,7 @@ def _keys_bwd(
   operands: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
   psi, value = operands
-  return value @ turned(gradient), psi @ gradient
+  return value @ transposed(gradient), psi @ gradient
 
 
 keys_times_values.defvjp(_keys_fwd, _keys_bwd)
@@ -53,7 +56,7 @@ def _queries_bwd(
   operands: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
   phi, sums = operands
-  return gradient @ turned(sums), keys_times_values(phi, gradient)
+  return gradient @ transposed(sums), keys_times_values(phi, gradient)
 
 
 queries_times_state.defvjp(_queries_fwd, _queries_bwd)
@@ -68,7 +71,7 @@ def exponential_of(log_magnitude: Array, features: Array) -> Array:
   finds the common expression by itself.
   """
   del log_magnitude
-  return once(features)
+  return behind_barrier(features)
 
 
 @exponential_of.defjvp

@@ -52,8 +52,8 @@ def packed(call: Call, segment_ids: tuple[Array, Array]) -> Array:
     key_mask = _take(key_mask, order)
   # Segments are numbered from 0, in floats: the tangent of an int has no type
   # that varies over the axes of `jax.shard_map`.
-  steps = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
-  ids = jnp.cumsum(steps, axis=1).astype(jnp.float32)
+  is_new_segment = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+  ids = jnp.cumsum(is_new_segment, axis=1).astype(jnp.float32)
   inputs = Inputs(query, key, value, key_mask, (ids, ids))
   out, _ = causal(call._replace(inputs=inputs))
   return _take(out, place)

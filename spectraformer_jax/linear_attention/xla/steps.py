@@ -64,7 +64,7 @@ def attend(
   step = _sum_keys(engine, constants, state, block)
   position = block.keys.position
   features = chunks.map_queries(engine, constants, block.query, position)
-  exponent = _of_queries(step.exponent, block)
+  exponent = _exponents_of_queries(step.exponent, block)
   query_exponent = scaled.query_exponents(features, exponent)
   sums, needs_weight = _sums(engine, features, query_exponent, step, block)
   out, normalizer = chunks.mean(sums, needs_weight)
@@ -138,7 +138,7 @@ def _sum_keys(
   """Maps the keys of a step and sums over them; see `attend`."""
   keys, segment = block.keys, block.segment
   if segment is not None:
-    state = _seen_by(state, segment[:, 0])
+    state = _state_for(state, segment[:, 0])
   has_keys = chunks.has_keys(state)
   features, mask = chunks.map_keys(engine, constants, keys)
   exponent = scaled.key_exponents(features, state.exponent, mask, segment)
@@ -148,7 +148,7 @@ def _sum_keys(
   before, after = _prefix_sums(engine, state, psi, value)
   if segment is not None:
     # The state after the step holds only keys of the last segment.
-    state = _seen_by(state, segment[:, -1])
+    state = _state_for(state, segment[:, -1])
     is_last = (segment == segment[:, -1:])[:, None, :, None]
     last = jnp.where(is_last, psi[:, :, 0], 0.0)
     state = rescale(state, exponent[:, :, -1])
@@ -165,7 +165,7 @@ def _sums(
 ) -> tuple[QuerySums, Array | None]:
   """Returns sums over each query's keys, and the result of `needs_weight`."""
   groups, segment = block.query.shape[2], block.segment
-  exponent = _of_queries(step.exponent, block)
+  exponent = _exponents_of_queries(step.exponent, block)
   phi = scaled.scale_queries(
     features, exponent, query_exponent, engine.products
   )
@@ -204,7 +204,7 @@ def _sums(
   )
 
 
-def _of_queries(exponent: Array, block: CausalBlock) -> Array:
+def _exponents_of_queries(exponent: Array, block: CausalBlock) -> Array:
   """Returns the exponents that queries read; see `_StepKeys.exponent`."""
   if block.segment is None:
     return exponent
@@ -235,7 +235,7 @@ def _sees_new_keys(
   return jnp.tile(sees, (1, 1, 1, block.query.shape[2]))
 
 
-def _seen_by(state: JoinedState, segment: Array) -> JoinedState:
+def _state_for(state: JoinedState, segment: Array) -> JoinedState:
   """Returns the state for queries of `segment` ``[B]``.
 
   Where the state belongs to another segment it becomes empty. Its exponent

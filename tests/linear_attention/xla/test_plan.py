@@ -17,9 +17,9 @@ from spectraformer_jax.linear_attention.xla.plan import (
 
 
 @pytest.mark.parametrize(
-  ("platform", "length", "num_rows", "expected"),
+  ("platform", "length", "num_heads", "expected"),
   [
-    # 2048 positions of 16 rows are two chunks of 64.
+    # 2048 positions of 16 heads are two chunks of 64.
     ("cpu", 4096, 16, CausalPlan(64, 2, 2, 16)),
     ("cpu", 100, 16, CausalPlan(64, 2, 1, 1)),
     ("cpu", 10, 16, CausalPlan(10, 1, 1, 1)),
@@ -28,8 +28,10 @@ from spectraformer_jax.linear_attention.xla.plan import (
     ("rocm", 4096, 16, CausalPlan(128, 8, 2, 2)),
   ],
 )
-def test_causal_plans(platform, length, num_rows, expected):
-  plan = plan_causal(length, num_rows, None, is_packed=False, platform=platform)
+def test_causal_plans(platform, length, num_heads, expected):
+  plan = plan_causal(
+    length, num_heads, None, is_packed=False, platform=platform
+  )
   assert plan == expected
   assert plan.num_steps * plan.step_size >= length
 
@@ -49,7 +51,7 @@ def test_causal_steps_of_one_chunk(platform):
 
 
 @pytest.mark.parametrize(
-  ("platform", "num_devices", "length", "num_rows", "expected"),
+  ("platform", "num_devices", "length", "num_heads", "expected"),
   [
     ("cpu", 1, 4096, 16, BlockPlan(2048, 2, True)),
     ("cpu", 1, 5000, 16, BlockPlan(2500, 2, True)),
@@ -60,10 +62,10 @@ def test_causal_steps_of_one_chunk(platform):
     ("tpu", 1, 100, 16, BlockPlan(100, 1, False)),
   ],
 )
-def test_block_plans(platform, num_devices, length, num_rows, expected):
+def test_block_plans(platform, num_devices, length, num_heads, expected):
   sizes = {"num_devices": num_devices, "platform": platform}
-  assert plan_blocks(length, num_rows, None, **sizes) == expected
-  of_seven = plan_blocks(length, num_rows, 7, **sizes)
+  assert plan_blocks(length, num_heads, None, **sizes) == expected
+  of_seven = plan_blocks(length, num_heads, 7, **sizes)
   assert of_seven == BlockPlan(7, -(-length // 7), False)
 
 
@@ -94,7 +96,7 @@ def test_compiling_for_another_platform_plans_with_its_sizes(is_causal):
   with for_platform("tpu"):
     assert current_platform() == "tpu"
     planned = lower()
-  # 2 rows of 4096 positions are one step, or one block, of a TPU.
+  # 2 heads of 4096 positions are one step, or one block, of a TPU.
   assert "1x2x4096x8" in planned.replace("1x2x16x256x8", "1x2x4096x8")
   assert planned != own == lower()
   assert current_platform() == jax.default_backend()

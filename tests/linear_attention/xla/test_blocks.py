@@ -1,4 +1,4 @@
-"""Blocks of one head of one example, as CPUs take long rows."""
+"""Blocks of one head of one example, as CPUs take long sequences."""
 
 import functools
 
@@ -19,10 +19,10 @@ BLOCK = 16
 
 
 @pytest.fixture(autouse=True)
-def by_row(monkeypatch):
-  """Rows of 16 positions and more are taken one at a time."""
+def small_blocks(monkeypatch):
+  """Heads of 16 positions and more are taken one at a time."""
   jax.clear_caches()
-  sizes = plan.SIZES["cpu"]._replace(block=BLOCK, is_by_row=True)
+  sizes = plan.SIZES["cpu"]._replace(block=BLOCK, is_per_head=True)
   monkeypatch.setitem(plan.SIZES, "cpu", sizes)
   yield
   jax.clear_caches()
@@ -38,8 +38,8 @@ def test_blocks_are_at_least_of_the_planned_size_and_little_is_padded(
   planned = plan.plan_blocks(length, 6, None, **sizes)
   assert planned[::2] == (size, True)
   assert -length % size < 4
-  assert not plan.plan_blocks(BLOCK - 1, 6, None, **sizes).is_by_row
-  assert not plan.plan_blocks(length, 6, 7, **sizes).is_by_row
+  assert not plan.plan_blocks(BLOCK - 1, 6, None, **sizes).is_per_head
+  assert not plan.plan_blocks(length, 6, 7, **sizes).is_per_head
 
 
 @pytest.mark.parametrize("component", ["posrf", "trigrf", "oprf"])
@@ -84,7 +84,7 @@ def test_each_side_is_cut_by_its_own_length(queries, keys):
 
 @pytest.mark.parametrize("num_heads", [1, 2], ids=["shared", "own"])
 @pytest.mark.quick_every(2)
-def test_learnable_parameters_take_gradients_from_every_row(num_heads):
+def test_learnable_parameters_take_gradients_from_every_head(num_heads):
   fm, variables = build_map("oprf", num_heads=num_heads, statistics="learned")
   arrays = draw_arrays(50, batch=3)
 
@@ -106,7 +106,7 @@ def test_learnable_parameters_take_gradients_from_every_row(num_heads):
   assert_close(actual, grad(variables.params, "reference"), 1e-4)
 
 
-def test_positions_are_those_of_the_row():
+def test_positions_are_those_of_the_sequence():
   fm = sf.feature_map(
     "cosformer",
     "none",
