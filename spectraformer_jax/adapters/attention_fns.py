@@ -67,17 +67,17 @@ class AttentionFn(Adapter):
     if has_triangle:
       check_statistics(self.feature_map, self.stats, True, None, False)
     masks = [x for x in (mask, bias) if x is not None]
-    if _say_positions(masks, query.shape[-3], key.shape[-3], is_causal):
+    if _mask_rows_decide(masks, query.shape[-3], key.shape[-3], is_causal):
       has_triangle = False
     return attend(self, query, key, value, mask, bias, is_causal=has_triangle)
 
 
-def _say_positions(
+def _mask_rows_decide(
   masks: list[ArrayLike], length: int, num_keys: int, is_causal: bool
 ) -> bool:
-  """Whether the rows of a mask, not a triangle, say which keys queries see.
+  """Whether the rows of masks, not a triangle, say which keys queries see.
 
-  That is so with a cache of keys: a triangle would place the first query at the
+  They do with a cache of keys: a triangle would place the first query at the
   first key of the cache, but queries stand at later keys.
   """
   if length == num_keys or length == 1:

@@ -69,8 +69,8 @@ def attend(
       mask, shape, must_be_bool=must_be_bool
     )
   if bias is not None:
-    unhidden, is_mask = mask_forms.read_bias(bias, shape)
-    visible = unhidden if visible is None else visible & unhidden
+    seen_under_bias, is_mask = mask_forms.read_bias(bias, shape)
+    visible = seen_under_bias if visible is None else visible & seen_under_bias
     is_valid = is_valid & is_mask
   query, key, value = (
     x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
@@ -80,8 +80,8 @@ def attend(
     query,
     key,
     value,
-    _before(query_lengths, query),
-    _before(key_lengths, key),
+    _mask_before(query_lengths, query),
+    _mask_before(key_lengths, key),
     options,
   )
   if call.is_positional and visible is None and call.key_mask is not None:
@@ -103,7 +103,7 @@ def attend(
   return out.reshape(*batch, *out.shape[1:])
 
 
-def _before(lengths: Array | None, x: Array) -> Array | None:
+def _mask_before(lengths: Array | None, x: Array) -> Array | None:
   """Returns bool ``[B, T]``, True before `lengths` ``[B]``; None for None."""
   if lengths is None:
     return None
@@ -151,12 +151,12 @@ def _attend_known(
   is_square = visible.shape[1] == visible.shape[2]
   # Try the call's `is_causal` first. A square mask may be causal although the
   # call is not; any other mask may need no triangle although the call has one.
-  for triangle in dict.fromkeys((is_causal, is_square)):
-    if triangle and not call.can_be_causal:
+  for has_triangle in dict.fromkeys((is_causal, is_square)):
+    if has_triangle and not call.can_be_causal:
       continue
-    form = mask_forms.product_form(visible, triangle)
+    form = mask_forms.product_form(visible, has_triangle)
     if form.matches.all():
-      out = call.attend_product(form.query_mask, form.key_mask, triangle)
+      out = call.attend_product(form.query_mask, form.key_mask, has_triangle)
       return out, form.matches
   for find_form, attend_form in call.other_forms(is_square):
     form = find_form(visible)
@@ -227,7 +227,7 @@ class _Call:
     return adapter.stats is not None or not adapter.feature_map.info.needs_stats
 
   def other_forms(
-    self, is_square_and_causal: bool
+    self, try_segments: bool
   ) -> list[tuple[Callable[[MaskArray], Form], Callable[[Form], Array]]]:
     """Lists, for forms that are no products, how to find them and attend."""
     if not self.can_be_causal:
@@ -235,7 +235,7 @@ class _Call:
     if self.is_positional:
       return [(mask_forms.position_form, self.attend_positions)]
     chains = [(mask_forms.chain_form, self.attend_chain)]
-    if not is_square_and_causal:
+    if not try_segments:
       return chains
     return [(mask_forms.segment_form, self.attend_segments), *chains]
 
@@ -259,8 +259,8 @@ class _Call:
     """Adds masks ``[B or 1, T]`` and ``[B or 1, S]`` to those of the call."""
     return dataclasses.replace(
       self,
-      query_mask=_both(self.query_mask, query_mask, self.query),
-      key_mask=_both(self.key_mask, key_mask, self.key),
+      query_mask=_join_masks(self.query_mask, query_mask, self.query),
+      key_mask=_join_masks(self.key_mask, key_mask, self.key),
     )
 
   def attend_product(
@@ -345,15 +345,13 @@ def _attend_sorted(call: _Call, form: Form) -> Array:
   batch, length = call.query.shape[:2]
   num_keys = call.key.shape[1]
   call = call.masked(form.query_mask, form.key_mask)
-  group, rank = (
-    jnp.broadcast_to(
-      jnp.concatenate(of_keys_and_queries, axis=1), (batch, num_keys + length)
-    )
-    for of_keys_and_queries in (
-      (form.key_group, form.query_group),
-      (form.key_rank, form.query_rank),
-    )
-  )
+
+  def joined(of_keys: MaskArray, of_queries: MaskArray) -> Array:
+    both = jnp.concatenate([of_keys, of_queries], axis=1)
+    return jnp.broadcast_to(both, (batch, num_keys + length))
+
+  group = joined(form.key_group, form.query_group)
+  rank = joined(form.key_rank, form.query_rank)
   # Keys have smaller indices, so they come before queries of equal rank.
   index = jnp.zeros_like(group) + jnp.arange(num_keys + length)[None]
   order = jnp.lexsort((index, rank, group), axis=1)
@@ -376,18 +374,18 @@ def _attend_in_place(call: _Call, form: Form) -> Array:
   """Attends with each query moved to its position among the keys."""
   call = call.masked(form.query_mask, form.key_mask)
   position = jnp.broadcast_to(form.query_rank, call.query.shape[:2])
-  is_at = position[:, None] == jnp.arange(call.key.shape[1])[None, :, None]
-  is_at = is_at & call.query_mask[:, None]
+  stands_at = position[:, None] == jnp.arange(call.key.shape[1])[None, :, None]
+  stands_at = stands_at & call.query_mask[:, None]
   moved = dataclasses.replace(
     call,
-    query=_take(call.query, is_at.argmax(axis=2)),
-    query_mask=is_at.any(axis=2),
+    query=_take(call.query, stands_at.argmax(axis=2)),
+    query_mask=stands_at.any(axis=2),
   )
   out = _take(moved.run(True), position)
   return jnp.where(call.query_mask[:, :, None, None], out, 0)
 
 
-def _both(mask: MaskArray, other: MaskArray, x: Array) -> MaskArray:
+def _join_masks(mask: MaskArray, other: MaskArray, x: Array) -> MaskArray:
   """Joins two masks of x's positions to one ``[B, T]``; None is all True."""
   if mask is None or other is None:
     mask = other if mask is None else mask

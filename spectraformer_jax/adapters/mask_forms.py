@@ -23,7 +23,7 @@ MaskArray: TypeAlias = Any
 # its exponential is 0.
 _HIDING_BIAS = -1e4
 
-_NOT_BOOLEAN = (
+_HOW_TO_GET_BOOL = (
   "use mask >= 0 if it holds 0 and -inf, mask.astype(bool) if non-zero means "
   "visible"
 )
@@ -82,7 +82,7 @@ def read_mask(
   if must_be_bool and mask.dtype != np.bool_:
     raise ValueError(
       f"mask must be boolean (True = visible), got dtype {mask.dtype}; "
-      f"{_NOT_BOOLEAN}."
+      f"{_HOW_TO_GET_BOOL}."
     )
   mask = _with_four_axes("mask", mask, shape)
   if not jnp.issubdtype(mask.dtype, jnp.floating):
@@ -91,7 +91,7 @@ def read_mask(
   if isinstance(is_valid, np.ndarray) and not is_valid.all():
     raise ValueError(
       f"mask (dtype {mask.dtype}) has negative entries: an additive mask goes "
-      f"to bias=; else {_NOT_BOOLEAN}."
+      f"to bias=; else {_HOW_TO_GET_BOOL}."
     )
   return mask != 0, is_valid
 
@@ -233,8 +233,8 @@ def position_form(visible: MaskArray) -> Form:
   rank = num_keys - 1 - visible[:, :, ::-1].argmax(axis=2)
   position = np.arange(num_keys)[None, None]
   form = _form(visible, position <= rank[:, :, None], query_rank=rank)
-  is_at = (position == rank[:, :, None]) & form.query_mask[:, :, None]
-  is_apart = (is_at.sum(axis=1) <= 1).all(axis=1)
+  stands_at = (position == rank[:, :, None]) & form.query_mask[:, :, None]
+  is_apart = (stands_at.sum(axis=1) <= 1).all(axis=1)
   return form._replace(matches=form.matches & is_apart)
 
 

@@ -106,11 +106,13 @@ class SpectralSelfAttention(MultiHeadAttention):
     if decode:
       out = self._decode(query, key, value, mask, deterministic)
     else:
-      attend = self._attend(query, key, mask, segment_ids, deterministic)
+      attend = self._attention_function(
+        query, key, mask, segment_ids, deterministic
+      )
       out = attend(query, key, value, key_mask=mask)
     return self._dense(x.shape[-1], axis=(-2, -1), name="out")(out)
 
-  def _attend(
+  def _attention_function(
     self,
     query: Array,
     key: Array,
@@ -121,29 +123,32 @@ class SpectralSelfAttention(MultiHeadAttention):
     """Returns attention as a function of query, key, value and key_mask."""
     if self.attention in BASELINES:
       return self._baseline(key)
-    rows = {"is_causal": self.is_causal, "segment_ids": segment_ids}
+    visibility = {"is_causal": self.is_causal, "segment_ids": segment_ids}
     if self.attention in KERNELS:
-      return functools.partial(exact_attention, kernel=self.attention, **rows)
+      return functools.partial(
+        exact_attention, kernel=self.attention, **visibility
+      )
     sees_all = not self.is_causal and segment_ids is None
-    maps = self._maps(query, key, mask, sees_all, deterministic)
-    return functools.partial(spectral_attention, **maps, **rows)
+    map_arguments = self._map_arguments(
+      query, key, mask, sees_all, deterministic
+    )
+    return functools.partial(spectral_attention, **map_arguments, **visibility)
 
   def _baseline(self, key: Array) -> Callable[..., Array]:
     """Returns a baseline as a function, with its parameters, if any."""
     baseline = BASELINES[self.attention]
     options: dict[str, Any] = dict(self.attention_kwargs or {})
     if init_params := baseline.init_params:
-      sizes = {
-        "num_heads": key.shape[2],
-        "max_len": self.max_len or key.shape[1],
-      }
-      init = functools.partial(init_params, **sizes, **options)
+      max_len, num_heads = self.max_len or key.shape[1], key.shape[2]
+      init = functools.partial(
+        init_params, num_heads=num_heads, max_len=max_len, **options
+      )
       options = dict(self.param("baseline", init))
     if baseline.can_be_causal:
       options["is_causal"] = self.is_causal
     return functools.partial(baseline.attend, **options)
 
-  def _maps(
+  def _map_arguments(
     self,
     query: Array,
     key: Array,
@@ -180,21 +185,22 @@ class SpectralSelfAttention(MultiHeadAttention):
     deterministic: bool,
   ) -> Array:
     """Attends to the keys of earlier calls and of this one, causally."""
-    maps = self._maps(query, key, mask, False, deterministic)
+    map_arguments = self._map_arguments(query, key, mask, False, deterministic)
     batch_size, _, num_heads, head_dim = key.shape
-    init = functools.partial(
+    state = self.variable(
+      "cache",
+      "state",
       init_state,
-      **maps,
+      **map_arguments,
       batch_size=batch_size,
       num_heads=num_heads,
       head_dim=head_dim,
     )
-    state = self.variable("cache", "state", init)
     out, new_state = spectral_attention(
       query,
       key,
       value,
-      **maps,
+      **map_arguments,
       is_causal=True,
       key_mask=mask,
       initial_state=state.value,

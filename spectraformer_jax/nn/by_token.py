@@ -56,13 +56,13 @@ def by_token(
 
   # prevent_cse=True would keep XLA from merging the recomputation of a block
   # with its first computation. Inside a loop, XLA does not merge them anyway.
-  step = nn.remat(
+  recomputed_step = nn.remat(
     step,
     prevent_cse=False,
     policy=checkpoint_policies.save_only_these_names(SAVED),
   )
   loop = nn.scan(
-    step,
+    recomputed_step,
     variable_broadcast="params",
     split_rngs={"params": False, "dropout": True},
   )

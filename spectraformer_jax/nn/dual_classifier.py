@@ -72,7 +72,7 @@ class DualClassifier(PooledFields):
     tokens_2 = check_tokens(tokens_2, "tokens_2")
     if tokens.shape[0] != tokens_2.shape[0]:
       raise ValueError(
-        "tokens and tokens_2 must have as many rows, got tokens.shape="
+        "tokens and tokens_2 must share batch, got tokens.shape="
         f"{tokens.shape}, tokens_2.shape={tokens_2.shape}."
       )
     # Encode both as one batch: one program, and larger matrix products.

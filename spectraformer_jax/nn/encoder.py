@@ -91,11 +91,11 @@ class EncoderLayer(LayerFields, kw_only=True):
         hidden = nn.gelu(hidden)
       return dense(x.shape[-1])(drop(hidden))
 
-    def with_residual(part: Callable[[Array], Array], x: Array) -> Array:
+    def with_residual(sublayer: Callable[[Array], Array], x: Array) -> Array:
       norm = nn.LayerNorm(**dtypes)
       if self.norm == "pre":
-        return x + drop(part(norm(x)))
-      return norm(x + drop(part(x)))
+        return x + drop(sublayer(norm(x)))
+      return norm(x + drop(sublayer(x)))
 
     x = with_residual(attend, x)
     if self.attends_memory:
@@ -146,13 +146,12 @@ class Encoder(LayerFields, kw_only=True):
     """
 
     # Takes the flags from outside: nn.remat would trace them as arguments.
-    def run(layer: EncoderLayer, x: Array, **arrays: Array | None) -> Array:
+    def call(layer: EncoderLayer, x: Array, **arrays: Array | None) -> Array:
       return layer(x, **arrays, decode=decode, deterministic=deterministic)
 
-    if self.remat:
-      run = nn.remat(run)
+    call_layer = nn.remat(call) if self.remat else call
     for index in range(self.num_layers):
-      x = run(
+      x = call_layer(
         EncoderLayer.from_config(self, name=f"layer_{index}"),
         x,
         mask=mask,

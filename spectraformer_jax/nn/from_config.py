@@ -46,12 +46,13 @@ def make_feature_map(config: Config) -> FeatureMap | None:
     name: _hashable(section[name].to_dict())
     for name in ("component_kwargs", "weight_matrix_kwargs")
   }
-  has_rows = section.weight_matrix != "none"
   try:
     feature_map = feature_maps.feature_map(
       section.component,
       section.weight_matrix,
-      num_features=section.num_features if has_rows else None,
+      num_features=(
+        None if section.weight_matrix == "none" else section.num_features
+      ),
       **options,
     )
   except TypeError as error:  # from the value of an option

@@ -92,7 +92,7 @@ def generate(
       f"{type(model).__name__}: a Seq2Seq needs one, other models take none."
     )
   prompt = check_tokens(prompt, "prompt")
-  longest = prompt.shape[1]
+  longest_prompt = prompt.shape[1]
   if prompt_length is not None:
     prompt_length = check_length(prompt_length, prompt, "prompt_length")
     lengths = checks.concrete(prompt_length)
@@ -102,10 +102,10 @@ def generate(
           f"prompt_length must be from 1 to prompt.shape[1]={prompt.shape[1]}, "
           f"got {lengths.tolist()}."
         )
-      longest = int(lengths.max())
+      longest_prompt = int(lengths.max())
       if lengths.min() == prompt.shape[1]:
         prompt_length = None
-  if not 1 <= longest <= model.max_len - options.num_tokens:
+  if not 1 <= longest_prompt <= model.max_len - options.num_tokens:
     raise ValueError(
       f"prompt.shape={prompt.shape} and num_tokens={num_tokens} must fit "
       f"max_len={model.max_len}, with at least one token in the prompt."

@@ -9,7 +9,8 @@ from spectraformer_jax.typing import Array
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 
-_LONGEST_WAVE = 1e4  # in positions, over 2 pi
+# Wavelengths are from 2 pi to about 2 pi times this number of positions.
+_FREQUENCY_BASE = 1e4
 
 
 def next_positions(
@@ -99,7 +100,7 @@ def sinusoids(length: int, size: int) -> Array:
     a learned table.
   """
   half = -(-size // 2)
-  frequency = _LONGEST_WAVE ** (-np.arange(half) / half)
+  frequency = _FREQUENCY_BASE ** (-np.arange(half) / half)
   angle = np.outer(np.arange(length), frequency)
   columns = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)[:, :size]
   return jnp.asarray(np.sqrt(2) * columns, jnp.float32)
@@ -138,7 +139,7 @@ def rotate(x: Array, positions: Array) -> Array:
   if head_dim % 2:
     raise ValueError(f"rotary positions need an even head_dim, got {head_dim}.")
   half = head_dim // 2
-  frequency = _LONGEST_WAVE ** (-np.arange(half, dtype=np.float32) / half)
+  frequency = _FREQUENCY_BASE ** (-np.arange(half, dtype=np.float32) / half)
   angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)
   # ``[B or 1, T, 1, H/2]``.
   angle = angle[..., None, :].reshape(-1, x.shape[1], 1, half)

@@ -74,12 +74,12 @@ def load_pretrained(
     config = ConfigDict(stored["config"])
     feature_map = from_config.make_feature_map(config)
     model = from_config.make_model(config, feature_map, stored["data"]["train"])
-    shapes = _shapes(model, feature_map)
+    like = _variables_or_shapes(model, feature_map)
   except Exception as error:  # an edited value may lead to any error
     raise damaged(path, error) from error
   step = find_step(path, step)
   try:
-    variables = _read(path, step, shapes)
+    variables = _read_variables(path, step, like)
   except Exception as error:  # orbax and tensorstore raise many kinds
     raise ValueError(
       f"The checkpoint of step {step} in {str(path)!r} cannot be read: "
@@ -232,7 +232,9 @@ def _read_record(path: Path, step: int) -> dict[str, Any]:
     return checkpointer.restore(folder)
 
 
-def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
+def _read_variables(
+  path: Path, step: int, like: dict[str, PyTree]
+) -> dict[str, PyTree]:
   """Reads variables with the structure, shapes and dtypes of `like`.
 
   Raises:
@@ -263,7 +265,7 @@ def _read(path: Path, step: int, like: dict[str, PyTree]) -> dict[str, PyTree]:
   written = _read_record(path, step).get(VARIABLES_CHECKSUM)
   if written not in (None, checksum(variables)):  # older versions wrote none
     raise ValueError("its content differs from what was written.")
-  return jax.tree.map(lambda x, as_in: x.astype(as_in.dtype), variables, like)
+  return jax.tree.map(lambda x, new: x.astype(new.dtype), variables, like)
 
 
 def was_integer(wanted: np.dtype, stored: np.dtype) -> bool:
@@ -283,7 +285,7 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
   }
 
 
-def _shapes(
+def _variables_or_shapes(
   model: nn.Module, feature_map: FeatureMap | None
 ) -> dict[str, PyTree]:
   """Returns the model's variables, or only their shapes and dtypes."""

@@ -83,7 +83,7 @@ class Seq2Seq(ModelFields):
       source = check_tokens(source, "source")
       if source.shape[0] != target.shape[0]:
         raise ValueError(
-          "source and target must have as many rows, got source.shape="
+          "source and target must share batch, got source.shape="
           f"{source.shape}, target.shape={target.shape}."
         )
       memory_mask = real_positions(source, source_length, "source_length")

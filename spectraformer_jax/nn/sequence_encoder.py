@@ -138,8 +138,8 @@ class BatchNorm(nn.Module):
     devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
     if x.shape[0] * devices < 2:
       raise ValueError(
-        "pooled_norm='batch' needs at least 2 examples in training, got 1: it "
-        "would be 0, and with it the encoder's gradient."
+        "pooled_norm='batch' needs at least 2 examples in training, got 1: "
+        "minus its own mean, it is 0, and so is the encoder's gradient."
       )
     mean = jnp.mean(x, axis=0, keepdims=True)
     if devices == 1:

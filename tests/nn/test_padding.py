@@ -199,12 +199,12 @@ def test_arguments_of_other_forms_are_refused(change, words):
       model.apply(variables, *change(*inputs))
 
 
-def test_pairs_need_as_many_rows():
+def test_pairs_need_batches_of_one_size():
   model, variables, (tokens, length, *_) = init_model("dual")
   three = jnp.concatenate([tokens, tokens[:1]]), jnp.array([6, 2, 3])
   one = tokens[:1], length[:1]
   for pair in ((*three, *one), (*one, *three)):
-    with pytest.raises(ValueError, match="must have as many rows"):
+    with pytest.raises(ValueError, match="must share batch"):
       model.apply(variables, *pair)
 
 

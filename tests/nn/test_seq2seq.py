@@ -266,7 +266,7 @@ def test_cross_attention_refuses(kwargs, arguments, options, words):
 def test_seq2seq_refuses():
   model, variables = make_model("posrf", "rotary")
   apply = functools.partial(jax.eval_shape, model.apply, variables)
-  with pytest.raises(ValueError, match="source and target must have as many"):
+  with pytest.raises(ValueError, match="source and target must share batch"):
     apply(SOURCE[:1], LENGTH[:1], TARGET)
   with pytest.raises(ValueError, match="source_length must be ints"):
     apply(SOURCE, 3, TARGET)
