@@ -25,16 +25,13 @@ from ml_collections import config_flags
 from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import loop
 from spectraformer_jax.train.devices import host_memory, hosts
-from spectraformer_jax.train.run import report, run_folder
-from spectraformer_jax.train.run.nonfinite import NonFiniteError
+from spectraformer_jax.train.run import nonfinite, report, run_folder
 
 ROOT = Path(__file__).resolve().parent
 # Exit statuses; the last two are those of sysexits.h. The same command resumes
 # from the last checkpoint after RESUMABLE, and after IO_ERROR once the disk has
 # space.
 USER_ERROR, DIVERGED, IO_ERROR, RESUMABLE = 2, 3, 74, 75
-
-ADVICE = "{}; a lower config.optim.lr or another config.optim.clip may help"
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
@@ -176,10 +173,11 @@ def main(argv: list[str]) -> None:
       heartbeat_seconds=_HEARTBEAT_SECONDS.value,
     )
     result = loop.train_and_evaluate(config, workdir, command=command)
-  except NonFiniteError as error:
+  except nonfinite.NonFiniteError as error:
     fail(error, DIVERGED)
   except OSError as error:
-    fail(error, USER_ERROR if error.errno in run_folder.MISTAKES else IO_ERROR)
+    is_mistake = error.errno in run_folder.PATH_ERRNOS
+    fail(error, USER_ERROR if is_mistake else IO_ERROR)
   except Exception as error:
     if hosts.is_lost_process(error):
       logging.debug("traceback:", exc_info=error)
@@ -203,7 +201,8 @@ def main(argv: list[str]) -> None:
   if hosts.is_main():
     report.print_summary(workdir)
   if result.get("diverged"):
-    fail(NonFiniteError(ADVICE.format(result["diverged"])), DIVERGED)
+    message = f"{result['diverged']}; {nonfinite.ADVICE}"
+    fail(nonfinite.NonFiniteError(message), DIVERGED)
 
 
 if __name__ == "__main__":

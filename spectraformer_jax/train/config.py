@@ -33,25 +33,25 @@ _TASK_KEYS = ("seed", "tokenizer", "cache_dir")
 _PASSED_BY_THE_RUN = ("task", "split", "progress")
 
 
-def _must_be(right: str, is_right: Callable[[Any], bool]) -> Check:
+def _must_be(expected: str, is_valid: Callable[[Any], bool]) -> Check:
   def check(name: str, value: Any) -> None:
-    if not is_right(value):
-      raise ValueError(f"{name} must be {right}, got {value!r}.")
+    if not is_valid(value):
+      raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
   return check
 
 
 def _one_of(*choices: Any) -> Check:
-  right = f"one of {', '.join(map(str, choices))}"
-  return _must_be(right, lambda x: x in choices)
+  expected = f"one of {', '.join(map(str, choices))}"
+  return _must_be(expected, lambda x: x in choices)
 
 
-def _number(right: str, is_right: Callable[[float], bool]) -> Check:
-  return _must_be(right, lambda x: _is_finite(x) and is_right(x))
+def _number(expected: str, is_valid: Callable[[float], bool]) -> Check:
+  return _must_be(expected, lambda x: _is_finite(x) and is_valid(x))
 
 
-def _count(right: str) -> Check:
-  return _number(right, lambda x: isinstance(x, numbers.Integral) and x >= 0)
+def _count(expected: str) -> Check:
+  return _number(expected, lambda x: isinstance(x, numbers.Integral) and x >= 0)
 
 
 def _is_finite(x: Any) -> bool:

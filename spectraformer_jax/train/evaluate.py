@@ -12,7 +12,7 @@ from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.nn.pretrained import find_step
 from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.inputs import load_data
-from spectraformer_jax.train.loop import evaluate_split, on_devices
+from spectraformer_jax.train.programs import evaluate_split, on_devices
 from spectraformer_jax.train.run import describe, run_folder, strict_json
 from spectraformer_jax.train.step import steps
 from spectraformer_jax.train.step.state import TrainState
@@ -59,7 +59,7 @@ def evaluate(
   if cache_dir is not None:
     config.task.cache_dir = cache_dir
   (dataset,) = load_data(config, [split]).values()
-  run_folder.check_data(workdir, {split: describe.split(dataset)})
+  run_folder.check_data(workdir, {split: describe.split_facts(dataset)})
   model, variables = load_pretrained(workdir, step=step)
   params = variables.pop("params")
   state = TrainState(jnp.int32(step), params, variables, opt_state=())

@@ -52,5 +52,5 @@ def make_batches(
     state=state,
     pad_to_multiple=config.task.pad_to_multiple,
     buckets=config.task.buckets,
-    **parallel.hosts(),
+    **parallel.host_index_and_count(),
   )

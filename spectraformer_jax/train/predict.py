@@ -50,7 +50,7 @@ def predict(
       f"{str(workdir)!r} holds a {type(model).__name__}, which knows no "
       "classes; finetune it (docs/training.md)."
     )
-  width = max(len(ids) for pair in inputs for ids in pair)
+  width = max(len(ids) for sequences in inputs for ids in sequences)
 
   @jax.jit
   def probabilities(*args: Array) -> Array:
@@ -130,7 +130,7 @@ def _check_utf8(line: str) -> None:
     line.encode()
   except UnicodeEncodeError as error:
     raise ValueError(
-      f"it is no UTF-8, from character {error.start + 1} on."
+      f"it is not UTF-8, from character {error.start + 1} on."
     ) from None
 
 

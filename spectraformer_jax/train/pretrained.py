@@ -130,8 +130,8 @@ def _with_fitting_leaves(
   found = _by_path({**others, "params": params})
 
   def choose(path: tuple[Any, ...], leaf: Any) -> Any:
-    names = [entry.key for entry in path]
-    other = found.get(jax.tree_util.keystr(path))
+    names = _names(path)
+    other = found.get(names)
     if other is None or other.shape != leaf.shape or FEATURE_MAP in names:
       return leaf
     return other if parts is None or names[1] in parts else leaf
@@ -158,29 +158,31 @@ def _describe(
   ]
 
 
-def _count_by_part(paths: Iterable[str]) -> str:
+def _count_by_part(paths: Iterable[tuple[str, ...]]) -> str:
   """Counts leaves: parameters by part of the model, others by collection.
 
   Args:
-    paths: of leaves, as `jax.tree_util.keystr` writes them.
+    paths: of leaves, such as ("params", "head", "bias").
 
   Returns:
     Text like "encoder/layer_0 (12), random_features (4)".
   """
-  # "['params']['head']['bias']" becomes the list params, head, bias.
-  names = (path[2:-2].split("']['") for path in paths)
   parts = collections.Counter(
-    "/".join(name[1:-1][:2] or name[1:]) if name[0] == "params" else name[0]
-    for name in names
+    "/".join(names[:-1][:2] or names) if collection == "params" else collection
+    for collection, *names in paths
   )
   return ", ".join(f"{part} ({parts[part]})" for part in sorted(parts))
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
+def _by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
   return {
-    jax.tree_util.keystr(path): leaf
+    _names(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+  return tuple(entry.key for entry in path)
 
 
 def check_source(workdir: Path, init_from: str) -> None:
@@ -241,7 +243,7 @@ def _fit(name: str, trained: PyTree, initial: PyTree) -> PyTree:
   for path in sorted(there.keys() | here.keys()):
     if there.get(path) != here.get(path):
       raise ValueError(
-        f"config.model.init_from holds {name}{path} of shape "
+        f"config.model.init_from holds {'/'.join((name, *path))} of shape "
         f"{there.get(path)}, and this model needs {here.get(path)}; set "
         "config.model.vocab_size and max_len alike."
       )

@@ -8,10 +8,11 @@ import pytest
 from spectraformer_jax.nn import load_pretrained
 from spectraformer_jax.train.config import to_dict
 from spectraformer_jax.train.devices import parallel
-from spectraformer_jax.train.loop import Due, due, train_and_evaluate
+from spectraformer_jax.train.loop import train_and_evaluate
 from spectraformer_jax.train.run.checkpoints import Checkpointer
 from spectraformer_jax.train.run.run_folder import check_config
 from spectraformer_jax.train.run.writers import read_rows
+from spectraformer_jax.train.run_steps import Due, due
 from tests.train import workers
 from tests.train.helpers import (
   run_python,

@@ -104,7 +104,7 @@ def capture_workdir(
   """
   config = run_folder.stored_config(workdir)
   (dataset,) = load_data(config, [split]).values()
-  run_folder.check_data(workdir, {split: describe.split(dataset)})
+  run_folder.check_data(workdir, {split: describe.split_facts(dataset)})
   if examples > len(dataset):
     raise ValueError(
       f"--examples must be at most the {len(dataset)} of split {split!r}, got "

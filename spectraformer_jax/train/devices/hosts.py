@@ -175,9 +175,9 @@ def _broadcast_arrays(tree: PyTree, like: PyTree) -> PyTree:
   """Returns process 0's `tree`, of the shapes and dtypes of `like`."""
   leaves = jax.tree.leaves(tree) if is_main() else []
   content = _broadcast(b"".join(np.asarray(a).tobytes() for a in leaves))
-  shapes, structure = jax.tree.flatten(like)
+  like_leaves, structure = jax.tree.flatten(like)
   arrays, start = [], 0
-  for leaf in shapes:
+  for leaf in like_leaves:
     count = int(np.prod(leaf.shape, dtype=int))
     array = np.frombuffer(content, leaf.dtype, count, start)
     arrays.append(array.reshape(leaf.shape))

@@ -54,7 +54,7 @@ def check_batch_size(name: str, batch_size: int, parts: int = 1) -> None:
     )
 
 
-def hosts() -> dict[str, int]:
+def host_index_and_count() -> dict[str, int]:
   """Returns "host", this process's index, and "hosts", how many there are."""
   return {"host": jax.process_index(), "hosts": jax.process_count()}
 

@@ -18,7 +18,7 @@ from spectraformer_jax.train.step.state import TrainState
 from spectraformer_jax.typing import PyTree
 
 
-def split(dataset: Dataset) -> dict[str, Any]:
+def split_facts(dataset: Dataset) -> dict[str, Any]:
   """Returns the facts about a split that config.json holds."""
   return {
     **dataset.facts(),
@@ -28,7 +28,7 @@ def split(dataset: Dataset) -> dict[str, Any]:
   }
 
 
-def run(
+def run_lines(
   config: Config,
   workdir: Path,
   facts: Mapping[str, Mapping[str, Any]],
@@ -52,7 +52,7 @@ def run(
   ]
 
 
-def variables(state: TrainState) -> list[str]:
+def variable_lines(state: TrainState) -> list[str]:
   """Returns lines: parameters and projection numbers of each part of the model.
 
   Example:
@@ -61,7 +61,7 @@ def variables(state: TrainState) -> list[str]:
     ...   "layer_0": {"query": {"kernel": np.ones((2, 2))}}}}
     >>> drawn = {"encoder": {"layer_0": {"rows": np.ones((8, 2))}}}
     >>> state = TrainState(0, params, {"random_features": drawn}, ())
-    >>> for line in variables(state):
+    >>> for line in variable_lines(state):
     ...   print(line)
     part             parameters  projection
     encoder/layer_0           4          16
@@ -89,19 +89,18 @@ def _counts(tree: PyTree) -> collections.Counter[str]:
   return counts
 
 
-def memory(plan: Mapping[str, int]) -> str:
+def memory_line(plan: Mapping[str, int]) -> str:
   """Returns one line about the memory of a training step.
 
   Example:
-    >>> memory({"arguments": 2**20, "temporary": 2**21, "total": 3 * 2**20})
-    'memory of a step on each device: 1.0 MiB arguments, 2.0 MiB temporary, \
-3.0 MiB total'
+    >>> memory_line({"arguments": 2**20, "temporary": 2**21})
+    'memory of a step on each device: 1.0 MiB arguments, 2.0 MiB temporary'
   """
   sizes = ", ".join(f"{x / 2**20:,.1f} MiB {name}" for name, x in plan.items())
   return f"memory of a step on each device: {sizes}"
 
 
-def dev(dev: Evaluation, best: Evaluation | None) -> str:
+def dev_line(dev: Evaluation, best: Evaluation | None) -> str:
   """Returns one line about the evaluation `dev`."""
   mark = "  (best so far)" if dev is best else ""
   return (
@@ -110,7 +109,7 @@ def dev(dev: Evaluation, best: Evaluation | None) -> str:
   )
 
 
-def out_of_patience(record: Record, patience: int) -> str:
+def early_stop_line(record: Record, patience: int) -> str:
   """Returns one line about why the run ends before its last step."""
   assert record.dev and record.best  # without evaluations no run stops early
   return (
@@ -143,12 +142,12 @@ def divergence(
   if record.skipped_in_a_row:
     faults.append(
       f"the last {record.skipped_in_a_row} steps were skipped, since loss or "
-      "gradient were not finite"
+      "gradient was not finite"
     )
   return f"diverged: {', and '.join(faults)}" if faults else None
 
 
-def result(
+def result_values(
   config: Config,
   test: Dataset,
   record: Record,
@@ -166,6 +165,7 @@ def result(
   """
   batch_size = config.train.batch_size
   speed = dev["step"] * batch_size / record.train_seconds
+  learns_labels = config.train.objective == "classify"
   return {
     "dev/accuracy_best": best["accuracy"],
     "dev/accuracy_last": dev["accuracy"],
@@ -175,7 +175,8 @@ def result(
     "task": test.name,
     "pair": pair_name(config),
     "provenance": test.provenance,
-    "baselines": baselines(config, test),
+    # Accuracies of simple rules for the labels.
+    "baselines": dict(test.baselines) if learns_labels else {},
     "examples_per_second": speed,
     "step_seconds": batch_size / speed,
     "train_seconds": record.train_seconds,
@@ -183,13 +184,6 @@ def result(
     "peak_memory_bytes": peak_process_bytes(),
     "peak_device_bytes": parallel.peak_device_bytes(),
   }
-
-
-def baselines(config: Config, dataset: Dataset) -> dict[str, float]:
-  """Returns the accuracy of simple rules; {} if the run learns no labels."""
-  if config.train.objective != "classify":
-    return {}
-  return dict(dataset.baselines)
 
 
 def peak_process_bytes() -> int:

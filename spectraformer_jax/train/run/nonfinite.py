@@ -13,6 +13,9 @@ from spectraformer_jax.train.run.meters import RUN_AHEAD, Record
 from spectraformer_jax.train.step.steps import Sums
 from spectraformer_jax.typing import PyTree
 
+# The end of a sentence about a run that has diverged.
+ADVICE = "a lower config.optim.lr or another config.optim.clip may help"
+
 
 class NonFiniteError(ArithmeticError):
   """Too many steps in a row had a loss or gradient that is not finite."""

@@ -23,7 +23,8 @@ _CURVES = {
 }
 BASELINE_COLOURS = ("#555555", "#009E73", "#CC79A7")
 
-_NUMBER, _SIZE = int | float, int | float | None
+_NUMBER = int | float
+_NUMBER_OR_NONE = _NUMBER | None
 # The types of the values in the last row of a finished run.
 _RESULT = {
   "test/accuracy_best": _NUMBER,
@@ -39,9 +40,9 @@ _RESULT = {
   "pair": str,
   "provenance": str,
   "task": str,
-  "compile_seconds": _SIZE,
-  "peak_memory_bytes": _SIZE,
-  "peak_device_bytes": _SIZE,
+  "compile_seconds": _NUMBER_OR_NONE,
+  "peak_memory_bytes": _NUMBER_OR_NONE,
+  "peak_device_bytes": _NUMBER_OR_NONE,
   "baselines": Mapping,
 }
 

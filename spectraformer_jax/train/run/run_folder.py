@@ -35,17 +35,17 @@ PARTS = ("config", "data", "environments")
 NUM_STEPS = "train.num_steps"
 # Schedules whose learning rates do not depend on the number of steps.
 ENDLESS = ("rsqrt",)
-# Errors of a wrong path: a second try with the same path fails as well.
-MISTAKES = (
+# Error numbers of a wrong path: another try with the same path fails as well.
+PATH_ERRNOS = (
   errno.ENAMETOOLONG,
   errno.ENOTDIR,
   errno.ELOOP,
   errno.EISDIR,
   errno.EEXIST,
 )
-# Keys that begin like this do not change the training, so they may change
-# between two starts of a run.
-FREE_SECTIONS = ("checkpoint.", "logging.", "train.parallel", "profile")
+# Keys of the config that begin like this do not change the training, so they
+# may change between two starts of a run.
+FREE_PREFIXES = ("checkpoint.", "logging.", "train.parallel", "profile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -57,10 +57,10 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
     config: plain values (`config.to_dict`).
 
   Raises:
-    ValueError: names the first key that differs, with both values. Keys of
-      `FREE_SECTIONS` may differ, and the number of steps may grow with one of
-      the schedules `ENDLESS`. A stored config of an earlier version may lack
-      keys; they count as having their defaults.
+    ValueError: names the first key that differs, with both values. Keys that
+      begin like one of `FREE_PREFIXES` may differ, and the number of steps may
+      grow with one of the schedules `ENDLESS`. A stored config of an earlier
+      version may lack keys; they count as having their defaults.
   """
   stored = read_config(workdir, parts=("config",))
   if stored is None:
@@ -74,7 +74,7 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
   old = defaults | flatten(stored["config"])
   new = flatten(config)
   for path in sorted(old.keys() | new.keys()):
-    if path.startswith(FREE_SECTIONS) or old.get(path) == new.get(path):
+    if path.startswith(FREE_PREFIXES) or old.get(path) == new.get(path):
       continue
     why = _why_no_other_length(old, new) if path == NUM_STEPS else ""
     if why is None:
@@ -117,7 +117,7 @@ def check_folder(workdir: Path) -> None:
     except FileNotFoundError:
       continue
     except OSError as error:
-      if error.errno not in MISTAKES:
+      if error.errno not in PATH_ERRNOS:
         raise
       why = str(error.strerror).lower()
     except ValueError as error:  # the path has a null byte

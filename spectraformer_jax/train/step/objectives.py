@@ -54,39 +54,39 @@ def check_lengths(objective: str, datasets: Mapping[str, Dataset]) -> None:
       )
 
 
-def guessing(
+def for_objective(
   step: Callable[..., Any], *, objective: str, mask_token: int
 ) -> Callable[..., Any]:
-  """Makes a step that replaces its batch by `guesses` and calls `step`.
+  """Makes a step that calls `step` with the batch of `with_token_labels`.
 
   For "classify" it returns `step` itself.
 
   Args:
     step: `(state, batch, *rng, axis_name=None)`, one of `steps`.
     objective: one of `OBJECTIVES`.
-    mask_token: see `guesses`.
+    mask_token: see `with_token_labels`.
   """
   if objective == "classify":
     return step
-  make = functools.partial(guesses, objective, mask_token)
 
   @functools.wraps(step)
-  def on_guesses(
+  def on_token_labels(
     state: TrainState,
     batch: Mapping[str, Array],
     *rng: Array,
     axis_name: str | None = None,
   ) -> Any:
-    key = None
+    mask_rng = None
     if rng:
-      key = jax.random.fold_in(rng[0], np.uint32(_MASKS))
-      key = replica_rng(key, state.step, axis_name)
-    return step(state, make(batch, key), *rng, axis_name=axis_name)
+      mask_rng = jax.random.fold_in(rng[0], np.uint32(_MASKS))
+      mask_rng = replica_rng(mask_rng, state.step, axis_name)
+    batch = with_token_labels(objective, mask_token, batch, mask_rng)
+    return step(state, batch, *rng, axis_name=axis_name)
 
-  return on_guesses
+  return on_token_labels
 
 
-def guesses(
+def with_token_labels(
   objective: str,
   mask_token: int,
   batch: Mapping[str, Array],
@@ -114,10 +114,10 @@ def guesses(
   Example:
     >>> batch = {"tokens": jnp.array([[5, 6, 7, 0]]), "length": jnp.array([3]),
     ...          "weight": jnp.ones(1)}
-    >>> made = guesses("masked", 9, batch, None)
+    >>> made = with_token_labels("masked", 9, batch, None)
     >>> made["tokens"].tolist(), made["weight"].tolist()
     ([[5, 9, 7, 0]], [[0.0, 1.0, 0.0, 0.0]])
-    >>> made = guesses("causal", 9, batch, None)
+    >>> made = with_token_labels("causal", 9, batch, None)
     >>> made["label"][:, :2].tolist(), made["weight"].tolist()
     ([[6, 7]], [[0.5, 0.5, 0.0, 0.0]])
   """
@@ -144,10 +144,11 @@ def guesses(
 
 def _masked(tokens: Array, length: Array, rng: Array | None) -> Array:
   """Returns a bool array ``[B, T]``: True for masked tokens."""
-  real = positions_before(length, tokens.shape[1])
+  is_token = positions_before(length, tokens.shape[1])
   if rng is not None:
-    return real & jax.random.bernoulli(rng, 1 / _HIDDEN_PERIOD, real.shape)
+    drawn = jax.random.bernoulli(rng, 1 / _HIDDEN_PERIOD, is_token.shape)
+    return is_token & drawn
   # The middle token is masked, so a sequence of any length has a masked token.
   start = (length // 2) % _HIDDEN_PERIOD
   index = jnp.arange(tokens.shape[1]) % _HIDDEN_PERIOD
-  return real & (index[None] == start[:, None])
+  return is_token & (index[None] == start[:, None])

@@ -447,7 +447,7 @@ PIXELS |= {"vocab_size": 17}
     ("1_0", "has no text"),
     ("\u0663", "has no text"),
     ("1 -1", "ids must lie in [0, 17), got -1"),
-    ("1 2\udcff", "it is no UTF-8, from character 4 on"),
+    ("1 2\udcff", "it is not UTF-8, from character 4 on"),
   ],
 )
 def test_ids_that_are_none(line, words):
@@ -463,7 +463,7 @@ def test_files_to_predict(uninterrupted, tmp_path, capsys):
   (tmp_path / "x.txt").write_bytes(b"1 2\n1 \xff\n")
   assert main(["predict", workdir, str(tmp_path / "x.txt")]) == 2
   err = capsys.readouterr().err
-  assert f"{tmp_path}/x.txt: Line 2: it is no UTF-8" in err
+  assert f"{tmp_path}/x.txt: Line 2: it is not UTF-8" in err
   probabilities = []
   for start in (b"", b"\xef\xbb\xbf"):
     (tmp_path / "x.txt").write_bytes(start + b"1 2 3\n")

@@ -41,18 +41,18 @@ def batch(rows=400, longest=40):
 def test_masked_tokens_are_hidden_and_asked_and_no_others(rng):
   given = batch()
   key = None if rng is None else jax.random.key(rng)
-  made = objectives.guesses("masked", MASK, given, key)
+  made = objectives.with_token_labels("masked", MASK, given, key)
   hidden = made["tokens"] == MASK
-  real = jnp.arange(40)[None] < given["length"][:, None]
-  assert not bool(jnp.any(hidden & ~real))
+  is_token = jnp.arange(40)[None] < given["length"][:, None]
+  assert not bool(jnp.any(hidden & ~is_token))
   np.testing.assert_array_equal(
     jnp.where(hidden, given["tokens"], made["tokens"]), given["tokens"]
   )
   np.testing.assert_array_equal(made["label"], given["tokens"])
-  weighted = real & (given["weight"] > 0)[:, None]
+  weighted = is_token & (given["weight"] > 0)[:, None]
   np.testing.assert_array_equal(made["weight"] > 0, hidden & weighted)
   # Of 8000 tokens; 5 standard deviations.
-  share = float(hidden.sum() / real.sum())
+  share = float(hidden.sum() / is_token.sum())
   assert abs(share - 1 / 7) < 0.02
   any_asked = jnp.any(hidden, axis=1)
   np.testing.assert_allclose(
@@ -65,7 +65,7 @@ def test_masked_tokens_are_hidden_and_asked_and_no_others(rng):
 def test_what_is_hidden_does_not_depend_on_padding_in_evaluation():
   given = batch(rows=20)
   longer = given | {"tokens": jnp.pad(given["tokens"], ((0, 0), (0, 9)))}
-  make = lambda given: objectives.guesses("masked", MASK, given, None)
+  make = lambda given: objectives.with_token_labels("masked", MASK, given, None)
   np.testing.assert_array_equal(
     make(longer)["weight"][:, :40], make(given)["weight"]
   )
@@ -73,7 +73,7 @@ def test_what_is_hidden_does_not_depend_on_padding_in_evaluation():
 
 def test_causal_asks_for_the_next_token():
   given = batch(rows=20)
-  made = objectives.guesses("causal", MASK, given, jax.random.key(0))
+  made = objectives.with_token_labels("causal", MASK, given, jax.random.key(0))
   np.testing.assert_array_equal(made["tokens"], given["tokens"])
   for row in range(20):
     length = int(given["length"][row])
@@ -93,8 +93,8 @@ def test_pairs_are_two_rows_of_half_the_weight():
     "tokens_2": given["tokens"][::-1],
     "length_2": given["length"][::-1],
   }
-  one = objectives.guesses("masked", MASK, given, None)
-  both = objectives.guesses("masked", MASK, pair, None)
+  one = objectives.with_token_labels("masked", MASK, given, None)
+  both = objectives.with_token_labels("masked", MASK, pair, None)
   np.testing.assert_array_equal(both["tokens"][:10], one["tokens"])
   np.testing.assert_array_equal(both["tokens"][10:], one["tokens"][::-1])
   np.testing.assert_allclose(both["weight"][:10], one["weight"] / 2)
@@ -106,7 +106,7 @@ def test_each_step_hides_others():
   def step(state, batch, rng, *, axis_name):
     seen.append(batch["tokens"])
 
-  learn = objectives.guessing(step, objective="masked", mask_token=MASK)
+  learn = objectives.for_objective(step, objective="masked", mask_token=MASK)
   state = lambda number: type("State", (), {"step": jnp.int32(number)})
   rng = run_keys(0).dropout_rng
   for number in (0, 0, 1):
