@@ -175,9 +175,9 @@ def _traffic(program, shapes, operation: Operation) -> int:
   if kind in ("copy-start", "slice-start", "async-start"):
     # The shape is a tuple: destination, source, and others.
     to = ARRAY.search(operation.shape)
-    moved = 2 * _size(to, anywhere=True)
+    moved = _size(to, anywhere=True)
     ends = [to, ARRAY.search(operands[0])] if operands else [to]
-    return sum(moved // 2 for end in ends if _size(end))
+    return sum(moved for end in ends if _size(end))
   if kind == "dynamic-slice":
     return _bytes(operation.shape) + min(
       _bytes(operands[0]), _bytes(operation.shape, anywhere=True)

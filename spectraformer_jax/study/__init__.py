@@ -7,6 +7,9 @@ import importlib
 import sys
 import warnings
 
+# Level of both studies' tests. Confidence intervals hold 1 - SIGNIFICANCE.
+SIGNIFICANCE = 0.05
+
 
 def moved(former: str, place: str) -> None:
   """Puts a module in the place of its old name, and warns the importer.

@@ -37,5 +37,5 @@ def test_more_lines_than_can_be_told_apart(tmp_path):
 
 def test_bars(tmp_path):
   path = tmp_path / "bars.png"
-  pictures.draw_bars(str(path), {"a": (1.0, 2.0)}, "ms", ("limit", "reached"))
+  pictures.draw_bars(str(path), {"a": (1.0, 2.0)}, "ms", ("limit", "measured"))
   assert matplotlib.image.imread(path).any()

@@ -80,6 +80,15 @@ def test_draw_times():
   assert all(float(line[1]) > 0 for line in lines)
 
 
+@pytest.mark.parametrize(
+  ("verdict", "status"),
+  [("ok", 0), ("excepted: pos.1", 0), ("off: trig.1", 1), ("too slow", 1)],
+)
+def test_exit_status(verdict, status):
+  lines = [["matrix", "verdict"], ["iid", "ok"], ["orf", verdict]]
+  assert script.exit_status(lines) == status
+
+
 def test_an_unknown_matrix_is_named():
   with pytest.raises(ValueError, match="Did you mean 'orf'"):
     script.main(["--matrices", "orff"])

@@ -8,8 +8,8 @@ from spectraformer_jax.study.approximation.results import Measurement
 from spectraformer_jax.study.approximation.settings import (
   Setting,
   beats_uniform,
+  differ_significantly,
   over_uniform,
-  told_apart,
 )
 
 # The fitted power of M is not extrapolated further than this.
@@ -29,7 +29,7 @@ def advise(setting: Setting) -> str:
   found = best.pair if size is None else f"{best.pair} with M = {size}"
   component = build_component(*split_options(best.key.component))
   is_other = getattr(component, "kernel", None) != best.key.target
-  remark = "; its kernel is another one" if is_other else ""
+  remark = f"; its kernel is not {best.key.target}" if is_other else ""
   found += f" (error {with_interval(best)}{remark})"
   if beats_uniform(best):
     return (
@@ -71,12 +71,12 @@ def _ties(setting: Setting, best: Measurement) -> str:
     for row in setting.ranking()
     if row.pair != best.pair
     and beats_uniform(row)
-    and not told_apart(row, best)
+    and not differ_significantly(row, best)
   ]
   if not others:
     return ""
   shown = ", ".join(others[:3]) + (" and others" if len(others) > 3 else "")
-  return f"; these draws do not tell {shown} from it"
+  return f"; not significantly worse: {shown}"
 
 
 def _speed(best: Measurement) -> str:

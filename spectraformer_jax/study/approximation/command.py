@@ -278,7 +278,7 @@ def _measure_all(
         programs = {(name, shapes): measure.prepare(fm, inputs, options)}
       setting = key.fingerprint, key.scale
       if setting not in references:
-        references[setting] = measure.refer(inputs, key.scale, options)
+        references[setting] = measure.make_reference(inputs, key.scale, options)
       figures = measure.measure(
         programs[name, shapes], inputs, key.scale, references[setting], options
       )

@@ -17,6 +17,7 @@ from spectraformer_jax.attention import statistics_of
 from spectraformer_jax.checks import split_scale
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.seeds import make_key
+from spectraformer_jax.study import SIGNIFICANCE
 from spectraformer_jax.study.approximation.inputs import Inputs
 from spectraformer_jax.study.approximation.kernel_error import (
   has_kernel,
@@ -28,7 +29,6 @@ from spectraformer_jax.typing import Array, FeatureVariables
 
 # Timed calls of exact attention. A pair is timed once for each draw.
 REPEATS = 5
-CONFIDENCE = 0.95
 
 
 class Options(NamedTuple):
@@ -89,7 +89,7 @@ def arrays_of(inputs: Inputs, scale: float) -> tuple[Array, Array, Array]:
   return as_float(query), as_float(key), as_float(inputs.value)
 
 
-def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
+def make_reference(inputs: Inputs, scale: float, options: Options) -> Reference:
   """Computes exact and uniform attention of these inputs; times softmax.
 
   Raises:
@@ -104,7 +104,7 @@ def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
   exact = exact_attention(query, key, value, kernel=options.target)
   # Zero queries make all scores equal, so attention is uniform.
   uniform = exact_attention(jnp.zeros_like(query), key, value)
-  exact, uniform = counted(exact, inputs), counted(uniform, inputs)
+  exact, uniform = zero_masked(exact, inputs), zero_masked(uniform, inputs)
   if not exact.any():
     raise ValueError(
       f"inputs {inputs.name!r}: exact attention gives zeros, so there is no "
@@ -127,7 +127,7 @@ def refer(inputs: Inputs, scale: float, options: Options) -> Reference:
   )
 
 
-def counted(out: Array, inputs: Inputs) -> np.ndarray:
+def zero_masked(out: Array, inputs: Inputs) -> np.ndarray:
   """Returns outputs ``[B, T, N, V]`` in float64, zero at masked queries."""
   mask = inputs.query_mask[:, :, None, None]
   return np.where(mask, np.asarray(out, np.float64), 0.0)
@@ -206,7 +206,7 @@ def measure(
   outputs, times = [], []
   for variables in program.draws:
     out, ms = _timed(program.compiled, variables, *arrays)
-    outputs.append(counted(out, inputs))
+    outputs.append(zero_masked(out, inputs))
     times.append(ms)
   return attention_figures(outputs, reference)._replace(
     **kernel_figures(program, inputs, scale, options),
@@ -298,7 +298,7 @@ def summarise(
     return mean, None, None
   with np.errstate(invalid="ignore"):  # infinite errors have no spread
     std = float(np.std(sample, ddof=1))
-  quantile = distributions.t.ppf(0.5 + CONFIDENCE / 2, count - 1)
+  quantile = distributions.t.ppf(1.0 - SIGNIFICANCE / 2.0, count - 1)
   return mean, float(quantile * std / count**0.5), std
 
 

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats as distributions
 
+from spectraformer_jax.study import SIGNIFICANCE
 from spectraformer_jax.study.approximation.results import Measurement
-
-SIGNIFICANCE = 0.05
 
 
 class Slope(NamedTuple):
@@ -110,7 +109,7 @@ def settings_of(rows: Sequence[Measurement]) -> list[Setting]:
   ]
 
 
-def told_apart(one: Measurement, other: Measurement) -> bool:
+def differ_significantly(one: Measurement, other: Measurement) -> bool:
   """Whether the mean errors differ significantly (Welch's t-test, 5 %)."""
   first, second = one.figures, other.figures
   if first.error_std is None or second.error_std is None:

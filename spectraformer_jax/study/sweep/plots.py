@@ -133,8 +133,8 @@ def times(comparison: Comparison, task: str) -> Figure:
   """Draws accuracy against training time, in the unit of the table."""
   symbol, unit = time_unit(comparison.runs)
   label = {"h": "hours", "min": "minutes"}[symbol]
-  seconds_of = lambda run: run.seconds / unit
-  return _costs(comparison, task, seconds_of, f"training time, {label}")
+  time_of = lambda run: run.seconds / unit
+  return _costs(comparison, task, time_of, f"training time, {label}")
 
 
 def memory(comparison: Comparison, task: str) -> Figure:

@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
+from spectraformer_jax.study import SIGNIFICANCE
 from spectraformer_jax.study.sweep.cells import CELL
 from spectraformer_jax.train.run import run_folder
 from spectraformer_jax.train.run.writers import read_rows, result_row
-
-# Level of significance; confidence intervals hold 1 - LEVEL.
-LEVEL = 0.05
 
 
 class Run(NamedTuple):
@@ -239,7 +237,7 @@ def differences(
     for name, (points, half_width, _) in tests.items():
       p = corrected.get(name)
       verdict = "-" if p is None else "not significant"
-      if p is not None and p < LEVEL:
+      if p is not None and p < SIGNIFICANCE:
         verdict = "better" if points > 0 else "worse"
       result[name, task] = Difference(points, half_width, p, verdict)
   return result
@@ -263,7 +261,7 @@ def welch(
   if min(len(one), len(two)) < 2 or len(set(one)) == len(set(two)) == 1:
     return points, None, None
   test: Any = stats.ttest_ind(one, two, equal_var=False)  # scipy has no types
-  interval = test.confidence_interval(1.0 - LEVEL)
+  interval = test.confidence_interval(1.0 - SIGNIFICANCE)
   half_width = float(interval.high - interval.low) / 2.0
   return points, half_width, float(test.pvalue)
 

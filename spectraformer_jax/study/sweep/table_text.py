@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from spectraformer_jax.study import SIGNIFICANCE
 from spectraformer_jax.study.sweep.comparison import Comparison, Entry
 from spectraformer_jax.study.sweep.runs import (
-  LEVEL,
   Published,
   Run,
   paper_figures,
@@ -149,7 +149,7 @@ def _differences(comparison: Comparison) -> list[str]:
     f"## Differences from {comparison.against}",
     "",
     "Welch's t-test over seeds, two-sided; p after Holm's correction over "
-    f"the attentions of a task, level {LEVEL}.",
+    f"the attentions of a task, level {SIGNIFICANCE}.",
     "",
     *markdown_table(["task", "attention", "points (95 %)", "p", ""], rows),
   ]

@@ -86,10 +86,10 @@ def counted(monkeypatch):
     return row().figures
 
   prepare = lambda fm, *_: (fm.info.name, fm.num_features)
-  refer = lambda *_: lib.Reference(np.ones(1), 0.8, 1.0, 1.0)
+  make_reference = lambda *_: lib.Reference(np.ones(1), 0.8, 1.0, 1.0)
   monkeypatch.setattr(lib, "measure", measure)
   monkeypatch.setattr(lib, "prepare", prepare)
-  monkeypatch.setattr(lib, "refer", refer)
+  monkeypatch.setattr(lib, "make_reference", make_reference)
   return asked
 
 

@@ -22,7 +22,7 @@ def figures(pair, num_features, inputs, scale, **options):
   options = lib.Options(**options)
   fm = sf.feature_map(*pair.split("-"), num_features=num_features)
   program = lib.prepare(fm, inputs, options)
-  reference = lib.refer(inputs, scale, options)
+  reference = lib.make_reference(inputs, scale, options)
   return lib.measure(program, inputs, scale, reference, options)
 
 
@@ -102,14 +102,14 @@ def test_uniform_error_by_hand():
   key = np.array([root, 0.0, 5.0]).reshape(1, 3, 1, 1)
   value = np.array([1.0, 0.0, 100.0]).reshape(1, 3, 1, 1)
   mask = np.array([[True, True, False]])
-  reference = lib.refer(
+  reference = lib.make_reference(
     make_inputs("toy", query, key, value, mask), 1.0, lib.Options(draws=1)
   )
   np.testing.assert_allclose(
     reference.exact[0, :, 0, 0], [0.75, 0.75, 0.0], rtol=1e-6
   )
   assert reference.uniform_error == pytest.approx(0.25 / 0.75)
-  causal = lib.refer(
+  causal = lib.make_reference(
     make_inputs("toy", query, key, value),
     1.0,
     lib.Options(draws=1, is_causal=True),
@@ -126,7 +126,10 @@ def test_uniform_error_by_hand():
 def test_scale_multiplies_queries_and_keys(toy):
   scaled = dataclasses.replace(toy, query=2 * toy.query, key=2 * toy.key)
   options = lib.Options(draws=1)
-  one, other = lib.refer(toy, 2.0, options), lib.refer(scaled, 1.0, options)
+  one, other = (
+    lib.make_reference(toy, 2.0, options),
+    lib.make_reference(scaled, 1.0, options),
+  )
   np.testing.assert_array_equal(one.exact, other.exact)
 
 
@@ -145,7 +148,7 @@ def test_padding_counts_nowhere(toy):
   fm = sf.feature_map("oprf", "iid", num_features=16)  # takes statistics
   program = lib.prepare(fm, masked, options)
   rows = [
-    lib.measure(program, x, 0.5, lib.refer(x, 0.5, options), options)
+    lib.measure(program, x, 0.5, lib.make_reference(x, 0.5, options), options)
     for x in (masked, filled)
   ]
   for name in ("error", "uniform_error", "kernel_mse", "kernel_mse_iid"):
@@ -201,4 +204,4 @@ def test_maps_without_a_fixed_kernel():
 def test_values_of_zero_are_refused(toy):
   zeros = dataclasses.replace(toy, value=0 * toy.value)
   with pytest.raises(ValueError, match="exact attention gives zeros"):
-    lib.refer(zeros, 1.0, lib.Options(draws=1))
+    lib.make_reference(zeros, 1.0, lib.Options(draws=1))

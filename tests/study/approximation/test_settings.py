@@ -3,8 +3,8 @@ import pytest
 from spectraformer_jax.study.approximation import advice
 from spectraformer_jax.study.approximation.report import lines
 from spectraformer_jax.study.approximation.settings import (
+  differ_significantly,
   settings_of,
-  told_apart,
 )
 from tests.study.approximation.helpers import row
 
@@ -71,12 +71,16 @@ def test_rounding_is_no_confidence_interval():
 
 
 def test_welch():
-  assert told_apart(row(error=0.5), row(error=0.6))
-  assert not told_apart(row(error=0.5), row(error=0.505))
-  assert not told_apart(row(error=0.5, error_std=None), row(error=0.9))
+  assert differ_significantly(row(error=0.5), row(error=0.6))
+  assert not differ_significantly(row(error=0.5), row(error=0.505))
+  assert not differ_significantly(
+    row(error=0.5, error_std=None), row(error=0.9)
+  )
   fixed = {"error_std": 0.0, "error_ci": 0.0}
-  assert told_apart(row(error=0.5, **fixed), row(error=0.6, **fixed))
-  assert not told_apart(row(error=0.5, **fixed), row(error=0.5, **fixed))
+  assert differ_significantly(row(error=0.5, **fixed), row(error=0.6, **fixed))
+  assert not differ_significantly(
+    row(error=0.5, **fixed), row(error=0.5, **fixed)
+  )
 
 
 def test_advice_to_use_the_best_pair():
@@ -88,12 +92,12 @@ def test_advice_to_use_the_best_pair():
   )
   assert advice.advise(found) == (
     "Use oprf-orf with M = 64 (error 0.2 ± 0.01), 0.25 of the error of uniform "
-    "attention (0.8); these draws do not tell oprf-iid from it; but exact "
+    "attention (0.8); not significantly worse: oprf-iid; but exact "
     "attention is 2 times as fast at this length."
   )
   found = setting(row("relu-iid", error=0.2, exact_ms=2.1))
   assert advice.advise(found) == (
-    "Use relu-iid with M = 64 (error 0.2 ± 0.01; its kernel is another one), "
+    "Use relu-iid with M = 64 (error 0.2 ± 0.01; its kernel is not softmax), "
     "0.25 of the error of uniform attention (0.8); it takes about as long as "
     "exact attention."
   )
