@@ -168,7 +168,7 @@ def spectral_attention(
     component.check_length(before + query.shape[1])
   sqrt_scale, factor = checks.scale_parts(scale, query.shape[-1])
   query, key = (
-    checks.times_sqrt_scale(x, factor) for x in (arrays.query, arrays.key)
+    checks.times_factor(x, factor) for x in (arrays.query, arrays.key)
   )
   if checks.is_empty(query, key, arrays.value):
     return attend_empty(

@@ -101,8 +101,8 @@ def attention_arrays(
   query, key, value = as_floats(query=query, key=key, value=value)
   key_mask, query_mask = as_array(key_mask), as_array(query_mask)
   check_attention_inputs(query, key, value)
-  check_key_mask(key_mask, key)
-  check_key_mask(query_mask, query, "query_mask")
+  check_mask(key_mask, key)
+  check_mask(query_mask, query, "query_mask")
   segment_ids = as_segment_ids(segment_ids)
   return AttentionArrays(query, key, value, key_mask, query_mask, segment_ids)
 
@@ -130,8 +130,8 @@ def check_attention_inputs(
     raise ValueError(f"query and key must share {depth}, {shapes}")
   if key.shape[2] != value.shape[2]:
     raise ValueError(f"key and value must share heads, {shapes}")
-  groups, heads = query.shape[2], key.shape[2]
-  if groups % heads if heads else groups:
+  query_heads, key_heads = query.shape[2], key.shape[2]
+  if query_heads % key_heads if key_heads else query_heads:
     raise ValueError(
       "query heads must be a multiple of key heads (grouped-query "
       f"attention), {shapes}"
@@ -140,8 +140,8 @@ def check_attention_inputs(
     raise ValueError(f"key and value must share length, {shapes}")
 
 
-def check_key_mask(mask: Mask, x: Array, name: str = "key_mask") -> None:
-  """Raises ValueError unless `mask` is None or a bool [B, S] mask of x."""
+def check_mask(mask: Mask, x: Array, name: str = "key_mask") -> None:
+  """Raises ValueError unless `mask` is None or bool, for x's positions."""
   if mask is None:
     return
   if mask.shape != x.shape[:2]:
@@ -223,16 +223,16 @@ def scale_parts(
   return 1.0, jnp.sqrt(scale.astype(jnp.float32))
 
 
-def times_sqrt_scale(x: Array, sqrt_scale: Array | None) -> Array:
-  """Multiplies x by the array of `scale_parts`, if there is one.
+def times_factor(x: Array, factor: Array | None) -> Array:
+  """Multiplies x by the second part of `scale_parts`, if it is an array.
 
   Entries that are not finite stay as they are, so that the gradient of the
   scale is not NaN.
   """
-  if sqrt_scale is None:
+  if factor is None:
     return x
   x = x.astype(compute_dtype(x))
-  return x * jnp.where(jnp.isfinite(x), sqrt_scale.astype(x.dtype), 1.0)
+  return x * jnp.where(jnp.isfinite(x), factor.astype(x.dtype), 1.0)
 
 
 def static_position(position: Array | int | None) -> int:

@@ -56,7 +56,7 @@ def scaled_inputs(
   compute = checks.compute_dtype(query)
   constant, factor = checks.scale_parts(scale, query.shape[-1])
   x, y = (
-    checks.times_sqrt_scale(array.astype(compute), factor) * constant
+    checks.times_factor(array.astype(compute), factor) * constant
     for array in (query, key)
   )
   v = value.astype(compute)

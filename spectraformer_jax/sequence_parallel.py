@@ -109,7 +109,7 @@ def sequence_parallel_attention(
   if checks.is_empty(query, key, value):
     return jnp.zeros((*query.shape[:3], value.shape[3]), value.dtype)
   sqrt_scale, factor = checks.scale_parts(scale, query.shape[-1])
-  query, key = (checks.times_sqrt_scale(x, factor) for x in (query, key))
+  query, key = (checks.times_factor(x, factor) for x in (query, key))
   return _sequence_parallel(
     arrays._replace(query=query, key=key),
     (variables, stats),

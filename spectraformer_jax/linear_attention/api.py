@@ -136,6 +136,7 @@ def linear_attention(
   checks.check_attention_inputs(
     query_features, key_features, value, depth="feature dim"
   )
+  checks.check_mask(key_mask, key_features)
   if checks.is_empty(query_features, key_features, value):
     return attend_empty(
       functools.partial(
@@ -244,7 +245,6 @@ def attend(
     after all keys (else None).
   """
   query, key, value, key_mask, _, segment_ids = arrays
-  checks.check_key_mask(key_mask, key)
   if options.chunk_size is not None:
     checks.check_positive_int("chunk_size", options.chunk_size)
   if segment_ids is not None:

@@ -70,7 +70,7 @@ def check_rows(
     )
   if mask is not None:
     mask = jnp.asarray(mask)
-    checks.check_key_mask(mask, x, "mask" if name == "x" else f"{name}_mask")
+    checks.check_mask(mask, x, "mask" if name == "x" else f"{name}_mask")
   if segment_ids is not None:
     segment_ids = jnp.asarray(segment_ids)
     if segment_ids.shape != x.shape[:2] or not _is_int(segment_ids):

@@ -106,9 +106,9 @@ def make_inputs(
         "keys and values so that each query head has its own."
       )
     if key_mask is not None:
-      checks.check_key_mask(jnp.asarray(key_mask), arrays[1])
+      checks.check_mask(jnp.asarray(key_mask), arrays[1])
     if query_mask is not None:
-      checks.check_key_mask(jnp.asarray(query_mask), arrays[0], "query_mask")
+      checks.check_mask(jnp.asarray(query_mask), arrays[0], "query_mask")
   except ValueError as error:
     raise ValueError(f"inputs {name!r}: {error}") from None
   if key_mask is None:
