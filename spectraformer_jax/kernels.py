@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from spectraformer_jax import checks
-from spectraformer_jax.registry import nearest
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 
 
@@ -30,12 +30,6 @@ KERNELS: dict[str, Callable[[Array, Array], Array]] = {
   "softmax": softmax_kernel,
   "gaussian": gaussian_kernel,
 }
-
-
-def check_kernel(kernel: str) -> None:
-  """Raises ValueError unless `kernel` names an exact kernel."""
-  if kernel not in KERNELS:
-    raise ValueError(f"Unknown kernel {kernel!r}.{nearest(kernel, KERNELS)}")
 
 
 def scaled_inputs(
@@ -134,7 +128,7 @@ def exact_attention(
     >>> exact_attention(q, q, q, is_causal=True).shape
     (1, 3, 2, 4)
   """
-  check_kernel(kernel)
+  check_choice("kernel", kernel, KERNELS)
   checks.check_bool("is_causal", is_causal)
   arrays = checks.attention_arrays(
     query, key, value, key_mask=key_mask, segment_ids=segment_ids

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -20,15 +20,23 @@ def nearest(name: object, known: Iterable[str]) -> str:
   The text starts with a space; without a near name it lists all names only.
   """
   known = sorted(known)
+  return f"{_hint(name, known)} Known: {', '.join(known)}."
+
+
+def _hint(name: object, known: Sequence[str]) -> str:
+  """Returns " Did you mean ...?" with the nearest name, or ""."""
   close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-  hint = f" Did you mean {close[0]!r}?" if close else ""
-  return f"{hint} Known: {', '.join(known)}."
+  return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def check_choice(option: str, value: object, choices: tuple[Any, ...]) -> None:
+def check_choice(option: str, value: object, choices: Iterable[Any]) -> None:
   """Raises ValueError unless the value of `option` is one of `choices`."""
+  choices = tuple(choices)
   if value not in choices:
-    raise ValueError(f"{option} must be one of {choices}, got {value!r}.")
+    raise ValueError(
+      f"{option} must be one of {', '.join(map(repr, choices))}, got "
+      f"{value!r}.{_hint(value, [*map(str, choices)])}"
+    )
 
 
 def check_int(

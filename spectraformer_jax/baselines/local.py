@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from spectraformer_jax import checks
 from spectraformer_jax.baselines.masked import masked_inputs
 from spectraformer_jax.kernels import masked_softmax
+from spectraformer_jax.registry import check_int
 from spectraformer_jax.typing import Array
 
 
@@ -52,10 +53,7 @@ def local_attention(
     <https://arxiv.org/abs/2011.04006>`_, 2021, section 3.2.
   """
   checks.check_positive_int("block_size", block_size)
-  if isinstance(neighbours, bool) or neighbours not in range(1 << 20):
-    raise ValueError(
-      f"neighbours must be an int of 0 or more, got {neighbours!r}."
-    )
+  check_int("neighbours", neighbours, 0)
   x, y, v, mask = masked_inputs(
     query, key, value, scale=scale, key_mask=key_mask, is_causal=is_causal
   )

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
-from spectraformer_jax.kernels import KERNELS, check_kernel
-from spectraformer_jax.registry import Registry
+from spectraformer_jax.kernels import KERNELS
+from spectraformer_jax.registry import Registry, check_choice
 from spectraformer_jax.registry import info_from_options as info_from_options
 from spectraformer_jax.typing import (
   Array,
@@ -241,7 +241,7 @@ class KernelComponent(Component):
   kernel: str = "softmax"
 
   def __post_init__(self) -> None:
-    check_kernel(self.kernel)
+    check_choice("kernel", self.kernel, KERNELS)
 
   @override
   def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:

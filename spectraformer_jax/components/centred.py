@@ -17,7 +17,8 @@ from spectraformer_jax.components.base import (
   info_from_options,
   masked_mean,
 )
-from spectraformer_jax.components.data_dependent import check_statistics
+from spectraformer_jax.components.data_dependent import STATISTICS
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import (
   Array,
   ComponentState,
@@ -93,7 +94,7 @@ class Centred(Component):
     if statistics is None:
       statistics = of_base or "batch"
       object.__setattr__(self, "statistics", statistics)
-    check_statistics(statistics)
+    check_choice("statistics", statistics, STATISTICS)
     if of_base not in (None, statistics):
       raise ValueError(
         f"statistics={statistics!r} of the centres must be that of "

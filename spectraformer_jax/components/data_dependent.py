@@ -5,7 +5,7 @@ import dataclasses
 from typing_extensions import override
 
 from spectraformer_jax.components import base
-from spectraformer_jax.registry import nearest
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array, ComponentState, Params
 
 STATISTICS = ("batch", "constant", "ema", "learned")
@@ -33,7 +33,7 @@ class DataDependent(base.KernelComponent):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    check_statistics(self.statistics)
+    check_choice("statistics", self.statistics, STATISTICS)
 
   @property
   @override
@@ -68,11 +68,3 @@ class DataDependent(base.KernelComponent):
   def prepare(self, state: ComponentState, head_dim: int) -> ComponentState:
     """Puts the parameters in the place of the stats."""
     return state._replace(stats=self.parameters(state, head_dim))
-
-
-def check_statistics(statistics: str) -> None:
-  """Raises ValueError unless `statistics` names a source of parameters."""
-  if statistics not in STATISTICS:
-    raise ValueError(
-      f"Unknown statistics {statistics!r}.{nearest(statistics, STATISTICS)}"
-    )

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from spectraformer_jax.components import base
 from spectraformer_jax.components.optimal import constant_rho, logit
-from spectraformer_jax.registry import nearest
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import (
   Array,
   ComponentState,
@@ -32,8 +32,9 @@ class Coefficients(NamedTuple):
   log_d: tuple[Scalar, Scalar]
 
 
-# rho as a function of the learnt parameter; A = (1 - 1/rho)/8.
-LEARN = ("exp", "sigmoid")
+# None: A is fixed. Else: rho as a function of the learnt parameter, where
+# A = (1 - 1/rho)/8.
+LEARN = (None, "exp", "sigmoid")
 
 
 @base.COMPONENTS.register("gerf")
@@ -105,10 +106,7 @@ class GERF(base.KernelComponent):
     super().__post_init__()
     if self.sign not in (1, -1):
       raise ValueError(f"sign must be 1 or -1, got {self.sign!r}.")
-    if self.learn is not None and self.learn not in LEARN:
-      raise ValueError(
-        f"Unknown learn {self.learn!r}.{nearest(self.learn, LEARN)}"
-      )
+    check_choice("learn", self.learn, LEARN)
     a = self.a
     if a is not None and (
       isinstance(a, bool) or not isinstance(a, numbers.Number)

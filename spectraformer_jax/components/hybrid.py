@@ -98,8 +98,8 @@ class HRF(base.KernelComponent):
     check_positive_int("num_mixing_rows", self.num_mixing_rows)
     if self.tau is not None and self.mixing == "angular":
       raise ValueError(
-        f"tau={self.tau!r} is for mixing='gaussian' alone: leave it out, or "
-        "choose that."
+        f"tau={self.tau!r} is for mixing='gaussian' only, got mixing='angular'"
+        ": leave tau out, or set mixing='gaussian'."
       )
     if self.tau is not None and not self.tau > 0:
       raise ValueError(f"tau must be positive, got {self.tau!r}.")

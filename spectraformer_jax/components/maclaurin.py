@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import override
 
-from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.components import base
-from spectraformer_jax.registry import nearest
+from spectraformer_jax.registry import check_choice, check_int
 from spectraformer_jax.typing import (
   Array,
   ComponentState,
@@ -128,22 +127,13 @@ class Maclaurin(base.Component):
   radius: float | None = None
 
   def __post_init__(self) -> None:
-    for name, value, known in (
-      ("coefficients", self.coefficients, COEFFICIENTS),
-      ("degrees", self.degrees, DEGREES),
-    ):
-      if value not in known:
-        raise ValueError(f"Unknown {name} {value!r}.{nearest(value, known)}")
-    check_positive_int("max_degree", self.max_degree)
-    if self.max_degree > LARGEST_DEGREE:
-      raise ValueError(
-        f"max_degree must be at most {LARGEST_DEGREE}, got {self.max_degree}: "
-        "higher products may leave float32."
-      )
+    check_choice("coefficients", self.coefficients, COEFFICIENTS)
+    check_choice("degrees", self.degrees, DEGREES)
+    check_int("max_degree", self.max_degree, 1, LARGEST_DEGREE)
     if self.rate is not None and self.degrees != "poisson":
       raise ValueError(
-        f"rate={self.rate!r} is for degrees='poisson' alone, got "
-        f"degrees={self.degrees!r}: leave it out, or choose that."
+        f"rate={self.rate!r} is for degrees='poisson' only, got degrees="
+        f"{self.degrees!r}: leave rate out, or set degrees='poisson'."
       )
     if self.rate is not None and not self.rate > 0:
       raise ValueError(f"rate must be positive, got {self.rate!r}.")

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import override
 
-from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.components import base
+from spectraformer_jax.registry import check_int
 from spectraformer_jax.typing import (
   Array,
   ComponentState,
@@ -61,11 +61,7 @@ class TensorSketch(base.Component):
   degree: int = 2
 
   def __post_init__(self) -> None:
-    check_positive_int("degree", self.degree)
-    if self.degree > LARGEST_DEGREE:
-      raise ValueError(
-        f"degree must be at most {LARGEST_DEGREE}, got {self.degree}."
-      )
+    check_int("degree", self.degree, 1, LARGEST_DEGREE)
 
   def _info(self) -> base.ComponentInfo:
     """Returns the facts; the kernel depends on the degree."""

@@ -21,6 +21,7 @@ from spectraformer_jax.feature_maps.vmap_heads import (
   lead_with_batch,
   over_examples_and_heads,
 )
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import (
   Array,
   FeatureVariables,
@@ -212,8 +213,7 @@ class FeatureMap(DrawnMap):
         position beyond the component's longest sequence (a traced position is
         not checked).
     """
-    if side not in SIDES:
-      raise ValueError(f"side must be one of {SIDES}, got {side!r}.")
+    check_choice("side", side, SIDES)
     self.check_inputs(variables, x)
     self.component.check_length(static_position(position) + x.shape[-3])
     flat = jnp.reshape(x, (-1, *x.shape[-3:]))

@@ -11,8 +11,8 @@ from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
 from spectraformer_jax.kernels import KERNELS
 from spectraformer_jax.nn.config import ConfiguredModule
-from spectraformer_jax.nn.inputs import check_choice
 from spectraformer_jax.nn.projections import projection
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
 ATTENTIONS = ("spectral", *KERNELS, *BASELINES)

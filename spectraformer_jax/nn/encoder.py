@@ -10,11 +10,11 @@ from spectraformer_jax.nn.config import LayerFields
 from spectraformer_jax.nn.cross_attention import SpectralCrossAttention
 from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.inputs import (
-  check_choice,
   check_flags,
   check_rows,
   without_padding,
 )
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 
 MLPS = ("gelu", "gated")

@@ -1,6 +1,5 @@
 """Checks the arguments of modules, and removes the content of padding."""
 
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax
@@ -9,18 +8,11 @@ import numpy as np
 from jax.core import Tracer
 
 from spectraformer_jax import checks
-from spectraformer_jax.registry import nearest
 from spectraformer_jax.typing import Array
 
 # Token ids. A NumPy array keeps large ids, which would wrap around in the 32
 # bits of a JAX array, so that they can be refused.
 Tokens: TypeAlias = Array | np.ndarray
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-  """Raises ValueError, with the nearest choice, for an unknown value."""
-  if value not in choices:
-    raise ValueError(f"Unknown {name} {value!r}.{nearest(value, choices)}")
 
 
 def check_flags(**flags: bool) -> None:

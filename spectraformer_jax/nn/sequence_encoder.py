@@ -8,11 +8,11 @@ from spectraformer_jax import checks
 from spectraformer_jax.nn.config import PooledFields
 from spectraformer_jax.nn.inputs import (
   Tokens,
-  check_choice,
   check_length,
   check_tokens,
 )
 from spectraformer_jax.nn.token_encoder import TokenEncoder
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 
 POOLINGS = ("cls", "mean", "attention")

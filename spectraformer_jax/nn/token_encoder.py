@@ -11,13 +11,13 @@ from spectraformer_jax.nn.dropout import Dropout
 from spectraformer_jax.nn.encoder import Encoder
 from spectraformer_jax.nn.inputs import (
   Tokens,
-  check_choice,
   check_flags,
   check_rows,
   check_tokens,
   token_ids,
 )
 from spectraformer_jax.nn.positions import POSITIONS, next_positions, sinusoids
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 
 _DEVIATION = 0.02  # standard deviation of the entries of initial embeddings

@@ -137,7 +137,7 @@ def test_feature_dim(mixing):
     ({"mixing": "angle"}, "mixing must be one of"),
     ({"num_mixing_rows": 0}, "num_mixing_rows must be a positive integer"),
     ({"mixing": "gaussian", "tau": 0.0}, "tau must be positive, got 0.0"),
-    ({"tau": 1.0}, "tau=1.0 is for mixing='gaussian' alone"),
+    ({"tau": 1.0}, "tau=1.0 is for mixing='gaussian' only"),
     ({"independent": False}, "depends on W biases the estimate, causal or not"),
     ({"kernel": "soft"}, "Did you mean 'softmax'"),
   ],

@@ -208,8 +208,8 @@ def test_scores_notice_a_wrong_kernel():
   [
     ("maclaurin", "iid", {"coefficients": "ex"}, "Did you mean 'exp'"),
     ("maclaurin", "iid", {"degrees": "poison"}, "Did you mean 'poisson'"),
-    ("maclaurin", "iid", {"max_degree": 0}, "must be a positive integer"),
-    ("maclaurin", "iid", {"max_degree": 25}, "max_degree must be at most 24"),
+    ("maclaurin", "iid", {"max_degree": 0}, "must be an integer from 1 to 24"),
+    ("maclaurin", "iid", {"max_degree": 25}, "from 1 to 24, got 25"),
     ("maclaurin", "iid", {"rate": 1.0}, "rate=1.0 is for degrees='poisson'"),
     (
       "maclaurin",
@@ -219,8 +219,8 @@ def test_scores_notice_a_wrong_kernel():
     ),
     ("maclaurin", "iid", {"radius": 1.0}, r"radius must be in \(0, 1\)"),
     ("maclaurin", "orf", {}, "needs rows of law 'rademacher'"),
-    ("tensorsketch", "iid", {"degree": 9}, "degree must be at most 8, got 9"),
-    ("tensorsketch", "iid", {"degree": 0}, "degree must be a positive integer"),
+    ("tensorsketch", "iid", {"degree": 9}, "from 1 to 8, got 9"),
+    ("tensorsketch", "iid", {"degree": 0}, "degree must be an integer from 1"),
     ("tensorsketch", "orf", {}, "needs rows of law 'hash'"),
   ],
 )
