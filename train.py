@@ -26,6 +26,7 @@ from spectraformer_jax.train import config as train_config
 from spectraformer_jax.train import loop
 from spectraformer_jax.train.devices import host_memory, hosts
 from spectraformer_jax.train.run import nonfinite, report, run_folder
+from spectraformer_jax.train.run.progress import quiet_other_packages
 
 ROOT = Path(__file__).resolve().parent
 # Exit statuses; the last two are those of sysexits.h. The same command resumes
@@ -87,21 +88,22 @@ flags.FLAGS.set_default("verbosity", logging.INFO)
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses flags with absl; reports a mistake in one line, no traceback."""
   try:
-    kept, unset = argv[:1], {}
+    kept, none_keys = argv[:1], set[str]()
     for arg in argv[1:]:
-      override = _OVERRIDE.match(arg)
-      if override:
-        train_config.check_key(override[1])
+      if override := _OVERRIDE.match(arg):
+        key, value = override.groups()
+        train_config.check_key(key)
+        none_keys.discard(key)  # the last of several overrides counts
         # An integer flag cannot read "none", so None is set below.
-        unset[override[1]] = train_config.is_none(override[1], override[2])
-      if not (override and unset[override[1]]):
-        kept.append(arg)
+        if train_config.is_none(key, value):
+          none_keys.add(key)
+          continue
+      kept.append(arg)
       config = re.match(r"--?config=([^:]*)", arg)
       if config and not Path(config[1]).is_file():
         raise ValueError(f"There is no config file {config[1]!r}.")
     rest = flags.FLAGS(kept)
-    for path in (path for path, is_unset in unset.items() if is_unset):
-      _CONFIG.value.update_from_flattened_dict({path: None})
+    _CONFIG.value.update_from_flattened_dict(dict.fromkeys(none_keys))
     return rest
   except Exception as error:
     fail(error)
@@ -139,16 +141,10 @@ def default_workdir(config: train_config.Config) -> Path:
 
 def set_up_logging() -> None:
   """Logs time and text of messages; other packages log only from WARNING up."""
-  handler = logging.get_absl_handler()
-  handler.setFormatter(
+  logging.get_absl_handler().setFormatter(
     python_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
   )
-  handler.addFilter(
-    lambda record: (
-      record.levelno > python_logging.INFO
-      or "spectraformer_jax" in Path(record.pathname).parts
-    )
-  )
+  quiet_other_packages()
 
 
 def main(argv: list[str]) -> None:

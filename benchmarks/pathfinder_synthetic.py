@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     pictures, rate = draw(*kind, args.seconds)
     lines.append(row(*kind, rate, pictures, args.flood))
     if kind == kinds[0]:
-      secret = leak(pictures)
-  lines.append(secret)
+      leak_line = leak(pictures)
+  lines.append(leak_line)
   print("\n".join(lines))
   return lines
 

@@ -262,16 +262,16 @@ def time_draws(rows: Sequence[ListedMatrix]) -> Iterator[list[str]]:
     matrix = WEIGHT_MATRICES.build(row.matrix, row.options)
     num_rows = 2 * DRAW_DIM + 1 if row.matrix == "sgq" else DRAW_ROWS
     ms = draw_milliseconds(matrix, num_rows, DRAW_DIM, HEADS)
-    free = row.matrix in SLOW_TO_DRAW
-    limit = "-" if free else f"{DRAW_LIMIT_MS:g}"
-    late = not free and ms > DRAW_LIMIT_MS
-    yield [row.label, f"{ms:.2f}", limit, "too slow" if late else "ok"]
+    is_unlimited = row.matrix in SLOW_TO_DRAW
+    limit = "-" if is_unlimited else f"{DRAW_LIMIT_MS:g}"
+    is_slow = not is_unlimited and ms > DRAW_LIMIT_MS
+    yield [row.label, f"{ms:.2f}", limit, "too slow" if is_slow else "ok"]
 
 
 def compare_errors(results: Iterable[Result]) -> Iterator[list[str]]:
   """Lines of the table of ratios beside references, the header first."""
-  pairs = [h for c in COLUMNS for h in (c, f"ref. {c}")]
-  yield ["matrix", "M", *pairs, "+-", "verdict"]
+  headings = [text for name in COLUMNS for text in (name, f"ref. {name}")]
+  yield ["matrix", "M", *headings, "+-", "verdict"]
   for result in results:
     figures = [
       "-" if np.isnan(value) else f"{value:.3f}"

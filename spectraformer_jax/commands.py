@@ -4,7 +4,6 @@ import argparse
 import ast
 import importlib
 import io
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -84,11 +83,6 @@ def run(
   except KeyboardInterrupt:
     print("stopped; the same command goes on from here.", file=sys.stderr)
     return INTERRUPTED
-
-
-def as_typed(program: str, argv: Sequence[str]) -> str:
-  """Returns the command line as a user types it, `program` as in `Parser`."""
-  return f"python -m {program} {shlex.join(argv)}"
 
 
 def parse_literal(text: str) -> Any:

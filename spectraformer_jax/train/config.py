@@ -250,6 +250,7 @@ class Key(NamedTuple):
 def _declared_keys(
   section: type, prefix: str = ""
 ) -> Iterator[tuple[str, Key]]:
+  """Yields path and `Key` of each annotation, of inner sections too."""
   for name, annotation in inspect.get_annotations(section).items():
     if isinstance(annotation, type):
       yield from _declared_keys(annotation, f"{name}.")

@@ -46,10 +46,6 @@ def evaluate(
   """
   workdir = Path(workdir)
   config = run_folder.stored_config(workdir)
-  if split not in data.SPLITS:
-    raise ValueError(
-      f"split must be one of {', '.join(data.SPLITS)}, got {split!r}."
-    )
   step = find_step(workdir, step)
   if batch_size is None:
     devices = jax.device_count()

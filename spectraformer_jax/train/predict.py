@@ -114,7 +114,7 @@ def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
         )
       sequences = tuple(_encode(text, facts) for text in texts)
       for ids in sequences:
-        _check(ids, facts)
+        _check_ids(ids, facts)
     except ValueError as error:
       raise ValueError(f"Line {number}: {error}") from error
     inputs.append(sequences)
@@ -198,7 +198,7 @@ def read_npz(path: Path | str, facts: dict[str, Any]) -> Inputs:
   for number, sequences in enumerate(inputs):
     for ids in sequences:
       try:
-        _check(ids, facts)
+        _check_ids(ids, facts)
       except ValueError as error:
         raise ValueError(f"Row {number}: {error}") from error
   return inputs
@@ -227,7 +227,7 @@ def _sequences(
   return [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
 
 
-def _check(ids: np.ndarray, facts: dict[str, Any]) -> None:
+def _check_ids(ids: np.ndarray, facts: dict[str, Any]) -> None:
   """Refuses ids that the model cannot read."""
   if not 1 <= len(ids) <= facts["length"]:
     raise ValueError(
@@ -260,7 +260,7 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.batch_size < 1:
     raise ValueError(f"--batch_size must be positive, got {args.batch_size}.")
-  facts = _facts(Path(args.workdir))
+  facts = _read_facts(Path(args.workdir))
   name = "standard input" if args.input == "-" else args.input
   try:
     if args.input.endswith(".npz"):
@@ -286,7 +286,7 @@ def main(argv: Sequence[str]) -> None:
     print(strict_json.dumps(prediction))
 
 
-def _facts(workdir: Path) -> dict[str, Any]:
+def _read_facts(workdir: Path) -> dict[str, Any]:
   """Reads the facts about the data from config.json.
 
   Raises:

@@ -23,7 +23,7 @@ SHARED = ("token_embedding", "position_embedding", "encoder")
 EMBEDDINGS = SHARED[:2]
 
 # Keys of the sections model and feature_map that may differ between the runs.
-_FREE = {
+_FREE_KEYS = {
   "model.init_from",
   "model.pooling",
   "model.pooled_norm",
@@ -33,7 +33,7 @@ _FREE = {
   "feature_map.redraw_interval",
 }
 # Keys that may differ as well if the runs have different attentions.
-_OF_ATTENTION = {"model.attention", "model.attention_kwargs"}
+_ATTENTION_KEYS = {"model.attention", "model.attention_kwargs"}
 
 Variables = Mapping[str, PyTree]
 
@@ -127,14 +127,14 @@ def _with_fitting_leaves(
     if name in params and name in initial["params"]:
       params[name] = _fit(name, params[name], initial["params"][name])
   others = {k: v for k, v in trained.items() if k != "random_features"}
-  found = _by_path({**others, "params": params})
+  trained_leaves = _by_path({**others, "params": params})
 
   def choose(path: tuple[Any, ...], leaf: Any) -> Any:
     names = _names(path)
-    other = found.get(names)
-    if other is None or other.shape != leaf.shape or FEATURE_MAP in names:
+    taken = trained_leaves.get(names)
+    if taken is None or taken.shape != leaf.shape or FEATURE_MAP in names:
       return leaf
-    return other if parts is None or names[1] in parts else leaf
+    return taken if parts is None or names[1] in parts else leaf
 
   return jax.tree_util.tree_map_with_path(choose, dict(initial))
 
@@ -213,9 +213,9 @@ def _check_same_model(
 ) -> None:
   """Refuses a source run whose model or feature map is not that of `config`."""
   theirs, ours = flatten(source), flatten(config)
-  free, sections = _FREE, ("model.", "feature_map.")
+  free, sections = _FREE_KEYS, ("model.", "feature_map.")
   if theirs["model.attention"] != ours["model.attention"]:
-    free, sections = _FREE | _OF_ATTENTION, ("model.",)
+    free, sections = _FREE_KEYS | _ATTENTION_KEYS, ("model.",)
   for path in ours:
     if path in free or not path.startswith(sections):
       continue

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from spectraformer_jax import data
 from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained, rotate
 from spectraformer_jax.study.approximation.inputs import Inputs, make_inputs
-from spectraformer_jax.train.config import to_dict
 from spectraformer_jax.train.inputs import load_data
 from spectraformer_jax.train.run import describe, run_folder
 from spectraformer_jax.train.step.steps import model_inputs
@@ -115,7 +114,7 @@ def capture_workdir(
     examples,
     seed=0,
     train=False,
-    pad_to_multiple=to_dict(config)["task"]["pad_to_multiple"],
+    pad_to_multiple=config.task.pad_to_multiple,
   )
   model, variables = load_pretrained(workdir, step=step)
   return capture(

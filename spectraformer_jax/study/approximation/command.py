@@ -16,6 +16,7 @@ by the scale; attention divides scores by sqrt(head_dim) as usual.
 
 import argparse
 import functools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,6 @@ from spectraformer_jax import commands
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.kernels import KERNELS
 from spectraformer_jax.seeds import check_seed
-from spectraformer_jax.study.approximation import inputs as layers_of
 from spectraformer_jax.study.approximation import (
   measure,
   pair_spec,
@@ -36,7 +36,11 @@ from spectraformer_jax.study.approximation import (
   report,
   results,
 )
-from spectraformer_jax.study.approximation.inputs import Inputs
+from spectraformer_jax.study.approximation.inputs import (
+  Inputs,
+  random_inputs,
+  read_npz,
+)
 from spectraformer_jax.study.approximation.pair_spec import Pair
 from spectraformer_jax.study.approximation.settings import settings_of
 
@@ -66,41 +70,41 @@ class Case(NamedTuple):
 def make_parser() -> commands.Parser:
   """Makes the parser of the command's flags."""
   parser = commands.Parser(PROGRAM, __doc__)
-  one = parser.add_argument
-  several = functools.partial(parser.add_argument, nargs="+", default=())
-  one("--out", type=Path, required=True, help="folder for all results")
-  several(
+  flag = parser.add_argument
+  flags = functools.partial(parser.add_argument, nargs="+", default=())
+  flag("--out", type=Path, required=True, help="folder for all results")
+  flags(
     "--pairs",
     help="component-matrix, with options as in "
     "'oprf(centred=True)-rom_hybrid(norms=chi)'; default: " + " ".join(PAIRS),
   )
-  several("--components", help="with --matrices: all pairs that go together")
-  several("--matrices")
-  several("--num_features", type=int, help="default: 32 64 128 256")
-  several("--lengths", type=int, help="first positions; default: 1024, or all")
-  several(
-    "--scales", type=float, help="default: 0.25 0.5 1 2 if random, else 1"
-  )
-  one(
+  flags("--components", help="with --matrices: all pairs that go together")
+  flags("--matrices")
+  flags("--num_features", type=int, help="default: 32 64 128 256")
+  flags("--lengths", type=int, help="first positions; default: 1024, or all")
+  flags("--scales", type=float, help="default: 0.25 0.5 1 2 if random, else 1")
+  flag(
     "--inputs",
     type=Path,
     help="an npz file with query, key and value [B, T, N, H] (of many layers "
     "as layer/query ...), or the workdir of a run of train.py, whose layers' "
     "inputs are captured; default: random",
   )
-  workdir = parser.add_argument_group("of a workdir").add_argument
-  workdir("--split", choices=("train", "dev", "test"))
-  workdir("--examples", type=int, help="the first ones; default 4")
-  workdir("--step", help="best (default), last, or a number")
-  normal = parser.add_argument_group("of random inputs").add_argument
-  normal("--batch", type=int, help="default 2")
-  normal("--heads", type=int, help="default 2")
-  normal("--head_dim", type=int, help="default 32")
-  how = parser.add_argument_group("how to measure").add_argument
-  how("--draws", type=int, default=10, help="default 10")
-  how("--seed", type=int, default=0, help="of draws and inputs")
-  how("--causal", action="store_true", help="queries see keys up to their own")
-  how(
+  workdir_flag = parser.add_argument_group("of a workdir").add_argument
+  workdir_flag("--split", choices=("train", "dev", "test"))
+  workdir_flag("--examples", type=int, help="the first ones; default 4")
+  workdir_flag("--step", help="best (default), last, or a number")
+  random_flag = parser.add_argument_group("of random inputs").add_argument
+  random_flag("--batch", type=int, help="default 2")
+  random_flag("--heads", type=int, help="default 2")
+  random_flag("--head_dim", type=int, help="default 32")
+  how_flag = parser.add_argument_group("how to measure").add_argument
+  how_flag("--draws", type=int, default=10, help="default 10")
+  how_flag("--seed", type=int, default=0, help="of draws and inputs")
+  how_flag(
+    "--causal", action="store_true", help="queries see keys up to their own"
+  )
+  how_flag(
     "--target",
     choices=tuple(KERNELS),
     default="softmax",
@@ -130,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
     args.out / REPORT,
     settings,
     pictures=pictures,
-    command=commands.as_typed(PROGRAM, argv),
+    command=f"python -m {PROGRAM} {shlex.join(argv)}",
     skipped=skipped,
   )
   console.print(f"written: {args.out}/{REPORT}, {RESULTS}, {len(pictures)} PNG")
@@ -186,11 +190,9 @@ def _layers(args: argparse.Namespace) -> list[Inputs]:
   if args.inputs is None:
     length = max(args.lengths or (1024,))
     shape = {"batch": args.batch, "length": length, "num_heads": args.heads}
-    return [
-      layers_of.random_inputs(**shape, head_dim=args.head_dim, seed=args.seed)
-    ]
+    return [random_inputs(**shape, head_dim=args.head_dim, seed=args.seed)]
   if args.inputs.is_file():
-    return layers_of.read_npz(args.inputs)
+    return read_npz(args.inputs)
   # Imported here: it loads Flax and the data pipeline.
   from spectraformer_jax.study.approximation.capture import capture_workdir
 
@@ -216,20 +218,27 @@ def _plan(
   cases, skipped = [], []
   for pair in pairs:
     for size in sizes if pair.has_rows else (None,):
-      reason = _misfit(pair, size, longest, options)
+      reason = _why_impossible(pair, size, longest, options)
       if reason:
         skipped.append(f"{pair.name}, M = {size}: {reason}")
         continue
       for inputs in cropped:
         for scale in scales:
-          place = inputs.name, inputs.fingerprint, inputs.length, scale
-          what = pair.component, pair.matrix, size
-          key = results.Key(*place, *what, *options)
+          key = results.Key(
+            inputs.name,
+            inputs.fingerprint,
+            inputs.length,
+            scale,
+            pair.component,
+            pair.matrix,
+            size,
+            *options,
+          )
           cases.append(Case(pair, inputs, key))
   return cases, skipped
 
 
-def _misfit(
+def _why_impossible(
   pair: Pair, size: int | None, inputs: Inputs, options: measure.Options
 ) -> str | None:
   """Why this size is impossible; None if it is possible. Compiles nothing."""
@@ -261,7 +270,7 @@ def _measure_all(
   console: Console,
 ) -> list[results.Measurement]:
   """Measures the cases that `stored` lacks; returns the rows of all cases."""
-  missing = [case for case in cases if not stored.find(case.key)]
+  missing = [case for case in cases if case.key not in stored.rows]
   if len(missing) < len(cases):
     console.print(
       f"{len(cases) - len(missing)} of {len(cases)} rows are there already"
@@ -285,4 +294,4 @@ def _measure_all(
       device = jax.devices()[0].device_kind
       stored.add(results.Measurement(key, figures, device))
       progress.advance(task)
-  return [row for row in (stored.find(case.key) for case in cases) if row]
+  return [stored.rows[case.key] for case in cases]

@@ -177,13 +177,10 @@ def read_npz(path: Path) -> list[Inputs]:
   return [make_inputs(name or path.stem, **layers[name]) for name in names]
 
 
-def _natural(name: str) -> list[tuple[bool, int | str]]:
-  """A sort key that puts layer_10 after layer_9."""
+def _natural(name: str) -> list[int | str]:
+  """A sort key that puts layer_10 after layer_9: texts and numbers in turn."""
   parts = re.split(r"(\d+)", name)
-  return [
-    (part.isdigit(), int(part or 0) if part.isdigit() else part)
-    for part in parts
-  ]
+  return [int(part) if part.isdecimal() else part for part in parts]
 
 
 def write_npz(path: Path, layers: list[Inputs]) -> None:

@@ -82,7 +82,7 @@ class Program(NamedTuple):
   compile_s: float
 
 
-def arrays_of(inputs: Inputs, scale: float) -> tuple[Array, Array, Array]:
+def device_arrays(inputs: Inputs, scale: float) -> tuple[Array, Array, Array]:
   """Returns query and key times `scale`, and value, on the device."""
   query, key = inputs.query * scale, inputs.key * scale
   as_float = functools.partial(jnp.asarray, dtype=jnp.float32)
@@ -95,7 +95,7 @@ def make_reference(inputs: Inputs, scale: float, options: Options) -> Reference:
   Raises:
     ValueError: exact attention gives nothing but zeros.
   """
-  query, key, value = arrays_of(inputs, scale)
+  query, key, value = device_arrays(inputs, scale)
   exact_attention = functools.partial(
     sf.exact_attention,
     key_mask=jnp.asarray(inputs.key_mask),
@@ -186,7 +186,7 @@ def prepare(
 
   start = time.perf_counter()
   masks = inputs.key_mask, inputs.query_mask
-  lowered = jax.jit(attend).lower(draws[0], *arrays_of(inputs, 1.0), *masks)
+  lowered = jax.jit(attend).lower(draws[0], *device_arrays(inputs, 1.0), *masks)
   compiled = lowered.compile()
   return Program(feature_map, draws, compiled, time.perf_counter() - start)
 
@@ -199,7 +199,7 @@ def measure(
   options: Options,
 ) -> Figures:
   """Measures all figures of a pair."""
-  arrays = *arrays_of(inputs, scale), inputs.key_mask, inputs.query_mask
+  arrays = *device_arrays(inputs, scale), inputs.key_mask, inputs.query_mask
   arrays = jax.block_until_ready(jax.device_put(arrays))
   # The first call may be slower, and is not timed.
   program.compiled(program.draws[0], *arrays)
@@ -248,7 +248,7 @@ def kernel_figures(
   if not has_kernel(fm):
     return {}
   sqrt_scale = inputs.query.shape[-1] ** -0.25
-  query, key, _ = arrays_of(inputs, scale)
+  query, key, _ = device_arrays(inputs, scale)
   query, key = query * sqrt_scale, key * sqrt_scale
   stats = ()
   if fm.info.needs_stats:
@@ -260,16 +260,18 @@ def kernel_figures(
       query_mask=jnp.asarray(inputs.query_mask),
     )
   rng = np.random.default_rng(options.seed)
-  x = _pick(rng, query, inputs.query_mask, options.points)
-  y = _pick(rng, key, inputs.key_mask, options.points)
+  x = _draw_positions(rng, query, inputs.query_mask, options.points)
+  y = _draw_positions(rng, key, inputs.key_mask, options.points)
   ratios = [kernel_ratios(fm, draw, x, y, stats) for draw in program.draws]
-  off = np.stack([np.asarray(ratio, np.float64) - 1.0 for ratio in ratios])
-  off = off.reshape(len(off), -1)
-  off = off[:, ~np.isnan(off).any(axis=0)]  # where the kernel is not zero
-  if not off.size:
+  error = np.stack([np.asarray(ratio, np.float64) - 1.0 for ratio in ratios])
+  error = error.reshape(len(error), -1)
+  # Leaves out points where the kernel is zero.
+  error = error[:, ~np.isnan(error).any(axis=0)]
+  if not error.size:
     return {}
-  figures = {"kernel_mse_median": float(np.median(np.square(off).mean(axis=0)))}
-  for name, sample in (("bias", off), ("mse", np.square(off))):
+  square = np.square(error)
+  figures = {"kernel_mse_median": float(np.median(square.mean(axis=0)))}
+  for name, sample in (("bias", error), ("mse", square)):
     mean, half, _ = summarise(sample.mean(axis=1))
     figures |= {f"kernel_{name}": mean, f"kernel_{name}_ci": half}
   with contextlib.suppress(NotImplementedError):
@@ -316,7 +318,7 @@ def _timed(
   return out, 1e3 * (time.perf_counter() - start)
 
 
-def _pick(
+def _draw_positions(
   rng: np.random.Generator, x: Array, mask: np.ndarray, count: int
 ) -> Array:
   """Draws `count` visible positions of each example: ``[B, count, N, H]``.

@@ -105,9 +105,9 @@ def all_pairs(components: Sequence[str], matrices: Sequence[str]) -> list[Pair]:
   """
   pairs = []
   for component in components:
-    f = build_component(*split_options(component))
+    built = build_component(*split_options(component))
     for matrix in matrices:
-      if mismatch(f, WEIGHT_MATRICES.build(*split_options(matrix))) is None:
+      if mismatch(built, WEIGHT_MATRICES.build(*split_options(matrix))) is None:
         pairs.append(Pair(component, matrix))
   if not pairs:
     raise ValueError(

@@ -126,7 +126,10 @@ def _draw_heat_maps(group: list[Setting]) -> Figure | None:
   figure, panels = _panels(
     len(group), 2.2 + 0.62 * len(matrices), 1.5 + 0.4 * len(components)
   )
-  lines = lambda names: [name.replace("(", "\n(") for name in names]
+  row_names, column_names = (
+    [name.replace("(", "\n(") for name in names]
+    for names in (components, matrices)
+  )
   for axes, setting in zip(panels, group, strict=True):
     axes.set_facecolor("#d9d9d9")  # pairs without a measurement
     ratios = np.full((len(components), len(matrices)), np.nan)
@@ -147,9 +150,9 @@ def _draw_heat_maps(group: list[Setting]) -> Figure | None:
         colour = "black" if 0.25 < ratio < 4.0 else "white"
         axes.text(j, i, text, color=colour, **figures.CENTRED)
     axes.set_xticks(
-      range(len(matrices)), lines(matrices), rotation=40, ha="right", fontsize=8
+      range(len(matrices)), column_names, rotation=40, ha="right", fontsize=8
     )
-    axes.set_yticks(range(len(components)), lines(components), fontsize=8)
+    axes.set_yticks(range(len(components)), row_names, fontsize=8)
     axes.set_title(
       f"scale {setting.scale:g}, M = {_largest_sizes(setting)}", fontsize=10
     )

@@ -26,7 +26,7 @@ arguments and results.
 """
 
 
-def lines(setting: Setting) -> list[dict[str, str]]:
+def table_rows(setting: Setting) -> list[dict[str, str]]:
   """Returns the lines of a setting's table, least error first.
 
   Each line maps headings to cells. Exact attention comes first; uniform
@@ -65,7 +65,7 @@ def lines(setting: Setting) -> list[dict[str, str]]:
 
 def print_setting(setting: Setting, console: Console) -> None:
   """Prints the table and the advice."""
-  rows = lines(setting)
+  rows = table_rows(setting)
   table = Table(title=setting.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   is_narrow = console.width < WIDE
   shown = [n for n in rows[0] if not (is_narrow and n in IN_REPORT_ONLY)]
@@ -112,7 +112,7 @@ def write(
     text += ["Left out:", "", *(f"- {line}" for line in skipped), ""]
   for setting in settings:
     text += [f"## {setting.title}", "", advise(setting), ""]
-    text += [*markdown(lines(setting)), ""]
+    text += [*markdown(table_rows(setting)), ""]
   for picture in pictures:
     text += [f"![{picture.stem.replace('_', ' ')}]({picture.name})", ""]
   write_text(path, "\n".join(text))

@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,13 +92,16 @@ class Results:
     path: of the file; it is created if missing. A last line that a killed run
       has not written to its end is dropped.
 
+  Attributes:
+    rows: the measurements by their keys, in the order of the file.
+
   Raises:
     ValueError: the file has other columns.
   """
 
   def __init__(self, path: Path) -> None:
     self._path = path
-    self._found: dict[Key, Measurement] = {}
+    self.rows: dict[Key, Measurement] = {}
     text = path.read_text() if path.exists() else ""
     text = text[: text.rfind("\n") + 1] or ",".join(COLUMNS) + "\n"
     header, *lines = csv.reader(text.splitlines())
@@ -110,19 +112,12 @@ class Results:
       )
     for line in lines:
       measurement = _parse(line)
-      self._found[measurement.key] = measurement
+      self.rows[measurement.key] = measurement
     write_text(path, text)
-
-  def __iter__(self) -> Iterator[Measurement]:
-    return iter(self._found.values())
-
-  def find(self, key: Key) -> Measurement | None:
-    """Returns the measurement with this key, if there is one."""
-    return self._found.get(key)
 
   def add(self, measurement: Measurement) -> None:
     """Appends a measurement to the file."""
-    self._found[measurement.key] = measurement
+    self.rows[measurement.key] = measurement
     key, figures, device = measurement
     # Writes keys in full, since they identify the line; figures in six digits.
     shown = [None if x is None else f"{x:.6g}" for x in figures]

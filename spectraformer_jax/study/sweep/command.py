@@ -35,21 +35,21 @@ T = TypeVar("T")
 def make_parser() -> commands.Parser:
   """Makes the parser of the command's flags."""
   parser = commands.Parser("spectraformer_jax.study sweep", __doc__)
-  one = parser.add_argument
-  several = functools.partial(parser.add_argument, nargs="+", default=())
-  one("file", nargs="?", help="a file of configs/sweeps")
-  one("--out", required=True, type=Path, help="folder of the sweep")
-  several(
-    "--tasks", help="X or X:variant of configs/X.py, or the file's labels"
+  flag = parser.add_argument
+  flags = functools.partial(parser.add_argument, nargs="+", default=())
+  flag("file", nargs="?", help="a file of configs/sweeps")
+  flag("--out", required=True, type=Path, help="folder of the sweep")
+  flags("--tasks", help="X or X:variant of configs/X.py, or the file's labels")
+  flags("--attentions", help="pairs or baselines, or the file's labels")
+  flags("--seeds", type=int)
+  flags("--set", help="KEY=VALUE: overrides of every cell's config")
+  flags("--vary", help="KEY=VALUE,VALUE: more axes of the sweep")
+  flag(
+    "--jobs", type=int, default=1, help="cells side by side; share the cores"
   )
-  several("--attentions", help="pairs or baselines, or the file's labels")
-  several("--seeds", type=int)
-  several("--set", help="KEY=VALUE: overrides of every cell's config")
-  several("--vary", help="KEY=VALUE,VALUE: more axes of the sweep")
-  one("--jobs", type=int, default=1, help="cells side by side; share the cores")
-  one("--scheduler", help="HOST:PORT of Dask, whose workers run the cells")
-  one("--shard", default="1/1", help="i/n: every n-th cell, from the i-th")
-  one("--list", action="store_true", help="print the cells and their state")
+  flag("--scheduler", help="HOST:PORT of Dask, whose workers run the cells")
+  flag("--shard", default="1/1", help="i/n: every n-th cell, from the i-th")
+  flag("--list", action="store_true", help="print the cells and their state")
   return parser
 
 

@@ -1,6 +1,5 @@
 """Trains one cell in a process of its own, so a crash ends no other cell."""
 
-import logging as python_logging
 import os
 import signal
 import sys
@@ -40,16 +39,11 @@ def main(workdir: str, cpus: str) -> int:
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
   from spectraformer_jax.train.devices.host_memory import keep_freed_memory
   from spectraformer_jax.train.loop import train_and_evaluate
+  from spectraformer_jax.train.run.progress import quiet_other_packages
 
   keep_freed_memory()
   logging.set_verbosity(logging.INFO)
-  # Of other packages, shows only warnings: checkpointing logs a lot.
-  logging.get_absl_handler().addFilter(
-    lambda record: (
-      record.levelno > python_logging.INFO
-      or "spectraformer_jax" in Path(record.pathname).parts
-    )
-  )
+  quiet_other_packages()
   folder = Path(workdir)
   try:
     cell = cell_from_json((folder / CELL).read_text())

@@ -247,7 +247,7 @@ class DataParallelStep:
     self, state: PyTree, batch: dict[str, Any], *rest: Any
   ) -> Callable[..., Any]:
     """Returns the program for divided batches of this shape."""
-    shapes = _shapes(batch)
+    shapes = tuple(sorted((n, a.shape, a.dtype) for n, a in batch.items()))
     if shapes not in self._compiled:
       start = time.perf_counter()
       self._compiled[shapes] = self._compile(state, batch, *rest)
@@ -265,10 +265,6 @@ class DataParallelStep:
       donate_state=self._donate_state,
     )
     return mapped.lower(*args).compile(compiler_options())
-
-
-def _shapes(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-  return tuple(sorted((n, a.shape, a.dtype) for n, a in batch.items()))
 
 
 def _split(batch: Batch) -> dict[str, np.ndarray]:

@@ -112,7 +112,7 @@ class Checkpointer:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(_stored(state)),
+          state=ocp.args.StandardSave(_without_none(state)),
           record=ocp.args.JsonSave(stored),
         ),
         force=True,
@@ -207,7 +207,7 @@ class Checkpointer:
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(_stored(target)),
+        state=ocp.args.StandardRestore(_without_none(target)),
         record=ocp.args.JsonRestore(),
       ),
     )
@@ -256,7 +256,7 @@ class Checkpointer:
     self._manager.close()
 
 
-def _stored(state: TrainState) -> dict[str, Any]:
+def _without_none(state: TrainState) -> dict[str, Any]:
   """Returns the parts of the state that are not None."""
   return {k: v for k, v in state._asdict().items() if v is not None}
 

@@ -1,12 +1,24 @@
 """Progress of a run on the terminal: a live bar, or plain log lines."""
 
+import logging as python_logging
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from absl import logging
 from rich import progress as bars
 from rich.console import Console
+
+
+def quiet_other_packages() -> None:
+  """Logs messages of other packages, such as orbax, only from WARNING up."""
+  logging.get_absl_handler().addFilter(
+    lambda record: (
+      record.levelno > python_logging.INFO
+      or "spectraformer_jax" in Path(record.pathname).parts
+    )
+  )
 
 
 class Interval:

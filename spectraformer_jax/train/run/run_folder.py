@@ -34,7 +34,7 @@ PARTS = ("config", "data", "environments")
 
 NUM_STEPS = "train.num_steps"
 # Schedules whose learning rates do not depend on the number of steps.
-ENDLESS = ("rsqrt",)
+ENDLESS_SCHEDULES = ("rsqrt",)
 # Error numbers of a wrong path: another try with the same path fails as well.
 PATH_ERRNOS = (
   errno.ENAMETOOLONG,
@@ -59,7 +59,7 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
   Raises:
     ValueError: names the first key that differs, with both values. Keys that
       begin like one of `FREE_PREFIXES` may differ, and the number of steps may
-      grow with one of the schedules `ENDLESS`. A stored config of an earlier
+      grow with one of `ENDLESS_SCHEDULES`. A stored config of an earlier
       version may lack keys; they count as having their defaults.
   """
   stored = read_config(workdir, parts=("config",))
@@ -76,7 +76,7 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
   for path in sorted(old.keys() | new.keys()):
     if path.startswith(FREE_PREFIXES) or old.get(path) == new.get(path):
       continue
-    why = _why_no_other_length(old, new) if path == NUM_STEPS else ""
+    why = _why_num_steps_is_fixed(old, new) if path == NUM_STEPS else ""
     if why is None:
       continue
     raise ValueError(
@@ -86,19 +86,19 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _why_no_other_length(
+def _why_num_steps_is_fixed(
   old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> str | None:
   """Returns why the number of steps may not change; None if it may."""
   schedule = new["optim.schedule"]
+  endless = " and ".join(map(repr, ENDLESS_SCHEDULES))
   if not isinstance(old[NUM_STEPS], int) or new[NUM_STEPS] < old[NUM_STEPS]:
     return ", and it can only grow"
-  if schedule in ENDLESS:
+  if schedule in ENDLESS_SCHEDULES:
     return None
   return (
     f", and the learning rate of config.optim.schedule={schedule!r} depends on "
-    f"it from the first step (that of {' and '.join(map(repr, ENDLESS))} does "
-    "not)"
+    f"it from the first step (that of {endless} does not)"
   )
 
 
@@ -160,10 +160,8 @@ def write_config(
   environments = stored["environments"]
   if not environments or environments[-1] != now:
     environments = [*environments, now]
-  write_json(
-    workdir / CONFIG,
-    {"config": config, "data": data, "environments": environments},
-  )
+  contents = {"config": config, "data": data, "environments": environments}
+  write_text(workdir / CONFIG, json.dumps(contents, indent=2) + "\n")
 
 
 def read_config(
@@ -211,11 +209,6 @@ def set_aside(path: Path) -> Path:
   while (place := path.with_name(f"{path.name}.damaged-{number}")).exists():
     number += 1
   return path.replace(place)
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes `value` as JSON, as `write_text` does."""
-  write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

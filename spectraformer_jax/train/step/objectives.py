@@ -26,10 +26,10 @@ from spectraformer_jax.typing import Array
 
 OBJECTIVES = ("classify", "masked", "causal")
 
-# One token in `_HIDDEN_PERIOD` is masked.
-_HIDDEN_PERIOD = 7
+# One token in `_MASK_PERIOD` is masked.
+_MASK_PERIOD = 7
 # Folded into the dropout key, it gives the key that draws the masked tokens.
-_MASKS = 2**32 - 1
+_MASK_STREAM = 2**32 - 1
 
 
 def check_lengths(objective: str, datasets: Mapping[str, Dataset]) -> None:
@@ -78,7 +78,7 @@ def for_objective(
   ) -> Any:
     mask_rng = None
     if rng:
-      mask_rng = jax.random.fold_in(rng[0], np.uint32(_MASKS))
+      mask_rng = jax.random.fold_in(rng[0], np.uint32(_MASK_STREAM))
       mask_rng = replica_rng(mask_rng, state.step, axis_name)
     batch = with_token_labels(objective, mask_token, batch, mask_rng)
     return step(state, batch, *rng, axis_name=axis_name)
@@ -146,9 +146,9 @@ def _masked(tokens: Array, length: Array, rng: Array | None) -> Array:
   """Returns a bool array ``[B, T]``: True for masked tokens."""
   is_token = positions_before(length, tokens.shape[1])
   if rng is not None:
-    drawn = jax.random.bernoulli(rng, 1 / _HIDDEN_PERIOD, is_token.shape)
+    drawn = jax.random.bernoulli(rng, 1 / _MASK_PERIOD, is_token.shape)
     return is_token & drawn
   # The middle token is masked, so a sequence of any length has a masked token.
-  start = (length // 2) % _HIDDEN_PERIOD
-  index = jnp.arange(tokens.shape[1]) % _HIDDEN_PERIOD
+  start = (length // 2) % _MASK_PERIOD
+  index = jnp.arange(tokens.shape[1]) % _MASK_PERIOD
   return is_token & (index[None] == start[:, None])

@@ -106,7 +106,7 @@ def train_step(
     tx: the optimiser.
     accumulate: see `gradients`.
     label_smoothing: see `weighted_sums`.
-    ema_decay: decay of the moving average, see `averaged`.
+    ema_decay: decay of the moving average, see `update_ema`.
     axis_name: mapped axis of the replicas; None for one replica.
 
   Returns:
@@ -122,11 +122,12 @@ def train_step(
     label_smoothing=label_smoothing,
     axis_name=axis_name,
   )
-  params, opt_state = apply_gradients(tx, grads, state)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
   collections = {**state.collections, **updated}
   ema = state.ema
   if ema is not None:
-    ema = averaged(ema, params, state.step, ema_decay)
+    ema = update_ema(ema, params, state.step, ema_decay)
   new = TrainState(state.step, params, collections, opt_state, ema)
   finite = all_finite((grads, sums.loss))
   new = jax.tree.map(functools.partial(jnp.where, finite), new, state)
@@ -135,7 +136,9 @@ def train_step(
   return new._replace(step=state.step + 1), counted
 
 
-def averaged(ema: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
+def update_ema(
+  ema: PyTree, params: PyTree, step: Array, decay: float
+) -> PyTree:
   """Returns the moving average of the parameters after a step.
 
   The decay is at most (1 + step) / (10 + step), as in TensorFlow's
@@ -149,7 +152,7 @@ def averaged(ema: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
     decay: in [0, 1).
 
   Example:
-    >>> averaged({"w": 0.0}, {"w": 1.0}, jnp.int32(0), 0.999)["w"].item()
+    >>> update_ema({"w": 0.0}, {"w": 1.0}, jnp.int32(0), 0.999)["w"].item()
     0.8999999761581421
   """
   step = step.astype(jnp.float32)
@@ -265,14 +268,6 @@ def _accumulated(
     jnp.arange(parts),
   )
   return grads, sums, jax.tree.map(lambda leaf: leaf / parts, updated)
-
-
-def apply_gradients(
-  tx: optax.GradientTransformation, grads: PyTree, state: TrainState
-) -> tuple[PyTree, PyTree]:
-  """Returns the new params and the new state of the optimiser."""
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  return optax.apply_updates(state.params, updates), opt_state
 
 
 def all_finite(tree: PyTree) -> Array:

@@ -19,8 +19,8 @@ def test_rows_come_back(tmp_path):
     results.add(one)
   again = Results(path)
   for one in rows:
-    assert again.find(one.key) == one
-  assert again.find(row(seed=1).key) is None
+    assert again.rows[one.key] == one
+  assert row(seed=1).key not in again.rows
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
@@ -30,10 +30,10 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
   results.add(row(scale=2.0))
   path.write_text(path.read_text()[:-30])
   results = Results(path)
-  assert results.find(row().key)
-  assert not results.find(row(scale=2.0).key)
+  assert row().key in results.rows
+  assert row(scale=2.0).key not in results.rows
   results.add(row(scale=2.0))
-  assert Results(path).find(row(scale=2.0).key)
+  assert row(scale=2.0).key in Results(path).rows
 
 
 def test_another_table_is_refused(tmp_path):
@@ -47,11 +47,11 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
   path = tmp_path / "results.csv"
   committed = ROOT / "docs/study"
   path.write_bytes((committed / "results.csv").read_bytes())
-  settings = settings_of(list(Results(path)))
+  settings = settings_of(list(Results(path).rows.values()))
   assert path.read_bytes() == (committed / "results.csv").read_bytes()
   text = (committed / "report.md").read_text()
   assert len(settings) == 4
   for setting in settings:
-    table = "\n".join(report.markdown(report.lines(setting)))
+    table = "\n".join(report.markdown(report.table_rows(setting)))
     section = f"## {setting.title}\n\n{advice.advise(setting)}\n\n{table}\n"
     assert section in text

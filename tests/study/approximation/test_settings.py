@@ -1,7 +1,7 @@
 import pytest
 
 from spectraformer_jax.study.approximation import advice
-from spectraformer_jax.study.approximation.report import lines
+from spectraformer_jax.study.approximation.report import table_rows
 from spectraformer_jax.study.approximation.settings import (
   differ_significantly,
   settings_of,
@@ -52,20 +52,20 @@ def test_ranking_is_by_the_most_features():
 
 def test_uniform_attention_stands_where_its_error_ranks_it():
   found = setting(row("a-x", error=0.5), row("b-x", error=0.9))
-  assert [line["pair"] for line in lines(found)] == [
+  assert [line["pair"] for line in table_rows(found)] == [
     "exact attention",
     "a-x",
     "uniform attention",
     "b-x",
   ]
-  table = lines(setting(row("b-x", error=0.5)))
+  table = table_rows(setting(row("b-x", error=0.5)))
   assert table[-1]["pair"] == "uniform attention"
   assert {tuple(line) for line in table} == {tuple(table[0])}
 
 
 def test_rounding_is_no_confidence_interval():
   found = setting(row("cosformer-none", error=0.5, error_ci=2e-16), row())
-  shown = {line["pair"]: line["±"] for line in lines(found)}
+  shown = {line["pair"]: line["±"] for line in table_rows(found)}
   assert shown["cosformer-none"] == "-" and shown["posrf-iid"] == "0.01"
   assert "±" not in advice.with_interval(found.rows[0])
 
@@ -120,4 +120,4 @@ def test_advice_where_the_draws_do_not_tell():
 def test_advice_where_uniform_attention_is_exact():
   found = setting(row(uniform_error=0.0), row("oprf-orf", uniform_error=0.0))
   assert advice.advise(found).startswith("Every pair is worse")
-  assert len(lines(found)) == 4
+  assert len(table_rows(found)) == 4
