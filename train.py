@@ -61,9 +61,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   sys_argv=list(filter(_is_sound, sys.argv)),
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "Folder of the run; default runs/<config>-<pair>-seed<seed>.",
+  "workdir", None, "Folder of the run; default runs/<config>-<pair>-seed<seed>."
 )
 
 _COORDINATOR = flags.DEFINE_string(

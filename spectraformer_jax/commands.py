@@ -35,9 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(
-  package: str,
-  commands: Mapping[str, tuple[str, str]],
-  argv: Sequence[str],
+  package: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str]
 ) -> int:
   """Runs a command; reports user errors in one line.
 

@@ -1,4 +1,4 @@
-"""The paper's table: 18 pairs and the baselines x 5 tasks x 3 seeds.
+"""The paper's table: 18 pairs and 6 others x 5 tasks x 3 seeds.
 
   LRA_DATA=/data python -m spectraformer_jax.study sweep \
     configs/sweeps/paper.py --out=runs/paper --shard=1/8

@@ -19,12 +19,7 @@ from spectraformer_jax.train.programs import (
   on_devices,
 )
 from spectraformer_jax.train.run import describe, nonfinite
-from spectraformer_jax.train.run.meters import (
-  Clock,
-  Evaluation,
-  Record,
-  Window,
-)
+from spectraformer_jax.train.run.meters import Clock, Evaluation, Record, Window
 from spectraformer_jax.train.run.nonfinite import SkippedSteps
 from spectraformer_jax.train.run.profiler import Profiler
 from spectraformer_jax.train.run.progress import Progress

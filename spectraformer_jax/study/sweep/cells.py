@@ -23,7 +23,7 @@ from spectraformer_jax.train.config import Config
 
 # Files in the folder of a cell.
 CELL, LOG = "cell.json", "log.txt"
-_BASELINES = tuple(name for name in ATTENTIONS if name != "spectral")
+_BASELINE_ATTENTIONS = tuple(name for name in ATTENTIONS if name != "spectral")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Sweep:
 
   Attributes:
     tasks: label -> experiment, such as ``"configs/listops.py:quick"``.
-    attentions: names (a pair, "oprf-orf", or a baseline, "softmax"), or label
-      -> overrides; a label that is such a name also selects that attention.
+    attentions: names of pairs ("oprf-orf") or baseline attentions ("softmax"),
+      or label -> overrides; a label that is such a name selects it as well.
     seeds: of training.
     overrides: of every cell, dotted key -> value.
     task_overrides: label of a task -> overrides; they win over `overrides`.
@@ -142,7 +142,7 @@ def expand(sweep: Sweep) -> list[Cell]:
 
 def _attentions(sweep: Sweep) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields label and overrides of each attention in each value of `vary`."""
-  named = sweep.attentions
+  named, known = sweep.attentions, [*_BASELINE_ATTENTIONS, *list_components()]
   if not isinstance(named, Mapping):
     named = {name: {} for name in named}
   for combination in itertools.product(*sweep.vary.values()):
@@ -155,8 +155,8 @@ def _attentions(sweep: Sweep) -> Iterator[tuple[str, dict[str, Any]]]:
         for path in overrides
       ):
         raise ValueError(
-          f"{label!r} is no pair and no baseline, and has no override that "
-          f"selects one.{nearest(label, [*_BASELINES, *list_components()])}"
+          f"{label!r} is no pair and no baseline attention, and no override "
+          f"selects one.{nearest(label, known)}"
         )
       yield label + suffix, {**selected, **varied, **overrides}
 
@@ -172,7 +172,7 @@ def select(attention: str) -> dict[str, Any]:
     >>> select("oprf-orf")["feature_map.weight_matrix"]
     'orf'
   """
-  if attention in _BASELINES:
+  if attention in _BASELINE_ATTENTIONS:
     return {"model.attention": attention}
   component, _, matrix = attention.partition("-")
   if component not in list_components() or not matrix:

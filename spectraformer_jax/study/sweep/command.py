@@ -40,7 +40,7 @@ def make_parser() -> commands.Parser:
   flag("file", nargs="?", help="a file of configs/sweeps")
   flag("--out", required=True, type=Path, help="folder of the sweep")
   flags("--tasks", help="X or X:variant of configs/X.py, or the file's labels")
-  flags("--attentions", help="pairs or baselines, or the file's labels")
+  flags("--attentions", help="pairs, baseline attentions, or the file's labels")
   flags("--seeds", type=int)
   flags("--set", help="KEY=VALUE: overrides of every cell's config")
   flags("--vary", help="KEY=VALUE,VALUE: more axes of the sweep")

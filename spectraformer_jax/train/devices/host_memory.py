@@ -34,9 +34,5 @@ def keep_freed_memory() -> bool:
     return False
   # All blocks must come from one growing heap: other arenas are too small for
   # them, and a block mapped by itself is unmapped when it is freed.
-  settings = (
-    (_ARENA_MAX, 1),
-    (_MMAP_MAX, 0),
-    (_TRIM_THRESHOLD, _LARGEST_INT),
-  )
+  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST_INT))
   return all([mallopt(name, value) == 1 for name, value in settings])

@@ -84,11 +84,7 @@ class Checkpointer:
     )
 
   def save(
-    self,
-    state: TrainState,
-    record: Mapping[str, Any],
-    *,
-    best_step: int | None,
+    self, state: TrainState, record: Mapping[str, Any], *, best_step: int | None
   ) -> None:
     """Writes one checkpoint, then removes those no longer needed.
 

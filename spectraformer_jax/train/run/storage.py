@@ -28,11 +28,7 @@ class Storage:
       self._checkpointer = Checkpointer(directory, keep=keep)
 
   def save(
-    self,
-    state: TrainState,
-    record: Mapping[str, Any],
-    *,
-    best_step: int | None,
+    self, state: TrainState, record: Mapping[str, Any], *, best_step: int | None
   ) -> None:
     """Saves a replicated state; for the arguments see `Checkpointer.save`."""
     if hosts.is_main():

@@ -142,8 +142,7 @@ class MetricWriter:
       from tensorboardX import SummaryWriter
 
       self._tensorboard = SummaryWriter(
-        str(workdir / run_folder.TENSORBOARD),
-        purge_step=start_step + 1,
+        str(workdir / run_folder.TENSORBOARD), purge_step=start_step + 1
       )
 
   def _rewrite(self, workdir: Path, start_step: int) -> None:

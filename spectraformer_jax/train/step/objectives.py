@@ -87,10 +87,7 @@ def for_objective(
 
 
 def with_token_labels(
-  objective: str,
-  mask_token: int,
-  batch: Mapping[str, Array],
-  rng: Array | None,
+  objective: str, mask_token: int, batch: Mapping[str, Array], rng: Array | None
 ) -> dict[str, Array]:
   """Returns the batch of a language model: inputs, labels and weights.
 

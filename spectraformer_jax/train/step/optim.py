@@ -25,13 +25,7 @@ FEATURE_MAP = "feature_map"
 
 # A parameter with any of these in its path has no weight decay. The number of
 # axes is not enough to tell: biases of heads have two.
-NOT_DECAYED = {
-  "bias",
-  "scale",
-  "position_embedding",
-  "cls_token",
-  FEATURE_MAP,
-}
+NOT_DECAYED = {"bias", "scale", "position_embedding", "cls_token", FEATURE_MAP}
 
 
 class OptimOptions(Protocol):

@@ -192,10 +192,7 @@ def gradients(
   """
   dropout_rng = replica_rng(rng, state.step, axis_name)
   compute = functools.partial(
-    _summed_gradients,
-    state,
-    apply_fn=apply_fn,
-    label_smoothing=label_smoothing,
+    _summed_gradients, state, apply_fn=apply_fn, label_smoothing=label_smoothing
   )
   if accumulate == 1:
     grads, sums, updated = compute(batch, dropout_rng)
