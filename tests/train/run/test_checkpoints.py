@@ -33,7 +33,8 @@ def test_projections_of_integers_are_read_as_floats(tmp_path):
     bits = {"random_features": {"bits": np.zeros(4, np.float32)}}
     like = make_state(0)._replace(collections=bits)
     state, _ = checkpointer.restore(1, like)
-  variables = pretrained._read_variables(tmp_path, 1, {"params": like.params, **bits})
+  wanted = {"params": like.params, **bits}
+  variables = pretrained._read_variables(tmp_path, 1, wanted)
   for found in (state.collections, variables):
     bits = found["random_features"]["bits"]
     np.testing.assert_array_equal(bits, np.arange(4))
