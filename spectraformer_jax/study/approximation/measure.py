@@ -13,8 +13,6 @@ import numpy as np
 from scipy import stats as distributions
 
 import spectraformer_jax as sf
-from spectraformer_jax.attention import statistics_of
-from spectraformer_jax.checks import split_scale
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.seeds import make_key
 from spectraformer_jax.study import SIGNIFICANCE
@@ -166,11 +164,13 @@ def prepare(
   ) -> Array:
     stats = None
     # Without these, `spectral_attention` takes statistics of the keys alone.
-    if not options.is_causal:
-      sqrt_scale = split_scale(None, head_dim)
-      masks = key_mask, query_mask
-      stats = statistics_of(
-        feature_map, variables, None, query, key, *masks, sqrt_scale
+    if feature_map.info.needs_stats and not options.is_causal:
+      stats = feature_map.calibrate(
+        variables,
+        query * head_dim**-0.25,
+        key * head_dim**-0.25,
+        key_mask=key_mask,
+        query_mask=query_mask,
       )
     return sf.spectral_attention(
       query,
@@ -250,15 +250,13 @@ def kernel_figures(
   sqrt_scale = inputs.query.shape[-1] ** -0.25
   query, key, _ = device_arrays(inputs, scale)
   query, key = query * sqrt_scale, key * sqrt_scale
-  stats = ()
-  if fm.info.needs_stats:
-    stats = fm.calibrate(
-      program.draws[0],
-      query,
-      key,
-      key_mask=jnp.asarray(inputs.key_mask),
-      query_mask=jnp.asarray(inputs.query_mask),
-    )
+  stats = fm.calibrate(
+    program.draws[0],
+    query,
+    key,
+    key_mask=jnp.asarray(inputs.key_mask),
+    query_mask=jnp.asarray(inputs.query_mask),
+  )
   rng = np.random.default_rng(options.seed)
   x = _draw_positions(rng, query, inputs.query_mask, options.points)
   y = _draw_positions(rng, key, inputs.key_mask, options.points)
