@@ -107,7 +107,7 @@ class Batches(Iterator[Batch]):
     self._rows = global_batch // hosts
     multiple = check_int("pad_to_multiple", pad_to_multiple, 1)
     self.length = -(-dataset.length // multiple) * multiple
-    self.lengths = _padded_lengths(buckets, self.length, multiple)
+    self.padded_lengths = _padded_lengths(buckets, self.length, multiple)
     rounded = len(dataset) if train else len(dataset) + global_batch - 1
     self.steps_per_epoch = rounded // global_batch
     self._epoch, self._step = 0, 0
@@ -147,19 +147,19 @@ class Batches(Iterator[Batch]):
     order = np.arange(len(self.dataset))
     if self.train:
       order = epoch_order(len(order), self.seed, self._epoch)[: steps * size]
-    if len(self.lengths) == 1:
+    if len(self.padded_lengths) == 1:
       return _Plan(order, np.full(steps, self.length))
     lengths_by_name = [
       np.diff(offsets) for _, _, offsets in self.dataset.sequences()
     ]
     longest = np.max(lengths_by_name, axis=0)
-    bucket = np.searchsorted(self.lengths, longest[order])
+    bucket = np.searchsorted(self.padded_lengths, longest[order])
     # Sorts by bucket, so that a batch that a bucket cannot fill continues with
     # the next longer bucket, whose length it gets.
     by_bucket = np.argsort(bucket, kind="stable")
     order, bucket = order[by_bucket], bucket[by_bucket]
     ends = np.minimum(np.arange(1, steps + 1) * size, len(order)) - 1
-    lengths = np.asarray(self.lengths)[bucket[ends]]
+    lengths = np.asarray(self.padded_lengths)[bucket[ends]]
     if self.train:
       # The order of the batches needs random words of its own: those of epochs
       # below 2**63 order the examples.
@@ -203,7 +203,7 @@ class Batches(Iterator[Batch]):
     return {
       "seed": self.seed,
       "global_batch": self.global_batch,
-      "buckets": self.lengths[:-1],
+      "buckets": self.padded_lengths[:-1],
       "fingerprint": self.dataset.fingerprint,
     }
 

@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_choice
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.find import as_path, first_line, read_plain
 from spectraformer_jax.data.formats.npy import open_array
 from spectraformer_jax.data.label_rules import counts
 from spectraformer_jax.data.source import ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
+from spectraformer_jax.registry import check_choice
 
 FORMAT = 1
 """Increase it when the layout changes, so that older folders are not read."""
@@ -84,7 +84,7 @@ def load_split(
   Raises:
     ValueError: if the task has no such split, or its folder is damaged.
   """
-  check_choice("split", split, [s for group in source.passes for s in group])
+  check_choice("split", split, [s for splits in source.passes for s in splits])
   folder = _ensure(source, split, cache_dir, progress)
   training = _ensure(source, "train", cache_dir, progress)
   with _damage_explained(training):
@@ -112,20 +112,21 @@ def _ensure(
   """Returns the folder of a split; builds the split if it does not exist."""
   folder = split_folder(source, split, cache_dir)
   if not folder.exists():
-    (group,) = [group for group in source.passes if split in group]
-    _build(source, group, folder.parent, progress or (lambda done, total: None))
+    (splits,) = [splits for splits in source.passes if split in splits]
+    progress = progress or (lambda done, total: None)
+    _build(source, splits, folder.parent, progress)
   return folder
 
 
 def _build(
   source: Source,
-  group: tuple[str, ...],
+  splits: tuple[str, ...],
   root: pathlib.Path,
   progress: ReportProgress,
 ) -> None:
   """Builds the splits of one pass in temporary folders, then renames them."""
   unique = f"{os.getpid()}-{secrets.token_hex(4)}"
-  folders = {split: root / f".{split}-{unique}" for split in group}
+  folders = {split: root / f".{split}-{unique}" for split in splits}
   writers: dict[str, Writer] = {}
   try:
     for split, folder in folders.items():

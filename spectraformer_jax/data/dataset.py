@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data._checks import check_int
+from spectraformer_jax.registry import check_choice
 
 PROVENANCES = ("lra-files", "tfds", "generated", "stand-in")
 

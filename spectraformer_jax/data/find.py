@@ -24,13 +24,7 @@ MAX_FILE = 2**24
 """Limit in bytes of a file read at once: a review, a picture, a description."""
 
 # Folders that a search does not enter: they may hold thousands of files.
-_LEAVES = {
-  "imgs",
-  "metadata",
-  "neg",
-  "pos",
-  "unsup",
-}
+_LEAVES = {"imgs", "metadata", "neg", "pos", "unsup"}
 _SHOWN = 8  # names in a message
 _SAMPLE = 2**16  # bytes at each end of a file that are hashed
 
@@ -79,8 +73,8 @@ def as_path(name: str, value: str | os.PathLike) -> pathlib.Path:
 def open_plain(path: pathlib.Path) -> io.BufferedReader:
   """Opens a file; raises ValueError for a folder, a pipe or a device."""
   if not path.is_file():
-    what = "it is another kind" if path.exists() else "No such file"
-    raise ValueError(f"{path} must be a plain file: {what}.")
+    fault = "is a folder, pipe or device" if path.exists() else "does not exist"
+    raise ValueError(f"{path} must be a plain file, but it {fault}.")
   return open(path, "rb")
 
 

@@ -132,7 +132,7 @@ def locate(
 def package_files(
   task: str,
   package: Package,
-  rows: Callable[[pathlib.Path, str], Iterator[Example]],
+  read: Callable[[pathlib.Path, str], Iterator[Example]],
   parts: Mapping[str, int],
   *,
   data_dir: str | os.PathLike | None = None,
@@ -146,7 +146,7 @@ def package_files(
   Args:
     task: name of the task.
     package: the package of the data.
-    rows: called as ``rows(path, part)`` with the path of the package's file;
+    read: called as ``read(path, part)`` with the path of the package's file;
       yields the examples.
     parts: maps each part to its approximate number of examples.
     data_dir: see :func:`locate`.
@@ -158,7 +158,9 @@ def package_files(
     folder=pathlib.Path(package.file),
     what=package.file,
     parts=parts,
-    rows=lambda part: rows(locate(task, package, data_dir, cache_dir), part),
+    examples=lambda part: read(
+      locate(task, package, data_dir, cache_dir), part
+    ),
     checksum=package.sha256[:16],
     provenance="stand-in",
   )

@@ -90,12 +90,12 @@ class FastFood(base.GaussianRows):
     n = pieces.next_power_of_two(head_dim)
 
     def draw_block(rng: Array, num_blocks: int) -> Array:
-      scale_rng, gaussian_rng, order_rng, sign_rng = jax.random.split(rng, 4)
+      scale_rng, gaussian_rng, place_rng, sign_rng = jax.random.split(rng, 4)
       shape = (num_blocks, n)
       scales = pieces.chi_norms(scale_rng, num_blocks * n, n).reshape(shape)
       gaussian = pieces.normal(gaussian_rng, shape)
       length = jnp.sqrt(jnp.sum(jnp.square(gaussian), axis=-1, keepdims=True))
-      permutation = pieces.random_permutations(order_rng, shape)
+      permutation = pieces.random_permutations(place_rng, shape)
       signs = pieces.random_signs(sign_rng, shape)
       return fastfood_blocks(scales, gaussian / length, permutation, signs)
 
@@ -176,8 +176,8 @@ class FastFoodLearnable(base.WeightMatrix):
     (num_rows,), (num_blocks, n), head_dim = s.shape, g.shape, b.shape[-1]
     scales = jnp.pad(s, (0, num_blocks * n - num_rows)).reshape(num_blocks, n)
     signs = jnp.pad(b, ((0, 0), (0, n - head_dim)))
-    order = projection["permutation"].astype(jnp.int32)
-    stacked = fastfood_blocks(scales, g, order, signs)
+    permutation = projection["permutation"].astype(jnp.int32)
+    stacked = fastfood_blocks(scales, g, permutation, signs)
     return WeightSample(stacked.reshape(-1, n)[:num_rows, :head_dim])
 
 

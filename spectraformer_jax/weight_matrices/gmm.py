@@ -127,16 +127,17 @@ class GMM(learners.Learner):
     self, params: Params, projection: Projection, context: Any = ()
   ) -> WeightSample:
     noise = learners.noise_of(projection)
-    num_rows, components = noise.shape[0], self.num_components
-    sizes = np.full(components, num_rows // components)
-    sizes[: num_rows % components] += 1
-    which = np.repeat(np.arange(components), sizes)
-    w = params["mu"][which] + self.sigma(params)[which] * noise
-    if components == 1:
+    num_rows, num_gaussians = noise.shape[0], self.num_components
+    sizes = np.full(num_gaussians, num_rows // num_gaussians)
+    sizes[: num_rows % num_gaussians] += 1
+    gaussian_of_row = np.repeat(np.arange(num_gaussians), sizes)
+    mu, sigma = params["mu"], self.sigma(params)
+    w = mu[gaussian_of_row] + sigma[gaussian_of_row] * noise
+    if num_gaussians == 1:
       return WeightSample(w)
     log_share = jax.nn.log_softmax(params["logits"])
     log_weight = log_share + np.log(num_rows / sizes).astype(np.float32)
-    return WeightSample(w, log_weight[which])
+    return WeightSample(w, log_weight[gaussian_of_row])
 
 
 @base.WEIGHT_MATRICES.register("cov")

@@ -208,7 +208,7 @@ class Sparse(base.GaussianRows):
     marginals="approximate",
     source="Hashemi et al. 2021, definition 2",
     summary="Gaussian on a few random coordinates, zero elsewhere",
-    good_for="kernels of few coordinates; a warning elsewhere",
+    good_for="kernels that depend on few coordinates; no others",
     constraint="head_dim >= nonzeros (4 unless set)",
     cost="M selections of q among H",
     variance="trig 1.5 to 3, pos hundreds at scale 0.2, H=32, q=4",

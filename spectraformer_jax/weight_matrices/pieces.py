@@ -13,7 +13,7 @@ from jax.scipy.special import gammainc, gammaincc, gammaln, ndtri
 from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 
-NORMS = ("chi", "sqrt_d")
+CHI_OR_EQUAL = ("chi", "sqrt_d")
 
 
 def normal(rng: Array, shape: tuple[int, ...]) -> Array:
@@ -61,12 +61,12 @@ def random_permutations(rng: Array, shape: tuple[int, ...]) -> Array:
     ``[..., n]`` int32.
 
   Example:
-    >>> order = random_permutations(jax.random.key(0), (2, 5))
-    >>> jnp.sort(order).tolist()
+    >>> permutations = random_permutations(jax.random.key(0), (2, 5))
+    >>> jnp.sort(permutations).tolist()
     [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
   """
-  order = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
-  return jax.random.permutation(rng, order, axis=-1, independent=True)
+  identity = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+  return jax.random.permutation(rng, identity, axis=-1, independent=True)
 
 
 def chi_norms(rng: Array, num_rows: int, dim: int) -> Array:
@@ -82,7 +82,7 @@ def chi_norms(rng: Array, num_rows: int, dim: int) -> Array:
 
 def check_norms(norms: str) -> None:
   """Raises ValueError unless `norms` is "chi" or "sqrt_d"."""
-  check_choice("norms", norms, NORMS)
+  check_choice("norms", norms, CHI_OR_EQUAL)
 
 
 def row_norms(rng: Array, norms: str, num_rows: int, dim: int) -> Array:

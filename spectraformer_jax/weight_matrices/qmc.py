@@ -34,10 +34,10 @@ _SOURCES = {
   "halton": "Avron et al. 2016, section 3; Halton 1960",
 }
 _VARIANCES = {
-  "sobol": "trig 0.49, pos 0.14 (at 0.1) at scale 0.2, H=32, M=128",
-  "lattice": "trig 0.75, pos 0.24 (at 0.1) at scale 0.2, H=32, M=128; random "
-  "multiplier: trig 1.6, pos 0.48",
-  "halton": "trig 3.1, pos 1.5 (at 0.1) at scale 0.2, H=32, M=128",
+  "sobol": "trig 0.49 at scale 0.2, pos 0.14 at 0.1; H=32, M=128",
+  "lattice": "trig 0.75 at scale 0.2, pos 0.24 at 0.1 (random multiplier: 1.6, "
+  "0.48); H=32, M=128",
+  "halton": "trig 3.1 at scale 0.2, pos 1.5 at 0.1; H=32, M=128",
 }
 
 

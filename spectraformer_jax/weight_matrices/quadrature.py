@@ -237,7 +237,7 @@ class SGQ(base.WeightMatrix):
     good_for="a diagnostic at small distances",
     constraint="num_features fixed by head_dim and level: 2 H + 1 at level 2",
     cost="a host table once per (H, level)",
-    variance="none: trig error 38, pos 0.58 of iid variance at scale 0.2",
+    variance="trig 38, pos 0.58 at scale 0.2, all of it bias",
     redrawable=False,
     weighted=True,
     signed=True,

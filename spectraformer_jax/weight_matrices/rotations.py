@@ -30,8 +30,8 @@ def butterfly_matrix(signs: Array, permutation: Array, angles: Array) -> Array:
     ``[n, n]`` float32.
 
   Example:
-    >>> order = jnp.tile(jnp.arange(4), (3, 1))
-    >>> q = butterfly_matrix(jnp.ones((3, 4)), order, jnp.zeros((3, 2, 2)))
+    >>> identity = jnp.tile(jnp.arange(4), (3, 1))
+    >>> q = butterfly_matrix(jnp.ones((3, 4)), identity, jnp.zeros((3, 2, 2)))
     >>> bool((q == jnp.eye(4)).all())
     True
   """
@@ -126,12 +126,12 @@ class Butterfly(base.WeightMatrix):
   def draw(
     self, rng: Array, num_rows: int, head_dim: int, law: RowLaw
   ) -> Projection:
-    sign_rng, order_rng, norm_rng, angle_rng = jax.random.split(rng, 4)
+    sign_rng, permutation_rng, norm_rng, angle_rng = jax.random.split(rng, 4)
     n = pieces.next_power_of_two(head_dim)
     shape = (-(-num_rows // n), STAGES, n)
     drawn = {
       "signs": pieces.random_signs(sign_rng, shape),
-      "permutation": pieces.random_permutations(order_rng, shape),
+      "permutation": pieces.random_permutations(permutation_rng, shape),
       "w": pieces.normal(norm_rng, (num_rows, head_dim)),
     }
     if self.learnable:
@@ -149,8 +149,9 @@ class Butterfly(base.WeightMatrix):
 
   def _rotated_rows(self, drawn: Projection, angles: Array) -> Array:
     """Returns rows ``[M, H]``; chi norms are those of the rows of leaf "w"."""
-    signs, order = drawn["signs"], drawn["permutation"].astype(jnp.int32)
-    blocks = jax.vmap(butterfly_matrix)(signs, order, angles)
+    signs = drawn["signs"]
+    permutation = drawn["permutation"].astype(jnp.int32)
+    blocks = jax.vmap(butterfly_matrix)(signs, permutation, angles)
     num_rows, head_dim = drawn["w"].shape
     n = signs.shape[-1]
     rows = jnp.reshape(blocks, (-1, n))[:num_rows, :head_dim]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
-from spectraformer_jax.registry import nearest
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices import stored_uniforms
 from spectraformer_jax.weight_matrices.pieces import normal
@@ -83,6 +83,5 @@ def get_row_law(name: str) -> RowLaw:
   Raises:
     ValueError: unknown `name`; the message suggests the nearest one.
   """
-  if name not in ROW_LAWS:
-    raise ValueError(f"Unknown row law {name!r}.{nearest(name, ROW_LAWS)}")
+  check_choice("row law", name, ROW_LAWS)
   return ROW_LAWS[name]

@@ -12,7 +12,7 @@ from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices import base, pieces
 
-NORMS = ("stratified", "chi")
+STRATIFIED_OR_CHI = ("stratified", "chi")
 # Sweeps of the search for frequencies, and candidates for each replacement.
 _SWEEPS = 3
 _MAX_CANDIDATES = 256
@@ -71,7 +71,7 @@ class SSF(base.GaussianRows):
   )
 
   def __post_init__(self) -> None:
-    check_choice("norms", self.norms, NORMS)
+    check_choice("norms", self.norms, STRATIFIED_OR_CHI)
 
   @override
   def check(self, num_rows: int, head_dim: int) -> None:

@@ -13,7 +13,7 @@ from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices import base, pieces
 
-ROW_NORMS = ("shared", "chi")
+SHARED_OR_CHI = ("shared", "chi")
 KINDS = ("toeplitz", "hankel", "circulant", "ldr")
 # Kind "ldr": default displacement rank; nonzero entries of a sparse factor.
 RANK = 4
@@ -83,7 +83,7 @@ class SCRF(base.GaussianRows):
   )
 
   def __post_init__(self) -> None:
-    check_choice("norms", self.norms, ROW_NORMS)
+    check_choice("norms", self.norms, SHARED_OR_CHI)
 
   def _info(self) -> base.WeightMatrixInfo:
     if self.norms == "shared":
@@ -91,6 +91,7 @@ class SCRF(base.GaussianRows):
     return dataclasses.replace(
       self.facts,
       name="scrf_chi",
+      good_for="few random numbers for the directions of rows",
       summary="signed circulant blocks, each row with its own norm",
       cost="2 M draws, and M H for the norms",
       variance="trig 0.98, pos 0.98 at scale 0.2, H=32",
@@ -131,11 +132,11 @@ def scrf_chi() -> SCRF:
   return SCRF(norms="chi")
 
 
-def toeplitz(budget: Array, num_rows: int, dim: int) -> Array:
-  """Makes a Toeplitz matrix ``[M, H]``: entry (m, j) is budget[m - j + H - 1].
+def toeplitz(entries: Array, num_rows: int, dim: int) -> Array:
+  """Makes a Toeplitz matrix ``[M, H]``: entry (m, j) is entries[m - j + H - 1].
 
   Args:
-    budget: ``[M + H - 1]``, all the different entries.
+    entries: ``[M + H - 1]``, all the different entries.
     num_rows: M.
     dim: H.
 
@@ -143,14 +144,14 @@ def toeplitz(budget: Array, num_rows: int, dim: int) -> Array:
     >>> toeplitz(jnp.arange(4), 2, 3).tolist()
     [[2, 1, 0], [3, 2, 1]]
   """
-  return hankel(budget, num_rows, dim)[:, ::-1]
+  return hankel(entries, num_rows, dim)[:, ::-1]
 
 
-def hankel(budget: Array, num_rows: int, dim: int) -> Array:
-  """Makes a Hankel matrix ``[M, H]``: entry (m, j) is budget[m + j].
+def hankel(entries: Array, num_rows: int, dim: int) -> Array:
+  """Makes a Hankel matrix ``[M, H]``: entry (m, j) is entries[m + j].
 
   Args:
-    budget: ``[M + H - 1]``, all the different entries.
+    entries: ``[M + H - 1]``, all the different entries.
     num_rows: M.
     dim: H.
 
@@ -158,7 +159,7 @@ def hankel(budget: Array, num_rows: int, dim: int) -> Array:
     >>> hankel(jnp.arange(4), 2, 3).tolist()
     [[0, 1, 2], [1, 2, 3]]
   """
-  return budget[np.arange(num_rows)[:, None] + np.arange(dim)[None, :]]
+  return entries[np.arange(num_rows)[:, None] + np.arange(dim)[None, :]]
 
 
 def skew_circulant(vector: Array) -> Array:
@@ -200,8 +201,8 @@ def low_displacement(rng: Array, num_blocks: int, dim: int, rank: int) -> Array:
   gaussian_rng, place_rng, sign_rng = jax.random.split(rng, 3)
   shape = (num_blocks, rank, dim)
   nonzeros = min(NONZEROS, dim)
-  order = jax.random.uniform(place_rng, shape, dtype=jnp.float32)
-  places = jax.lax.top_k(order, nonzeros)[1]
+  scores = jax.random.uniform(place_rng, shape, dtype=jnp.float32)
+  places = jax.lax.top_k(scores, nonzeros)[1]
   mask = jnp.sum(jax.nn.one_hot(places, dim, dtype=jnp.float32), axis=-2)
   signs = pieces.random_signs(sign_rng, shape)
   sparse = mask * signs / np.float32(np.sqrt(nonzeros * rank))
@@ -259,7 +260,7 @@ class PModel(base.GaussianRows):
 
   def __post_init__(self) -> None:
     check_choice("kind", self.kind, KINDS)
-    check_choice("norms", self.norms, ROW_NORMS)
+    check_choice("norms", self.norms, SHARED_OR_CHI)
     if self.rank is None:
       return
     if self.kind != "ldr":
@@ -269,19 +270,19 @@ class PModel(base.GaussianRows):
     check_positive_int("rank", self.rank)
 
   def _info(self) -> base.WeightMatrixInfo:
-    chi, constraint = self.norms == "chi", base.WeightMatrixInfo.constraint
-    cost = {
-      "circulant": "M draws",
-      "ldr": "rank products of n x n matrices per block",
-    }.get(self.kind, "M + H draws")
-    if self.kind == "ldr":
+    chi, ldr = self.norms == "chi", self.kind == "ldr"
+    constraint = base.WeightMatrixInfo.constraint
+    cost = "M draws" if self.kind == "circulant" else "M + H draws"
+    if ldr:
       constraint += " (padded to a power of two)"
+      cost = "rank products of n x n matrices per block"
+    shape = "low-displacement-rank" if ldr else self.kind
     return base.WeightMatrixInfo(
       name=self.name,
       group="structural",
-      marginals="approximate" if self.kind == "ldr" else "exact",
+      marginals="approximate" if ldr else "exact",
       source="Choromanski and Sindhwani 2016 (1605.09049)",
-      summary=f"{self.kind} rows from few Gaussian numbers, inputs mixed",
+      summary=f"{shape} rows from few Gaussian numbers, inputs mixed",
       good_for="few random numbers; norms='chi' for the least variance",
       constraint=constraint,
       cost=cost + (", and M H for the norms" if chi else ""),
@@ -298,8 +299,8 @@ class PModel(base.GaussianRows):
     if self.kind in ("toeplitz", "hankel"):
       # One matrix for all rows.
       make_matrix = toeplitz if self.kind == "toeplitz" else hankel
-      budget = pieces.normal(rows_rng, (num_rows + head_dim - 1,))
-      matrix = make_matrix(budget, num_rows, head_dim)
+      entries = pieces.normal(rows_rng, (num_rows + head_dim - 1,))
+      matrix = make_matrix(entries, num_rows, head_dim)
       rows = mix_inputs(mix_rng, matrix[None])[0]
     else:
       n = pieces.next_power_of_two(head_dim) if self.kind == "ldr" else head_dim

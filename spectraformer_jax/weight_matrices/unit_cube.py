@@ -204,7 +204,7 @@ class LHS(base.WeightMatrix):
     good_for="positive maps at small distances; any row law, any M",
     row_laws=ENTRY_LAWS,
     cost="H sorts of M numbers",
-    variance="trig 0.95, pos 0.28 (at 0.1) at scale 0.2, H=32",
+    variance="trig 0.95 at scale 0.2, pos 0.28 at 0.1; H=32",
   )
 
   @override

@@ -27,14 +27,17 @@ def widths(batches):
 def test_a_batch_is_as_wide_as_its_longest_bucket(make_toy):
   batches = of(make_toy(200))
   epoch = take(batches, batches.steps_per_epoch)
-  assert batches.lengths == [2, 4, 6, 9] and batches.length == 9
+  assert batches.padded_lengths == [2, 4, 6, 9] and batches.length == 9
   assert set(widths(epoch)) == {2, 4, 6, 9}
   for batch in epoch:
     width = batch["tokens"].shape[1]
-    assert batches.lengths[np.searchsorted(batches.lengths, width)] == width
+    assert (
+      batches.padded_lengths[np.searchsorted(batches.padded_lengths, width)]
+      == width
+    )
     longest = batch["length"].max()
     # The narrowest that holds it.
-    assert width == min(x for x in batches.lengths if x >= longest)
+    assert width == min(x for x in batches.padded_lengths if x >= longest)
   mixed = [b for b in epoch if np.ptp(np.searchsorted(BUCKETS, b["length"]))]
   # Leftovers go up: at most one batch between two buckets mixes them.
   assert len(mixed) <= len(BUCKETS)
@@ -141,7 +144,7 @@ def test_the_longer_sequence_of_a_pair_decides():
 
 def test_buckets_are_rounded_up_like_the_length(make_toy):
   batches = of(make_toy(length=2000), pad_to_multiple=128, buckets=(700, 1024))
-  assert batches.lengths == [768, 1024, 2048]
+  assert batches.padded_lengths == [768, 1024, 2048]
 
 
 @pytest.mark.parametrize(

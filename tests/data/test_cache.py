@@ -177,8 +177,8 @@ def plant_objects(folder):
     (swap, "describes another split"),
     (plant_pickle, "contains pickled"),
     (plant_objects, "Python objects in dtype"),
-    (lambda folder: (folder / "meta.json").unlink(), "No such file"),
-    (lambda folder: (folder / "tokens.npy").unlink(), "No such file"),
+    (lambda folder: (folder / "meta.json").unlink(), "does not exist"),
+    (lambda folder: (folder / "tokens.npy").unlink(), "does not exist"),
   ],
 )
 def test_damage_is_refused_and_mended_by_deleting(tmp_path, damage, reason):

@@ -22,7 +22,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from spectraformer_jax.data._checks import check_choice
 from spectraformer_jax.data.cache import split_folder
 from spectraformer_jax.data.commands.check import load_splits, report
 from spectraformer_jax.data.commands.options import make_parser, parse_options
@@ -36,6 +35,7 @@ from spectraformer_jax.data.packages import (
   verify,
 )
 from spectraformer_jax.data.registry import build_source
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.seeds import check_seed
 
 PACKAGES: dict[str, Package | None] = {
@@ -158,8 +158,10 @@ def _run(command: list[str], folder: str, task: str, package: Package) -> None:
     code, output = "none", f"no answer in {TIMEOUT} seconds"
   if code:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    # Error lines of pip start with "ERROR", those of npm with "npm error".
-    errors = [line for line in lines if "err" in line[:9].lower()]
+    # Error lines start with "ERROR" (pip), "npm error" or "E: " (apt).
+    errors = [
+      line for line in lines if line[:3] == "E: " or "err" in line[:9].lower()
+    ]
     last = (errors or lines or ["no output"])[-1]
     raise ValueError(
       f"{package.client} could not get {package.spec} (exit status {code}): "

@@ -84,25 +84,23 @@ def _sizes(task: str, splits: Mapping[str, Dataset]) -> Iterator[Figure]:
   if "dev_is_test" in splits["train"].name:
     expected = {"train": 25_000, "dev": 25_000, "test": 25_000}
   slack = EMPTY_PICTURES if task in ("pathfinder", "pathx") else 0
-  for group, count in expected.items():
-    found = sum(len(splits[split]) for split in group.split("+"))
+  for together, count in expected.items():
+    found = sum(len(splits[split]) for split in together.split("+"))
     agrees = count - slack <= found <= count
-    yield Figure(f"examples in {group}", f"{found:,}", f"{count:,}", agrees)
+    yield Figure(f"examples in {together}", f"{found:,}", f"{count:,}", agrees)
 
 
 def _balance(splits: Mapping[str, Dataset]) -> Iterator[Figure]:
   """Compares the sizes of the classes, which are equal in IMDB and CIFAR-10."""
-  together = {"test": splits["test"].labels}
-  if "dev_is_test" in splits["train"].name:
-    together["train"] = splits["train"].labels
-  else:
-    labels = [splits[split].labels for split in ("train", "dev")]
-    together["train+dev"] = np.concatenate(labels)
-  for group, labels in together.items():
-    counts = np.bincount(labels, minlength=splits["test"].num_classes)
+  train = "train" if "dev_is_test" in splits["train"].name else "train+dev"
+  for together in ("test", train):
+    labels = [splits[split].labels for split in together.split("+")]
+    counts = np.bincount(
+      np.concatenate(labels), minlength=splits["test"].num_classes
+    )
     found = f"{counts.min():,} to {counts.max():,}"
     agrees = counts.min() == counts.max()
-    yield Figure(f"examples per class in {group}", found, "equal", agrees)
+    yield Figure(f"examples per class in {together}", found, "equal", agrees)
 
 
 def _halves(splits: Mapping[str, Dataset]) -> Figure:
@@ -157,8 +155,8 @@ def _values(splits: Mapping[str, Dataset]) -> Figure:
   what = "values that are right"
   if sampled:
     what += f" (looked at {', '.join(sampled)})"
-  expected = f"{count}; {wrong[0]}" if wrong else f"{count}"
-  return Figure(what, f"{count - len(wrong)}", expected, not wrong)
+  found = f"{count - len(wrong)}" + (f" ({wrong[0]})" if wrong else "")
+  return Figure(what, found, f"{count}", not wrong)
 
 
 def _value(tokens: np.ndarray) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from spectraformer_jax.registry import nearest
+from spectraformer_jax.registry import check_choice, nearest
 
 PAD = 0
 MIN, MAX, MED, SM = 11, 12, 13, 14
@@ -107,8 +107,7 @@ def decode(tokens: Iterable[int], form: str = "plain") -> str:
     >>> decode([12, 3, 4, 15], "lra")
     '( ( ( [MAX 2 ) 3 ) ] )'
   """
-  if form not in FORMS:
-    raise ValueError(f"Unknown form {form!r}.{nearest(form, FORMS)}")
+  check_choice("form", form, FORMS)
   ids = [int(token) for token in tokens]
   for position, token in enumerate(ids):
     if token not in _ID_TO_TEXT:

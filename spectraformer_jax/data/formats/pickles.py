@@ -95,7 +95,7 @@ def load(path: pathlib.Path, max_bytes: int) -> Any:
     content.seek(0)
     try:
       return _Unpickler(content, size).load()
-    except Exception as error:
+    except Exception as error:  # arguments of a call may be anything
       raise ValueError(
         f"{path} is refused at byte {content.tell()}: {first_line(error)}"
       ) from None

@@ -56,7 +56,7 @@ _PLACES = 64  # places drawn for a short snake in one try
 # A bar collides where its pixel and an occupied one add up to this: both are
 # then nearly full, not only touched.
 _OVERLAP = 1.8 * FULL
-_STATE_BYTES = 2**24  # bytes of `_Snakes.occupied` and `_Snakes.near` together
+_STATE_BYTES = 2**24  # bytes of `_Grid.occupied` and `_Grid.near` together
 
 
 class Pictures(NamedTuple):
@@ -120,7 +120,7 @@ def _take(pictures: Pictures, start: int, stop: int | None) -> Pictures:
   return Pictures(*(array[start:stop] for array in pictures))
 
 
-class _Snakes:
+class _Grid:
   """Holds pictures that grow together, on pages of a flat array.
 
   A page is a picture with its frame. While its long snakes grow, a picture has
@@ -148,8 +148,8 @@ class _Snakes:
 
   def occupy(self, pivots: np.ndarray, directions: np.ndarray) -> None:
     """Marks the room of bars, each on a different page, as occupied."""
-    _raise(self.occupied, pivots, directions, self.shapes.room)
-    _raise(self.near, pivots, directions, self.shapes.near)
+    _paint(self.occupied, pivots, directions, self.shapes.room)
+    _paint(self.near, pivots, directions, self.shapes.near)
 
   def collide(self, pivots: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Returns whether each bar overlaps occupied pixels."""
@@ -173,7 +173,8 @@ class _Snakes:
     sums = np.cumsum(weights, axis=1)
     found = np.zeros(len(pivots), bool)
     chosen = np.zeros(len(pivots), np.int64)
-    # Snakes whose weights are all about 0 have no room.
+    # A free end straight ahead weighs FULL. A snake has no room if its weights
+    # add up to less than 1e-4 of that.
     pending = np.flatnonzero(sums[:, -1] > 1e-4 * FULL)
     for _ in range(_TRIES):
       drawn = self.rng.random(len(pending), np.float32) * sums[pending, -1]
@@ -186,20 +187,25 @@ class _Snakes:
     return found, following, chosen
 
 
-def _raise(
+def _paint(
   pages: np.ndarray,
   centres: np.ndarray,
-  shapes: np.ndarray,
+  indices: np.ndarray,
   patches: Patches,
   factor: float = 1,
 ) -> None:
-  """Sets each page to the maximum of itself and a patch, in place.
+  """Sets pixels to the maximum of themselves and patches, in place.
 
-  `shapes` has the index of the patch of each page.
+  Args:
+    pages: a flat array of pictures, or one that becomes flat.
+    centres: position of each patch's centre in the flat array.
+    indices: index of each patch in `patches`.
+    patches: the patches.
+    factor: brightness of the patches.
   """
   flat = pages.reshape(-1)
-  pixels = centres[:, None] + patches.offsets[shapes]
-  values = patches.values[shapes]
+  pixels = centres[:, None] + patches.offsets[indices]
+  values = patches.values[indices]
   if factor != 1:
     values = values * np.float32(factor)
   flat[pixels] = np.maximum(flat[pixels], values)
@@ -215,17 +221,17 @@ def _of_margin(
   """Yields batches of pictures of one margin, see :func:`sample`."""
   shapes = make_shapes(settings, margin)
   pairs = max(1, _STATE_BYTES // (4 * shapes.width**2))
-  snakes = _Snakes(rng, shapes, 2 * pairs)
+  grid = _Grid(rng, shapes, 2 * pairs)
   while True:
-    snakes.occupied[:], snakes.near[:] = shapes.border[:, None]
-    kept, long = _grow_long(snakes, settings, bars, allowed)
+    grid.occupied[:], grid.near[:] = shapes.border[:, None]
+    kept, long = _grow_long(grid, settings, bars, allowed)
     if len(kept):
-      short = _grow_short(snakes, kept, settings, bars, allowed)
-      yield _finish(snakes, settings, kept, long, short)
+      short = _grow_short(grid, kept, settings, bars, allowed)
+      yield _finish(grid, settings, kept, long, short)
 
 
 def _grow_long(
-  snakes: _Snakes, settings: Settings, bars: int, allowed: tuple[int, int]
+  grid: _Grid, settings: Settings, bars: int, allowed: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
   """Grows two long snakes in each picture.
 
@@ -237,10 +243,12 @@ def _grow_long(
     holds all bars in the end; and pivot (on that page) and direction of each
     bar, [count, 2 snakes, bars, 2].
   """
-  rng, shapes = snakes.rng, snakes.shapes
-  pages = np.arange(0, len(snakes.occupied), 2)
+  rng, shapes = grid.rng, grid.shapes
+  pages = np.arange(0, len(grid.occupied), 2)
   area = shapes.width**2
-  low, distance = 2 * settings.seed_distance, settings.seed_distance
+  distance = settings.seed_distance
+  # With this bound, both starts are at least `distance` from the edge.
+  low = 2 * distance
   tail = rng.integers(low, settings.side - low, (2, len(pages)))
   angle = np.deg2rad(rng.integers(0, DEGREES, len(pages)))
   away = np.rint(distance * np.stack([np.sin(angle), np.cos(angle)]))
@@ -249,29 +257,29 @@ def _grow_long(
   index = np.arange(len(pages))
   for snake, degrees in enumerate((allowed, (0, DEGREES))):
     direction = len(shapes.ends) + rng.integers(*degrees, len(pages))
-    start = snakes.at(pages, *tails[snake])
+    start = grid.at(pages, *tails[snake])
     bars_of[:, snake, 0, 0] = start - shapes.tails[direction]
     bars_of[:, snake, 0, 1] = direction
-  snakes.occupy(bars_of[:, 0, 0, 0] + area, bars_of[:, 0, 0, 1])
-  snakes.occupy(bars_of[:, 1, 0, 0], bars_of[:, 1, 0, 1])
+  grid.occupy(bars_of[:, 0, 0, 0] + area, bars_of[:, 0, 0, 1])
+  grid.occupy(bars_of[:, 1, 0, 0], bars_of[:, 1, 0, 1])
   for bar in range(1, bars):
     for snake in range(2):
       own, other = snake * area, (1 - snake) * area
       pivots, directions = bars_of[index, snake, bar - 1].T
-      found, following, chosen = snakes.extend(pivots + own, directions)
+      found, following, chosen = grid.extend(pivots + own, directions)
       index, following, chosen = index[found], following[found], chosen[found]
       # Marks the predecessor only now: a bar may lie within its margin.
-      snakes.occupy(pivots[found] + own, directions[found])
-      snakes.occupy(following - own + other, chosen)
+      grid.occupy(pivots[found] + own, directions[found])
+      grid.occupy(following - own + other, chosen)
       bars_of[index, snake, bar, 0] = following - own
       bars_of[index, snake, bar, 1] = chosen
   # The first page lacks only the last bar of its own snake.
-  snakes.occupy(*bars_of[index, 0, -1].T)
+  grid.occupy(*bars_of[index, 0, -1].T)
   return pages[index], bars_of[index]
 
 
 def _grow_short(
-  snakes: _Snakes,
+  grid: _Grid,
   kept: np.ndarray,
   settings: Settings,
   bars: int,
@@ -289,19 +297,19 @@ def _grow_short(
   for snake in range(count):
     pending = np.arange(len(kept))
     for _ in range(_SNAKE_TRIES):
-      degrees = snakes.rng.integers(0, DEGREES, len(pending))
+      degrees = grid.rng.integers(0, DEGREES, len(pending))
       # A direction that is not allowed makes the try fail.
       able = (allowed[0] <= degrees) & (degrees < allowed[1])
       tried, directions = pending[able], degrees[able]
-      directions += len(snakes.shapes.ends)
-      grown, places = _grow_one(snakes, kept[tried], directions, length)
+      directions += len(grid.shapes.ends)
+      grown, places = _grow_one(grid, kept[tried], directions, length)
       history[tried[grown], snake] = places
       pending = np.setdiff1d(pending, tried[grown])
   return history
 
 
 def _grow_one(
-  snakes: _Snakes, pages: np.ndarray, directions: np.ndarray, length: int
+  grid: _Grid, pages: np.ndarray, directions: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Grows one short snake on each page; leaves a page unchanged if it fails.
 
@@ -309,27 +317,27 @@ def _grow_one(
     The indices in `pages` where it succeeded, and pivot and direction of each
     bar of those snakes, [count, bars, 2].
   """
-  pivots, free = _find_room(snakes, pages, directions)
+  pivots, free = _find_room(grid, pages, directions)
   index = np.flatnonzero(free)
-  saved = snakes.occupied[pages], snakes.near[pages]
+  saved = grid.occupied[pages], grid.near[pages]
   history = np.zeros((len(pages), length, 2), np.int64)
   history[:, 0, 0], history[:, 0, 1] = pivots, directions
   for bar in range(1, length):
     before = history[index, bar - 1]
-    found, pivot, direction = snakes.extend(*before.T)
+    found, pivot, direction = grid.extend(*before.T)
     index, before = index[found], before[found]
-    snakes.occupy(*before.T)
+    grid.occupy(*before.T)
     history[index, bar, 0] = pivot[found]
     history[index, bar, 1] = direction[found]
-  snakes.occupy(*history[index, -1].T)
+  grid.occupy(*history[index, -1].T)
   failed = np.setdiff1d(np.arange(len(pages)), index)
-  snakes.occupied[pages[failed]] = saved[0][failed]
-  snakes.near[pages[failed]] = saved[1][failed]
+  grid.occupied[pages[failed]] = saved[0][failed]
+  grid.near[pages[failed]] = saved[1][failed]
   return index, history[index]
 
 
 def _find_room(
-  snakes: _Snakes, pages: np.ndarray, directions: np.ndarray
+  grid: _Grid, pages: np.ndarray, directions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Finds a pivot on each page from which a bar has room.
 
@@ -339,28 +347,28 @@ def _find_room(
   Returns:
     The pivots, and whether each has room.
   """
-  shapes = snakes.shapes
+  shapes = grid.shapes
   size = (2, len(pages), _PLACES)
   # Nearer to the edge no bar has room, and patches would not fit the frame.
   low, high = shapes.margin, shapes.side - shapes.margin
-  tails = snakes.rng.integers(low, high, size)
-  pivots = snakes.at(pages[:, None], *tails)
+  tails = grid.rng.integers(low, high, size)
+  pivots = grid.at(pages[:, None], *tails)
   pivots -= shapes.tails[directions][:, None]
-  collide = snakes.collide(pivots.ravel(), np.repeat(directions, _PLACES))
+  collide = grid.collide(pivots.ravel(), np.repeat(directions, _PLACES))
   free = ~collide.reshape(-1, _PLACES)
   first = free.argmax(axis=1)
   return pivots[np.arange(len(pages)), first], np.any(free, axis=1)
 
 
 def _finish(
-  snakes: _Snakes,
+  grid: _Grid,
   settings: Settings,
   kept: np.ndarray,
   long: np.ndarray,
   short: np.ndarray,
 ) -> Pictures:
   """Chooses labels at random, places the discs, and paints the pictures."""
-  rng, shapes = snakes.rng, snakes.shapes
+  rng, shapes = grid.rng, grid.shapes
   count, area = len(kept), shapes.width**2
   pages = np.arange(count)
   # The canvas has one page per kept picture: moves the positions to it.
@@ -375,12 +383,12 @@ def _finish(
     [first[0] + shapes.tails[first[1]], last[0] + shapes.ends[last[1]]], axis=1
   )
   canvas = np.zeros((count, area), np.float32)
-  for group, light in ((long, settings.target), (short, settings.distractor)):
-    for pivots, directions in group.reshape(count, -1, 2).transpose(1, 2, 0):
+  for bars, light in ((long, settings.target), (short, settings.distractor)):
+    for pivots, directions in bars.reshape(count, -1, 2).transpose(1, 2, 0):
       there = pivots >= 0
-      _raise(canvas, pivots[there], directions[there], shapes.bar, light)
+      _paint(canvas, pivots[there], directions[there], shapes.bar, light)
   for disc in discs.T:
-    _raise(canvas, disc, np.zeros(count, int), shapes.disc)
+    _paint(canvas, disc, np.zeros(count, int), shapes.disc)
   inside = slice(shapes.frame, -shapes.frame)
   canvas = canvas.reshape(count, shapes.width, shapes.width)[:, inside, inside]
   canvas = canvas / canvas.max(axis=(1, 2), keepdims=True)

@@ -57,6 +57,8 @@ class Settings:
   distractor: float
 
 
+# side, bar_length, thickness, margins, seed_distance, radius, continuity,
+# distractor_bars, target, distractor.
 SETTINGS = {
   32: Settings(32, 2, 0.5, (1,), 7, 1.5, 1.0, 20, 1.5, 2.0),
   64: Settings(64, 3, 1.0, (2,), 12, 2.0, 1.4, 28, 1.2, 1.2),
@@ -135,12 +137,8 @@ def make_shapes(settings: Settings, margin: int) -> Shapes:
   width = settings.side + 2 * frame
   ends = _circle(reach)
   degrees = np.deg2rad(np.arange(DEGREES))
-  far = np.concatenate(
-    [
-      ends,
-      reach * np.stack([np.sin(degrees), np.cos(degrees)], axis=1),
-    ]
-  )
+  circle = np.stack([np.sin(degrees), np.cos(degrees)], axis=1)
+  far = np.concatenate([ends, reach * circle])
   outer = np.linalg.norm(far, axis=1, keepdims=True)
   unit = far / outer
   inner = outer - length

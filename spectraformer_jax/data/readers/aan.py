@@ -19,7 +19,7 @@ from spectraformer_jax.data import find
 from spectraformer_jax.data.readers import reader
 
 NAMES = {"train": "train", "dev": "eval", "test": "test"}
-ROWS = {"train": 147_086, "dev": 18_090, "test": 17_437}
+SIZES = {"train": 147_086, "dev": 18_090, "test": 17_437}
 LITERALS = ("keep", "decode")
 
 _PATTERN = "new_aan_pairs.{}.tsv"
@@ -43,13 +43,13 @@ def find_aan(root: pathlib.Path) -> reader.TaskFiles | None:
   return reader.TaskFiles(
     folder=folder,
     what="AAN pairs",
-    parts=ROWS,
-    rows=functools.partial(rows, folder),
+    parts=SIZES,
+    examples=functools.partial(read_examples, folder),
     checksum=find.checksum(_paths(folder), folder),
   )
 
 
-def rows(
+def read_examples(
   folder: pathlib.Path, split: str, literal: str = "keep"
 ) -> Iterator[reader.Example]:
   r"""Yields the pairs of one split.

@@ -37,7 +37,7 @@ def find_aclimdb(root: pathlib.Path) -> TaskFiles | None:
     folder=folder,
     what="aclImdb folder",
     parts={part: len(reviews) for part, reviews in paths.items()},
-    rows=lambda part: _rows(paths[part]),
+    examples=lambda part: _examples(paths[part]),
     checksum=_checksum(folder, paths),
   )
 
@@ -69,7 +69,7 @@ def _list(folder: pathlib.Path, part: str) -> list[tuple[pathlib.Path, int]]:
   return reviews
 
 
-def _rows(reviews: list[tuple[pathlib.Path, int]]) -> Iterator[Example]:
+def _examples(reviews: list[tuple[pathlib.Path, int]]) -> Iterator[Example]:
   """Yields the bytes and the label of each review."""
   for path, label in reviews:
     text = read_plain(path).strip()

@@ -10,6 +10,7 @@ Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images",
 2009.
 """
 
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ BATCHES = {
   "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
   "test": ("test_batch",),
 }
-ROWS = {"train": 50_000, "test": 10_000}
+SIZES = {"train": 50_000, "test": 10_000}
 PLANE = 32 * 32  # bytes of one colour of an image
 RECORD = 1 + 3 * PLANE  # a label and an image
 
@@ -40,8 +41,8 @@ _READ_AT_ONCE = 1000
 def find_cifar(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the batches."""
   forms = (
-    (".bin", "CIFAR-10 binary batches", _binary_rows),
-    ("", "CIFAR-10 Python batches", _python_rows),
+    (".bin", "CIFAR-10 binary batches", _binary_examples),
+    ("", "CIFAR-10 Python batches", _python_examples),
   )
   return next(filter(None, (_find(root, *form) for form in forms)), None)
 
@@ -63,14 +64,14 @@ def _find(
   return reader.TaskFiles(
     folder=folder,
     what=what,
-    parts=ROWS,
-    rows=lambda part: (row for path in paths[part] for row in read(path)),
+    parts=SIZES,
+    examples=lambda part: itertools.chain.from_iterable(map(read, paths[part])),
     checksum=find.checksum(everything, folder),
     mark="-hash_split",
   )
 
 
-def _binary_rows(path: pathlib.Path) -> Iterator[reader.Example]:
+def _binary_examples(path: pathlib.Path) -> Iterator[reader.Example]:
   """Yields the images of a binary batch."""
   size = path.stat().st_size
   if not size or size % RECORD:
@@ -82,18 +83,17 @@ def _binary_rows(path: pathlib.Path) -> Iterator[reader.Example]:
   with find.open_plain(path) as file:
     while block := file.read(RECORD * _READ_AT_ONCE):
       records = np.frombuffer(block, np.uint8).reshape(-1, RECORD)
-      yield from _rows(records[:, 1:], records[:, 0].tolist(), path, first)
+      yield from _examples(records[:, 1:], records[:, 0].tolist(), path, first)
       first += len(records)
 
 
-def _python_rows(path: pathlib.Path) -> Iterator[reader.Example]:
+def _python_examples(path: pathlib.Path) -> Iterator[reader.Example]:
   """Yields the images of a pickled batch."""
   batch = pickles.load(path, MAX_BYTES)
-  columns = {}
-  if isinstance(batch, dict):
-    for key, value in batch.items():
-      name = key.decode("latin-1") if isinstance(key, bytes) else str(key)
-      columns[name] = value
+  columns = {
+    key.decode("latin-1") if isinstance(key, bytes) else str(key): value
+    for key, value in (batch.items() if isinstance(batch, dict) else ())
+  }
   images, labels = columns.get("data"), columns.get("labels")
   if (
     not isinstance(images, np.ndarray)
@@ -109,10 +109,10 @@ def _python_rows(path: pathlib.Path) -> Iterator[reader.Example]:
     )
   for first in range(0, len(images), _READ_AT_ONCE):
     block = slice(first, first + _READ_AT_ONCE)
-    yield from _rows(images[block], labels[block], path, first)
+    yield from _examples(images[block], labels[block], path, first)
 
 
-def _rows(
+def _examples(
   images: np.ndarray, labels: Sequence[Any], path: pathlib.Path, first: int
 ) -> Iterator[reader.Example]:
   """Yields colour images ``[count, 3072]`` as gray ones, with labels.

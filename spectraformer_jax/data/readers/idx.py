@@ -21,7 +21,7 @@ IMAGES, LABELS = 0x0803, 0x0801
 _READ_AT_ONCE = 1000
 
 
-def read_rows(
+def read_examples(
   images: io.BufferedIOBase, labels: io.BufferedIOBase, side: int, where: str
 ) -> Iterator[Example]:
   """Yields square images, padded with black to `side` x `side`, with labels.

@@ -22,7 +22,7 @@ from spectraformer_jax.data.formats.listops_text import (
 from spectraformer_jax.data.readers import reader
 
 NAMES = {"train": "train", "dev": "val", "test": "test"}
-ROWS = {"train": 96_000, "dev": 2_000, "test": 2_000}
+SIZES = {"train": 96_000, "dev": 2_000, "test": 2_000}
 
 _HEADER = [b"Source", b"Target"]
 
@@ -38,13 +38,13 @@ def find_listops(root: pathlib.Path) -> reader.TaskFiles | None:
   return reader.TaskFiles(
     folder=folder,
     what="ListOps TSV",
-    parts=ROWS,
-    rows=lambda split: rows(paths[split]),
+    parts=SIZES,
+    examples=lambda split: read_examples(paths[split]),
     checksum=find.checksum(paths.values(), folder),
   )
 
 
-def rows(path: pathlib.Path) -> Iterator[reader.Example]:
+def read_examples(path: pathlib.Path) -> Iterator[reader.Example]:
   """Yields the ids and the value of each expression.
 
   Incomplete expressions are refused. The values are those of the file; only the

@@ -35,24 +35,28 @@ class _Form(NamedTuple):
 
   names: tuple[str, ...]
   counts: tuple[int, int, int]  # examples of each split
-  num_classes: int
-  lowest: int  # id in the files of what is stored as token 0
-  highest: int  # largest id in the files
+  num_classes: int = 2
+  lowest: int = 0  # id in the files of what is stored as token 0
+  highest: int = 255  # largest id in the files
   pixels: int = 0  # of an image; 0 if the task has no images
 
 
-_TEXT = (2, 1, 256)  # num_classes, lowest, highest
+_BYTES = {"lowest": 1, "highest": 256}
 _PATHS = (160_000, 20_000, 20_000)
 
 _FORMS = {
-  "listops": _Form(("listops",), (96_000, 2_000, 2_000), 10, 0, 31),
-  "text": _Form(("text",), (25_000, 25_000, 25_000), *_TEXT),
-  "retrieval": _Form(("retrieval",), (147_086, 18_090, 17_437), *_TEXT),
-  "image": _Form(("image",), (45_000, 5_000, 10_000), 10, 0, 255, 32**2),
-  "pathfinder": _Form(
-    (f"pathfinder32-{CONTOUR}", "pathfinder"), _PATHS, 2, 0, 255, 32**2
+  "listops": _Form(
+    ("listops",), (96_000, 2_000, 2_000), num_classes=10, highest=31
   ),
-  "pathx": _Form((f"pathfinder128-{CONTOUR}",), _PATHS, 2, 0, 255, 128**2),
+  "text": _Form(("text",), (25_000, 25_000, 25_000), **_BYTES),
+  "retrieval": _Form(("retrieval",), (147_086, 18_090, 17_437), **_BYTES),
+  "image": _Form(
+    ("image",), (45_000, 5_000, 10_000), num_classes=10, pixels=32**2
+  ),
+  "pathfinder": _Form(
+    (f"pathfinder32-{CONTOUR}", "pathfinder"), _PATHS, pixels=32**2
+  ),
+  "pathx": _Form((f"pathfinder128-{CONTOUR}",), _PATHS, pixels=128**2),
 }
 
 
@@ -82,7 +86,9 @@ def _find(root: pathlib.Path, task: str) -> reader.TaskFiles | None:
     folder=folder,
     what=f"pickles {stem}",
     parts=dict(zip(SPLITS, form.counts, strict=True)),
-    rows=lambda split: rows(folder / f"{stem}.{split}.pickle", task),
+    examples=lambda split: read_examples(
+      folder / f"{stem}.{split}.pickle", task
+    ),
     checksum=checksum([folder / name for name in files], folder),
     mark="-pickled",
     tokenizer="pickled_ids" if task == "listops" else None,
@@ -95,7 +101,7 @@ for _task, _form in _FORMS.items():
   )(functools.partial(_find, task=_task))
 
 
-def rows(path: pathlib.Path, task: str) -> Iterator[reader.Example]:
+def read_examples(path: pathlib.Path, task: str) -> Iterator[reader.Example]:
   """Yields the examples in a file.
 
   Raises:

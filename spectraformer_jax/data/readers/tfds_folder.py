@@ -32,13 +32,15 @@ FEATURES = "features.json"
 _MAX_DESCRIPTION = 2**20  # bytes of a file beside the records
 _CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[A-Za-z_.]+")
 
-_REPEAT = (
+_PREPARE_AGAIN = (
   'with TensorFlow installed, `python -c "import tensorflow_datasets as tfds; '
   "tfds.builder('{name}', data_dir='{folder}/array_record', "
   "file_format='array_record').download_and_prepare()\"` prepares it again"
 )
-_PICTURES = "point data_dir at the PNG files of lra_release instead"
-_DRAW = "LraListops of spectraformer_jax.data.tfds_builders writes array_record"
+_USE_PNG_FILES = "point data_dir at the PNG files of lra_release instead"
+_WRITE_HERE = (
+  "LraListops of spectraformer_jax.data.tfds_builders writes array_record"
+)
 
 
 class _Form(NamedTuple):
@@ -46,48 +48,44 @@ class _Form(NamedTuple):
 
   name: str
   field: str  # feature that holds the tokens
-  num_classes: int
-  slices: Mapping[str, str]  # of the data set's splits, by part
-  sizes: Mapping[str, int]  # expected number of examples, by part
+  # By part: slice of the data set's splits, and expected number of examples.
+  parts: Mapping[str, tuple[str, int]]
   advice: str  # for folders in another format
+  num_classes: int = 2
   mark: str = ""
   side: int = 0  # of an image, in pixels; 0 for other content
 
 
-_HARD = {"train": "hard[:80%]", "dev": "hard[80%:90%]", "test": "hard[90%:]"}
-_PATHS = {"train": 160_000, "dev": 20_000, "test": 20_000}
+_REVIEWS = {"train": ("train", 25_000), "test": ("test", 25_000)}
+_PHOTOS = {
+  "train": ("train[:90%]", 45_000),
+  "dev": ("train[90%:]", 5_000),
+  "test": ("test", 10_000),
+}
+_PATHS = {
+  "train": ("hard[:80%]", 160_000),
+  "dev": ("hard[80%:90%]", 20_000),
+  "test": ("hard[90%:]", 20_000),
+}
+_EXPRESSIONS = {
+  "train": ("train", 96_000),
+  "dev": ("dev", 2_000),
+  "test": ("test", 2_000),
+}
 
 _FORMS = {
-  "text": _Form(
-    "imdb_reviews",
-    "text",
-    2,
-    {"train": "train", "test": "test"},
-    {"train": 25_000, "test": 25_000},
-    _REPEAT,
-  ),
+  "text": _Form("imdb_reviews", "text", _REVIEWS, _PREPARE_AGAIN),
   "image": _Form(
-    "cifar10",
-    "image",
-    10,
-    {"train": "train[:90%]", "dev": "train[90%:]", "test": "test"},
-    {"train": 45_000, "dev": 5_000, "test": 10_000},
-    _REPEAT,
-    side=32,
+    "cifar10", "image", _PHOTOS, _PREPARE_AGAIN, num_classes=10, side=32
   ),
-  "pathfinder": _Form(
-    "pathfinder32", "image", 2, _HARD, _PATHS, _PICTURES, side=32
-  ),
-  "pathx": _Form(
-    "pathfinder128", "image", 2, _HARD, _PATHS, _PICTURES, side=128
-  ),
+  "pathfinder": _Form("pathfinder32", "image", _PATHS, _USE_PNG_FILES, side=32),
+  "pathx": _Form("pathfinder128", "image", _PATHS, _USE_PNG_FILES, side=128),
   "listops": _Form(
     "lra_listops",
     "tokens",
-    10,
-    {"train": "train", "dev": "dev", "test": "test"},
-    {"train": 96_000, "dev": 2_000, "test": 2_000},
-    _DRAW,
+    _EXPRESSIONS,
+    _WRITE_HERE,
+    num_classes=10,
     mark="-drawn",
   ),
 }
@@ -123,8 +121,8 @@ def _find(root: pathlib.Path, form: _Form) -> reader.TaskFiles | None:
   return reader.TaskFiles(
     folder=ready,
     what=f"TFDS {form.name} {version}".strip(),
-    parts=form.sizes,
-    rows=lambda part: _rows(ready, part, form),
+    parts={part: size for part, (_, size) in form.parts.items()},
+    examples=lambda part: _examples(ready, part, form),
     checksum=find.checksum(files, ready),
     provenance="tfds",
     mark=form.mark,
@@ -203,13 +201,14 @@ def _check_features(folder: pathlib.Path) -> None:
       )
 
 
-def _rows(
+def _examples(
   folder: pathlib.Path, part: str, form: _Form
 ) -> Iterator[reader.Example]:
   """Yields the examples of a part, in the order of the folder."""
-  source = _open(folder, form.slices[part])
+  name, _ = form.parts[part]
+  source = _open(folder, name)
   for i in range(len(source)):
-    where = f"{folder} {form.slices[part]} example {i}"
+    where = f"{folder} {name} example {i}"
     try:
       example = source[i]
     # The packages that read the files raise nearly anything.

@@ -34,9 +34,9 @@ def digits(*, seed: int = 0) -> Source:
     pixels = pixels.astype(np.uint8)
     parts = split_by_content(map(bytes, pixels), SHARES, seed)
     for split, writer in writers.items():
-      rows = pixels[parts[split]]
-      lengths = np.full(len(rows), rows.shape[1])
-      writer.append(rows.ravel(), lengths, labels[parts[split]])
+      chosen = pixels[parts[split]]
+      lengths = np.full(len(chosen), chosen.shape[1])
+      writer.append(chosen.ravel(), lengths, labels[parts[split]])
     progress(len(pixels), len(pixels))
 
   return Source(

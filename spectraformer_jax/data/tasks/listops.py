@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.formats.listops_text import CLOSE, IDS, MIN
 from spectraformer_jax.data.generators import listops as generator
@@ -33,6 +33,7 @@ from spectraformer_jax.data.source import (
   with_max_len,
 )
 from spectraformer_jax.data.writer import Writer
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.seeds import make_generator
 
 TOKENIZERS = ("full", "no_close")
@@ -143,9 +144,9 @@ def _from_files(
       "whose ids cannot be decoded; leave it out."
     )
   length = options["max_len"]
-  rows = lambda split: _fitting(found, split, tokenizer, length)
+  fitting = lambda split: _fitting(found, split, tokenizer, length)
   return reader.make_source(
-    dataclasses.replace(found, rows=rows),
+    dataclasses.replace(found, examples=fitting),
     reader.own_splits(),
     name=with_max_len("listops", length, _PUBLISHED["max_len"]),
     seed=0,
@@ -161,16 +162,17 @@ def _from_files(
 def _fitting(
   found: reader.TaskFiles, split: str, tokenizer: str, length: int
 ) -> Iterator[reader.Example]:
-  """Yields the rows of a split; raises ValueError if one is too long."""
-  for number, row in enumerate(found.rows(split), start=1):
+  """Yields the examples of a split; raises ValueError for a long one."""
+  for number, example in enumerate(found.examples(split), start=1):
+    tokens = example.tokens
     if tokenizer == "no_close":
-      row = row._replace(tokens=row.tokens[row.tokens != CLOSE])
-    if len(row.tokens) > length:
+      tokens = tokens[tokens != CLOSE]
+    if len(tokens) > length:
       raise ValueError(
-        f"max_len must be at least {len(row.tokens)}, the length of expression "
+        f"max_len must be at least {len(tokens)}, the length of expression "
         f"{number} of {split} in {found.folder}, got {length}."
       )
-    yield row
+    yield example._replace(tokens=tokens)
 
 
 def _first_token(dataset: Dataset) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.hash_split import SHARES, split_by_content
 from spectraformer_jax.data.label_rules.word_overlap import (
   OVERLAP,
@@ -40,6 +40,7 @@ from spectraformer_jax.data.source import (
   with_max_len,
 )
 from spectraformer_jax.data.words import VOCAB_SIZE, hash_words
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 4000
@@ -96,7 +97,9 @@ def mail_replies(
   found = package_files(
     "mail_replies",
     SPAM_ASSASSIN,
-    lambda path, part: _rows(_make_pairs(path, seed)[part], tokenizer, length),
+    lambda path, part: _examples(
+      _make_pairs(path, seed)[part], tokenizer, length
+    ),
     {"train": 1700, "dev": 200, "test": 200},
     data_dir=data_dir,
     cache_dir=cache_dir,
@@ -114,22 +117,22 @@ def mail_replies(
   )
 
 
-def _rows(
+def _examples(
   pairs: list[Pair], tokenizer: str, length: int
 ) -> Iterator[reader.Example]:
   """Yields pairs as bytes or as hashed words."""
-  for asked, label, answer in pairs:
+  for mail, label, other in pairs:
     if tokenizer == "bytes":
-      tokens = (np.frombuffer(text, np.uint8) for text in (asked, answer))
+      tokens = (np.frombuffer(text, np.uint8) for text in (mail, other))
     else:
-      tokens = (hash_words(text, length) for text in (asked, answer))
+      tokens = (hash_words(text, length) for text in (mail, other))
     yield reader.Example(next(tokens), label, next(tokens))
 
 
 class Reply(NamedTuple):
   """Holds a mail, the answer to it, and the thread and mailing list of both."""
 
-  asked: bytes
+  original: bytes
   answer: bytes
   thread: str
   list_id: str
@@ -148,7 +151,7 @@ def _make_pairs(path: pathlib.Path, seed: int) -> dict[str, list[Pair]]:
     for i in parts[split]:
       lists[replies[i].list_id].append(replies[i])
     pairs[split] = [
-      row for group in lists.values() for row in _pair_up(group, rng)
+      pair for on_list in lists.values() for pair in _pair_up(on_list, rng)
     ]
   return pairs
 
@@ -172,8 +175,8 @@ def _pair_up(replies: list[Reply], rng: np.random.Generator) -> Iterator[Pair]:
   shift = max(map(len, threads.values()))
   for i, reply in enumerate(ordered):
     other = ordered[(i + shift) % len(ordered)]
-    yield reply.asked, 1, reply.answer
-    yield reply.asked, 0, other.answer
+    yield reply.original, 1, reply.answer
+    yield reply.original, 0, other.answer
 
 
 def find_replies(path: pathlib.Path) -> Iterator[Reply]:
@@ -188,11 +191,13 @@ def find_replies(path: pathlib.Path) -> Iterator[Reply]:
       for parent in _parents(message):
         roots.join(ids[0], parent)
   for name, message in mails.items():
-    asked = next((p for p in _parents(message) if p in mails), name)
+    original = next((p for p in _parents(message) if p in mails), name)
     list_id = _list_id(message)
-    if asked == name or not list_id or list_id != _list_id(mails[asked]):
+    if original == name or not list_id:
       continue
-    texts = own_words(mails[asked]), own_words(message)
+    if list_id != _list_id(mails[original]):
+      continue
+    texts = own_words(mails[original]), own_words(message)
     if min(map(len, texts)) >= SHORTEST:
       yield Reply(*texts, roots.find(name), list_id)
 

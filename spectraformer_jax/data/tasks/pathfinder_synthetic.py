@@ -13,12 +13,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.generators import pathfinder as generator
 from spectraformer_jax.data.generators.pathfinder_shapes import SETTINGS
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import SPLITS, ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
+from spectraformer_jax.registry import check_choice
 from spectraformer_jax.seeds import make_generator
 
 DIFFICULTIES = {6: "easy", 9: "intermediate", 14: "hard"}
@@ -65,13 +66,8 @@ def pathfinder_synthetic(
     >>> pathfinder_synthetic(side=64, num_train=1000).name
     'pathfinder_synthetic-side64-num_train1000'
   """
-  for name, value, choices in (
-    ("side", side, SETTINGS),
-    ("bars", bars, DIFFICULTIES),
-  ):
-    if value not in choices:
-      allowed = ", ".join(map(str, choices))
-      raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+  check_choice("side", side, SETTINGS)
+  check_choice("bars", bars, DIFFICULTIES)
   check_choice("seeding", seeding, generator.SEEDINGS)
   options = {
     "side": int(side),

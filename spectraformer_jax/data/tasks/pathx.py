@@ -1,8 +1,9 @@
 """Path-X of Long Range Arena: Pathfinder at 128 x 128, 16,384 tokens.
 
-The archive holds two folders ``pathfinder128``. Networks trained on one of them
-are reported never to beat chance (long-range-arena issue 38). The folder in the
-inner ``lra_release`` is read, and a warning names both.
+The archive holds two folders ``pathfinder128``. A user reported to the authors
+of Long Range Arena that a network did not beat chance on one of them, and did
+not say which. The folder in the inner ``lra_release`` is read, and a warning
+names both.
 
 Source: Tay et al., "Long Range Arena", 2021, section 2.2.6.
 """

@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import os
 
-from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.readers import aan, reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
+from spectraformer_jax.registry import check_choice
 
 MAX_LEN = 4000
 
@@ -48,8 +49,8 @@ def retrieval(
       raise ValueError(
         f"literal='decode' needs AAN pairs as TSV, found {found.what}."
       )
-    rows = functools.partial(aan.rows, found.folder, literal=literal)
-    found = dataclasses.replace(found, rows=rows, mark="-decoded")
+    read = functools.partial(aan.read_examples, found.folder, literal=literal)
+    found = dataclasses.replace(found, examples=read, mark="-decoded")
   return reader.make_source(
     found,
     reader.own_splits(),

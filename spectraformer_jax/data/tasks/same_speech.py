@@ -88,7 +88,6 @@ class Piece(NamedTuple):
   """A piece of a speech, as bytes."""
 
   tokens: np.ndarray
-  speech: int
   year: int
 
 
@@ -102,7 +101,7 @@ def _make_pairs(
   pairs = {}
   for split, members in split_by_content(years, SHARES, seed).items():
     rng = make_generator(seed, SPLITS.index(split))
-    chosen = [(i, *speeches[i]) for i in members.tolist()]
+    chosen = [speeches[i] for i in members]
     pairs[split] = _pair_up(chosen, length, rng)
   return pairs
 
@@ -117,15 +116,13 @@ def read_speeches(path: pathlib.Path) -> list[tuple[int, bytes]]:
 
 
 def _pair_up(
-  speeches: list[tuple[int, int, bytes]],
-  length: int,
-  rng: np.random.Generator,
+  speeches: list[tuple[int, bytes]], length: int, rng: np.random.Generator
 ) -> list[reader.Example]:
   """Returns equally many pairs of each label; no piece is in two pairs."""
   positive, rest = [], []
-  for speech, year, text in speeches:
+  for year, text in speeches:
     pieces = [
-      Piece(np.frombuffer(text, np.uint8, length, start), speech, year)
+      Piece(np.frombuffer(text, np.uint8, length, start), year)
       for start in range(0, len(text) - length + 1, length)
     ]
     pieces = [pieces[i] for i in rng.permutation(len(pieces))]

@@ -51,7 +51,7 @@ def spam_bodies(
   found = package_files(
     "spam_bodies",
     SPAM_ASSASSIN,
-    lambda path, part: _rows(path, length),
+    lambda path, part: _examples(path, length),
     {"all": 5851},
     data_dir=data_dir,
     cache_dir=cache_dir,
@@ -66,7 +66,7 @@ def spam_bodies(
   )
 
 
-def _rows(path: pathlib.Path, length: int) -> Iterator[Example]:
+def _examples(path: pathlib.Path, length: int) -> Iterator[Example]:
   """Yields body and label of each mail; of equal bodies only the first."""
   seen = set()
   for mail in read_mails(path):

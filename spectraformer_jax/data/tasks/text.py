@@ -12,10 +12,11 @@ Source: Tay et al., "Long Range Arena", 2021, section 2.2.2; Maas et al.,
 
 import os
 
-from spectraformer_jax.data._checks import check_choice, check_int
+from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.readers.reader import find_data, make_source
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
+from spectraformer_jax.registry import check_choice
 
 MAX_LEN = 4000
 VALS = ("holdout", "lra")

@@ -153,6 +153,12 @@ def test_a_client_that_fails(run, tmp_path, client, script, message):
   assert not list((tmp_path / "cache" / "packages").iterdir())
 
 
+def test_an_error_line_of_apt_is_shown(run, client):
+  client("apt-get", "echo 'E: Unable to locate it'; echo Done; exit 100")
+  code, _, err = run("fashion")
+  assert code == 2 and "(exit status 100): E: Unable to locate" in one_line(err)
+
+
 def test_a_client_that_hangs(run, client, monkeypatch):
   monkeypatch.setattr(fetch, "TIMEOUT", 0.2)
   client("npm", "exec sleep 20")
@@ -171,8 +177,8 @@ def test_a_damaged_file_is_not_used(run, tmp_path, client):
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    (["imdb"], "Unknown stand-in 'imdb'. Did you mean 'imdb_half'?"),
-    (["listops"], "Unknown stand-in 'listops'."),
+    (["imdb"], "got 'imdb'. Did you mean 'imdb_half'?"),
+    (["listops"], "stand-in must be one of digits, fashion, "),
     (["digits", "--data_dir=x"], "has no option 'data_dir'"),
     (["imdb_half", "--max_len=0"], "max_len must be an integer >= 1, got 0"),
     (["imdb_half", "--max_len"], "must be written --name=value"),

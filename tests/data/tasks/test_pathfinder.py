@@ -55,7 +55,7 @@ def test_order_is_by_batch_and_number_and_not_by_list(load, tmp_path):
   # Lists are written backwards, and 10 stands before 2 in the folder.
   top = made_up.write_pathfinder(tmp_path / "lra", batches=11, count=12)
   found = find_data("pathfinder", tmp_path)
-  pixels = [row.tokens.reshape(32, 32) for row in found.rows("all")]
+  pixels = [row.tokens.reshape(32, 32) for row in found.examples("all")]
   assert len(pixels) == 132
   for index, (batch, i) in ((0, (0, 0)), (14, (1, 2)), (131, (10, 11))):
     picture = top / "imgs" / str(batch) / f"sample_{i}.png"

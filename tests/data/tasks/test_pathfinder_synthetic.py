@@ -165,14 +165,14 @@ def test_margins_are_equally_frequent():
 def test_a_short_snake_that_fails_leaves_no_trace():
   shapes = make_shapes(SETTINGS[32], 1)
   rng = np.random.default_rng(0)
-  snakes = generator._Snakes(rng, shapes, 200)
+  grid = generator._Grid(rng, shapes, 200)
   pages = np.arange(0, 200, 2)
   directions = len(shapes.ends) + rng.integers(0, 360, len(pages))
-  before = snakes.occupied.copy(), snakes.near.copy()
+  before = grid.occupied.copy(), grid.near.copy()
   # So long that many run out of room, and few do at once.
-  grown, bars = generator._grow_one(snakes, pages, directions, 20)
+  grown, bars = generator._grow_one(grid, pages, directions, 20)
   assert 10 < len(grown) < 90 and bars.shape == (len(grown), 20, 2)
-  for pixels, old in zip((snakes.occupied, snakes.near), before, strict=True):
+  for pixels, old in zip((grid.occupied, grid.near), before, strict=True):
     changed = (pixels != old).any(axis=1)
     assert np.flatnonzero(changed).tolist() == pages[grown].tolist()
 
@@ -229,7 +229,7 @@ def test_seed_and_options_decide_the_content(load):
   [
     (dict(side=48), "side must be one of 32, 64, 128, got 48"),
     (dict(bars=7), "bars must be one of 6, 9, 14, got 7"),
-    (dict(seeding="all"), "Unknown seeding 'all'.* Known: any, upstream"),
+    (dict(seeding="all"), "seeding must be one of upstream, any, got 'all'"),
     (dict(num_dev=0), "num_dev must be an integer >= 1, got 0"),
   ],
 )

@@ -228,7 +228,9 @@ def test_mail_replies_as_words(tmp_path, pin):
   groups = overlap_rule(whole)
   assert groups[whole.labels == 1].min() > groups[whole.labels == 0].max()
   assert whole.baselines[OVERLAP] == 1.0
-  with pytest.raises(ValueError, match="Unknown tokenizer 'word'.*'words'"):
+  with pytest.raises(
+    ValueError, match="tokenizer must be .* got 'word'. Did .*'words'"
+  ):
     data.load("mail_replies", "dev", cache_dir=tmp_path, tokenizer="word")
 
 
