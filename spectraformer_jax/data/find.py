@@ -116,6 +116,11 @@ def innermost(
   return hits[0] if hits else None
 
 
+def folder_with(root: pathlib.Path, *names: str) -> pathlib.Path | None:
+  """Returns the deepest folder with a file of one of the names."""
+  return innermost(root, lambda f: any((f / name).is_file() for name in names))
+
+
 def check_present(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> None:
   """Raises ValueError unless all `paths`, below `folder`, are files."""
   for path in paths:

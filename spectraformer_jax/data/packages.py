@@ -109,7 +109,7 @@ def locate(
   """
   if data_dir is not None:
     root = find.open_root(data_dir)
-    folder = find.innermost(root, lambda f: (f / package.file).is_file())
+    folder = find.folder_with(root, package.file)
     if folder is None:
       raise ValueError(
         f"data_dir={str(data_dir)!r} must hold {package.file} (from "

@@ -35,7 +35,7 @@ _PRINTED = re.compile(
 @reader.reads("retrieval", files="tsv_data/new_aan_pairs.{train,eval,test}.tsv")
 def find_aan(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the pairs; reads texts as the files print them."""
-  folder = find.innermost(root, lambda f: any(p.is_file() for p in _paths(f)))
+  folder = find.folder_with(root, *(path.name for path in _paths(root)))
   if folder is None:
     _explain_only_ids(root)
     return None

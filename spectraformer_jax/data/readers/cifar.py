@@ -55,7 +55,7 @@ def _find(
 ) -> reader.TaskFiles | None:
   """Finds the folder of the batches in one form."""
   names = {p: [n + suffix for n in ns] for p, ns in BATCHES.items()}
-  folder = find.innermost(root, lambda f: (f / names["test"][0]).is_file())
+  folder = find.folder_with(root, names["test"][0])
   if folder is None:
     return None
   paths = {p: [folder / name for name in ns] for p, ns in names.items()}

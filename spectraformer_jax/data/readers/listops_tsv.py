@@ -30,7 +30,7 @@ _HEADER = [b"Source", b"Target"]
 @reader.reads("listops", files="listops-1000/basic_{train,val,test}.tsv")
 def find_listops(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the three files."""
-  folder = find.innermost(root, lambda f: (f / "basic_train.tsv").is_file())
+  folder = find.folder_with(root, "basic_train.tsv")
   if folder is None:
     return None
   paths = {s: folder / f"basic_{name}.tsv" for s, name in NAMES.items()}

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spectraformer_jax.data.find import checksum, innermost
+from spectraformer_jax.data.find import checksum, folder_with
 from spectraformer_jax.data.formats import pickles
 from spectraformer_jax.data.readers import reader
 
@@ -66,9 +66,7 @@ def _find(root: pathlib.Path, task: str) -> reader.TaskFiles | None:
   stems = [prefix + name for name in form.names for prefix in ("lra-", "")]
   for stem in stems:
     files = [f"{stem}.{split}.pickle" for split in SPLITS]
-    folder = innermost(
-      root, lambda f, files=files: any((f / name).is_file() for name in files)
-    )
+    folder = folder_with(root, *files)
     if folder is not None:
       break
   else:

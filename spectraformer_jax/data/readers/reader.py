@@ -23,7 +23,7 @@ import numpy as np
 from spectraformer_jax.data.find import LOGGER, describe, open_root
 from spectraformer_jax.data.hash_split import split_by_content
 from spectraformer_jax.data.registry import TASKS
-from spectraformer_jax.data.source import ReportProgress, Source
+from spectraformer_jax.data.source import SPLITS, ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
 
 ARCHIVE = (
@@ -39,6 +39,12 @@ _LABEL = re.compile(r"\d{1,9}(\.0*)?", re.ASCII)
 
 Plan = Sequence[tuple[str, Mapping[str, float]]]
 """For each pass, the part of the files that it reads and each split's share."""
+
+OWN_SPLITS: Plan = [(split, {split: 1.0}) for split in SPLITS]
+"""For files with three splits."""
+
+HOLDOUT: Plan = [("train", {"train": 0.9, "dev": 0.1}), ("test", {"test": 1.0})]
+"""For files without a dev split: 10 % of the training examples, by content."""
 
 
 class Example(NamedTuple):
@@ -190,11 +196,6 @@ def make_source(
     write=write,
     **facts,
   )
-
-
-def own_splits() -> Plan:
-  """Returns the plan for files with three splits."""
-  return [(split, {split: 1.0}) for split in ("train", "dev", "test")]
 
 
 def check_label(label: Any, num_classes: int, where: str) -> int:

@@ -60,7 +60,7 @@ def fashion(
     )
   return reader.make_source(
     found,
-    [("train", {"train": 0.9, "dev": 0.1}), ("test", {"test": 1.0})],
+    reader.HOLDOUT,
     name="fashion",
     seed=seed,
     tokenizer="pixels",
@@ -76,8 +76,7 @@ def fashion(
 def find_idx(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the four idx files."""
   for end in ("", ".gz"):
-    first = f"{NAMES['train']}-{KINDS[0]}{end}"
-    folder = find.innermost(root, lambda f, first=first: (f / first).is_file())
+    folder = find.folder_with(root, f"{NAMES['train']}-{KINDS[0]}{end}")
     if folder is not None:
       break
   else:
@@ -101,8 +100,7 @@ def find_idx(root: pathlib.Path) -> reader.TaskFiles | None:
 @reader.reads("fashion", files=FASHION_MNIST.file)
 def find_package(root: pathlib.Path) -> reader.TaskFiles | None:
   """Finds the folder of the Debian package."""
-  name = FASHION_MNIST.file
-  folder = find.innermost(root, lambda f: (f / name).is_file())
+  folder = find.folder_with(root, FASHION_MNIST.file)
   if folder is None:
     return None
   return package_files(

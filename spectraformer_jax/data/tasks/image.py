@@ -12,8 +12,6 @@ from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import Source
 
-SHARES = {"train": 0.9, "dev": 0.1}
-
 ORIGIN = (
   "the archive is cifar-10-binary.tar.gz "
   "(https://www.cs.toronto.edu/~kriz/cifar.html)"
@@ -37,10 +35,9 @@ def image(
   found = reader.find_data(
     "image", data_dir, origin=ORIGIN, instead=("fashion",)
   )
-  plan = [("train", SHARES), ("test", {"test": 1.0})]
   return reader.make_source(
     found,
-    reader.own_splits() if "dev" in found.parts else plan,
+    reader.OWN_SPLITS if "dev" in found.parts else reader.HOLDOUT,
     name="image",
     seed=seed,
     tokenizer="pixels",

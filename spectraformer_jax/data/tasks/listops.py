@@ -147,7 +147,7 @@ def _from_files(
   fitting = lambda split: _fitting(found, split, tokenizer, length)
   return reader.make_source(
     dataclasses.replace(found, examples=fitting),
-    reader.own_splits(),
+    reader.OWN_SPLITS,
     name=with_max_len("listops", length, _PUBLISHED["max_len"]),
     seed=0,
     settings={} if found.tokenizer else {"ids": IDS},

@@ -106,7 +106,7 @@ def mail_replies(
   )
   return reader.make_source(
     found,
-    reader.own_splits(),
+    reader.OWN_SPLITS,
     name=with_max_len(name, length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},
@@ -123,10 +123,10 @@ def _examples(
   """Yields pairs as bytes or as hashed words."""
   for mail, label, other in pairs:
     if tokenizer == "bytes":
-      tokens = (np.frombuffer(text, np.uint8) for text in (mail, other))
+      first, second = (np.frombuffer(text, np.uint8) for text in (mail, other))
     else:
-      tokens = (hash_words(text, length) for text in (mail, other))
-    yield reader.Example(next(tokens), label, next(tokens))
+      first, second = (hash_words(text, length) for text in (mail, other))
+    yield reader.Example(first, label, second)
 
 
 class Reply(NamedTuple):

@@ -40,7 +40,7 @@ def from_files(
   found = reader.find_data(name, data_dir, instead=("pathfinder_synthetic",))
   return reader.make_source(
     found,
-    [("all", SHARES)] if "all" in found.parts else reader.own_splits(),
+    [("all", SHARES)] if "all" in found.parts else reader.OWN_SPLITS,
     name=name,
     seed=seed,
     tokenizer="pixels",

@@ -53,7 +53,7 @@ def retrieval(
     found = dataclasses.replace(found, examples=read, mark="-decoded")
   return reader.make_source(
     found,
-    reader.own_splits(),
+    reader.OWN_SPLITS,
     name=with_max_len("retrieval", length, MAX_LEN),
     seed=seed,
     settings={"literal": literal},

@@ -73,7 +73,7 @@ def same_speech(
   )
   return reader.make_source(
     found,
-    reader.own_splits(),
+    reader.OWN_SPLITS,
     name=with_max_len("same_speech", length, MAX_LEN),
     seed=seed,
     settings={"seed": seed},

@@ -13,14 +13,17 @@ Source: Tay et al., "Long Range Arena", 2021, section 2.2.2; Maas et al.,
 import os
 
 from spectraformer_jax.data._checks import check_int
-from spectraformer_jax.data.readers.reader import find_data, make_source
+from spectraformer_jax.data.readers.reader import (
+  HOLDOUT,
+  find_data,
+  make_source,
+)
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
 from spectraformer_jax.registry import check_choice
 
 MAX_LEN = 4000
 VALS = ("holdout", "lra")
-HOLDOUT = {"train": 0.9, "dev": 0.1}
 
 ORIGIN = (
   "the archive is aclImdb_v1.tar.gz (https://ai.stanford.edu/~amaas/data/"
@@ -55,7 +58,7 @@ def text(
     "text", data_dir, origin=ORIGIN, instead=("imdb_half", "spam_bodies")
   )
   if val == "holdout":
-    plan = [("train", HOLDOUT), ("test", {"test": 1.0})]
+    plan = HOLDOUT
   else:
     dev = "dev" if "dev" in found.parts else "test"
     plan = [
