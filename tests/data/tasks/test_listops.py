@@ -152,7 +152,7 @@ def test_progress_reaches_the_total(tmp_path):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (dict(tokenizer="noclose"), "tokenizer 'noclose'. Did you mean 'no_close'"),
+    (dict(tokenizer="noclose"), "got 'noclose'. Did you mean 'no_close'"),
     (dict(min_len=0), "min_len must be an integer >= 1, got 0"),
     (dict(max_len=11), "max_len must be an integer >= 12, got 11"),
     (dict(max_depth=1), "max_depth must be an integer >= 2, got 1"),
