@@ -41,17 +41,13 @@ def check_choice(option: str, value: object, choices: Iterable[Any]) -> None:
 
 def check_int(
   option: str, value: Any, least: int, most: int | None = None
-) -> None:
-  """Raises ValueError unless the value of `option` is an integer in a range."""
-  if (
-    isinstance(value, bool)
-    or not isinstance(value, int | np.integer)
-    or not least <= value <= (value if most is None else most)
-  ):
-    limits = (
-      f"of at least {least}" if most is None else f"from {least} to {most}"
-    )
+) -> int:
+  """Returns an integer as an int; raises ValueError for one out of range."""
+  is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  if not is_int or not least <= value <= (value if most is None else most):
+    limits = f">= {least}" if most is None else f"from {least} to {most}"
     raise ValueError(f"{option} must be an integer {limits}, got {value!r}.")
+  return int(value)
 
 
 def info_from_options(info_of: Callable[[Entry], Info]) -> Info:

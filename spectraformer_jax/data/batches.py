@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.dataset import Dataset
+from spectraformer_jax.registry import check_int
 from spectraformer_jax.seeds import check_seed
 
 Batch = dict[str, np.ndarray]

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
-from spectraformer_jax.registry import check_choice
+from spectraformer_jax.registry import check_choice, check_int
 
 PROVENANCES = ("lra-files", "tfds", "generated", "stand-in")
 

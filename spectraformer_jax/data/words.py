@@ -10,6 +10,8 @@ import zlib
 
 import numpy as np
 
+from spectraformer_jax.registry import check_int
+
 VOCAB_SIZE = 8192
 
 # Any byte from 128 on counts as a letter: in UTF-8 and in the 8-bit encodings
@@ -43,10 +45,7 @@ def hash_words(
     >>> hash_words(b"Never say never: 12345!", max_len=3).tolist()
     [4932, 4932, 6649]
   """
-  if not 2 <= vocab_size <= 2**16:
-    raise ValueError(
-      f"vocab_size must be an integer from 2 to 65536, got {vocab_size!r}."
-    )
+  check_int("vocab_size", vocab_size, 2, 2**16)
   found = _WORD.finditer(text.lower())
   words = [word[0] for word in itertools.islice(found, max_len)] or [b""]
   # Python's own hash() changes with every process.

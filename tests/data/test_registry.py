@@ -57,7 +57,11 @@ def test_a_new_task_is_one_function(tmp_path, monkeypatch):
   ("arguments", "options", "message"),
   [
     (("listop", "train"), {}, "Unknown task 'listop'. Did you mean 'listops'"),
-    (("digits", "val"), {}, "split must be one of train, dev, test, got 'val'"),
+    (
+      ("digits", "val"),
+      {},
+      "one of 'train', 'dev', 'test', got 'val'",
+    ),
     (("digits", "train"), dict(sed=1), "no option 'sed'. Did you mean 'seed'"),
     (("digits", "train"), dict(tokenizer="x"), "has no option 'tokenizer'"),
     (

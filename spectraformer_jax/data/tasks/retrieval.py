@@ -10,11 +10,10 @@ import dataclasses
 import functools
 import os
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.readers import aan, reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
-from spectraformer_jax.registry import check_choice
+from spectraformer_jax.registry import check_choice, check_int
 
 MAX_LEN = 4000
 

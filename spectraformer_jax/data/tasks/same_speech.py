@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.hash_split import SHARES, split_by_content
 from spectraformer_jax.data.label_rules.word_overlap import (
   OVERLAP,
@@ -35,6 +34,7 @@ from spectraformer_jax.data.source import (
   Source,
   with_max_len,
 )
+from spectraformer_jax.registry import check_int
 from spectraformer_jax.seeds import make_generator
 
 MAX_LEN = 2000

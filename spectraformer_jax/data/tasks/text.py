@@ -12,7 +12,6 @@ Source: Tay et al., "Long Range Arena", 2021, section 2.2.2; Maas et al.,
 
 import os
 
-from spectraformer_jax.data._checks import check_int
 from spectraformer_jax.data.readers.reader import (
   HOLDOUT,
   find_data,
@@ -20,7 +19,7 @@ from spectraformer_jax.data.readers.reader import (
 )
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
-from spectraformer_jax.registry import check_choice
+from spectraformer_jax.registry import check_choice, check_int
 
 MAX_LEN = 4000
 VALS = ("holdout", "lra")

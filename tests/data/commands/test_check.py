@@ -144,7 +144,7 @@ def test_wrong_values_are_found(run, tmp_path):
     (["check", "text", "--data_dir=\udcff"], "existing folder, got '\\udcff'"),
     (
       ["check", "listops", "--tokenizer=[1]"],
-      "tokenizer must be one of full, no_close, got [1]",
+      "tokenizer must be one of 'full', 'no_close', got [1]",
     ),
     (["check", "listops", "--max_len={[]:1}"], "max_len must be an integer"),
     (["check", "listops", "--max_len=" + "(" * 9999], "max_len must be an in"),

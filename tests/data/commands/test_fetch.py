@@ -178,7 +178,7 @@ def test_a_damaged_file_is_not_used(run, tmp_path, client):
   ("args", "message"),
   [
     (["imdb"], "got 'imdb'. Did you mean 'imdb_half'?"),
-    (["listops"], "stand-in must be one of digits, fashion, "),
+    (["listops"], "stand-in must be one of 'digits', 'fashion', "),
     (["digits", "--data_dir=x"], "has no option 'data_dir'"),
     (["imdb_half", "--max_len=0"], "max_len must be an integer >= 1, got 0"),
     (["imdb_half", "--max_len"], "must be written --name=value"),

@@ -72,7 +72,7 @@ def test_values(text, value):
     (lambda: encode("( [MAX 2 3 ]"), r"must balance, got 1 '\(' and 0 '\)'"),
     (
       lambda: decode([1], "latex"),
-      "form must be one of plain, lra, x, got 'latex'",
+      "form must be one of 'plain', 'lra', 'x', got 'latex'",
     ),
     (lambda: decode([1, 0]), "from 1 to 15, got 0 at position 1"),
     (lambda: decode([16]), "from 1 to 15, got 16 at position 0"),

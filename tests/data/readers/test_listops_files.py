@@ -96,7 +96,7 @@ def test_missing_file(load, folder):
     (dict(num_train=5), "num_train must be left out where data_dir is given"),
     (dict(max_depth=3), "max_depth must be left out where data_dir is given"),
     (dict(min_len=3), "min_len must be left out .* what to draw, got 3"),
-    (dict(tokenizer="none"), "tokenizer must be one of full, no_close"),
+    (dict(tokenizer="none"), "tokenizer must be one of 'full', 'no_close'"),
   ],
 )
 def test_options_that_do_not_go_with_files(load, folder, options, message):

@@ -229,7 +229,10 @@ def test_seed_and_options_decide_the_content(load):
   [
     (dict(side=48), "side must be one of 32, 64, 128, got 48"),
     (dict(bars=7), "bars must be one of 6, 9, 14, got 7"),
-    (dict(seeding="all"), "seeding must be one of upstream, any, got 'all'"),
+    (
+      dict(seeding="all"),
+      "seeding must be one of 'upstream', 'any', ",
+    ),
     (dict(num_dev=0), "num_dev must be an integer >= 1, got 0"),
   ],
 )

@@ -132,7 +132,7 @@ def test_only_ids_are_recognised(tmp_path):
 
 def test_missing_file_and_options(load, folder):
   with pytest.raises(
-    ValueError, match="literal must be one of keep, decode, got 'raw'"
+    ValueError, match="literal must be one of 'keep', 'decode', got 'raw'"
   ):
     load(literal="raw")
   (folder / "new_aan_pairs.eval.tsv").unlink()

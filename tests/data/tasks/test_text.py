@@ -96,7 +96,7 @@ def test_the_split_does_not_depend_on_the_length(load):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (dict(val="test"), "val must be one of holdout, lra, got 'test'"),
+    (dict(val="test"), "val must be one of 'holdout', 'lra', got 'test'"),
     (dict(max_len=0), "max_len must be an integer >= 1, got 0"),
     (dict(literal="keep"), "has no option 'literal'"),
   ],
