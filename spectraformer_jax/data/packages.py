@@ -156,7 +156,7 @@ def package_files(
     locate(task, package, data_dir)  # raises before anything is built
   return TaskFiles(
     folder=pathlib.Path(package.file),
-    what=package.file,
+    layout=package.file,
     parts=parts,
     examples=lambda part: read(
       locate(task, package, data_dir, cache_dir), part

@@ -70,7 +70,7 @@ def test_fingerprint_tells_everything_but_baselines_apart():
     (dict(labels=[0, 0]), r"one entry more than labels, .* got 2 and 2\."),
     (dict(sequences=[], labels=[]), r"must not be empty, got 1 and 0\."),
     (dict(sequences_2=[[1], [1]]), r"offsets_2 must have one entry more"),
-    (dict(provenance="lra"), r"provenance 'lra'. Did you mean 'lra-files'\?"),
+    (dict(provenance="lra"), r"got 'lra'. Did you mean 'lra-files'"),
     (dict(vocab_size=0), r"vocab_size must be an integer >= 1, got 0\."),
     (dict(num_classes=True), r"num_classes must be an integer >= 1, got True"),
     (dict(length=2.0), r"length must be an integer >= 1, got 2\.0\."),

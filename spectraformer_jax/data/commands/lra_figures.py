@@ -40,7 +40,7 @@ _ERRORS = 4  # a deviation up to this many standard errors counts as agreement
 class Figure(NamedTuple):
   """Holds a comparison: subject, both values as text, whether they agree."""
 
-  what: str
+  subject: str
   found: str
   expected: str
   agrees: bool
@@ -73,9 +73,9 @@ def describe(figures: list[Figure]) -> Iterator[str]:
   wrong = sum(not figure.agrees for figure in figures)
   verdict = f"{wrong} figures differ" if wrong else "all figures agree"
   yield f"Long Range Arena: {verdict}"
-  for what, found, expected, agrees in figures:
+  for subject, found, expected, agrees in figures:
     mark = "agrees " if agrees else "DIFFERS"
-    yield f"  {mark} {what}: {found}, expected {expected}"
+    yield f"  {mark} {subject}: {found}, expected {expected}"
 
 
 def _sizes(task: str, splits: Mapping[str, Dataset]) -> Iterator[Figure]:
@@ -152,11 +152,11 @@ def _values(splits: Mapping[str, Dataset]) -> Figure:
       if value != label:
         truth = "no expression" if value is None else f"value {value}"
         wrong.append(f"{split} example {i} has label {label} and {truth}")
-  what = "values that are right"
+  subject = "values that are right"
   if sampled:
-    what += f" (looked at {', '.join(sampled)})"
+    subject += f" (looked at {', '.join(sampled)})"
   found = f"{count - len(wrong)}" + (f" ({wrong[0]})" if wrong else "")
-  return Figure(what, found, f"{count}", not wrong)
+  return Figure(subject, found, f"{count}", not wrong)
 
 
 def _value(tokens: np.ndarray) -> int | None:

@@ -42,7 +42,7 @@ def find_aan(root: pathlib.Path) -> reader.TaskFiles | None:
   find.check_present(folder, _paths(folder))
   return reader.TaskFiles(
     folder=folder,
-    what="AAN pairs",
+    layout="AAN pairs",
     parts=SIZES,
     examples=functools.partial(read_examples, folder),
     checksum=find.checksum(_paths(folder), folder),

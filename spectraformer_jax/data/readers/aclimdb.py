@@ -35,7 +35,7 @@ def find_aclimdb(root: pathlib.Path) -> TaskFiles | None:
   paths = {part: _list(folder, part) for part in PARTS}
   return TaskFiles(
     folder=folder,
-    what="aclImdb folder",
+    layout="aclImdb folder",
     parts={part: len(reviews) for part, reviews in paths.items()},
     examples=lambda part: _examples(paths[part]),
     checksum=_checksum(folder, paths),

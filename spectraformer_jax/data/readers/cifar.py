@@ -50,7 +50,7 @@ def find_cifar(root: pathlib.Path) -> reader.TaskFiles | None:
 def _find(
   root: pathlib.Path,
   suffix: str,
-  what: str,
+  layout: str,
   read: Callable[[pathlib.Path], Iterator[reader.Example]],
 ) -> reader.TaskFiles | None:
   """Finds the folder of the batches in one form."""
@@ -63,7 +63,7 @@ def _find(
   find.check_present(folder, everything)
   return reader.TaskFiles(
     folder=folder,
-    what=what,
+    layout=layout,
     parts=SIZES,
     examples=lambda part: itertools.chain.from_iterable(map(read, paths[part])),
     checksum=find.checksum(everything, folder),

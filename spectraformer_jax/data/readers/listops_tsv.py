@@ -37,7 +37,7 @@ def find_listops(root: pathlib.Path) -> reader.TaskFiles | None:
   find.check_present(folder, paths.values())
   return reader.TaskFiles(
     folder=folder,
-    what="ListOps TSV",
+    layout="ListOps TSV",
     parts=SIZES,
     examples=lambda split: read_examples(paths[split]),
     checksum=find.checksum(paths.values(), folder),

@@ -82,7 +82,7 @@ def _find(root: pathlib.Path, task: str) -> reader.TaskFiles | None:
       raise ValueError(f"{folder} must hold {name}, which is missing{hint}.")
   return reader.TaskFiles(
     folder=folder,
-    what=f"pickles {stem}",
+    layout=f"pickles {stem}",
     parts=dict(zip(SPLITS, form.counts, strict=True)),
     examples=lambda split: read_examples(
       folder / f"{stem}.{split}.pickle", task

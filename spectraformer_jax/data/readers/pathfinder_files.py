@@ -60,7 +60,7 @@ def _find(root: pathlib.Path, side: int) -> reader.TaskFiles | None:
   pictures = [folder / image for image in images if (folder / image).is_file()]
   return reader.TaskFiles(
     folder=folder,
-    what=f"Pathfinder files {side} x {side}",
+    layout=f"Pathfinder files {side} x {side}",
     parts=SIZES,
     examples=lambda part: _examples(folder, lists, side),
     checksum=find.checksum([*lists, *pictures], folder),

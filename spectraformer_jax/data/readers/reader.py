@@ -61,7 +61,7 @@ class TaskFiles:
 
   Attributes:
     folder: the folder of the files.
-    what: name of the layout of the files.
+    layout: name of the layout of the files.
     parts: the parts of the files (``"train"``, ``"dev"``, ``"test"`` or
       ``"all"``), with the expected number of examples of each.
     examples: yields the examples of a part, in an order that depends on the
@@ -74,7 +74,7 @@ class TaskFiles:
   """
 
   folder: pathlib.Path
-  what: str
+  layout: str
   parts: Mapping[str, int]
   examples: Callable[[str], Iterator[Example]]
   checksum: str
@@ -134,12 +134,12 @@ def find_data(
       f"down; {origin}{without}. Searched {root}: {describe(root)}"
     )
   if len(found) > 1:
-    both = " and ".join(f"{hit.what} in {hit.folder}" for hit in found)
+    both = " and ".join(f"{hit.layout} in {hit.folder}" for hit in found)
     raise ValueError(
       f"data_dir={str(data_dir)!r} must hold one form of {task!r}, found "
       f"{both}; point it at one of them."
     )
-  LOGGER.info("%s: %s in %s", task, found[0].what, found[0].folder)
+  LOGGER.info("%s: %s in %s", task, found[0].layout, found[0].folder)
   return found[0]
 
 
@@ -177,16 +177,16 @@ def make_source(
     for split, writer in writers.items():
       if not writer.num_examples:
         raise ValueError(
-          f"{found.folder}: none of its {done} examples ({found.what}, {part}) "
-          f"falls into the split {split!r}, which would be a split of no "
-          "examples."
+          f"{found.folder}: none of its {done} examples ({found.layout}, "
+          f"{part}) falls into the split {split!r}, which would be a split of "
+          "no examples."
         )
 
   return Source(
     name=name + found.mark,
     provenance=found.provenance,
     settings={
-      "reader": found.what,
+      "reader": found.layout,
       "checksum": found.checksum,
       "plan": plan,
       **({"seed": seed} if divided else {}),

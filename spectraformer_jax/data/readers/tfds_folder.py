@@ -120,7 +120,7 @@ def _find(root: pathlib.Path, form: _Form) -> reader.TaskFiles | None:
   _check_features(ready)
   return reader.TaskFiles(
     folder=ready,
-    what=f"TFDS {form.name} {version}".strip(),
+    layout=f"TFDS {form.name} {version}".strip(),
     parts={part: size for part, (_, size) in form.parts.items()},
     examples=lambda part: _examples(ready, part, form),
     checksum=find.checksum(files, ready),

@@ -89,7 +89,7 @@ def find_idx(root: pathlib.Path) -> reader.TaskFiles | None:
   find.check_present(folder, all_paths)
   return reader.TaskFiles(
     folder=folder,
-    what="idx files",
+    layout="idx files",
     parts=SIZES,
     examples=lambda part: _file_examples(paths[part], part),
     checksum=find.checksum(all_paths, folder),

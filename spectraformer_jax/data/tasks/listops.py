@@ -139,8 +139,8 @@ def _from_files(
   found = reader.find_data("listops", data_dir)
   if found.tokenizer and tokenizer != "full":
     raise ValueError(
-      f"tokenizer={tokenizer!r} needs expressions as text, found {found.what}, "
-      "whose ids cannot be decoded; leave it out."
+      f"tokenizer={tokenizer!r} needs expressions as text, found "
+      f"{found.layout}, whose ids cannot be decoded; leave it out."
     )
   length = options["max_len"]
   fitting = lambda split: _fitting(found, split, tokenizer, length)

@@ -44,9 +44,9 @@ def retrieval(
     "retrieval", data_dir, instead=("mail_replies", "same_speech")
   )
   if literal == "decode":
-    if found.what != "AAN pairs":
+    if found.layout != "AAN pairs":
       raise ValueError(
-        f"literal='decode' needs AAN pairs as TSV, found {found.what}."
+        f"literal='decode' needs AAN pairs as TSV, found {found.layout}."
       )
     read = functools.partial(aan.read_examples, found.folder, literal=literal)
     found = dataclasses.replace(found, examples=read, mark="-decoded")
