@@ -166,7 +166,7 @@ def spectral_attention(
   if component.longest is not None and initial_state is not None:
     before = checks.static_position(initial_state.length)
     component.check_length(before + query.shape[1])
-  sqrt_scale, factor = checks.scale_parts(scale, query.shape[-1])
+  sqrt_scale, factor = checks.split_scale(scale, query.shape[-1])
   query, key = (
     checks.times_factor(x, factor) for x in (arrays.query, arrays.key)
   )

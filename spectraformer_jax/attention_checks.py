@@ -92,8 +92,8 @@ def check_statistics(
   if component.needs_stats:
     raise ValueError(
       f"{setting} with component {name!r} would compute statistics from the "
-      f"whole sequence and {effect}: build it with statistics='ema', "
-      "'learned' or 'constant', or pass stats."
+      f"whole sequence and {effect}: pass stats, or build it with statistics="
+      "'learned' or 'constant' (in sf.nn also 'ema')."
     )
   raise ValueError(
     f"{setting} with weight matrix {feature_map.weight_matrix.info.name!r} "

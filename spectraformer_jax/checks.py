@@ -197,24 +197,20 @@ def split_segment_ids(
   return query_ids, key_ids
 
 
-def split_scale(scale: float | None, head_dim: int) -> float:
-  """Returns sqrt(scale), the factor on each side; None means 1/sqrt(H)."""
-  if scale is None:
-    return float(head_dim) ** -0.25
-  if np.ndim(scale) or not scale > 0:
-    raise ValueError(f"scale must be positive, got {scale!r}.")
-  return math.sqrt(scale)
-
-
-def scale_parts(
+def split_scale(
   scale: float | Array | None, head_dim: int
 ) -> tuple[float, Array | None]:
   """Splits sqrt(scale) into a Python number and an array that multiplies it.
 
-  The array is None unless `scale` is an array, whose value may be traced.
+  The array is None unless `scale` is an array, whose value may be traced. A
+  scale of None means 1/sqrt(H).
   """
+  if scale is None:
+    return float(head_dim) ** -0.25, None
   if not isinstance(scale, jax.Array):
-    return split_scale(scale, head_dim), None
+    if np.ndim(scale) or not scale > 0:
+      raise ValueError(f"scale must be positive, got {scale!r}.")
+    return math.sqrt(scale), None
   if scale.shape:
     raise ValueError(
       f"scale must be one number, got scale.shape={scale.shape}: multiply "
@@ -224,7 +220,7 @@ def scale_parts(
 
 
 def times_factor(x: Array, factor: Array | None) -> Array:
-  """Multiplies x by the second part of `scale_parts`, if it is an array.
+  """Multiplies x by the array of `split_scale`, if there is one.
 
   Entries that are not finite stay as they are, so that the gradient of the
   scale is not NaN.

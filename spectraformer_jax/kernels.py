@@ -48,9 +48,9 @@ def scaled_inputs(
   """
   query, key, value = arrays[:3]
   compute = checks.compute_dtype(query)
-  constant, factor = checks.scale_parts(scale, query.shape[-1])
+  sqrt_scale, factor = checks.split_scale(scale, query.shape[-1])
   x, y = (
-    checks.times_factor(array.astype(compute), factor) * constant
+    checks.times_factor(array.astype(compute), factor) * sqrt_scale
     for array in (query, key)
   )
   v = value.astype(compute)

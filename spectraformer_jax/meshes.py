@@ -113,12 +113,12 @@ def with_auto_axes(
   if not explicit or _explicit_mesh((arrays, shared)) is None:
     return function(_all_auto(mesh), arrays, shared)
   abstract = mesh.abstract_mesh
-  length = axis if axis in explicit else None
+  length_axis = axis if axis in explicit else None
 
   def place(x: Array) -> Array:
     batch, _, *rest = _spec(x)
     batch, *rest = (None if part == axis else part for part in (batch, *rest))
-    spec = P(batch, length, *rest)
+    spec = P(batch, length_axis, *rest)
     return jax.sharding.reshard(x, NamedSharding(abstract, spec))
 
   arrays = jax.tree.map(place, arrays)

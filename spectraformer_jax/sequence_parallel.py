@@ -108,7 +108,7 @@ def sequence_parallel_attention(
     )
   if checks.is_empty(query, key, value):
     return jnp.zeros((*query.shape[:3], value.shape[3]), value.dtype)
-  sqrt_scale, factor = checks.scale_parts(scale, query.shape[-1])
+  sqrt_scale, factor = checks.split_scale(scale, query.shape[-1])
   query, key = (checks.times_factor(x, factor) for x in (query, key))
   return _sequence_parallel(
     arrays._replace(query=query, key=key),

@@ -260,7 +260,7 @@ def test_causal_statistics_of_the_whole_sequence_are_refused():
   fm, variables = build("oprf")
   query, key, value = draw_inputs()
   kwargs = {"feature_map": fm, "variables": variables, "is_causal": True}
-  with pytest.raises(ValueError, match="'ema', 'learned' or 'constant'"):
+  with pytest.raises(ValueError, match="'learned' or 'constant'"):
     sf.spectral_attention(query, key, value, **kwargs)
   stats = fm.calibrate(variables, query, key)
   out = sf.spectral_attention(query, key, value, stats=stats, **kwargs)

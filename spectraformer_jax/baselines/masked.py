@@ -1,4 +1,4 @@
-"""Helpers of the baselines: masked inputs, ranks of real positions, an inverse.
+"""Helpers of the baselines: masked inputs, numbered positions, an inverse.
 
 No result depends on other examples of the batch or on padding.
 """
@@ -93,7 +93,7 @@ def on_shards(
   return out
 
 
-def ranks(mask: Array) -> tuple[Array, Array]:
+def number_positions(mask: Array) -> tuple[Array, Array]:
   """Numbers the real positions of each example.
 
   Args:
@@ -104,12 +104,13 @@ def ranks(mask: Array) -> tuple[Array, Array]:
     the number of real positions, at least 1, ``[B, 1]``.
 
   Example:
-    >>> rank, count = ranks(jnp.array([[False, True, True, False]]))
-    >>> rank[0, 1:3].tolist(), count.tolist()
+    >>> mask = jnp.array([[False, True, True, False]])
+    >>> number, count = number_positions(mask)
+    >>> number[0, 1:3].tolist(), count.tolist()
     ([0, 1], [[2]])
   """
-  rank = jnp.cumsum(mask, axis=1) - 1
-  return rank, jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+  number = jnp.cumsum(mask, axis=1) - 1
+  return number, jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
 
 
 def iterative_inverse(matrix: Array, iterations: int) -> Array:

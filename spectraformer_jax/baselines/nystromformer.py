@@ -10,8 +10,8 @@ from spectraformer_jax.baselines.masked import (
   MaskedInputs,
   iterative_inverse,
   masked_inputs,
+  number_positions,
   on_shards,
-  ranks,
 )
 from spectraformer_jax.kernels import masked_softmax
 from spectraformer_jax.typing import Array
@@ -78,9 +78,9 @@ def _attend(
 ) -> Array:
   """Computes `nystromformer_attention` of prepared inputs."""
   x, y, v, mask = inputs
-  rank, count = ranks(mask)
+  number, count = number_positions(mask)
   # Row m of `member` averages over segment m; masked positions have none (-1).
-  segment = jnp.where(mask, rank * num_landmarks // count, -1)
+  segment = jnp.where(mask, number * num_landmarks // count, -1)
   member = jax.nn.one_hot(segment, num_landmarks, axis=1, dtype=x.dtype)
   sizes = jnp.sum(member, axis=2)
   member /= jnp.maximum(sizes, 1.0)[:, :, None]

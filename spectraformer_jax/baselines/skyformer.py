@@ -9,8 +9,8 @@ from spectraformer_jax.baselines.masked import (
   MaskedInputs,
   iterative_inverse,
   masked_inputs,
+  number_positions,
   on_shards,
-  ranks,
 )
 from spectraformer_jax.typing import Array
 
@@ -97,13 +97,13 @@ def _attend(
   """Computes `skyformer_attention` of prepared inputs."""
   x, y, v, mask = inputs
   half = num_landmarks // 2
-  _, count = ranks(mask)
+  _, count = number_positions(mask)
   slot = jnp.arange(half)[None]
   # With fewer than m / 2 positions, each of them is taken once.
-  rank = slot * jnp.maximum(count, half) // half
-  in_order = jnp.argsort(~mask, axis=1, stable=True)
+  number = slot * jnp.maximum(count, half) // half
+  real_first = jnp.argsort(~mask, axis=1, stable=True)
   index = jnp.take_along_axis(
-    in_order, jnp.minimum(rank, mask.shape[1] - 1), axis=1
+    real_first, jnp.minimum(number, mask.shape[1] - 1), axis=1
   )
   # Unlike `count`, the sum is 0 for an example without keys.
   used = slot < jnp.sum(mask, axis=1, keepdims=True)

@@ -235,7 +235,7 @@ class ReLU(base.Component):
     if self.rows == "none":
       phi, psi = (jax.nn.relu(z) + self.epsilon for z in (x, y))
       return jnp.sum(phi * psi, axis=-1)
-    means = (_norm(x) + _norm(y)) / math.sqrt(2.0 * math.pi)
+    means = (base.norm(x) + base.norm(y))[..., 0] / math.sqrt(2.0 * math.pi)
     mean = jnp.exp(log_arc_cosine(x, y, 1))
     return mean + self.epsilon * means + self.epsilon**2
 
@@ -246,7 +246,8 @@ class ReLU(base.Component):
     if self.rows == "none":
       return 2.0 * jnp.log(self.kernel_value(x, y, state))
     # E[(a + e)^2 (b + e)^2] with a = relu(w.x), b = relu(w.y), by powers of e.
-    a, b, root = _norm(x), _norm(y), math.sqrt(2.0 * math.pi)
+    a, b = base.norm(x)[..., 0], base.norm(y)[..., 0]
+    root = math.sqrt(2.0 * math.pi)
     # (1 + cos t)^2, written without cancellation near opposite vectors.
     opening = jnp.square(2.0 * jnp.square(jnp.sin(0.5 * base.angle(x, -y))))
     powers = (
@@ -263,8 +264,3 @@ def check_epsilon(epsilon: float) -> None:
   """Raises ValueError for a negative `epsilon`."""
   if not epsilon >= 0:
     raise ValueError(f"epsilon must not be negative, got {epsilon!r}.")
-
-
-def _norm(x: Array) -> Array:
-  """Returns |x|, ``[..., H] -> [...]``."""
-  return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))

@@ -36,7 +36,9 @@ class ComponentInfo:
       exponential", "discrete", "hybrid" or "own kernel".
     estimates: the kernel it estimates, in words or a formula.
     formula: the feature of one row.
-    positive: features are never negative, so normalizers never are.
+    positive: features are never negative. The normalizer of attention with
+      signed features can be near zero or negative; attention keeps it away from
+      zero, which biases the output there and doubles the cost of the sums.
     features: feature dim as text: "M", "2M", ...
     variance: relative variance of one row, or "" where not known.
     cost: operations per token, without the product W x.
@@ -262,16 +264,16 @@ class KernelComponent(Component):
     """Returns `log_second_moment` at kernel="softmax"."""
     return super().log_second_moment(x, y, state)
 
-  def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
-    """Returns the `moments` of one query and one key, both means ``[H]``."""
-    return self.moments(query_mean[None], key_mean[None], None, None)
+  def moments_at(self, query: Array, key: Array) -> PyTree:
+    """Returns the `moments` of one query and one key, ``[H]`` each."""
+    return self.moments(query[None], key[None], None, None)
 
-  def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
-    """Moves `moments` about each example's own means to one shared centre.
+  def recentre(self, moments: PyTree, scatter: PyTree) -> PyTree:
+    """Moves `moments` about each example's own centre to one shared centre.
 
     Args:
       moments: averages over examples, each about its own centre.
-      scatter: average of `scatter` of the examples' centres, minus `scatter` of
+      scatter: average of `moments_at` the examples' centres, minus `moments_at`
         the shared centre.
     """
     return jax.tree.map(jnp.add, moments, scatter)
@@ -311,14 +313,15 @@ def log_cosh(t: Array) -> Array:
   return t + jnp.log1p(jnp.exp(-2.0 * t)) - math.log(2.0)
 
 
+def norm(x: Array) -> Array:
+  """Returns |x|, ``[..., H] -> [..., 1]``; its gradient is zero at 0."""
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  is_zero = square == 0.0
+  return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+
+
 def angle(x: Array, y: Array) -> Array:
   """Returns the angle of x and y ``[..., H]``, accurate at 0 and pi, too."""
-
-  def norm(z: Array) -> Array:
-    square = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
-    is_zero = square == 0.0  # the root has no gradient there
-    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
-
   u, v = x * norm(y), y * norm(x)
   return 2.0 * jnp.arctan2(norm(u - v), norm(u + v))[..., 0]
 

@@ -168,7 +168,8 @@ class Centred(Component):
     """Returns the example's centre, and the base's moments of centred vectors.
 
     The base's moments are taken about the example's own centre, so that large
-    means cost no digits. With "scatter", `solve` moves them to a shared centre.
+    means cost no digits. With "scatter" (a name in stored statistics), `solve`
+    moves them to a shared centre.
     """
     centre = {
       "query_mean": masked_mean(query, query_mask),
@@ -181,24 +182,24 @@ class Centred(Component):
       query_mask,
       key_mask,
     )
-    return {"centre": centre, "base": base, "scatter": self._scatter(centre)}
+    return {"centre": centre, "base": base, "scatter": self._removed(centre)}
 
   @override
   def solve(self, moments: PyTree) -> PyTree:
     """Moves the base's moments to one centre, and solves for its parameters."""
     centre = moments["centre"]
     scatter = jax.tree.map(
-      covariance, moments["scatter"], self._scatter(centre)
+      covariance, moments["scatter"], self._removed(centre)
     )
-    base = self.base.add_scatter(moments["base"], scatter)
+    base = self.base.recentre(moments["base"], scatter)
     return {"centre": centre, "base": self.base.solve(base)}
 
-  def _scatter(self, centre: PyTree) -> PyTree:
-    """Returns what the centre of an example adds to its moments."""
+  def _removed(self, centre: PyTree) -> PyTree:
+    """Returns what centring an example removes from its moments."""
     means = centre["query_mean"], centre["key_mean"]
     left = (m - c for m, c in zip(means, self._centres(centre), strict=True))
     return jax.tree.map(
-      jnp.subtract, self.base.scatter(*means), self.base.scatter(*left)
+      jnp.subtract, self.base.moments_at(*means), self.base.moments_at(*left)
     )
 
   @override

@@ -9,7 +9,6 @@ from typing_extensions import override
 from spectraformer_jax.components import base
 from spectraformer_jax.components.optimal import (
   OptimalPositive,
-  constant_rho,
   logit,
   optimal_rho,
 )
@@ -80,11 +79,6 @@ class DenseExponential(OptimalPositive):
     else:
       rho = optimal_rho(spread, 1)
     return {"rho": rho, **maps}
-
-  @override
-  def constant(self, head_dim: int) -> Params:
-    """Leaves the maps out, since isotropic data need none."""
-    return {"rho": jnp.float32(constant_rho(head_dim))}
 
   @override
   def from_params(self, params: Params) -> Params:

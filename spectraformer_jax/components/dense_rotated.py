@@ -54,9 +54,8 @@ class DenseRotated(DenseExponential):
     """Returns the mean of x x^T where `mask`, ``[T, H]`` -> ``[H, H]``."""
     x = x if mask is None else jnp.where(mask[:, None], x, 0.0)
     total = jnp.einsum("th,tg->hg", x, x, precision="highest")
-    if mask is None:
-      return total / x.shape[0]
-    return total / jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
+    count = x.shape[0] if mask is None else jnp.maximum(jnp.sum(mask), 1)
+    return total / jnp.asarray(count, x.dtype)
 
   @override
   def best_maps(self, moments: PyTree) -> Params:

@@ -71,8 +71,9 @@ class Discrete(DataDependent):
     """Returns the bases of the powers, and log-factors: ``[..., H]`` each."""
     return x, jnp.zeros_like(x)
 
-  def typical_moments(self, head_dim: int) -> PyTree:
-    """Returns the moments of unscaled normal data of unit variance."""
+  @override
+  def constant(self, head_dim: int) -> Params:
+    """Solves for the moments of unscaled normal data of unit variance."""
     deviation = head_dim**-0.25
     size = deviation * math.sqrt(2.0 / math.pi)
     zeros = ("query_mean", "key_mean", "square_mean", "mean_square", "cross")
@@ -85,22 +86,13 @@ class Discrete(DataDependent):
       "size_product": size**2,
       "least": -3.0 * deviation,
     }
-    return {
-      name: jnp.full((head_dim,), value, jnp.float32)
-      for name, value in values.items()
-    }
+    full = lambda value: jnp.full((head_dim,), value, jnp.float32)
+    return self.solve(jax.tree.map(full, values))
 
   @override
-  def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
+  def moments_at(self, query: Array, key: Array) -> PyTree:
     """Returns squares only: means of |x| do not add up, means of x^2 do."""
-    return {
-      "query_square": jnp.square(query_mean),
-      "key_square": jnp.square(key_mean),
-    }
-
-  @override
-  def constant(self, head_dim: int) -> Params:
-    return self.solve(self.typical_moments(head_dim))
+    return {"query_square": jnp.square(query), "key_square": jnp.square(key)}
 
   @override
   def realise_rows(
@@ -204,12 +196,10 @@ class PoisRF(Discrete):
   \sum_l \mathrm{mean}_i x_{il}^2\, \mathrm{mean}_j y_{jl}^2)^{1/2}`, which is
   the rate of "batch" and "ema", within [0.01, 8].
 
-  Features are signed, so the normalizer of attention can be near zero or
-  negative; attention keeps it away from zero, which biases the output there and
-  doubles the cost of the sums. Gradients contain n_l / x_l: finite, but huge
-  where a coordinate is tiny (zero below 1e-30). Rows depend on the statistics:
-  the stored uniforms are inverted through the Poisson cdf, in 80 M H
-  comparisons per head.
+  Features are signed; `ComponentInfo.positive` says what attention does then.
+  Gradients contain n_l / x_l: finite, but huge where a coordinate is tiny (zero
+  below 1e-30). Rows depend on the statistics: the stored uniforms are inverted
+  through the Poisson cdf, in 80 M H comparisons per head.
 
   Args:
     kernel: "softmax" or "gaussian".
@@ -270,7 +260,7 @@ class PoisRF(Discrete):
     }
 
   @override
-  def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
+  def recentre(self, moments: PyTree, scatter: PyTree) -> PyTree:
     """Treats the centres as independent of the moments about them."""
     return add_to_products(moments, scatter, "square")
 
@@ -317,10 +307,9 @@ class GeomRF(Discrete):
   [0.001, 0.99]: exact for one pair, an approximation for several (the exact
   mean would cost T S H).
 
-  Features are signed, so the normalizer of attention can be near zero or
-  negative; attention keeps it away from zero, which biases the output there and
-  doubles the cost of the sums. Gradients contain n_l / x_l: finite, but huge
-  where a coordinate is tiny (zero below 1e-30).
+  Features are signed; `ComponentInfo.positive` says what attention does then.
+  Gradients contain n_l / x_l: finite, but huge where a coordinate is tiny (zero
+  below 1e-30).
 
   Args:
     kernel: "softmax" or "gaussian".
@@ -383,7 +372,7 @@ class GeomRF(Discrete):
     }
 
   @override
-  def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
+  def recentre(self, moments: PyTree, scatter: PyTree) -> PyTree:
     """Converts squares to sizes as for normal data: (E|x|)^2 = 2/pi E x^2."""
     grown = {}
     for side in ("query", "key"):

@@ -68,15 +68,14 @@ class ShiftedDiscrete(Discrete):
     }
 
   @override
-  def scatter(self, query_mean: Array, key_mean: Array) -> PyTree:
-    cross = query_mean * key_mean
-    return super().scatter(query_mean, key_mean) | {"cross": cross}
+  def moments_at(self, query: Array, key: Array) -> PyTree:
+    return super().moments_at(query, key) | {"cross": query * key}
 
   @override
-  def add_scatter(self, moments: PyTree, scatter: PyTree) -> PyTree:
+  def recentre(self, moments: PyTree, scatter: PyTree) -> PyTree:
     """Leaves "least" as it is: it belongs to the centred vectors."""
     cross = moments["cross"] + scatter["cross"]
-    return super().add_scatter(moments, scatter) | {"cross": cross}
+    return super().recentre(moments, scatter) | {"cross": cross}
 
   @override
   def query_features(
@@ -164,6 +163,7 @@ class PoisRFPlus(ShiftedDiscrete, PoisRF):
   ) -> PyTree:
     """Adds the products of means that a shift of the data needs."""
     moments = super().moments(query, key, query_mask, key_mask)
+    # The queries' factor comes first in the names.
     return moments | {
       "square_mean": moments["query_square"] * moments["key_mean"],
       "mean_square": moments["query_mean"] * moments["key_square"],

@@ -53,9 +53,7 @@ class HRF(base.KernelComponent):
   \lambda^4)/2 - \lambda^2` if gaussian. The last term is the gain of sharing W
   between the two estimates.
 
-  Features are signed, so the normalizer of attention can be near zero or
-  negative; attention keeps it away from zero, which biases the output there and
-  doubles the cost of the sums.
+  Features are signed; `ComponentInfo.positive` says what attention does then.
 
   Args:
     kernel: "softmax" or "gaussian".

@@ -85,9 +85,7 @@ class Maclaurin(base.Component):
   Poisson degrees of rate :math:`\sqrt v`: :math:`e^{2 \sqrt v}`, far below that
   of the classic :math:`p_n = 2^{-(n+1)}` at norms above 1.
 
-  Features are signed, so the normalizer of attention can be near zero or
-  negative; attention keeps it away from zero, which biases the output there and
-  doubles the cost of the sums.
+  Features are signed; `ComponentInfo.positive` says what attention does then.
 
   Args:
     coefficients: "exp", "inverse" or "log".

@@ -99,6 +99,11 @@ class OptimalPositive(DataDependent):
     }
 
   @override
+  def constant(self, head_dim: int) -> Params:
+    """Needs no maps, because isotropic data gain nothing from any."""
+    return {"rho": jnp.float32(constant_rho(head_dim))}
+
+  @override
   def log_features(
     self, x: Array, rows: WeightSample, side: Side, state: ComponentState
   ) -> LogFeatures:
@@ -206,10 +211,6 @@ class OPRF(OptimalPositive):
     # Rounding must not push a mean of squares below zero.
     pair_square = jnp.maximum(pair_square, 0.0)
     return {"rho": optimal_rho(pair_square, moments["query_mean"].shape[-1])}
-
-  @override
-  def constant(self, head_dim: int) -> Params:
-    return {"rho": jnp.float32(constant_rho(head_dim))}
 
   @override
   def init_params(self, head_dim: int) -> Params:

@@ -38,9 +38,8 @@ class RFA(base.Component):
   relative variance of one row is :math:`\cosh |u/\sigma - v/\sigma|^2 - 1`. A
   zero vector has direction 0, which is equally far from all others.
 
-  Features are signed, so the normalizer of attention can be near zero or
-  negative; attention keeps it away from zero, which biases the output there and
-  doubles the cost of the sums. The paper's gate is not part of a feature map.
+  Features are signed; `ComponentInfo.positive` says what attention does then.
+  The paper's gate is not part of a feature map.
 
   Args:
     sigma: initial width.

@@ -30,15 +30,13 @@ class TensorSketch(base.Component):
     (C_j x)_b = \sum_{l : h_j(l) = b} s_j(l) x_l, \qquad
     E\, \phi(x) \cdot \phi(y) = (x \cdot y)^p
 
-  with p independent hashes h of coordinates to B = num_features buckets, and
-  signs s. Unbiased; the variance falls like 1/B. The map is not of the form
+  with p independent hashes h of coordinates to M = num_features buckets, and
+  signs s. Unbiased; the variance falls like 1/M. The map is not of the form
   f(W x, x): the weight matrix only supplies one row of hashes for each h, so a
   matrix that spreads its rows has no effect. For odd p the kernel itself is
   negative where x.y is.
 
-  Features are signed, so the normalizer of attention can be near zero or
-  negative; attention keeps it away from zero, which biases the output there and
-  doubles the cost of the sums.
+  Features are signed; `ComponentInfo.positive` says what attention does then.
 
   Args:
     degree: p, at most 8.
@@ -95,7 +93,7 @@ class TensorSketch(base.Component):
   def realise_rows(
     self, rows: WeightSample, num_features: int, state: ComponentState
   ) -> WeightSample:
-    """Turns hashes into count sketches ``[p B, H]``."""
+    """Turns hashes into count sketches ``[p M, H]``."""
     # The lowest bit is the sign s, the other bits are the hash h.
     bits = rows.w.astype(jnp.int32)
     sign = (1 - 2 * (bits & 1)).astype(jnp.float32)

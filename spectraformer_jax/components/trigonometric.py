@@ -25,9 +25,8 @@ class TrigRF(base.KernelComponent):
     \qquad h(x) = |x|^2 / 2 \text{ (softmax)},\; 0 \text{ (gaussian)}
 
   One row has relative variance :math:`\cosh |x - y|^2 - 1` (softmax): exact at
-  x = y, exponential in :math:`|x - y|^2`. Features are signed, so the
-  normalizer of attention can be near zero or negative; attention keeps it away
-  from zero, which biases the output there.
+  x = y, exponential in :math:`|x - y|^2`. Features are signed;
+  `ComponentInfo.positive` says what attention does then.
 
   Args:
     kernel: "softmax" or "gaussian".

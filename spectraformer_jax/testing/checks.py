@@ -96,7 +96,7 @@ def check_component(component: Component, *, num_draws: int = 1000) -> None:
   _check_object(component, name)
   matrices = [
     matrix
-    for matrix in _default_matrices()
+    for matrix in (IID(), ORF(), WEIGHT_MATRICES.build("none"))
     if mismatch(component, matrix) is None
   ]
   require(bool(matrices), f"{name}: no weight matrix makes its row law.")
@@ -138,9 +138,13 @@ def check_weight_matrix(matrix: WeightMatrix, *, num_draws: int = 1000) -> None:
   _check_object(matrix, name)
   for law in matrix.info.row_laws:
     get_row_law(law)
+  # A positive map comes first: it depends on odd moments of W, so it shows
+  # errors in them that a trigonometric map hides.
+  trig_only = matrix.info.trig_only
+  first = TrigRF("gaussian") if trig_only else COMPONENTS.build("posrf")
   components = [
     component
-    for component in _default_components(matrix.info.trig_only)
+    for component in (first, *map(COMPONENTS.build, COMPONENTS.names()))
     if mismatch(component, matrix) is None
   ]
   require(bool(components), f"{name}: no component takes rows of its laws.")
@@ -306,21 +310,6 @@ def smallest_num_features(
     f"{component.info.name}-{matrix.info.name}: no num_features from "
     f"{at_least} to 256 is accepted at head_dim={head_dim}: {reason}"
   )
-
-
-def _default_matrices() -> tuple[WeightMatrix, ...]:
-  """Returns the matrices that components are checked with."""
-  return IID(), ORF(), WEIGHT_MATRICES.build("none")
-
-
-def _default_components(trig_only: bool) -> list[Component]:
-  """Returns the components that matrices are checked with, best first.
-
-  A positive map depends on odd moments of W, so it shows errors in them that a
-  trigonometric map hides.
-  """
-  first = TrigRF("gaussian") if trig_only else COMPONENTS.build("posrf")
-  return [first, *(COMPONENTS.build(name) for name in COMPONENTS.names())]
 
 
 def _smallest(component: Component, matrix: WeightMatrix) -> FeatureMap:

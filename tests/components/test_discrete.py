@@ -334,7 +334,7 @@ def test_errors():
   x = jnp.ones((1, 3, 1, 4))
   with pytest.raises(ValueError, match=r"pass stats=fm\.calibrate"):
     fm.apply(variables, x, side="key")
-  with pytest.raises(ValueError, match="'ema', 'learned' or 'constant'"):
+  with pytest.raises(ValueError, match="'learned' or 'constant'"):
     sf.spectral_attention(
       x, x, x, feature_map=fm, variables=variables, is_causal=True
     )

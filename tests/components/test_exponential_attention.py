@@ -210,7 +210,7 @@ def test_causal_sources_of_statistics(case):
   if component.needs_stats:
     fm = build_case(case)
     variables = fm.init(jax.random.key(7), head_dim=HEAD_DIM, num_heads=2)
-    with pytest.raises(ValueError, match="'ema', 'learned' or 'constant'"):
+    with pytest.raises(ValueError, match="'learned' or 'constant'"):
       sf.spectral_attention(
         query, query, value, feature_map=fm, variables=variables, is_causal=True
       )
