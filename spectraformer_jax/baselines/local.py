@@ -64,14 +64,14 @@ def local_attention(
   after = 0 if is_causal else before
 
   def blocks(array: Array) -> Array:
-    """Pads with zeros to G blocks: ``[B, T, ...] -> [B, G, W, ...]``."""
+    """Pads with zeros and cuts: ``[B, T, ...] -> [B, blocks, W, ...]``."""
     extra = num_blocks * block_size - length
     pad = ((0, 0), (0, extra)) + ((0, 0),) * (array.ndim - 2)
     shape = (array.shape[0], num_blocks, block_size, *array.shape[2:])
     return jnp.pad(array, pad).reshape(shape)
 
   def windows(array: Array) -> Array:
-    """Adds neighbours: ``[B, G, W, ...] -> [B, G, num_visible W, ...]``."""
+    """Adds neighbours: ``[B, blocks, W, ...] -> [B, blocks, visible, ...]``."""
     pad = ((0, 0), (before, after)) + ((0, 0),) * (array.ndim - 2)
     wide = jnp.pad(array, pad)
     shifted = range(before + 1 + after)

@@ -52,8 +52,12 @@ class DenseExponential(OptimalPositive):
 
   @override
   def pre_map(self, x: Array, side: Side, parameters: Params) -> Array:
-    name = f"{side}_map"
-    return apply_map(parameters[name], x) if name in parameters else x
+    linear = parameters.get(f"{side}_map")
+    if linear is None:
+      return x
+    if linear.ndim == 2:
+      return jnp.einsum("...h,gh->...g", x, linear, precision="highest")
+    return x * jnp.reshape(linear, (1,) * (x.ndim - 1) + (-1,))
 
   @override
   def init_params(self, head_dim: int) -> Params:
@@ -178,13 +182,6 @@ def balance(query_square: Array, key_square: Array) -> Array:
   tiny = 1e-6 * jnp.mean(query_square + key_square) + 1e-30
   ratio = (key_square + tiny) / (query_square + tiny)
   return jnp.clip(ratio**0.25, MIN_SCALE, MAX_SCALE)
-
-
-def apply_map(linear: Array, x: Array) -> Array:
-  """Applies a map ``[H]`` (diagonal) or ``[H, H]`` to x ``[..., H]``."""
-  if linear.ndim == 2:
-    return jnp.einsum("...h,gh->...g", x, linear, precision="highest")
-  return x * jnp.reshape(linear, (1,) * (x.ndim - 1) + (-1,))
 
 
 def _mean_product(left: Array, product: Array, right: Array) -> Array:
