@@ -194,13 +194,13 @@ def _sum_over_devices(state: State, axis: str, before: Array | None) -> State:
   kv, total, magnitude, exponent = jax.lax.all_gather(
     (state.kv, state.total, state.magnitude, state.exponent), axis
   )
-  counts = jnp.ones(exponent.shape[0], bool)
+  is_counted = jnp.ones(exponent.shape[0], bool)
   if before is not None:
-    counts = jnp.arange(exponent.shape[0]) < before
-  counts = counts[:, None, None, None]
-  exponent = jnp.where(counts, jax.lax.stop_gradient(exponent), LOWEST)
-  top = jnp.max(exponent, axis=0)
-  factor = jnp.where(counts, power_of_two(exponent - top[None]), 0.0)
+    is_counted = jnp.arange(exponent.shape[0]) < before
+  is_counted = is_counted[:, None, None, None]
+  exponent = jnp.where(is_counted, jax.lax.stop_gradient(exponent), LOWEST)
+  largest = jnp.max(exponent, axis=0)
+  factor = jnp.where(is_counted, power_of_two(exponent - largest[None]), 0.0)
   total, magnitude = jax.tree.map(
     lambda sums: jnp.sum(sums * factor, axis=0), (total, magnitude)
   )
@@ -208,5 +208,5 @@ def _sum_over_devices(state: State, axis: str, before: Array | None) -> State:
     kv=jnp.sum(kv * factor[..., None], axis=0),
     total=total,
     magnitude=magnitude,
-    exponent=top,
+    exponent=largest,
   )
