@@ -18,6 +18,15 @@ from spectraformer_jax.checks import AttentionArrays
 from spectraformer_jax.feature_maps.feature_map import FeatureMap, Prepared
 from spectraformer_jax.feature_maps.prepared import as_variables
 from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
+from spectraformer_jax.hybrid_attention.attend import attend as attend_hybrid
+from spectraformer_jax.hybrid_attention.exact_keys import (
+  ExactKeys,
+  Window,
+  check_exact_keys,
+  exact_keys_of,
+)
+from spectraformer_jax.hybrid_attention.layout import Setting
+from spectraformer_jax.hybrid_attention.state import HybridState, check_state
 from spectraformer_jax.linear_attention.api import AttendOptions, attend
 from spectraformer_jax.linear_attention.empty import attend_empty
 from spectraformer_jax.linear_attention.implementations import names_of
@@ -45,7 +54,10 @@ class SpectralOptions(TypedDict, total=False):
   key_mask: Mask
   query_mask: Mask
   segment_ids: SegmentIds | None
-  initial_state: State | None
+  initial_state: State | HybridState | None
+  window: Window
+  num_sinks: int
+  num_heavy: int
   chunk_size: int | None
   implementation: str | Sequence[str] | None
 
@@ -69,7 +81,7 @@ def spectral_attention(
   *,
   return_state: Literal[True],
   **options: Unpack[SpectralOptions],
-) -> tuple[Array, State]: ...
+) -> tuple[Array, State | HybridState]: ...
 
 
 def spectral_attention(
@@ -87,11 +99,17 @@ def spectral_attention(
   segment_ids: Int[Array, "B T"]
   | tuple[Int[Array, "B T"], Int[Array, "B S"]]
   | None = None,
-  initial_state: State | None = None,
+  initial_state: State | HybridState | None = None,
   return_state: bool = False,
+  window: Window = None,
+  num_sinks: int = 0,
+  num_heavy: int = 0,
   chunk_size: int | None = None,
   implementation: str | Sequence[str] | None = None,
-) -> Float[Array, "B T NG V"] | tuple[Float[Array, "B T NG V"], State]:
+) -> (
+  Float[Array, "B T NG V"]
+  | tuple[Float[Array, "B T NG V"], State | HybridState]
+):
   r"""Computes random-feature attention, in time and memory O(T).
 
   Estimates :func:`exact_attention` for the kernel of `feature_map`: queries
@@ -125,6 +143,16 @@ def spectral_attention(
       these.
     return_state: whether to return the state after all S keys as well, for
       `decode_step` and `attend_state`.
+    window: keys near a query that are exact: those at most `window` positions
+      before or after it, or ``(left, right)``. 0 is the query's own key alone,
+      None is no window. Keys outside of it are estimated, not hidden. With
+      is_causal no later key is seen. Positions are those of the row, hidden
+      ones included, and in packed rows those of the segment.
+    num_sinks: number of first visible keys (of each segment) that are exact for
+      all queries.
+    num_heavy: number of keys, for each example and key head, that are exact for
+      all queries: those likely to get most attention. It is for attention that
+      is neither causal nor packed.
     chunk_size: positions in one chunk; None: the backend's default.
     implementation: "xla", "reference", "pallas_tpu", "pallas_gpu", a sequence
       to try in order, or None for the best available.
@@ -137,8 +165,8 @@ def spectral_attention(
     ValueError: shapes that do not agree, arrays that are not float, a mask over
       query and key positions, stats of another map, stats that would depend on
       future keys, on other segments or (with a state) on the keys of a
-      single call, a state of another map or together with segments, or an
-      implementation that cannot run.
+      single call, a state of another map or together with segments, exact
+      keys that the call cannot have, or an implementation that cannot run.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -163,6 +191,13 @@ def spectral_attention(
     arrays, feature_map, variables, stats, is_causal, has_state
   )
   component = feature_map.component
+  exact = exact_keys_of(window, num_sinks, num_heavy, is_causal=is_causal)
+  if not exact.are_none:
+    check_exact_keys(
+      exact, component, arrays, is_causal=is_causal, has_state=has_state
+    )
+  elif isinstance(initial_state, HybridState):
+    check_state(initial_state, exact)
   if component.longest is not None and initial_state is not None:
     before = checks.static_position(initial_state.length)
     component.check_length(before + query.shape[1])
@@ -179,6 +214,9 @@ def spectral_attention(
         # The array part of the scale is in query and key already.
         scale=sqrt_scale**2,
         is_causal=is_causal,
+        window=window,
+        num_sinks=num_sinks,
+        num_heavy=num_heavy,
         chunk_size=chunk_size,
         implementation=implementation,
       ),
@@ -199,6 +237,7 @@ def spectral_attention(
     initial_state,
     feature_map=feature_map,
     sqrt_scale=sqrt_scale,
+    exact=exact,
     options=AttendOptions(
       is_causal=is_causal,
       return_state=return_state,
@@ -212,18 +251,19 @@ def spectral_attention(
 
 # Jitted, so that a call outside of jit is compiled, too, and only once.
 @functools.partial(
-  jax.jit, static_argnames=("feature_map", "sqrt_scale", "options")
+  jax.jit, static_argnames=("feature_map", "sqrt_scale", "exact", "options")
 )
 def _spectral_attention(
   arrays: AttentionArrays,
   variables: FeatureVariables,
   stats: PyTree,
-  initial_state: State | None,
+  initial_state: State | HybridState | None,
   *,
   feature_map: FeatureMap,
   sqrt_scale: float,
+  exact: ExactKeys,
   options: AttendOptions,
-) -> tuple[Array, State | None]:
+) -> tuple[Array, State | HybridState | None]:
   """Computes `spectral_attention` of checked arguments."""
   check_stats_of_map(feature_map, variables, stats, arrays.key)
 
@@ -232,22 +272,33 @@ def _spectral_attention(
     key: Array,
     value: Array,
     variables: FeatureVariables,
-    by_example_and_head: tuple[PyTree, State | None],
+    by_example_and_head: tuple[PyTree, State | HybridState | None],
     masks: tuple[Mask, Mask, SegmentIds | None],
-  ) -> tuple[Array, State | None]:
+  ) -> tuple[Array, State | HybridState | None]:
     stats, initial_state = by_example_and_head
     key_mask, query_mask, segment_ids = masks
     query = with_zeros(query, query_mask)
     stats = statistics_of_keys(
       feature_map, variables, stats, key, key_mask, sqrt_scale
     )
-    out, state = attend(
-      maps_of(feature_map, sqrt_scale),
+    rest = (
       options,
       feature_map.prepare(variables, stats),
       initial_state,
       AttentionArrays(query, key, value, *masks),
     )
+    if exact.are_none:
+      out, state = attend(maps_of(feature_map, sqrt_scale), *rest)
+    else:
+      setting = Setting(
+        exact,
+        is_causal=options.is_causal,
+        kernel=feature_map.component.kernel,
+        sqrt_scale=sqrt_scale,
+        num_rows=feature_map.num_rows,
+      )
+      maps = maps_of(feature_map, sqrt_scale, is_complete=True)
+      out, state = attend_hybrid(maps, setting, *rest)
     # A traced position has not been checked: outputs beyond `longest` are NaN.
     longest = feature_map.component.longest
     if longest is not None and initial_state is not None:
@@ -309,6 +360,7 @@ class _OneSide:
 
   feature_map: FeatureMap
   sqrt_scale: float
+  is_complete: bool
   side: Side
 
   def __call__(
@@ -321,13 +373,22 @@ class _OneSide:
       prepared = prepared._replace(state=state)
     x = x.astype(jnp.float32) * self.sqrt_scale
     return self.feature_map.prepared_features(
-      prepared, x, side=self.side, for_attention=True
+      prepared, x, side=self.side, for_attention=not self.is_complete
     )
 
 
-def maps_of(feature_map: FeatureMap, sqrt_scale: float) -> Maps:
-  """Returns both sides of a feature map, for linear attention."""
-  of_side = functools.partial(_OneSide, feature_map, sqrt_scale)
+def maps_of(
+  feature_map: FeatureMap, sqrt_scale: float, *, is_complete: bool = False
+) -> Maps:
+  """Returns both sides of a feature map, for linear attention.
+
+  Args:
+    feature_map: the map.
+    sqrt_scale: multiplies queries and keys.
+    is_complete: whether queries have all factors, also those that cancel among
+      features; beside exact weights they do not.
+  """
+  of_side = functools.partial(_OneSide, feature_map, sqrt_scale, is_complete)
   return Maps(of_side("query"), of_side("key"))
 
 

@@ -8,6 +8,13 @@ from spectraformer_jax import checks
 from spectraformer_jax.attention import maps_of, spectral_attention
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.prepared import as_variables
+from spectraformer_jax.hybrid_attention.exact_keys import (
+  ExactKeys,
+  Window,
+  check_component,
+  exact_keys_of,
+)
+from spectraformer_jax.hybrid_attention.state import HybridState, empty_state
 from spectraformer_jax.linear_attention.api import start
 from spectraformer_jax.linear_attention.state import State, with_rest
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
@@ -22,7 +29,9 @@ def init_state(
   head_dim: int,
   value_dim: int | None = None,
   stats: PyTree = None,
-) -> State:
+  window: Window = None,
+  num_sinks: int = 0,
+) -> State | HybridState:
   """Returns the state before the first token, for `decode_step`.
 
   Args:
@@ -33,10 +42,16 @@ def init_state(
     head_dim: H.
     value_dim: V; None means H.
     stats: data-dependent parameters, if the map needs them.
+    window: see `spectral_attention`; the state keeps as many keys.
+    num_sinks: see `spectral_attention`; the state keeps as many keys.
 
   Returns:
-    A `State` of float32 zeros; its size does not depend on the number of
-    tokens.
+    A `State` of float32 zeros, or with exact keys a `HybridState`; its size
+    does not depend on the number of tokens.
+
+  Raises:
+    ValueError: a size, window or number has another form, or the map has no
+      exact kernel to go with a window or sinks.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -55,6 +70,7 @@ def init_state(
   if value_dim is None:
     value_dim = head_dim
   variables = as_variables(variables)
+  exact = exact_keys_of(window, num_sinks, 0, is_causal=True)
   # Before the first token only shapes matter, so the scale may be 1.
   key = jax.ShapeDtypeStruct((batch_size, 1, num_heads, head_dim), jnp.float32)
   state = start(
@@ -65,11 +81,15 @@ def init_state(
     is_signed=not feature_map.info.positive,
   )
   # `decode_step` keeps the rounding errors of its sums in `State.rest`.
-  return with_rest(state)
+  state = with_rest(state)
+  if exact.are_none:
+    return state
+  check_component(feature_map.component)
+  return empty_state(state, exact, head_dim, (jnp.float32, jnp.float32))
 
 
 def decode_step(
-  state: State,
+  state: State | HybridState,
   query: Float[Array, "B 1 NG H"],
   key: Float[Array, "B 1 N H"],
   value: Float[Array, "B 1 N V"],
@@ -78,8 +98,10 @@ def decode_step(
   variables: FeatureVariables,
   stats: PyTree = None,
   scale: float | Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "B 1 NG V"], State]:
+) -> tuple[Float[Array, "B 1 NG V"], State | HybridState]:
   """Attends with one more token, in O(M V) however many came before.
+
+  A `HybridState` brings its window and sinks; their keys cost as many scores.
 
   Args:
     state: from `init_state`, `decode_step`, or ``spectral_attention(...,
@@ -109,6 +131,7 @@ def decode_step(
       f"{arrays.query.shape}; use spectral_attention(is_causal=True, "
       "initial_state=state, return_state=True) for more."
     )
+  exact = state.exact_keys if isinstance(state, HybridState) else ExactKeys()
   return spectral_attention(
     *arrays[:3],
     feature_map=feature_map,
@@ -118,6 +141,8 @@ def decode_step(
     is_causal=True,
     initial_state=state,
     return_state=True,
+    window=exact.window,
+    num_sinks=exact.num_sinks,
     chunk_size=1,
   )
 
@@ -138,7 +163,8 @@ def attend_state(
   decoder reads the sums.
 
   Args:
-    state: sums over keys and values.
+    state: sums over keys and values, a `State`: to a `HybridState` only
+      `decode_step` can attend.
     query: ``[B, T, N, H]``; N may be a multiple of the state's number of heads.
     feature_map: see `spectral_attention`.
     variables: the same as for the keys.
@@ -150,7 +176,7 @@ def attend_state(
     these queries and the keys of the state, with is_causal=False.
 
   Raises:
-    ValueError: shapes that do not agree, or missing stats.
+    ValueError: shapes that do not agree, missing stats, or a `HybridState`.
 
   Example:
     >>> import spectraformer_jax as sf
@@ -164,6 +190,11 @@ def attend_state(
   """
   # Attends to the state and to zero new keys.
   (query,) = checks.as_floats(query=query)
+  if isinstance(state, HybridState):
+    raise ValueError(
+      "attend_state takes a State, got a HybridState: window and num_sinks "
+      "carry over only with is_causal=True; use decode_step."
+    )
   batch, heads, _, value_dim = state.kv.shape
   shape = (batch, 0, heads, query.shape[-1] if query.ndim else 0)
   return spectral_attention(

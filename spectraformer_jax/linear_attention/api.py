@@ -262,7 +262,7 @@ def attend(
   heads, value_dim = value.shape[2:]
   state = start(maps, constants, key, value_dim, options.is_signed)
   if initial_state is not None:
-    _check_state(initial_state, state)
+    check_sums(initial_state, state)
     state = initial_state
   elif options.return_state:
     state = with_rest(state)
@@ -298,7 +298,7 @@ def start(
   )
 
 
-def _check_state(state: State, expected: State) -> None:
+def check_sums(state: State, expected: State) -> None:
   """Raises ValueError unless the state has the expected kind and sizes."""
   if not isinstance(state, State):
     raise ValueError(

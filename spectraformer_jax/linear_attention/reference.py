@@ -130,8 +130,8 @@ def _attend_features(
   for leaf in jax.tree.leaves(query):
     is_bad |= ~jnp.all(jnp.isfinite(leaf), axis=-1, keepdims=True)
   query = jax.tree.map(lambda leaf: jnp.where(is_bad, 0.0, leaf), query)
-  key_mask = jnp.any(is_visible, (1, 2, 3))
-  phi, psi, old = _scale(query, key, key_mask, state, segment_ids)
+  key_mask = jnp.any(is_visible, (2, 3))
+  phi, psi, old, _ = scale_features(query, key, key_mask, state, segment_ids)
 
   def weights(phi: Array, psi: Array) -> Array:
     products = jnp.einsum("bngtf,bnsf->bngts", phi, psi, precision="highest")
@@ -157,13 +157,13 @@ def _attend_features(
   return jnp.where(is_bad, jnp.nan, out)
 
 
-def _scale(
+def scale_features(
   query: Features,
   key: Features,
   key_mask: Array,
   state: State,
   segment_ids: tuple[Array, Array] | None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
   """Returns features of bounded size that give exactly the same attention.
 
   Each key feature is divided by its maximum over the visible keys of the same
@@ -177,18 +177,20 @@ def _scale(
   Args:
     query: features ``[B, N, G, T, F]``.
     key: features ``[B, N, S, F]``.
-    key_mask: ``[B, S]`` bool.
+    key_mask: bool, broadcastable to ``[B, N, S]``.
     state: sums over earlier keys, which have an exponent of their own.
     segment_ids: see `_attend_features`.
 
   Returns:
-    phi, psi (0 where hidden), and the factor ``[B, N, F]`` by which the sums of
-    the state are brought to the scale of psi.
+    phi, psi (0 where hidden), the factor ``[B, N, F]`` by which the sums of the
+    state are brought to the scale of psi, and the logarithm
+    ``[B, N, G, T, 1]`` of the factor that products of phi and psi lack.
   """
-  key_mask = key_mask[:, None, :, None]
+  key_mask = key_mask[..., None]
   if isinstance(query, PlainFeatures) and isinstance(key, PlainFeatures):
     one = jnp.ones_like(state.total[..., :1])
-    return query.factor, jnp.where(key_mask, key.factor, 0.0), one
+    psi = jnp.where(key_mask, key.factor, 0.0)
+    return query.factor, psi, one, jnp.zeros_like(query.factor[..., :1])
   if query.log_magnitude is None or key.log_magnitude is None:
     raise TypeError(
       "the maps of queries and keys must both return log_magnitude, or neither."
@@ -208,7 +210,8 @@ def _scale(
   psi = jnp.exp(key_log - of_keys)
   if query.factor is not None and key.factor is not None:
     phi, psi = query.factor * phi, key.factor * psi
-  return phi, psi, 2.0**-KEY_EXPONENT * jnp.exp(earlier - shift[:, :, 0])
+  old = 2.0**-KEY_EXPONENT * jnp.exp(earlier - shift[:, :, 0])
+  return phi, psi, old, top
 
 
 def _max_in_segments(

@@ -46,19 +46,19 @@ _QueryGradients = tuple[tuple[list[Array], Linear], Array]
 def accumulate(call: Call) -> State:
   """Returns the state after all keys; queries are not used."""
   inputs = call.inputs
-  cut = _cut(inputs.key, call.chunk_size)
+  cut = cut_of(inputs.key, call.chunk_size)
   engine = Engine(call.maps, FAST, cut.size)
   run = derivatives.with_backward(
-    functools.partial(_sum, cut, engine),
-    functools.partial(_sum_backward, cut, engine),
-    functools.partial(_sum, cut, engine._replace(products=EXACT)),
+    functools.partial(sum_keys, cut, engine),
+    functools.partial(sum_backward, cut, engine),
+    functools.partial(sum_keys, cut, engine._replace(products=EXACT)),
   )
   return split_sums(
     run(*alike(call.constants, join_sums(call.state), inputs.keys))
   )
 
 
-def _sum(
+def sum_keys(
   cut: blocks.Blocks,
   engine: Engine,
   constants: PyTree,
@@ -83,7 +83,7 @@ def _sum(
   return state._replace(length=start + length), state.exponent
 
 
-def _sum_backward(
+def sum_backward(
   cut: blocks.Blocks,
   engine: Engine,
   primals: tuple[PyTree, JoinedState, KeyArrays],
@@ -131,17 +131,19 @@ def read(call: Call, position: Array) -> Array:
     position: of the first query.
   """
   query, dtype = call.inputs.query, call.inputs.value.dtype
-  cut = _cut(query, call.chunk_size)
+  cut = cut_of(query, call.chunk_size)
   engine = Engine(call.maps, FAST, cut.size)
   run = derivatives.with_backward(
-    functools.partial(_read, cut, dtype, engine),
-    functools.partial(_read_backward, cut, engine),
-    functools.partial(_read, cut, dtype, engine._replace(products=EXACT)),
+    functools.partial(read_queries, cut, dtype, engine),
+    functools.partial(read_backward, cut, engine),
+    functools.partial(
+      read_queries, cut, dtype, engine._replace(products=EXACT)
+    ),
   )
   return run(*alike(call.constants, join_sums(call.state), query), position)
 
 
-def _read(
+def read_queries(
   cut: blocks.Blocks,
   dtype: jnp.dtype,
   engine: Engine,
@@ -162,14 +164,17 @@ def _read(
     )
     return cut.write(out, block_out, place), saved
 
-  out = blocks.empty_like(padded, state.sums.shape[-1] - 1, dtype)
+  depth = engine.result.depth(
+    state.sums.shape[-1] - 1, is_signed=state.magnitude is not None
+  )
+  out = blocks.empty_like(padded, depth, dtype)
   step = engine.products.checkpoint(step)
   out, saved = jax.lax.scan(step, out, cut.indices())
   out = out[:, : query.shape[1]].reshape(*query.shape[:-1], -1)
   return out, (out, saved)
 
 
-def _read_backward(
+def read_backward(
   cut: blocks.Blocks,
   engine: Engine,
   primals: tuple[PyTree, JoinedState, Array, Array],
@@ -212,7 +217,7 @@ def _read_backward(
   )
 
 
-def _cut(x: Array, chunk_size: int | None) -> blocks.Blocks:
+def cut_of(x: Array, chunk_size: int | None) -> blocks.Blocks:
   """Plans the blocks of queries or keys ``[B, S, N, ...]``."""
   batch, length, heads = x.shape[:3]
   plan = plan_blocks(

@@ -28,7 +28,7 @@ class Keys(NamedTuple):
   Attributes:
     key: ``[B, N, C, H]``.
     value: ``[B, N, C, V]``.
-    key_mask: ``[B, 1, C, 1]`` bool; None: all are visible.
+    key_mask: ``[B, N or 1, C, 1]`` bool; None: all are visible.
     position: of the first key.
   """
 
@@ -116,6 +116,8 @@ class Blocks(NamedTuple):
     num_blocks: number of blocks of a sequence; symbolic if the length is.
     is_per_head: whether a block has one head of one example; otherwise it has
       all heads of all examples.
+    is_reversed: whether blocks, and positions in a block, go from the last
+      position to the first.
   """
 
   batch: int
@@ -123,6 +125,7 @@ class Blocks(NamedTuple):
   size: int
   num_blocks: int
   is_per_head: bool = False
+  is_reversed: bool = False
 
   @property
   def length(self) -> int:
@@ -136,6 +139,8 @@ class Blocks(NamedTuple):
 
   def place(self, index: Array) -> Place:
     """Returns where block `index` starts; the position varies fastest."""
+    if self.is_reversed:
+      index = self.num_blocks - 1 - index
     if not self.is_per_head:
       return Place(0, 0, index * self.size)
     index, block = jnp.divmod(index, self.num_blocks)
@@ -143,14 +148,17 @@ class Blocks(NamedTuple):
     return Place(example, head, block * self.size)
 
   def take(self, x: Array, place: Place) -> Array:
-    """Reads a block of ``[B, S, N (G), .]`` or of ``[B, S]``."""
-    return jax.lax.dynamic_slice(x, *self._of_array(x, place))
+    """Reads a block of ``[B, S, N (G), .]``, ``[B, S, N]`` or ``[B, S]``."""
+    block = jax.lax.dynamic_slice(x, *self._of_array(x, place))
+    return jnp.flip(block, axis=1) if self.is_reversed else block
 
   def take_keys(self, keys: KeyArrays, place: Place, start: Array) -> Keys:
     """Reads the keys of a block; `start` is the position of the first key."""
     key, value, key_mask = keys
     if key_mask is not None:
-      key_mask = self.take(key_mask, place)[:, None, :, None]
+      mask = self.take(key_mask, place)
+      mask = mask[..., None] if mask.ndim == 2 else mask
+      key_mask = jnp.swapaxes(mask, 1, 2)[..., None]
     return Keys(
       jnp.swapaxes(self.take(key, place), 1, 2),
       jnp.swapaxes(self.take(value, place), 1, 2),
@@ -185,7 +193,29 @@ class Blocks(NamedTuple):
     """
     start, size = self._of_array(whole, place)
     block = jnp.moveaxis(block, -2, 1).astype(whole.dtype).reshape(size)
+    if self.is_reversed:
+      block = jnp.flip(block, axis=1)
     return jax.lax.dynamic_update_slice(whole, block, start)
+
+  def stacked(self, x: Array, chunk_size: int) -> Array:
+    """Arranges numbers of queries as a loop stacks those of its blocks.
+
+    Args:
+      x: ``[B, T, N G]``.
+      chunk_size: positions of a chunk, C; a block has L chunks.
+
+    Returns:
+      ``[blocks, B, N, L, G C]``; per head ``[blocks, 1, 1, L, G C]``.
+    """
+    x = pad(x, self.length)
+    if self.is_reversed:
+      x = jnp.flip(x, axis=1)
+    shape = self.num_blocks, self.size // chunk_size, chunk_size
+    x = x.reshape(self.batch, *shape, self.heads, -1)
+    order = (0, 4, 1, 2, 5, 3) if self.is_per_head else (1, 0, 4, 2, 5, 3)
+    x = jnp.transpose(x, order)
+    examples, heads = self._examples_and_heads()
+    return x.reshape(-1, examples, heads, shape[1], x.shape[4] * x.shape[5])
 
   def take_heads(self, tree: Tree, place: Place) -> Tree:
     """Reads what a tree holds for the examples and heads of a block.

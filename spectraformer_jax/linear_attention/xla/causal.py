@@ -71,19 +71,19 @@ def causal(call: Call) -> tuple[Array, State]:
     platform=current_platform(),
   )
   engine = Engine(call.maps, FAST, plan.chunk_size)
-  run = derivatives.with_backward(
-    functools.partial(_run, plan, engine),
-    functools.partial(_backward, plan, engine),
-    functools.partial(_run, plan, engine._replace(products=EXACT)),
+  attend = derivatives.with_backward(
+    functools.partial(run, plan, engine),
+    functools.partial(backward, plan, engine),
+    functools.partial(run, plan, engine._replace(products=EXACT)),
   )
   state = join_sums(call.state)
   if segment_ids is not None:
     state = state._replace(segment=segment_ids[0][:, 0])
-  out, state = run(*alike(call.constants, state, inputs))
+  out, state = attend(*alike(call.constants, state, inputs))
   return out, split_sums(state)
 
 
-def _run(
+def run(
   plan: CausalPlan,
   engine: Engine,
   constants: PyTree,
@@ -91,7 +91,7 @@ def _run(
   inputs: Inputs,
 ) -> tuple[tuple[Array, JoinedState], _Saved]:
   """Returns output and last state, and what the backward pass gets."""
-  cut = _cut(plan, inputs)
+  cut = cut_of(plan, engine, inputs)
   padded = blocks.pad_inputs(inputs, cut.length)
   start, length = state.length, inputs.query.shape[1]
 
@@ -111,8 +111,10 @@ def _run(
     )
     return after, (carry[0], saved)
 
-  value = inputs.value
-  out = blocks.empty_like(padded.query, value.shape[-1], value.dtype)
+  value, result = inputs.value, engine.result
+  depth = result.depth(value.shape[-1], is_signed=state.magnitude is not None)
+  dtype = value.dtype if result.is_mean else jnp.float32
+  out = blocks.empty_like(padded.query, depth, dtype)
   (state, out), saved = jax.lax.scan(
     stride, (state, out), jnp.arange(plan.num_strides)
   )
@@ -120,7 +122,7 @@ def _run(
   return (out, state._replace(length=start + length)), (out, saved)
 
 
-def _backward(
+def backward(
   plan: CausalPlan,
   engine: Engine,
   primals: tuple[PyTree, JoinedState, Inputs],
@@ -135,7 +137,7 @@ def _backward(
   """
   constants, initial, inputs = primals
   (out, of_strides), (d_out, d_last) = saved, gradients
-  cut = _cut(plan, inputs)
+  cut = cut_of(plan, engine, inputs)
   padded = blocks.pad_inputs(inputs, cut.length)
   out, d_out = (blocks.pad(blocks.flat(x), cut.length) for x in (out, d_out))
   indices = jnp.arange(plan.steps_per_stride)
@@ -197,7 +199,13 @@ def _backward(
   )
 
 
-def _cut(plan: CausalPlan, inputs: Inputs) -> blocks.Blocks:
+def cut_of(plan: CausalPlan, engine: Engine, inputs: Inputs) -> blocks.Blocks:
   """Returns the steps of a plan, as blocks."""
   batch, _, heads, _ = inputs.key.shape
-  return blocks.Blocks(batch, heads, plan.step_size, plan.num_steps)
+  return blocks.Blocks(
+    batch,
+    heads,
+    plan.step_size,
+    plan.num_steps,
+    is_reversed=engine.is_reversed,
+  )

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from spectraformer_jax.linear_attention import exponents, leaves
 from spectraformer_jax.linear_attention.inputs import Features, Maps
 from spectraformer_jax.linear_attention.layouts import in_columns
-from spectraformer_jax.linear_attention.normalize import divide, normalize
 from spectraformer_jax.linear_attention.state import (
   JoinedState,
   Linear,
@@ -25,6 +24,11 @@ from spectraformer_jax.linear_attention.state import (
 from spectraformer_jax.linear_attention.xla import features as scaled
 from spectraformer_jax.linear_attention.xla.blocks import Keys
 from spectraformer_jax.linear_attention.xla.products import Products
+from spectraformer_jax.linear_attention.xla.results import (
+  MEAN,
+  QuerySums,
+  Result,
+)
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -35,25 +39,19 @@ class Engine(NamedTuple):
     maps: the feature maps.
     products: see `Products`.
     chunk_size: positions of a chunk, C.
+    result: what the pass returns for each query.
+    is_strict: whether a causal query sees only the keys before its position,
+      not the one at it.
+    is_reversed: whether a causal pass goes from the last position to the first,
+      so that a query sees the keys after it.
   """
 
   maps: Maps
   products: Products
   chunk_size: int
-
-
-class QuerySums(NamedTuple):
-  """Sums over the keys that each query sees.
-
-  Attributes:
-    sums: sums of weights times values, and in the last column sums of weights,
-      ``[B, N, (L,) G C, V + 1]``.
-    magnitude: sums of absolute weights, ``[B, N, (L,) G C]``; None for positive
-      maps.
-  """
-
-  sums: Array
-  magnitude: Array | None
+  result: Result = MEAN
+  is_strict: bool = False
+  is_reversed: bool = False
 
 
 class Saved(NamedTuple):
@@ -134,7 +132,8 @@ def read(
   features = map_queries(engine, constants, query, position)
   query_exponent = scaled.query_exponents(features, state.exponent)
   sums, needs_weight = _read_sums(engine, features, query_exponent, state)
-  out, normalizer = mean(sums, needs_weight)
+  exponent = None if query_exponent is None else query_exponent[:, :, 0]
+  out, normalizer = engine.result.forward(sums, needs_weight, exponent)
   out = out.reshape(*query.shape[:-1], -1)
   return out, Saved(normalizer, query_exponent)
 
@@ -175,7 +174,10 @@ def read_vjp(
   sums, pull, needs_weight = jax.vjp(
     sums_of, floats, state.linear, query, has_aux=True
   )
-  return pull(mean_vjp(sums, needs_weight, out, saved.normalizer, d_out))
+  d_sums = engine.result.backward(
+    sums, needs_weight, out, saved.normalizer, d_out
+  )
+  return pull(d_sums)
 
 
 def _read_sums(
@@ -224,44 +226,6 @@ def map_queries(
   return jax.tree.map(
     lambda x: x.reshape(batch, heads, count, -1, x.shape[-1]), features
   )
-
-
-def mean(
-  sums: QuerySums, needs_weight: Array | None
-) -> tuple[Array, Array | None]:
-  """Returns outputs ``[..., C, V]`` and, for positive maps, their normalizers.
-
-  Both are NaN where `needs_weight` is True but the weights have underflowed.
-  """
-  numerator, normalizer = sums.sums[..., :-1], sums.sums[..., -1]
-  out = normalize(numerator, normalizer, sums.magnitude)
-  weight_sum = normalizer if sums.magnitude is None else sums.magnitude
-  if needs_weight is not None:
-    is_lost = needs_weight & (weight_sum < exponents.SMALLEST_NORMALIZER)
-    out = jnp.where(is_lost[..., None], jnp.nan, out)
-    normalizer = jnp.where(is_lost, jnp.nan, normalizer)
-  return out, normalizer if sums.magnitude is None else None
-
-
-def mean_vjp(
-  sums: QuerySums,
-  needs_weight: Array | None,
-  out: Array,
-  normalizer: Array | None,
-  d_out: Array,
-) -> QuerySums:
-  """Returns the gradient of the sums, given that of the outputs of `mean`.
-
-  For positive maps it reads only the results of `mean`, so that XLA does not
-  compute the sums again.
-  """
-  shape = (*sums.sums.shape[:-1], -1)
-  out, d_out = out.reshape(shape), d_out.reshape(shape)
-  if normalizer is None:
-    return jax.vjp(lambda sums: mean(sums, needs_weight)[0], sums)[1](d_out)[0]
-  d_numerator = divide(d_out, normalizer[..., None])
-  d_normalizer = -jnp.sum(d_numerator * out, axis=-1, keepdims=True)
-  return QuerySums(jnp.concatenate([d_numerator, d_normalizer], axis=-1), None)
 
 
 def needs_weight(

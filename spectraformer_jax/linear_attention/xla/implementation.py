@@ -19,7 +19,7 @@ def attend(call: Call) -> tuple[Array, State]:
   """
   state, inputs = call.state, call.inputs
   if inputs.segment_ids is not None:
-    return packed(call, inputs.segment_ids), state
+    return packed(call), state
   if not call.is_causal:
     state = bidirectional.accumulate(call)
     return bidirectional.read(call._replace(state=state), jnp.asarray(0)), state

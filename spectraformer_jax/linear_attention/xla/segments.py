@@ -5,6 +5,8 @@ the keys of a segment come before its queries. In that order a query sees
 exactly the keys before it that share its id, which is what `causal` computes.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from spectraformer_jax.linear_attention.inputs import Call, Inputs
@@ -12,19 +14,48 @@ from spectraformer_jax.linear_attention.xla.causal import causal
 from spectraformer_jax.typing import Array
 
 
-def packed(call: Call, segment_ids: tuple[Array, Array]) -> Array:
-  """Attends; each query sees the visible keys of its own segment.
+class SortedRows(NamedTuple):
+  """Packed rows, sorted by segment.
 
-  Args:
-    call: see `Call`; if causal, queries see no later keys.
-    segment_ids: of queries ``[B, T]`` and of keys ``[B, S]``.
+  Attributes:
+    inputs: the sorted arrays, of one length.
+    place: where each query of the call is now, ``[B, T]``.
+  """
+
+  inputs: Inputs
+  place: Array
+
+  def unsorted(self, out: Array) -> Array:
+    """Returns outputs ``[B, T, ...]`` in the order of the call's queries."""
+    return _take(out, self.place)
+
+
+def packed(call: Call) -> Array:
+  """Attends; each query sees the visible keys of its own segment.
 
   Returns:
     ``[B, T, N, G, V]`` of value's dtype.
   """
-  query, key, value, key_mask, _ = call.inputs
+  rows = sort_rows(call.inputs, is_causal=call.is_causal)
+  out, _ = causal(call._replace(inputs=rows.inputs))
+  return rows.unsorted(out)
+
+
+def sort_rows(
+  inputs: Inputs, *, is_causal: bool, keys_first: bool = True
+) -> SortedRows:
+  """Sorts positions by segment.
+
+  Args:
+    inputs: with segment ids.
+    is_causal: whether queries see no later keys.
+    keys_first: if not causal, whether the keys of a segment come before its
+      queries; else a query and a key of one position share a place.
+  """
+  query, key, value, key_mask, segment_ids = inputs
+  assert segment_ids is not None
   query_ids, key_ids = segment_ids
-  if call.is_causal and query_ids is key_ids:
+  if query_ids is key_ids and (is_causal or not keys_first):
     ids = query_ids
     order = jnp.argsort(ids, axis=1, stable=True)
     # The place of each query in the sorted row.
@@ -32,7 +63,7 @@ def packed(call: Call, segment_ids: tuple[Array, Array]) -> Array:
   else:
     ids = jnp.concatenate([key_ids, query_ids], axis=1)
     order = jnp.argsort(ids, axis=1, stable=True)
-    if call.is_causal:
+    if is_causal:
       # A key at the position of a query comes before it.
       position = [jnp.arange(x.shape[1]) for x in segment_ids[::-1]]
       position = jnp.broadcast_to(jnp.concatenate(position), ids.shape)
@@ -54,9 +85,7 @@ def packed(call: Call, segment_ids: tuple[Array, Array]) -> Array:
   # that varies over the axes of `jax.shard_map`.
   is_new_segment = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
   ids = jnp.cumsum(is_new_segment, axis=1).astype(jnp.float32)
-  inputs = Inputs(query, key, value, key_mask, (ids, ids))
-  out, _ = causal(call._replace(inputs=inputs))
-  return _take(out, place)
+  return SortedRows(Inputs(query, key, value, key_mask, (ids, ids)), place)
 
 
 def _widths(x: Array, before: int, after: int) -> list[tuple[int, int]]:

@@ -19,9 +19,9 @@ from spectraformer_jax.linear_attention.xla import features as scaled
 from spectraformer_jax.linear_attention.xla.blocks import CausalBlock
 from spectraformer_jax.linear_attention.xla.chunks import (
   Engine,
-  QuerySums,
   Saved,
 )
+from spectraformer_jax.linear_attention.xla.results import QuerySums
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -67,7 +67,7 @@ def attend(
   exponent = _exponents_of_queries(step.exponent, block)
   query_exponent = scaled.query_exponents(features, exponent)
   sums, needs_weight = _sums(engine, features, query_exponent, step, block)
-  out, normalizer = chunks.mean(sums, needs_weight)
+  out, normalizer = engine.result.forward(sums, needs_weight, query_exponent)
   groups = block.query.shape[2]
   out = out.reshape(*out.shape[:3], groups, engine.chunk_size, -1)
   out = jnp.swapaxes(out, 2, 3).reshape(*block.query.shape[:-1], -1)
@@ -121,7 +121,9 @@ def attend_vjp(
     sums_of, floats, state.linear, query, keys.key, keys.value, has_aux=True
   )
   out, d_out = (chunks.chunks_first(engine, x) for x in (out, d_out))
-  d_sums = chunks.mean_vjp(sums, needs_weight, out, saved.normalizer, d_out)
+  d_sums = engine.result.backward(
+    sums, needs_weight, out, saved.normalizer, d_out
+  )
   return pull((d_after, d_sums))
 
 
@@ -169,7 +171,8 @@ def _sums(
   phi = scaled.scale_queries(
     features, exponent, query_exponent, engine.products
   )
-  is_visible = jnp.tril(jnp.ones((engine.chunk_size, engine.chunk_size), bool))
+  size = engine.chunk_size
+  is_visible = jnp.tril(jnp.ones((size, size), bool), -int(engine.is_strict))
   is_visible = is_visible[None, None, None]
   if segment is not None:
     same = segment[:, :, None] == segment[:, None, :]
@@ -214,7 +217,7 @@ def _exponents_of_queries(exponent: Array, block: CausalBlock) -> Array:
 def _sees_new_keys(
   engine: Engine, block: CausalBlock, is_visible: Array
 ) -> Array:
-  """Whether each query sees keys of its step; bool ``[B, 1, L, G C]``.
+  """Whether each query sees keys of its step; bool ``[B, 1 or N, L, G C]``.
 
   Args:
     engine: see `Engine`.
@@ -230,6 +233,8 @@ def _sees_new_keys(
     return jnp.any(is_visible & mask[:, :, None, None], axis=-1)
   position = jnp.arange(mask.shape[-1])[None, None]
   first = jnp.argmax(mask, axis=-1, keepdims=True)
+  if engine.is_strict:
+    first += 1
   sees = jnp.any(mask, axis=-1, keepdims=True) & (position >= first)
   sees = sees.reshape(*sees.shape[:2], -1, engine.chunk_size)
   return jnp.tile(sees, (1, 1, 1, block.query.shape[2]))

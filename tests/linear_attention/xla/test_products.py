@@ -9,7 +9,7 @@ import pytest
 
 import spectraformer_jax as sf
 from spectraformer_jax.linear_attention.normalize import divide
-from spectraformer_jax.linear_attention.xla import chunks, products
+from spectraformer_jax.linear_attention.xla import products, results
 
 # phi, psi [B, N, C, F]; kv [B, N, F, V]; value [B, N, C, V].
 SHAPES = {"C": 5, "F": 7, "V": 3}
@@ -65,20 +65,20 @@ def test_values_and_gradients(name):
 def test_gradients_of_means(is_signed):
   sums, d_out = draw("C", "F", low=0.5), draw("C", "F")[..., :-1]
   magnitude = 1.5 * jnp.abs(sums[..., -1]) if is_signed else None
-  sums = chunks.QuerySums(sums, magnitude)
+  sums = results.QuerySums(sums, magnitude)
   # A query without keys, and one whose weights have underflowed.
   sums = jax.tree.map(
     lambda x: x.at[0, 1, 2].set(0.0).at[1, 0, 3].set(0.0), sums
   )
   needs_weight = jnp.ones((2, 3, 5), bool).at[0, 1, 2].set(False)
-  out, normalizer = chunks.mean(sums, needs_weight)
+  out, normalizer = results.mean(sums, needs_weight)
   assert not jnp.any(out[0, 1, 2])
   assert jnp.all(jnp.isnan(out[1, 0, 3]))
   d_out = d_out.at[1, 0, 3].set(0.0)
   out = jnp.nan_to_num(out)  # as `unless_unused` does where d_out is 0
   if normalizer is not None:
     normalizer = jnp.nan_to_num(normalizer, nan=1.0)
-  actual = chunks.mean_vjp(sums, needs_weight, out, normalizer, d_out)
+  actual = results.mean_vjp(sums, needs_weight, out, normalizer, d_out)
 
   def plain(sums):
     numerator, normalizer = sums.sums[..., :-1], sums.sums[..., -1:]

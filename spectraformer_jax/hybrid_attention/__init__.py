@@ -1,0 +1,1 @@
+"""Hybrid attention: exact weights for some keys, features for all others."""

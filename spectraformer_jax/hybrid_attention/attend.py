@@ -1,0 +1,117 @@
+"""Hybrid attention: exact weights for some keys, features for all others."""
+
+import jax.numpy as jnp
+
+from spectraformer_jax import checks
+from spectraformer_jax.checks import AttentionArrays
+from spectraformer_jax.hybrid_attention import reference, rows, xla
+from spectraformer_jax.hybrid_attention.layout import Row, Setting
+from spectraformer_jax.hybrid_attention.state import (
+  HybridState,
+  check_state,
+  empty_state,
+)
+from spectraformer_jax.linear_attention.api import (
+  AttendOptions,
+  check_sums,
+  start,
+)
+from spectraformer_jax.linear_attention.inputs import Inputs, Maps
+from spectraformer_jax.linear_attention.state import State, with_rest
+from spectraformer_jax.typing import Array, PyTree
+
+
+def attend(
+  maps: Maps,
+  setting: Setting,
+  options: AttendOptions,
+  constants: PyTree,
+  initial_state: HybridState | None,
+  arrays: AttentionArrays,
+) -> tuple[Array, HybridState | None]:
+  """Attends exactly to some keys, and by features to all others.
+
+  Args:
+    maps: complete feature maps of queries and keys: no factor of a query may be
+      missing, because it would not cancel against exact weights.
+    setting: see `Setting`.
+    options: see `AttendOptions`.
+    constants: variables of the maps; they take gradients.
+    initial_state: see `spectral_attention`.
+    arrays: see `AttentionArrays`.
+
+  Returns:
+    ``[B, T, N G, V]`` in value's dtype and, with `return_state`, the state
+    after all keys (else None).
+
+  Raises:
+    ValueError: arguments do not agree, or no implementation can run.
+  """
+  name = _implementation(options.implementation)
+  query, key, value, key_mask, query_mask, segment_ids = arrays
+  if options.chunk_size is not None:
+    checks.check_positive_int("chunk_size", options.chunk_size)
+  if segment_ids is not None:
+    segment_ids = checks.split_segment_ids(segment_ids, query, key)
+    if initial_state is not None or options.return_state:
+      raise ValueError(
+        "segment_ids cannot be combined with initial_state or return_state: "
+        "a state is the sum of one row."
+      )
+  if key_mask is not None:
+    # Hidden keys may hold NaN, and 0 times NaN is NaN.
+    is_visible = key_mask[:, :, None, None]
+    key, value = jnp.where(is_visible, key, 0), jnp.where(is_visible, value, 0)
+  batch, length, all_heads, head_dim = query.shape
+  heads, value_dim = value.shape[2:]
+  far = start(maps, constants, key, value_dim, options.is_signed)
+  state = initial_state
+  if state is None:
+    far = with_rest(far) if options.return_state else far
+    state = empty_state(far, setting.exact, head_dim, (key.dtype, value.dtype))
+  else:
+    check_state(state, setting.exact)
+    check_sums(state.far, far)
+  query = query.reshape(batch, length, heads, all_heads // heads, head_dim)
+  inputs = Inputs(query, key, value, key_mask, segment_ids)
+
+  def run(setting: Setting, row: Row) -> tuple[Array, State]:
+    if name == "reference":
+      return reference.attend(maps, setting, constants, state.far, row)
+    return xla.attend(
+      maps, setting, options.chunk_size, constants, state.far, row
+    )
+
+  if segment_ids is None:
+    row = rows.unpacked(setting, inputs, query_mask, state)
+    out, far = run(setting, row)
+    out = out[:, :length]
+    if options.return_state:
+      state = rows.state_after(setting, inputs, row, state, far)
+  else:
+    is_causal = setting.is_causal
+    if setting.exact.window is None:
+      setting = setting._replace(is_causal=True)
+    row, order = rows.packed(setting, inputs, is_causal=is_causal)
+    out = order.unsorted(run(setting, row)[0])
+  out = out.reshape(batch, length, all_heads, value_dim).astype(value.dtype)
+  return out, state if options.return_state else None
+
+
+def _implementation(names: tuple[str, ...]) -> str:
+  """Returns the first implementation that can run.
+
+  Raises:
+    ValueError: none can; the message says why.
+  """
+  for name in names:
+    if name in ("xla", "reference"):
+      return name
+  raise ValueError(
+    "; ".join(
+      f"implementation {name!r} cannot run: it knows neither window, num_sinks "
+      "nor num_heavy"
+      for name in names
+    )
+    + "."
+  )

@@ -1,0 +1,139 @@
+r"""Sums over disjoint sets of keys, and the quotient of their total.
+
+.. math::
+  o_i = \frac{\sum_{j \in X} K_{ij} v_j + \sum_{j \in R} \hat K_{ij} v_j}
+    {\sum_{j \in X} K_{ij} + \sum_{j \in R} \hat K_{ij}}
+
+with the exact keys X and all others, R. Each sum is kept relative to a power of
+two of its own, so parts of very different size add without overflow.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.linear_attention.exponents import (
+  LOWEST,
+  exponent_of,
+  power_of_two,
+)
+from spectraformer_jax.linear_attention.normalize import SIGNED_FLOOR, divide
+from spectraformer_jax.typing import Array
+
+# A signed far sum is dropped if it is at most this, over sqrt(M), times the sum
+# of its absolute weights, and an exact key is visible. Below it the sum is
+# mostly noise, and so is its numerator.
+NOISE = 0.8
+
+
+class Part(NamedTuple):
+  """Sums over some keys, times 2^-exponent.
+
+  Attributes:
+    sums: numerators, and in the last column the sum of weights,
+      ``[..., V + 1]``.
+    magnitude: sum of absolute weights, ``[..., 1]``; None if no weight is
+      negative.
+    exponent: a whole number without gradient, ``[..., 1]``.
+  """
+
+  sums: Array
+  magnitude: Array | None
+  exponent: Array
+
+
+class Quotient(NamedTuple):
+  """The result of `divide_parts`.
+
+  Attributes:
+    out: ``[..., V]``.
+    divisor: its divisor, times 2^-exponent, ``[..., 1]``.
+    exponent: ``[..., 1]``.
+    keeps_far: bool ``[..., 1]``: whether the far part is in it.
+    is_floored: bool ``[..., 1]``: whether the divisor was too small; it has no
+      gradient then.
+  """
+
+  out: Array
+  divisor: Array
+  exponent: Array
+  keeps_far: Array
+  is_floored: Array
+
+  def divisor_of(self, exponent: Array) -> Array:
+    """Returns the divisor relative to the exponent of another part."""
+    return self.divisor * power_of_two(self.exponent - exponent, 120.0)
+
+
+def far_part(columns: Array, value_dim: int) -> Part:
+  """Returns the part of a pass, from its columns; see `sums_and_exponent`."""
+  sums, rest = jnp.split(columns, [value_dim + 1], axis=-1)
+  is_signed = rest.shape[-1] == 2
+  exponent = jax.lax.stop_gradient(rest[..., -1:])
+  return Part(sums, rest[..., :1] if is_signed else None, exponent)
+
+
+def add(*parts: Part) -> Part:
+  """Returns the sum of parts whose weights are of one kind."""
+  parts = tuple(map(_normalized, parts))
+  exponent = parts[0].exponent
+  for part in parts[1:]:
+    exponent = jnp.maximum(exponent, part.exponent)
+  factors = [power_of_two(part.exponent - exponent) for part in parts]
+  total = lambda arrays: sum(
+    array * factor for array, factor in zip(arrays, factors, strict=True)
+  )
+  magnitude = None
+  if parts[0].magnitude is not None:
+    magnitude = total([part.magnitude for part in parts])
+  return Part(total([part.sums for part in parts]), magnitude, exponent)
+
+
+def divide_parts(exact: Part, far: Part, num_rows: int) -> Quotient:
+  """Returns the quotient of the exact and the far part together.
+
+  Args:
+    exact: positive weights.
+    far: estimated weights.
+    num_rows: M, which says how noisy a far part with negative weights is.
+  """
+  sees_exact = exact.sums[..., -1:] > 0.0
+  # NaN marks a far part whose weights have underflowed: beside exact keys it is
+  # nothing.
+  far_sum = far.sums[..., -1:]
+  keeps_far = ~(sees_exact & jnp.isnan(far_sum))
+  if far.magnitude is not None:
+    is_noise = far_sum <= NOISE / num_rows**0.5 * far.magnitude
+    keeps_far &= ~(sees_exact & is_noise)
+    exact = exact._replace(magnitude=exact.sums[..., -1:])
+  far = Part(
+    jnp.where(keeps_far, far.sums, 0.0),
+    None if far.magnitude is None else jnp.where(keeps_far, far.magnitude, 0.0),
+    far.exponent,
+  )
+  sums, magnitude, exponent = add(exact, far)
+  divisor, is_floored = sums[..., -1:], jnp.zeros_like(keeps_far)
+  if magnitude is not None:
+    floor = jax.lax.stop_gradient(SIGNED_FLOOR * magnitude)
+    is_floored = jnp.abs(divisor) < floor
+    sign = jnp.where(divisor < 0.0, -1.0, 1.0)
+    divisor = jnp.where(is_floored, sign * floor, divisor)
+  return Quotient(
+    divide(sums[..., :-1], divisor), divisor, exponent, keeps_far, is_floored
+  )
+
+
+def _normalized(part: Part) -> Part:
+  """Returns the part with a sum of (absolute) weights between 1 and 2."""
+  sums, magnitude, exponent = part
+  weight_sum = sums[..., -1:] if magnitude is None else magnitude
+  weight_sum = jax.lax.stop_gradient(weight_sum)
+  own = exponent_of(weight_sum)
+  factor = power_of_two(-own)
+  is_empty = weight_sum == 0.0
+  return Part(
+    jnp.where(is_empty, 0.0, sums * factor),
+    None if magnitude is None else magnitude * factor,
+    jnp.where(is_empty, LOWEST, exponent + own),
+  )

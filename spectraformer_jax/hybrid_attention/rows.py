@@ -1,0 +1,185 @@
+"""The row of one call: finds special keys, sorts packed rows, fills windows."""
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.hybrid_attention import selection
+from spectraformer_jax.hybrid_attention.layout import Row, Setting
+from spectraformer_jax.hybrid_attention.selection import HIDDEN, SpecialKeys
+from spectraformer_jax.hybrid_attention.state import HybridState
+from spectraformer_jax.linear_attention.inputs import Inputs
+from spectraformer_jax.linear_attention.state import State
+from spectraformer_jax.linear_attention.xla.segments import (
+  SortedRows,
+  sort_rows,
+)
+from spectraformer_jax.typing import Array, Mask
+
+
+def unpacked(
+  setting: Setting, inputs: Inputs, query_mask: Mask, state: HybridState
+) -> Row:
+  """Returns the row of a call without segments.
+
+  Args:
+    setting: see `Setting`.
+    inputs: hidden keys are zeros.
+    query_mask: ``[B, T]`` bool or None: queries that count for heavy keys.
+    state: of the keys before; empty if there are none.
+  """
+  exact, (query, key, value, key_mask, _) = setting.exact, inputs
+  visible = jnp.ones(key.shape[:2], bool) if key_mask is None else key_mask
+  length = key.shape[1]
+  rank = selection.rank_of_visible(visible, None, state.sink_count)
+  is_sink = visible & (rank < exact.num_sinks)
+  at = selection.sink_positions(is_sink, rank, exact.num_sinks)
+  special = _sinks(state, key, value, at)
+  keep = visible & ~is_sink
+  if exact.num_heavy:
+    scaled = lambda x: x.astype(jnp.float32) * setting.sqrt_scale
+    score = selection.heavy_score(
+      scaled(query), scaled(key), query_mask, keep, setting.kernel
+    )
+    at, is_heavy = selection.heavy_positions(score, keep, exact.num_heavy)
+    keep = keep[..., None] & ~is_heavy
+    special = _join(special, _heavy(key, value, at))
+  if setting.is_causal and query.shape[1] != length:
+    # Places without a query or without a key hold zeros and hidden keys.
+    length = max(query.shape[1], length)
+    query, key, value, keep = (
+      _pad(x, 0, length - x.shape[1]) for x in (query, key, value, keep)
+    )
+  if exact.window is None:
+    return Row(query, key, value, keep, special, None)
+  assert state.ring_key is not None
+  join = lambda before, x: jnp.concatenate(
+    [before.astype(x.dtype), _pad(x, 0, exact.right)], axis=1
+  )
+  in_row = lambda x: jnp.swapaxes(x, 1, 2)
+  seen = state.ring_visible[:, 0]
+  if keep.ndim == 3:
+    seen = jnp.broadcast_to(seen[..., None], (*seen.shape, keep.shape[2]))
+  return Row(
+    query,
+    join(in_row(state.ring_key), key),
+    join(in_row(state.ring_value), value),
+    join(seen, keep),
+    special,
+    None,
+  )
+
+
+def packed(
+  setting: Setting, inputs: Inputs, *, is_causal: bool
+) -> tuple[Row, SortedRows]:
+  """Returns the row of a call with segments, and the order of its places.
+
+  Args:
+    setting: of the sorted row. With a window, queries and keys of one position
+      share a place. Without one, the keys of a segment come before its queries,
+      so that the row is causal even where the call is not.
+    inputs: hidden keys are zeros.
+    is_causal: whether the call is causal.
+  """
+  exact = setting.exact
+  rows = sort_rows(inputs, is_causal=is_causal, keys_first=exact.window is None)
+  query, key, value, key_mask, ids = rows.inputs
+  segment = ids[0]
+  visible = jnp.ones(key.shape[:2], bool) if key_mask is None else key_mask
+  rank = selection.rank_of_visible(visible, segment)
+  is_sink = visible & (rank < exact.num_sinks)
+  at = selection.packed_sink_positions(is_sink, segment, exact.num_sinks)
+  length = key.shape[1]
+  is_seen = at < length
+  if setting.is_causal:
+    is_seen &= at <= jnp.arange(length)[None, :, None]
+  take = jax.vmap(lambda x, index: x[index])
+  # [B, T, P, N, H] -> [B, T, N, P, H]
+  of_query = lambda x: jnp.swapaxes(take(x, jnp.minimum(at, length - 1)), 2, 3)
+  position = jnp.where(is_seen, 0.0, HIDDEN)[:, :, None]
+  special = SpecialKeys(of_query(key), of_query(value), position)
+  around = exact.left, exact.right
+  row = Row(
+    query,
+    _pad(key, *around),
+    _pad(value, *around),
+    _pad(visible & ~is_sink, *around),
+    special,
+    _pad(segment, *around, mode="edge"),
+  )
+  return row, rows
+
+
+def state_after(
+  setting: Setting, inputs: Inputs, row: Row, before: HybridState, far: State
+) -> HybridState:
+  """Returns the state after a causal call without segments.
+
+  Args:
+    setting: see `Setting`.
+    inputs: of the call.
+    row: from `unpacked`.
+    before: the state before the call.
+    far: sums after the far keys.
+  """
+  exact, length = setting.exact, inputs.key.shape[1]
+  visible = inputs.key_mask
+  count = length if visible is None else jnp.sum(visible, axis=1, keepdims=True)
+  after = before._replace(
+    far=far._replace(length=before.length + length),
+    sink_key=row.special.key,
+    sink_value=row.special.value,
+    sink_count=jnp.minimum(before.sink_count + count, exact.num_sinks).astype(
+      jnp.int32
+    ),
+  )
+  if exact.window is None:
+    return after
+  last = lambda x: x[:, length : length + exact.left]
+  return after._replace(
+    ring_key=jnp.swapaxes(last(row.key), 1, 2),
+    ring_value=jnp.swapaxes(last(row.value), 1, 2),
+    ring_visible=last(row.key_mask)[:, None],
+  )
+
+
+def _sinks(
+  state: HybridState, key: Array, value: Array, at: Array
+) -> SpecialKeys:
+  """Returns the sinks of the state and the new ones."""
+  length = key.shape[1]
+  is_new = (at < length)[:, None, :, None]
+  # [B, P, N, H] -> [B, N, P, H]
+  take = jax.vmap(lambda x, index: x[index])
+  new = lambda x: jnp.swapaxes(take(x, jnp.minimum(at, length - 1)), 1, 2)
+  is_old = jnp.arange(at.shape[1])[None] < state.sink_count
+  position = jnp.where(is_old, -1.0, jnp.where(at < length, at, HIDDEN))
+  return SpecialKeys(
+    jnp.where(is_new, new(key), state.sink_key.astype(key.dtype)),
+    jnp.where(is_new, new(value), state.sink_value.astype(value.dtype)),
+    position.astype(jnp.float32)[:, None],
+  )
+
+
+def _heavy(key: Array, value: Array, at: Array) -> SpecialKeys:
+  """Returns the keys at positions ``[B, N, P]``."""
+  length = key.shape[1]
+  take = jax.vmap(jax.vmap(lambda x, index: x[index], (1, 0)))
+  inside = jnp.minimum(at, length - 1)
+  position = jnp.where(at < length, at, HIDDEN).astype(jnp.float32)
+  return SpecialKeys(take(key, inside), take(value, inside), position)
+
+
+def _join(sinks: SpecialKeys, heavy: SpecialKeys) -> SpecialKeys:
+  """Returns both kinds of special keys in one record."""
+  shape = (*heavy.position.shape[:2], sinks.position.shape[2])
+  sinks = sinks._replace(position=jnp.broadcast_to(sinks.position, shape))
+  return SpecialKeys(
+    *(jnp.concatenate(both, axis=2) for both in zip(sinks, heavy, strict=True))
+  )
+
+
+def _pad(x: Array, before: int, after: int, mode: str = "constant") -> Array:
+  """Pads axis 1."""
+  widths = [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths, mode=mode)

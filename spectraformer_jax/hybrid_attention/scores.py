@@ -1,0 +1,87 @@
+"""Exact weights: sums over the keys that a block of queries sees exactly."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.hybrid_attention.layout import Setting
+from spectraformer_jax.hybrid_attention.parts import Part
+from spectraformer_jax.linear_attention.exponents import (
+  LOWEST,
+  power_of_two,
+  split,
+  whole_exponent,
+)
+from spectraformer_jax.linear_attention.xla.chunks import with_ones
+from spectraformer_jax.linear_attention.xla.products import Products
+from spectraformer_jax.typing import Array
+
+
+class BlockKeys(NamedTuple):
+  """Keys that a block of queries sees exactly.
+
+  Attributes:
+    key: ``[B, N, W, H]``, unscaled; with an axis of queries ``[B, N, C, W, H]``
+      where each query has keys of its own.
+    value: ``[B, N, (C,) W, V]``.
+    is_visible: bool, broadcastable to ``[B, N, G, C, W]``.
+  """
+
+  key: Array
+  value: Array
+  is_visible: Array
+
+  @property
+  def names(self) -> str:
+    """The axes of `key` and `value` but the last, for `jax.numpy.einsum`."""
+    return "bncw" if self.key.ndim == 5 else "bnw"
+
+
+def log_kernel(setting: Setting, query: Array, keys: BlockKeys) -> Array:
+  """Returns log K ``[B, N, G, C, W]`` of unscaled queries and keys, float32."""
+  x, y = (
+    array.astype(jnp.float32) * setting.sqrt_scale
+    for array in (query, keys.key)
+  )
+  scores = jnp.einsum(f"bngch,{keys.names}h->bngcw", x, y, precision="highest")
+  if setting.kernel == "gaussian":
+    half_square = lambda array: 0.5 * jnp.sum(jnp.square(array), axis=-1)
+    of_keys = half_square(y)
+    if keys.key.ndim == 4:
+      of_keys = of_keys[:, :, None]
+    scores -= half_square(x)[..., None] + of_keys[:, :, None]
+  return scores
+
+
+def exact_part(
+  setting: Setting, products: Products, query: Array, *keys: BlockKeys
+) -> Part:
+  """Returns the sums over all visible keys of several sets.
+
+  Args:
+    setting: see `Setting`.
+    products: how exponentials are differentiated.
+    query: ``[B, N, G, C, H]``.
+    *keys: disjoint sets of keys.
+  """
+  scores = [log_kernel(setting, query, of_set) for of_set in keys]
+  fixed = jax.lax.stop_gradient(scores)
+  lowest = jnp.finfo(jnp.float32).min
+  top = jnp.full((*query.shape[:-1], 1), lowest)
+  for of_set, score in zip(keys, fixed, strict=True):
+    score = jnp.where(of_set.is_visible, score, lowest)
+    largest = jnp.max(score, axis=-1, keepdims=True, initial=lowest)
+    top = jnp.maximum(top, largest)
+  exponent = jnp.where(top > lowest, whole_exponent(top), LOWEST)
+  total = jnp.zeros(())
+  for of_set, score in zip(keys, scores, strict=True):
+    mantissa, own = split(score)
+    # Only hidden keys have larger scores than the largest visible one.
+    weights = mantissa * power_of_two(own - exponent, 1.0)
+    weights = products.exponential(score, weights)
+    weights = jnp.where(of_set.is_visible, weights, 0.0)
+    total += jnp.einsum(
+      f"bngcw,{of_set.names}v->bngcv", weights, with_ones(of_set.value)
+    )
+  return Part(total, None, exponent)

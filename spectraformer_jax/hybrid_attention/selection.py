@@ -1,0 +1,179 @@
+"""The choice of sinks and of heavy keys, and the arrays that hold them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.typing import Array, Mask
+
+
+class SpecialKeys(NamedTuple):
+  """Sinks and heavy keys, which are exact for queries at any distance.
+
+  Every query has the same ones, or in packed rows its own segment's; they then
+  have one more axis, ``[B, T, N, P, ...]``.
+
+  Attributes:
+    key: ``[B, N, P, H]``.
+    value: ``[B, N, P, V]``.
+    position: of each key, float32 ``[B, N or 1, P]``; -1 for keys from a state
+      and HIDDEN for a place without a key. In packed rows ``[B, T, 1, P]``: 0,
+      or HIDDEN for a key that the query does not see.
+  """
+
+  key: Array
+  value: Array
+  position: Array
+
+
+# Behind every position.
+HIDDEN = 2.0**30
+
+
+def rank_of_visible(
+  visible: Array, segment: Array | None, count_before: Array | int = 0
+) -> Array:
+  """Returns the number of earlier visible keys of the segment, ``[B, S]``.
+
+  Args:
+    visible: bool ``[B, S]``.
+    segment: ids ``[B, S]``, equal ones beside each other; None: one segment.
+    count_before: visible keys before the first position, ``[B, 1]`` or int.
+  """
+  before = jnp.cumsum(visible, axis=1) - visible + count_before
+  if segment is None:
+    return before
+  first = first_of_segment(segment)
+  return before - jnp.take_along_axis(before, first, axis=1)
+
+
+def first_of_segment(segment: Array) -> Array:
+  """Returns the first position of each position's segment, ``[B, S]``."""
+  place = jnp.arange(segment.shape[1])[None]
+  before = jnp.concatenate([segment[:, :1], segment[:, :-1]], axis=1)
+  is_first = (before != segment) | (place == 0)
+  starts = jnp.where(is_first, place, 0)
+  return jax.lax.cummax(starts, axis=1)
+
+
+def sink_positions(is_sink: Array, rank: Array, num_sinks: int) -> Array:
+  """Returns the position of the sink of each rank, ``[B, P]``.
+
+  Args:
+    is_sink: bool ``[B, S]``.
+    rank: from `rank_of_visible`, one segment.
+    num_sinks: P.
+
+  Returns:
+    int32; S where no new key has that rank.
+  """
+  length = is_sink.shape[1]
+  place = jnp.arange(length, dtype=jnp.int32)[None, :, None]
+  is_it = is_sink[..., None] & (rank[..., None] == jnp.arange(num_sinks))
+  return jnp.min(jnp.where(is_it, place, length), axis=1)
+
+
+def packed_sink_positions(
+  is_sink: Array, segment: Array, num_sinks: int
+) -> Array:
+  """Returns for each position the sinks of its segment, int32 ``[B, T, P]``.
+
+  Args:
+    is_sink: bool ``[B, T]``.
+    segment: ids ``[B, T]``, equal ones beside each other.
+    num_sinks: P.
+
+  Returns:
+    Positions in order; T where the segment has fewer sinks.
+  """
+  length = segment.shape[1]
+  count = jnp.cumsum(is_sink, axis=1)
+  first = first_of_segment(segment)
+  before = jnp.take_along_axis(count - is_sink, first, axis=1)
+  wanted = before[..., None] + 1 + jnp.arange(num_sinks)
+  find = jax.vmap(jnp.searchsorted)
+  position = find(count, wanted.reshape(len(count), -1)).reshape(wanted.shape)
+  inside = jnp.minimum(position, length - 1)
+  take = jax.vmap(lambda segment, index: segment[index])
+  same = take(segment, inside) == segment[..., None]
+  return jnp.where(same & (position < length), position, length)
+
+
+def heavy_positions(
+  score: Array, is_candidate: Array, num_heavy: int
+) -> tuple[Array, Array]:
+  """Returns the keys with the largest scores.
+
+  Args:
+    score: ``[B, N, S]``.
+    is_candidate: bool ``[B, S]``.
+    num_heavy: number of keys; fewer if S is smaller.
+
+  Returns:
+    Positions ``[B, N, P]``, of equal scores the lower first, S where there is
+    no candidate; and which keys they are, bool ``[B, S, N]``.
+  """
+  batch, heads, length = score.shape
+  score = jnp.where(is_candidate[:, None], score, -jnp.inf)
+  top, position = jax.lax.top_k(score, min(num_heavy, length))
+  position = jnp.where(top > -jnp.inf, position, length)
+  example = jnp.arange(batch)[:, None, None]
+  head = jnp.arange(heads)[None, :, None]
+  is_heavy = jnp.zeros((batch, length, heads), bool)
+  is_heavy = is_heavy.at[example, position, head].set(True, mode="drop")
+  return position, is_heavy
+
+
+def heavy_score(
+  x: Array, y: Array, query_mask: Mask, key_mask: Array, kernel: str
+) -> Array:
+  r"""Returns the logarithm of the attention that each key is likely to get.
+
+  For queries N(m, a) and keys N(c, b) with diagonal covariances, the expected
+  weight of key y, up to a factor that all keys share, is
+
+  .. math:: h = \sum_d \frac{m_d u_d + a_d u_d^2 / 2}{1 + a_d b_d},
+    \quad u = y - c
+
+  for the softmax kernel. The Gaussian one has c / (1 + b) and b / (1 + b) in
+  place of c and b, and the term :math:`-|y|^2 / 2`.
+
+  Args:
+    x: scaled queries ``[B, T, N, G, H]``, float32.
+    y: scaled keys ``[B, S, N, H]``, float32.
+    query_mask: ``[B, T]`` bool, or None: queries that count.
+    key_mask: ``[B, S]`` bool: keys that count.
+    kernel: "softmax" or "gaussian".
+
+  Returns:
+    ``[B, N, S]`` float32, without gradient.
+  """
+  x, y = jax.lax.stop_gradient((x, y))
+  batch, _, heads, _, depth = x.shape
+  if query_mask is None:
+    query_mask = jnp.ones(x.shape[:2], bool)
+  query_mask &= jnp.all(jnp.isfinite(x), axis=(2, 3, 4))
+  m, a = _mean_and_variance(x, query_mask[:, :, None, None, None], (1, 3))
+  c, b = _mean_and_variance(y, key_mask[:, :, None, None], (1,))
+  if kernel == "gaussian":
+    c, b = c / (1.0 + b), b / (1.0 + b)
+  as_keys = lambda moment: moment.reshape(batch, 1, heads, depth)
+  m, a, c, b = map(as_keys, (m, a, c, b))
+  u = y - c
+  terms = (m * u + 0.5 * a * jnp.square(u)) / (1.0 + a * b)
+  if kernel == "gaussian":
+    terms -= 0.5 * jnp.square(y)
+  return jnp.swapaxes(jnp.sum(terms, axis=-1), 1, 2)
+
+
+def _mean_and_variance(
+  x: Array, mask: Array, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
+  """Returns mean and variance of x over axes (kept), where `mask` is True."""
+  mask = jnp.broadcast_to(mask, x.shape)
+  x = jnp.where(mask, x, 0.0)
+  count = jnp.maximum(jnp.sum(mask, axis=axes, keepdims=True), 1)
+  mean = jnp.sum(x, axis=axes, keepdims=True) / count
+  square = jnp.where(mask, jnp.square(x - mean), 0.0)
+  return mean, jnp.sum(square, axis=axes, keepdims=True) / count

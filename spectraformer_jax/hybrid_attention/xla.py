@@ -1,0 +1,394 @@
+"""Hybrid attention in plain XLA, in time and memory O(T).
+
+The far parts come first (`far`). A loop over blocks of queries then computes
+the exact part of a block (`scores`), adds the parts and divides (`parts`). The
+backward pass computes weights and features again; it gets query, key, value,
+output, and one divisor per query and part.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spectraformer_jax.hybrid_attention.far import CausalPass, Pass, WholePass
+from spectraformer_jax.hybrid_attention.layout import Row, Setting
+from spectraformer_jax.hybrid_attention.parts import (
+  Quotient,
+  add,
+  divide_parts,
+  far_part,
+)
+from spectraformer_jax.hybrid_attention.scores import BlockKeys, exact_part
+from spectraformer_jax.hybrid_attention.selection import (
+  HIDDEN,
+  SpecialKeys,
+)
+from spectraformer_jax.linear_attention import derivatives, leaves
+from spectraformer_jax.linear_attention.inputs import Maps
+from spectraformer_jax.linear_attention.platforms import current_platform
+from spectraformer_jax.linear_attention.state import (
+  JoinedState,
+  State,
+  join_sums,
+  split_sums,
+)
+from spectraformer_jax.linear_attention.varying import alike
+from spectraformer_jax.linear_attention.xla import blocks
+from spectraformer_jax.linear_attention.xla.bidirectional import cut_of
+from spectraformer_jax.linear_attention.xla.chunks import Engine
+from spectraformer_jax.linear_attention.xla.plan import plan_causal
+from spectraformer_jax.linear_attention.xla.products import (
+  EXACT,
+  FAST,
+  Products,
+)
+from spectraformer_jax.linear_attention.xla.results import divisor_vjp
+from spectraformer_jax.typing import Array, PyTree
+
+# What the backward pass gets: outputs, divisors of the parts, and what the
+# passes save.
+_Saved = tuple[Array, list[Array], list[PyTree]]
+
+
+class _Plan(NamedTuple):
+  """The loops of one call; static.
+
+  Attributes:
+    setting: see `Setting`.
+    passes: over far keys; their sums add up.
+    cut: blocks of queries in the exact part.
+  """
+
+  setting: Setting
+  passes: tuple[Pass, ...]
+  cut: blocks.Blocks
+
+
+def attend(
+  maps: Maps,
+  setting: Setting,
+  chunk_size: int | None,
+  constants: PyTree,
+  state: State,
+  row: Row,
+) -> tuple[Array, State]:
+  """Attends; see the module.
+
+  Args:
+    maps: complete feature maps of queries and keys.
+    setting: see `Setting`.
+    chunk_size: positions in a chunk; None: the fastest sizes.
+    constants: variables of the maps.
+    state: sums over earlier far keys.
+    row: the arrays.
+
+  Returns:
+    ``[B, T, N, G, V]`` of value's dtype, and the sums after the far keys.
+  """
+  plan = _plan(setting, chunk_size, row)
+  engine = Engine(maps, FAST, plan.cut.size)
+  run = derivatives.with_backward(
+    functools.partial(_run, plan, engine),
+    functools.partial(_backward, plan, engine),
+    functools.partial(_run, plan, engine._replace(products=EXACT)),
+  )
+  out, after = run(*alike(constants, join_sums(state), row))
+  return out, split_sums(after)
+
+
+def _plan(setting: Setting, chunk_size: int | None, row: Row) -> _Plan:
+  """Plans the passes over far keys, and the blocks of the exact part."""
+  exact, (batch, length, heads, _, _) = setting.exact, row.query.shape
+  plan = plan_causal(
+    length,
+    batch * heads,
+    chunk_size,
+    is_packed=row.segment is not None,
+    platform=current_platform(),
+  )
+  num_blocks = plan.num_steps * plan.chunks_per_step
+  cut = blocks.Blocks(batch, heads, plan.chunk_size, num_blocks)
+  if not setting.is_causal and exact.window is None:
+    whole = WholePass(
+      cut_of(row.key, chunk_size), cut_of(row.query, chunk_size)
+    )
+    return _Plan(setting, (whole,), cut)
+  left, right = exact.left, exact.right
+  is_strict = exact.window is not None
+  passes = [CausalPass(plan, 0, left, is_strict, is_reversed=False)]
+  if not setting.is_causal:
+    passes.append(
+      CausalPass(plan, left + right, left, is_strict, is_reversed=True)
+    )
+  return _Plan(setting, tuple(passes), cut)
+
+
+def _run(
+  plan: _Plan,
+  engine: Engine,
+  constants: PyTree,
+  state: JoinedState,
+  row: Row,
+) -> tuple[tuple[Array, JoinedState], _Saved]:
+  """Returns output and sums after the far keys, and what is saved."""
+  far, saved, after = [], [], state
+  for index, one in enumerate(plan.passes):
+    sums, last, of_pass = one.forward(engine, constants, state, row)
+    far.append(sums)
+    saved.append(of_pass)
+    after = last if index == 0 else after
+  cut, value_dim = plan.cut, row.value.shape[-1]
+  query = blocks.pad(blocks.flat(row.query), cut.length)
+  far = [blocks.pad(blocks.flat(sums), cut.length) for sums in far]
+  padded = _padded(plan, row)
+
+  def step(
+    carry: tuple[Array, list[Array]], index: Array
+  ) -> tuple[tuple[Array, list[Array]], None]:
+    out, divisors = carry
+    place = cut.place(index)
+    exact = exact_part(
+      plan.setting,
+      engine.products,
+      cut.take_queries(query, place),
+      *_keys_of_block(plan, padded, place.position),
+    )
+    of_passes = [
+      far_part(cut.take_queries(sums, place), value_dim) for sums in far
+    ]
+    total = divide_parts(exact, add(*of_passes), plan.setting.num_rows)
+    exponents = [exact.exponent, *(of_pass.exponent for of_pass in of_passes)]
+    new = _divisors(total, exponents)
+    divisors = [
+      cut.write(whole, block, place)
+      for whole, block in zip(divisors, new, strict=True)
+    ]
+    return (cut.write(out, total.out, place), divisors), None
+
+  out = blocks.empty_like(query, value_dim, row.value.dtype)
+  one_each = blocks.empty_like(query, 1, jnp.dtype(jnp.float32))
+  # Divisors of the exact part and of the passes, and which are floored.
+  divisors = [one_each] * (len(far) + 2)
+  (out, divisors), _ = jax.lax.scan(
+    engine.products.checkpoint(step), (out, divisors), cut.indices()
+  )
+  length = row.query.shape[1]
+  out = out[:, :length].reshape(*row.query.shape[:-1], -1)
+  divisors = [x[:, :length, :, 0] for x in divisors]
+  return (out, after), (out, divisors, saved)
+
+
+def _divisors(total: Quotient, exponents: list[Array]) -> list[Array]:
+  """Returns the divisor in the units of each part, and what is floored.
+
+  A divisor of 0 means that the part has no gradient.
+  """
+  exact, *far = map(total.divisor_of, exponents)
+  far = [jnp.where(total.keeps_far, divisor, 0.0) for divisor in far]
+  return [exact, *far, total.is_floored.astype(jnp.float32)]
+
+
+def _backward(
+  plan: _Plan,
+  engine: Engine,
+  primals: tuple[PyTree, JoinedState, Row],
+  saved: _Saved,
+  gradients: tuple[Array, JoinedState],
+) -> tuple[PyTree, JoinedState, Row]:
+  """Computes the gradients of all inputs, part by part."""
+  constants, state, row = primals
+  (out, divisors, of_passes), (d_out, d_after) = saved, gradients
+  exact_divisor, *far_divisors, is_floored = divisors
+  # A floored divisor takes no gradient: outputs of 0 say so.
+  shape = (*out.shape[:-1], 1)
+  out = jnp.where(is_floored.reshape(shape) > 0.0, 0.0, out)
+  d_query, d_key, d_value, d_special = _exact_backward(
+    plan, engine.products, row, out, exact_divisor, d_out
+  )
+  floats = jax.tree.map(jnp.zeros_like, leaves.floats(constants))
+  d_linear = None
+  nothing = jax.tree.map(jnp.zeros_like, state.linear)
+  for index, (one, of_pass, divisor) in enumerate(
+    zip(plan.passes, of_passes, far_divisors, strict=True)
+  ):
+    d_last = d_after if index == 0 else state.with_linear(nothing)
+    found = one.backward(
+      engine,
+      constants,
+      state,
+      row,
+      of_pass,
+      out,
+      divisor,
+      d_out,
+      d_last,
+    )
+    floats = leaves.tree_add(floats, found.floats)
+    d_query, d_key, d_value = (
+      total + more
+      for total, more in zip((d_query, d_key, d_value), found[2:], strict=True)
+    )
+    d_linear = found.linear if index == 0 else d_linear
+  return (
+    leaves.only_floats(constants, floats),
+    leaves.no_gradient(state).with_linear(d_linear),
+    leaves.no_gradient(row)._replace(
+      query=d_query, key=d_key, value=d_value, special=d_special
+    ),
+  )
+
+
+def _exact_backward(
+  plan: _Plan,
+  products: Products,
+  row: Row,
+  out: Array,
+  divisor: Array,
+  d_out: Array,
+) -> tuple[Array, Array, Array, SpecialKeys]:
+  """Returns the gradients of the exact part: query, key, value, special."""
+  cut, setting = plan.cut, plan.setting
+  flat = lambda x: blocks.pad(blocks.flat(x), cut.length)
+  query, out, d_out = map(flat, (row.query, out, d_out))
+  divisor = blocks.pad(divisor[..., None], cut.length)
+  padded = _padded(plan, row)
+
+  def step(
+    carry: tuple[Array, list[Array]], index: Array
+  ) -> tuple[tuple[Array, list[Array]], None]:
+    d_query, d_sets = carry
+    place = cut.place(index)
+    x, block_out, of_block, d_block = (
+      cut.take_queries(array, place) for array in (query, out, divisor, d_out)
+    )
+    # Queries without a gradient may hold anything.
+    d_block = d_block.astype(jnp.float32)
+    unused = jnp.all(d_block == 0.0, axis=-1, keepdims=True)
+    x, block_out = (jnp.where(unused, 0, array) for array in (x, block_out))
+    of_block = jnp.where(unused, 1.0, of_block)
+    sets = _keys_of_block(plan, padded, place.position)
+
+    def sums(x: Array, arrays: list[tuple[Array, Array]]) -> Array:
+      moved = [
+        of_set._replace(key=key, value=value)
+        for of_set, (key, value) in zip(sets, arrays, strict=True)
+      ]
+      return exact_part(setting, products, x, *moved).sums
+
+    arrays = [(of_set.key, of_set.value) for of_set in sets]
+    _, pull = jax.vjp(sums, x, arrays)
+    d_x, d_arrays = pull(
+      divisor_vjp(block_out.astype(jnp.float32), of_block, d_block)
+    )
+    d_sets = _add_to_sets(plan, padded, d_sets, d_arrays, place.position)
+    return (cut.write(d_query, d_x, place), d_sets), None
+
+  d_sets = [
+    tuple(map(blocks.empty_like, (padded.key, padded.value))),
+    tuple(map(blocks.empty_like, padded.special[:2])),
+  ]
+  carry = blocks.empty_like(query), d_sets
+  (d_query, (d_keys, d_special)), _ = jax.lax.scan(step, carry, cut.indices())
+  length = row.query.shape[1]
+  d_key, d_value = (x[:, : row.key.shape[1]] for x in d_keys)
+  if row.segment is not None:
+    d_special = tuple(x[:, :length] for x in d_special)
+  return (
+    d_query[:, :length].reshape(row.query.shape),
+    d_key,
+    d_value,
+    SpecialKeys(*d_special, None),
+  )
+
+
+def _padded(plan: _Plan, row: Row) -> Row:
+  """Pads keys so that the last block has a whole window."""
+  exact, length = plan.setting.exact, plan.cut.length
+  special = row.special
+  if row.segment is not None:
+    special = SpecialKeys(*(blocks.pad(x, length) for x in special))
+  if exact.window is None:
+    return row._replace(special=special)
+  length += exact.left + exact.right
+  segment = row.segment
+  return row._replace(
+    key=blocks.pad(row.key, length),
+    value=blocks.pad(row.value, length),
+    key_mask=blocks.pad(row.key_mask, length),
+    special=special,
+    segment=None if segment is None else blocks.pad(segment, length, "edge"),
+  )
+
+
+def _keys_of_block(plan: _Plan, row: Row, position: Array) -> list[BlockKeys]:
+  """Returns the special keys and those near a block of queries."""
+  setting, size = plan.setting, plan.cut.size
+  place = position + jnp.arange(size)
+  key, value, at = row.special
+  if row.segment is None:
+    is_seen = at[:, :, None, None] < (
+      (place[:, None] + 1.0) if setting.is_causal else HIDDEN
+    )
+    special = BlockKeys(key, value, is_seen)
+  else:
+    key, value, at = (_take(x, position, size) for x in row.special)
+    special = BlockKeys(key, value, at[:, :, None] == 0.0)
+  if setting.exact.window is None:
+    return [special]
+  left, right = setting.exact.window
+  width = left + size + right
+  offset = jnp.arange(width)[None] - jnp.arange(size)[:, None]
+  is_near = (offset >= 0) & (offset <= left + right)
+  mask = _take(row.mask_by_head(), position, width)
+  is_near &= mask[:, :, None, None]
+  if row.segment is not None:
+    ids = _slice(row.segment, position, width)
+    own = ids[:, left : left + size]
+    is_near &= (own[:, :, None] == ids[:, None])[:, None, None]
+  near = BlockKeys(
+    _take(row.key, position, width), _take(row.value, position, width), is_near
+  )
+  return [special, near]
+
+
+def _add_to_sets(
+  plan: _Plan,
+  row: Row,
+  totals: list[tuple[Array, Array]],
+  found: list[tuple[Array, Array]],
+  position: Array,
+) -> list[tuple[Array, Array]]:
+  """Adds gradients of `_keys_of_block` where its keys came from."""
+  near, special = totals
+  if row.segment is None:
+    special = leaves.tree_add(special, found[0])
+  else:
+    special = _add_at(special, found[0], position)
+  if plan.setting.exact.window is not None:
+    near = _add_at(near, found[1], position)
+  return [near, special]
+
+
+def _add_at(
+  whole: tuple[Array, ...], parts: tuple[Array, ...], position: Array
+) -> tuple[Array, ...]:
+  """Adds ``[B, N, C, ...]`` to ``[B, S, N, ...]``, from a position on."""
+  out = []
+  for x, part in zip(whole, parts, strict=True):
+    part = jnp.swapaxes(part, 1, 2)
+    old = _slice(x, position, part.shape[1])
+    out.append(
+      jax.lax.dynamic_update_slice_in_dim(x, old + part, position, axis=1)
+    )
+  return tuple(out)
+
+
+def _take(x: Array, position: Array, size: int) -> Array:
+  """Reads ``[B, S, N, ...]`` from a position on, as ``[B, N, C, ...]``."""
+  return jnp.swapaxes(_slice(x, position, size), 1, 2)
+
+
+def _slice(x: Array, position: Array, size: int) -> Array:
+  return jax.lax.dynamic_slice_in_dim(x, position, size, axis=1)
