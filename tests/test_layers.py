@@ -31,9 +31,13 @@ LAYERS = {
   "linear_attention": "base linear_attention.pallas linear_attention.xla",
   "linear_attention.xla": "base linear_attention",
   "linear_attention.pallas": "base linear_attention",
+  # Exact weights beside features: two kernels, and the engine's passes.
+  "hybrid_attention": "base linear_attention linear_attention.xla",
   "attention_checks": "base feature_maps",
-  "attention": "base attention_checks feature_maps linear_attention",
-  "decoding": "base attention feature_maps linear_attention",
+  "attention": (
+    "base attention_checks feature_maps hybrid_attention linear_attention"
+  ),
+  "decoding": "base attention feature_maps hybrid_attention linear_attention",
   "adapters": "base attention attention_checks feature_maps",
   "sequence_parallel": (
     "base attention attention_checks feature_maps linear_attention "

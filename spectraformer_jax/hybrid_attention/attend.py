@@ -26,7 +26,7 @@ def attend(
   setting: Setting,
   options: AttendOptions,
   constants: PyTree,
-  initial_state: HybridState | None,
+  initial_state: State | HybridState | None,
   arrays: AttentionArrays,
 ) -> tuple[Array, HybridState | None]:
   """Attends exactly to some keys, and by features to all others.
@@ -65,22 +65,21 @@ def attend(
   batch, length, all_heads, head_dim = query.shape
   heads, value_dim = value.shape[2:]
   far = start(maps, constants, key, value_dim, options.is_signed)
-  state = initial_state
-  if state is None:
+  if initial_state is None:
     far = with_rest(far) if options.return_state else far
     state = empty_state(far, setting.exact, head_dim, (key.dtype, value.dtype))
   else:
-    check_state(state, setting.exact)
+    state = check_state(initial_state, setting.exact)
+    assert isinstance(state, HybridState)  # it has exact keys
     check_sums(state.far, far)
+  before = state.far
   query = query.reshape(batch, length, heads, all_heads // heads, head_dim)
   inputs = Inputs(query, key, value, key_mask, segment_ids)
 
   def run(setting: Setting, row: Row) -> tuple[Array, State]:
     if name == "reference":
-      return reference.attend(maps, setting, constants, state.far, row)
-    return xla.attend(
-      maps, setting, options.chunk_size, constants, state.far, row
-    )
+      return reference.attend(maps, setting, constants, before, row)
+    return xla.attend(maps, setting, options.chunk_size, constants, before, row)
 
   if segment_ids is None:
     row = rows.unpacked(setting, inputs, query_mask, state)

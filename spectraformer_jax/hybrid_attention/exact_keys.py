@@ -41,7 +41,7 @@ class ExactKeys(NamedTuple):
 
 
 def exact_keys_of(
-  window: Window, num_sinks: int, num_heavy: int, *, is_causal: bool
+  window: Any, num_sinks: int, num_heavy: int, *, is_causal: bool
 ) -> ExactKeys:
   """Checks the arguments of `spectral_attention` that choose exact keys.
 
@@ -59,15 +59,16 @@ def exact_keys_of(
       raise ValueError(f"{name} must be an int of 0 or more, got {number!r}.")
   if window is None:
     return ExactKeys(None, int(num_sinks), int(num_heavy))
-  is_pair = isinstance(window, tuple | list) and len(window) == 2
-  left, right = window if is_pair else (window, window)
+  left = right = window
+  if isinstance(window, tuple | list) and len(window) == 2:
+    left, right = window
   if not (_is_count(left) and _is_count(right)):
     raise ValueError(
       "window must be None, an int of 0 or more, or a pair (left, right) of "
       f"such, got {window!r}."
     )
-  right = 0 if is_causal else int(right)
-  return ExactKeys((int(left), right), int(num_sinks), int(num_heavy))
+  left, right = int(left), 0 if is_causal else int(right)
+  return ExactKeys((left, right), int(num_sinks), int(num_heavy))
 
 
 def check_exact_keys(
@@ -144,4 +145,4 @@ def check_component(component: Any) -> None:
 def _is_count(number: Any) -> bool:
   """Whether `number` is an int (or NumPy's) of 0 or more."""
   is_int = isinstance(number, int | np.integer) and not isinstance(number, bool)
-  return is_int and number >= 0
+  return is_int and bool(number >= 0)

@@ -133,17 +133,18 @@ class CausalPass(NamedTuple):
     part = lambda x, start: jax.lax.slice_in_dim(
       x, start, start + length, axis=1
     )
-    keys = [part(x, self.key_start) for x in (row.key, row.value, row.key_mask)]
+    key, value, key_mask = (
+      part(x, self.key_start) for x in (row.key, row.value, row.key_mask)
+    )
     ids = None
     if row.segment is not None:
       own = part(row.segment, self.own_start)
       # A key that was moved out of its segment is seen by no query.
-      stays = part(row.segment, self.key_start) == own
-      keys[2] &= stays
+      key_mask &= part(row.segment, self.key_start) == own
       ids = own, own
       first = own[:, -1] if self.is_reversed else own[:, 0]
       state = state._replace(segment=first)
-    return engine, state, Inputs(row.query, *keys, ids)
+    return engine, state, Inputs(row.query, key, value, key_mask, ids)
 
 
 class WholePass(NamedTuple):

@@ -74,20 +74,17 @@ def far_part(columns: Array, value_dim: int) -> Part:
   return Part(sums, rest[..., :1] if is_signed else None, exponent)
 
 
-def add(*parts: Part) -> Part:
+def add(first: Part, *others: Part) -> Part:
   """Returns the sum of parts whose weights are of one kind."""
-  parts = tuple(map(_normalized, parts))
-  exponent = parts[0].exponent
-  for part in parts[1:]:
-    exponent = jnp.maximum(exponent, part.exponent)
-  factors = [power_of_two(part.exponent - exponent) for part in parts]
-  total = lambda arrays: sum(
-    array * factor for array, factor in zip(arrays, factors, strict=True)
-  )
-  magnitude = None
-  if parts[0].magnitude is not None:
-    magnitude = total([part.magnitude for part in parts])
-  return Part(total([part.sums for part in parts]), magnitude, exponent)
+  total = _normalized(first)
+  for part in map(_normalized, others):
+    exponent = jnp.maximum(total.exponent, part.exponent)
+    total, part = _rescaled(total, exponent), _rescaled(part, exponent)
+    magnitude = total.magnitude
+    if magnitude is not None and part.magnitude is not None:
+      magnitude += part.magnitude
+    total = Part(total.sums + part.sums, magnitude, exponent)
+  return total
 
 
 def divide_parts(exact: Part, far: Part, num_rows: int) -> Quotient:
@@ -121,6 +118,17 @@ def divide_parts(exact: Part, far: Part, num_rows: int) -> Quotient:
     divisor = jnp.where(is_floored, sign * floor, divisor)
   return Quotient(
     divide(sums[..., :-1], divisor), divisor, exponent, keeps_far, is_floored
+  )
+
+
+def _rescaled(part: Part, exponent: Array) -> Part:
+  """Returns the same sums, relative to a larger exponent."""
+  factor = power_of_two(part.exponent - exponent)
+  magnitude = part.magnitude
+  return Part(
+    part.sums * factor,
+    None if magnitude is None else magnitude * factor,
+    exponent,
   )
 
 

@@ -51,18 +51,21 @@ def unpacked(
     )
   if exact.window is None:
     return Row(query, key, value, keep, special, None)
-  assert state.ring_key is not None
+  _, ring_key, ring_value, ring_visible, *_ = state
+  assert (
+    ring_key is not None and ring_value is not None and ring_visible is not None
+  )
   join = lambda before, x: jnp.concatenate(
     [before.astype(x.dtype), _pad(x, 0, exact.right)], axis=1
   )
   in_row = lambda x: jnp.swapaxes(x, 1, 2)
-  seen = state.ring_visible[:, 0]
+  seen = ring_visible[:, 0]
   if keep.ndim == 3:
     seen = jnp.broadcast_to(seen[..., None], (*seen.shape, keep.shape[2]))
   return Row(
     query,
-    join(in_row(state.ring_key), key),
-    join(in_row(state.ring_value), value),
+    join(in_row(ring_key), key),
+    join(in_row(ring_value), value),
     join(seen, keep),
     special,
     None,
@@ -84,6 +87,7 @@ def packed(
   exact = setting.exact
   rows = sort_rows(inputs, is_causal=is_causal, keys_first=exact.window is None)
   query, key, value, key_mask, ids = rows.inputs
+  assert ids is not None
   segment = ids[0]
   visible = jnp.ones(key.shape[:2], bool) if key_mask is None else key_mask
   rank = selection.rank_of_visible(visible, segment)

@@ -80,13 +80,15 @@ def empty_state(
   )
 
 
-def check_state(state: object, exact: ExactKeys) -> None:
-  """Raises ValueError unless a call with these exact keys can go on from it."""
+def check_state(
+  state: State | HybridState, exact: ExactKeys
+) -> State | HybridState:
+  """Returns the state; ValueError if it was made with other exact keys."""
   made_with = (
     state.exact_keys if isinstance(state, HybridState) else ExactKeys()
   )
   if made_with == exact:
-    return
+    return state
   raise ValueError(
     f"initial_state was made with window={_left_of(made_with)}, "
     f"num_sinks={made_with.num_sinks}; this call has window={_left_of(exact)}, "

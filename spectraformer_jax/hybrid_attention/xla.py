@@ -12,6 +12,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from spectraformer_jax.hybrid_attention.block_keys import (
+  KeyValue,
+  SetGradients,
+  add_gradients,
+  keys_of_block,
+  no_gradients,
+  pad_row,
+)
 from spectraformer_jax.hybrid_attention.far import CausalPass, Pass, WholePass
 from spectraformer_jax.hybrid_attention.layout import Row, Setting
 from spectraformer_jax.hybrid_attention.parts import (
@@ -20,11 +28,7 @@ from spectraformer_jax.hybrid_attention.parts import (
   divide_parts,
   far_part,
 )
-from spectraformer_jax.hybrid_attention.scores import BlockKeys, exact_part
-from spectraformer_jax.hybrid_attention.selection import (
-  HIDDEN,
-  SpecialKeys,
-)
+from spectraformer_jax.hybrid_attention.scores import exact_part
 from spectraformer_jax.linear_attention import derivatives, leaves
 from spectraformer_jax.linear_attention.inputs import Maps
 from spectraformer_jax.linear_attention.platforms import current_platform
@@ -133,16 +137,15 @@ def _run(
   row: Row,
 ) -> tuple[tuple[Array, JoinedState], _Saved]:
   """Returns output and sums after the far keys, and what is saved."""
-  far, saved, after = [], [], state
-  for index, one in enumerate(plan.passes):
-    sums, last, of_pass = one.forward(engine, constants, state, row)
-    far.append(sums)
-    saved.append(of_pass)
-    after = last if index == 0 else after
+  far, states, saved = zip(
+    *(one.forward(engine, constants, state, row) for one in plan.passes),
+    strict=True,
+  )
+  after = states[0]
   cut, value_dim = plan.cut, row.value.shape[-1]
   query = blocks.pad(blocks.flat(row.query), cut.length)
   far = [blocks.pad(blocks.flat(sums), cut.length) for sums in far]
-  padded = _padded(plan, row)
+  padded = pad_row(plan.setting, row, cut.length)
 
   def step(
     carry: tuple[Array, list[Array]], index: Array
@@ -153,7 +156,7 @@ def _run(
       plan.setting,
       engine.products,
       cut.take_queries(query, place),
-      *_keys_of_block(plan, padded, place.position),
+      *keys_of_block(plan.setting, padded, place.position, cut.size),
     )
     of_passes = [
       far_part(cut.take_queries(sums, place), value_dim) for sums in far
@@ -177,7 +180,7 @@ def _run(
   length = row.query.shape[1]
   out = out[:, :length].reshape(*row.query.shape[:-1], -1)
   divisors = [x[:, :length, :, 0] for x in divisors]
-  return (out, after), (out, divisors, saved)
+  return (out, after), (out, divisors, list(saved))
 
 
 def _divisors(total: Quotient, exponents: list[Array]) -> list[Array]:
@@ -208,34 +211,30 @@ def _backward(
     plan, engine.products, row, out, exact_divisor, d_out
   )
   floats = jax.tree.map(jnp.zeros_like, leaves.floats(constants))
-  d_linear = None
-  nothing = jax.tree.map(jnp.zeros_like, state.linear)
-  for index, (one, of_pass, divisor) in enumerate(
-    zip(plan.passes, of_passes, far_divisors, strict=True)
+  d_linear = jax.tree.map(jnp.zeros_like, state.linear)
+  # Only the first pass has a state before and after it.
+  d_last = d_after
+  for one, of_pass, divisor in zip(
+    plan.passes, of_passes, far_divisors, strict=True
   ):
-    d_last = d_after if index == 0 else state.with_linear(nothing)
     found = one.backward(
-      engine,
-      constants,
-      state,
-      row,
-      of_pass,
-      out,
-      divisor,
-      d_out,
-      d_last,
+      engine, constants, state, row, of_pass, out, divisor, d_out, d_last
     )
     floats = leaves.tree_add(floats, found.floats)
-    d_query, d_key, d_value = (
-      total + more
-      for total, more in zip((d_query, d_key, d_value), found[2:], strict=True)
-    )
-    d_linear = found.linear if index == 0 else d_linear
+    d_query += found.query
+    d_key += found.key
+    d_value += found.value
+    if d_last is d_after:
+      d_linear = found.linear
+      d_last = state.with_linear(jax.tree.map(jnp.zeros_like, d_linear))
   return (
     leaves.only_floats(constants, floats),
     leaves.no_gradient(state).with_linear(d_linear),
     leaves.no_gradient(row)._replace(
-      query=d_query, key=d_key, value=d_value, special=d_special
+      query=d_query,
+      key=d_key,
+      value=d_value,
+      special=leaves.no_gradient(row.special)._replace(**d_special._asdict()),
     ),
   )
 
@@ -247,17 +246,17 @@ def _exact_backward(
   out: Array,
   divisor: Array,
   d_out: Array,
-) -> tuple[Array, Array, Array, SpecialKeys]:
+) -> tuple[Array, Array, Array, KeyValue]:
   """Returns the gradients of the exact part: query, key, value, special."""
   cut, setting = plan.cut, plan.setting
   flat = lambda x: blocks.pad(blocks.flat(x), cut.length)
   query, out, d_out = map(flat, (row.query, out, d_out))
   divisor = blocks.pad(divisor[..., None], cut.length)
-  padded = _padded(plan, row)
+  padded = pad_row(plan.setting, row, cut.length)
 
   def step(
-    carry: tuple[Array, list[Array]], index: Array
-  ) -> tuple[tuple[Array, list[Array]], None]:
+    carry: tuple[Array, SetGradients], index: Array
+  ) -> tuple[tuple[Array, SetGradients], None]:
     d_query, d_sets = carry
     place = cut.place(index)
     x, block_out, of_block, d_block = (
@@ -268,127 +267,31 @@ def _exact_backward(
     unused = jnp.all(d_block == 0.0, axis=-1, keepdims=True)
     x, block_out = (jnp.where(unused, 0, array) for array in (x, block_out))
     of_block = jnp.where(unused, 1.0, of_block)
-    sets = _keys_of_block(plan, padded, place.position)
+    sets = keys_of_block(setting, padded, place.position, cut.size)
 
-    def sums(x: Array, arrays: list[tuple[Array, Array]]) -> Array:
+    def sums(x: Array, arrays: list[KeyValue]) -> Array:
       moved = [
         of_set._replace(key=key, value=value)
         for of_set, (key, value) in zip(sets, arrays, strict=True)
       ]
       return exact_part(setting, products, x, *moved).sums
 
-    arrays = [(of_set.key, of_set.value) for of_set in sets]
+    arrays = [KeyValue(of_set.key, of_set.value) for of_set in sets]
     _, pull = jax.vjp(sums, x, arrays)
-    d_x, d_arrays = pull(
+    d_x, found = pull(
       divisor_vjp(block_out.astype(jnp.float32), of_block, d_block)
     )
-    d_sets = _add_to_sets(plan, padded, d_sets, d_arrays, place.position)
+    d_sets = add_gradients(d_sets, padded, found, place.position)
     return (cut.write(d_query, d_x, place), d_sets), None
 
-  d_sets = [
-    tuple(map(blocks.empty_like, (padded.key, padded.value))),
-    tuple(map(blocks.empty_like, padded.special[:2])),
-  ]
-  carry = blocks.empty_like(query), d_sets
-  (d_query, (d_keys, d_special)), _ = jax.lax.scan(step, carry, cut.indices())
+  carry = blocks.empty_like(query), no_gradients(padded)
+  (d_query, (d_row, d_special)), _ = jax.lax.scan(step, carry, cut.indices())
   length = row.query.shape[1]
-  d_key, d_value = (x[:, : row.key.shape[1]] for x in d_keys)
   if row.segment is not None:
-    d_special = tuple(x[:, :length] for x in d_special)
+    d_special = KeyValue(*(x[:, :length] for x in d_special))
   return (
     d_query[:, :length].reshape(row.query.shape),
-    d_key,
-    d_value,
-    SpecialKeys(*d_special, None),
+    d_row.key[:, : row.key.shape[1]],
+    d_row.value[:, : row.key.shape[1]],
+    d_special,
   )
-
-
-def _padded(plan: _Plan, row: Row) -> Row:
-  """Pads keys so that the last block has a whole window."""
-  exact, length = plan.setting.exact, plan.cut.length
-  special = row.special
-  if row.segment is not None:
-    special = SpecialKeys(*(blocks.pad(x, length) for x in special))
-  if exact.window is None:
-    return row._replace(special=special)
-  length += exact.left + exact.right
-  segment = row.segment
-  return row._replace(
-    key=blocks.pad(row.key, length),
-    value=blocks.pad(row.value, length),
-    key_mask=blocks.pad(row.key_mask, length),
-    special=special,
-    segment=None if segment is None else blocks.pad(segment, length, "edge"),
-  )
-
-
-def _keys_of_block(plan: _Plan, row: Row, position: Array) -> list[BlockKeys]:
-  """Returns the special keys and those near a block of queries."""
-  setting, size = plan.setting, plan.cut.size
-  place = position + jnp.arange(size)
-  key, value, at = row.special
-  if row.segment is None:
-    is_seen = at[:, :, None, None] < (
-      (place[:, None] + 1.0) if setting.is_causal else HIDDEN
-    )
-    special = BlockKeys(key, value, is_seen)
-  else:
-    key, value, at = (_take(x, position, size) for x in row.special)
-    special = BlockKeys(key, value, at[:, :, None] == 0.0)
-  if setting.exact.window is None:
-    return [special]
-  left, right = setting.exact.window
-  width = left + size + right
-  offset = jnp.arange(width)[None] - jnp.arange(size)[:, None]
-  is_near = (offset >= 0) & (offset <= left + right)
-  mask = _take(row.mask_by_head(), position, width)
-  is_near &= mask[:, :, None, None]
-  if row.segment is not None:
-    ids = _slice(row.segment, position, width)
-    own = ids[:, left : left + size]
-    is_near &= (own[:, :, None] == ids[:, None])[:, None, None]
-  near = BlockKeys(
-    _take(row.key, position, width), _take(row.value, position, width), is_near
-  )
-  return [special, near]
-
-
-def _add_to_sets(
-  plan: _Plan,
-  row: Row,
-  totals: list[tuple[Array, Array]],
-  found: list[tuple[Array, Array]],
-  position: Array,
-) -> list[tuple[Array, Array]]:
-  """Adds gradients of `_keys_of_block` where its keys came from."""
-  near, special = totals
-  if row.segment is None:
-    special = leaves.tree_add(special, found[0])
-  else:
-    special = _add_at(special, found[0], position)
-  if plan.setting.exact.window is not None:
-    near = _add_at(near, found[1], position)
-  return [near, special]
-
-
-def _add_at(
-  whole: tuple[Array, ...], parts: tuple[Array, ...], position: Array
-) -> tuple[Array, ...]:
-  """Adds ``[B, N, C, ...]`` to ``[B, S, N, ...]``, from a position on."""
-  out = []
-  for x, part in zip(whole, parts, strict=True):
-    part = jnp.swapaxes(part, 1, 2)
-    old = _slice(x, position, part.shape[1])
-    out.append(
-      jax.lax.dynamic_update_slice_in_dim(x, old + part, position, axis=1)
-    )
-  return tuple(out)
-
-
-def _take(x: Array, position: Array, size: int) -> Array:
-  """Reads ``[B, S, N, ...]`` from a position on, as ``[B, N, C, ...]``."""
-  return jnp.swapaxes(_slice(x, position, size), 1, 2)
-
-
-def _slice(x: Array, position: Array, size: int) -> Array:
-  return jax.lax.dynamic_slice_in_dim(x, position, size, axis=1)
