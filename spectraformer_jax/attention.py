@@ -24,9 +24,14 @@ from spectraformer_jax.hybrid_attention.exact_keys import (
   Window,
   check_exact_keys,
   exact_keys_of,
+  kernel_of,
 )
 from spectraformer_jax.hybrid_attention.layout import Setting
-from spectraformer_jax.hybrid_attention.state import HybridState, check_state
+from spectraformer_jax.hybrid_attention.state import (
+  HybridState,
+  check_state,
+  without_tokens,
+)
 from spectraformer_jax.linear_attention.api import AttendOptions, attend
 from spectraformer_jax.linear_attention.empty import attend_empty
 from spectraformer_jax.linear_attention.implementations import names_of
@@ -193,10 +198,9 @@ def spectral_attention(
   component = feature_map.component
   exact = exact_keys_of(window, num_sinks, num_heavy, is_causal=is_causal)
   if not exact.are_none:
-    check_exact_keys(
-      exact, component, arrays, is_causal=is_causal, has_state=has_state
-    )
-  elif isinstance(initial_state, HybridState):
+    kernel_of(component)
+    check_exact_keys(exact, arrays, is_causal=is_causal, has_state=has_state)
+  if initial_state is not None:
     check_state(initial_state, exact)
   if component.longest is not None and initial_state is not None:
     before = checks.static_position(initial_state.length)
@@ -206,6 +210,9 @@ def spectral_attention(
     checks.times_factor(x, factor) for x in (arrays.query, arrays.key)
   )
   if checks.is_empty(query, key, arrays.value):
+    if isinstance(initial_state, HybridState):
+      out, state = without_tokens(query, arrays.value, initial_state)
+      return (out, state) if return_state else out
     return attend_empty(
       functools.partial(
         spectral_attention,
@@ -293,7 +300,7 @@ def _spectral_attention(
       setting = Setting(
         exact,
         is_causal=options.is_causal,
-        kernel=feature_map.component.kernel,
+        kernel=kernel_of(feature_map.component),
         sqrt_scale=sqrt_scale,
         num_rows=feature_map.num_rows,
       )

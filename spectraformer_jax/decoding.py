@@ -11,8 +11,8 @@ from spectraformer_jax.feature_maps.prepared import as_variables
 from spectraformer_jax.hybrid_attention.exact_keys import (
   ExactKeys,
   Window,
-  check_component,
   exact_keys_of,
+  kernel_of,
 )
 from spectraformer_jax.hybrid_attention.state import HybridState, empty_state
 from spectraformer_jax.linear_attention.api import start
@@ -84,7 +84,7 @@ def init_state(
   state = with_rest(state)
   if exact.are_none:
     return state
-  check_component(feature_map.component)
+  kernel_of(feature_map.component)
   return empty_state(state, exact, head_dim, (jnp.float32, jnp.float32))
 
 

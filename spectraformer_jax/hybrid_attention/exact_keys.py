@@ -73,7 +73,6 @@ def exact_keys_of(
 
 def check_exact_keys(
   exact: ExactKeys,
-  component: Any,
   arrays: AttentionArrays,
   *,
   is_causal: bool,
@@ -83,12 +82,10 @@ def check_exact_keys(
 
   Args:
     exact: the choice.
-    component: of the feature map.
     arrays: of the call.
     is_causal: whether no query sees later keys.
     has_state: whether the call takes or returns a state.
   """
-  check_component(component)
   query, key, ids = arrays.query, arrays.key, arrays.segment_ids
   if exact.window is not None and query.shape[1] != key.shape[1]:
     raise ValueError(
@@ -131,15 +128,22 @@ def check_exact_keys(
       )
 
 
-def check_component(component: Any) -> None:
-  """Raises ValueError if features and exact weights would share no scale."""
-  if getattr(component, "kernel", None) is None:
+def kernel_of(component: Any) -> str:
+  """Returns the exact kernel of a component: "softmax" or "gaussian".
+
+  Raises:
+    ValueError: it has another, so its features and exact weights would share no
+      scale.
+  """
+  kernel = getattr(component, "kernel", None)
+  if kernel is None:
     raise ValueError(
       f"component {component.info.name!r} estimates a kernel of its own, so "
       "exact keys and features share no scale: window, num_sinks and num_heavy "
       "need a component of the softmax or Gaussian kernel, such as 'asderf' or "
       "'posrf'."
     )
+  return kernel
 
 
 def _is_count(number: Any) -> bool:

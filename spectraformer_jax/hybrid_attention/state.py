@@ -96,5 +96,24 @@ def check_state(
   )
 
 
+def without_tokens(
+  query: Array, value: Array, state: HybridState
+) -> tuple[Array, HybridState]:
+  """Returns output and state of a call without examples or positions.
+
+  Raises:
+    ValueError: the call has both, so that another axis has size 0.
+  """
+  batch, length, heads, _ = query.shape
+  if batch and length:
+    raise ValueError(
+      "a state with window or num_sinks needs heads and dims of at least 1, "
+      f"got query.shape={query.shape}, value.shape={value.shape}."
+    )
+  out = jnp.zeros((batch, length, heads, value.shape[-1]), value.dtype)
+  far = state.far._replace(length=state.length + length)
+  return out, state._replace(far=far)
+
+
 def _left_of(exact: ExactKeys) -> int | None:
   return None if exact.window is None else exact.left
