@@ -12,11 +12,7 @@ Source: Tay et al., "Long Range Arena", 2021, section 2.2.2; Maas et al.,
 
 import os
 
-from spectraformer_jax.data.readers.reader import (
-  HOLDOUT,
-  find_data,
-  make_source,
-)
+from spectraformer_jax.data.readers import reader
 from spectraformer_jax.data.registry import TASKS
 from spectraformer_jax.data.source import TWO_CLASS_BYTES, Source, with_max_len
 from spectraformer_jax.registry import check_choice, check_int
@@ -53,11 +49,11 @@ def text(
   """
   check_choice("val", val, VALS)
   length = check_int("max_len", max_len, 1)
-  found = find_data(
+  found = reader.find_data(
     "text", data_dir, origin=ORIGIN, instead=("imdb_half", "spam_bodies")
   )
   if val == "holdout":
-    plan = HOLDOUT
+    plan = reader.HOLDOUT
   else:
     dev = "dev" if "dev" in found.parts else "test"
     plan = [
@@ -66,7 +62,7 @@ def text(
       ("test", {"test": 1.0}),
     ]
   name = "text-dev_holdout" if val == "holdout" else "text-dev_is_test"
-  return make_source(
+  return reader.make_source(
     found,
     plan,
     name=with_max_len(name, length, MAX_LEN),
