@@ -59,7 +59,7 @@ def keys_of_block(
   if row.segment is None:
     last = HIDDEN - 1.0
     if setting.is_causal:
-      last = (position + jnp.arange(size))[:, None]
+      last = (position + jnp.arange(size))[None, None, None, :, None]
     special = BlockKeys(key, value, at[:, :, None, None] <= last)
   else:
     key, value, at = (_take(x, position, size) for x in row.special)
@@ -69,7 +69,7 @@ def keys_of_block(
   left, right = setting.exact.window
   width = left + size + right
   offset = jnp.arange(width)[None] - jnp.arange(size)[:, None]
-  is_near = (offset >= 0) & (offset <= left + right)
+  is_near = ((offset >= 0) & (offset <= left + right))[None, None, None]
   mask = _take(row.mask_by_head(), position, width)
   is_near &= mask[:, :, None, None]
   if row.segment is not None:

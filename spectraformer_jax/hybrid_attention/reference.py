@@ -34,7 +34,7 @@ def attend(
   )
   # Place of each key among the queries.
   place = jnp.arange(key.shape[2]) - exact.left
-  offset = jnp.arange(length)[:, None] - place[None]
+  offset = (jnp.arange(length)[:, None] - place[None])[None, None, None]
   is_visible = key_mask[:, :, None, None]
   if setting.is_causal:
     is_visible &= offset >= 0
@@ -67,7 +67,7 @@ def _special(setting: Setting, row: Row, length: int) -> BlockKeys:
     key, value, position = (jnp.swapaxes(x, 1, 2) for x in row.special)
     return BlockKeys(key, value, position[:, :, None] == 0.0)
   last = (
-    jnp.arange(length)[:, None]
+    jnp.arange(length)[None, None, None, :, None]
     if setting.is_causal
     else length + row.key.shape[1]
   )

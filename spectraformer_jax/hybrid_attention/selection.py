@@ -70,7 +70,8 @@ def sink_positions(is_sink: Array, rank: Array, num_sinks: int) -> Array:
   """
   length = is_sink.shape[1]
   place = jnp.arange(length, dtype=jnp.int32)[None, :, None]
-  is_it = is_sink[..., None] & (rank[..., None] == jnp.arange(num_sinks))
+  is_rank = rank[..., None] == jnp.arange(num_sinks)[None, None]
+  is_it = is_sink[..., None] & is_rank
   return jnp.min(jnp.where(is_it, place, length), axis=1)
 
 
@@ -91,7 +92,7 @@ def packed_sink_positions(
   count = jnp.cumsum(is_sink, axis=1)
   first = first_of_segment(segment)
   before = jnp.take_along_axis(count - is_sink, first, axis=1)
-  wanted = before[..., None] + 1 + jnp.arange(num_sinks)
+  wanted = before[..., None] + jnp.arange(1, num_sinks + 1)[None, None]
   find = jax.vmap(jnp.searchsorted)
   position = find(count, wanted.reshape(len(count), -1)).reshape(wanted.shape)
   inside = jnp.minimum(position, length - 1)
