@@ -17,7 +17,6 @@ from spectraformer_jax.attention_checks import (
 from spectraformer_jax.checks import AttentionArrays
 from spectraformer_jax.feature_maps.feature_map import FeatureMap, Prepared
 from spectraformer_jax.feature_maps.prepared import as_variables
-from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
 from spectraformer_jax.hybrid_attention.attend import attend as attend_hybrid
 from spectraformer_jax.hybrid_attention.exact_keys import (
   ExactKeys,
@@ -412,36 +411,9 @@ def statistics_of_keys(
   Keys take the place of queries, too. Statistics of all queries would make each
   query depend on the others, also on later ones in a decoder's cross-attention.
   """
-  masks = key_mask, key_mask
-  return statistics_of(
-    feature_map, variables, stats, key, key, *masks, sqrt_scale
-  )
-
-
-def statistics_of(
-  feature_map: FeatureMap,
-  variables: FeatureVariables,
-  stats: PyTree,
-  query: Array,
-  key: Array,
-  key_mask: Mask,
-  query_mask: Mask,
-  sqrt_scale: float,
-) -> PyTree:
-  """Returns `stats`; if None and the map needs any, those of visible tokens.
-
-  For callers whose queries may depend on each other. Arguments are those of
-  `spectral_attention`; `sqrt_scale` multiplies each side.
-  """
   if stats is not None or not feature_map.info.needs_stats:
     return stats
-  if query_mask is None and query.shape[1] == key.shape[1]:
-    query_mask = key_mask
-  query, query_mask = queries_by_key_head(query, query_mask, key.shape[2])
+  key = key.astype(jnp.float32) * sqrt_scale
   return feature_map.calibrate(
-    variables,
-    query.astype(jnp.float32) * sqrt_scale,
-    key.astype(jnp.float32) * sqrt_scale,
-    key_mask=key_mask,
-    query_mask=query_mask,
+    variables, key, key, key_mask=key_mask, query_mask=key_mask
   )

@@ -64,7 +64,7 @@ def make_generator(seed: int, index: int) -> np.random.Generator:
 
   Example:
     >>> draw = lambda *words: make_generator(*words).integers(1000)
-    >>> draw(2**32 + 5, 0) != draw(5, 1)
+    >>> bool(draw(2**32 + 5, 0) != draw(5, 1))
     True
   """
   high, low = divmod(check_seed("seed", seed), _WORD)

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
-from spectraformer_jax.attention import spectral_attention, statistics_of
+from spectraformer_jax.attention import spectral_attention
 from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.decoding import init_state
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
 from spectraformer_jax.kernels import KERNELS, exact_attention
 from spectraformer_jax.nn.attention_base import MultiHeadAttention
 from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
@@ -170,9 +172,14 @@ class SpectralSelfAttention(MultiHeadAttention):
     stats = self._running_stats(
       variables, query, key, mask, mask, deterministic
     )
-    if stats is None and sees_all:
-      stats = statistics_of(
-        feature_map, variables, None, query, key, mask, mask, self._sqrt_scale
+    if stats is None and sees_all and feature_map.info.needs_stats:
+      query, query_mask = queries_by_key_head(query, mask, key.shape[2])
+      stats = feature_map.calibrate(
+        variables,
+        query.astype(jnp.float32) * self._sqrt_scale,
+        key.astype(jnp.float32) * self._sqrt_scale,
+        key_mask=mask,
+        query_mask=query_mask,
       )
     return {"feature_map": feature_map, "variables": variables, "stats": stats}
 
