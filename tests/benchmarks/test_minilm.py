@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import minilm
+from tests.benchmarks.helpers import PIECES, made_up_weights
 
-PIECES = (
-  *("[UNK]", "[CLS]", "[SEP]", "un", "##believ", "##able", "##bel", "cafe"),
-  *("$", "5", ".", "日", "本"),
-)
 VOCABULARY = {piece: number for number, piece in enumerate(PIECES)}
 
 
@@ -111,29 +108,3 @@ def test_attention_of_every_layer_can_be_swapped(monkeypatch):
   np.testing.assert_allclose(replayed, exact, rtol=1e-5)
   without = minilm.embed(weights, tokens, lambda _, heads: 0 * heads.value)
   assert jnp.max(jnp.abs(without - exact)) > 1e-2
-
-
-def made_up_weights(layers, width):
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  weights = {
-    f"embeddings.{name}_embeddings.weight": normal(8, width)
-    for name in ("word", "position", "token_type")
-  }
-  linears = {
-    **{
-      f"attention.self.{x}": (width, width) for x in ("query", "key", "value")
-    },
-    "attention.output.dense": (width, width),
-    "intermediate.dense": (4, width),
-    "output.dense": (width, 4),
-  }
-  norms = ["attention.output.LayerNorm", "output.LayerNorm"]
-  shapes = {"embeddings.LayerNorm": (width,)}
-  for layer in range(layers):
-    every = linears | dict.fromkeys(norms, (width,))
-    shapes |= {f"encoder.layer.{layer}.{name}": every[name] for name in every}
-  for name, shape in shapes.items():
-    weights[f"{name}.weight"] = normal(*shape)
-    weights[f"{name}.bias"] = normal(shape[0])
-  return {name: jnp.asarray(array) for name, array in weights.items()}
