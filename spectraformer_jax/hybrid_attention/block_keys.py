@@ -27,7 +27,8 @@ class SetGradients(NamedTuple):
 
 
 def pad_row(setting: Setting, row: Row, length: int) -> Row:
-  """Pads keys so that the last of `length` queries has a whole window."""
+  """Pads a row to `length` queries, flat, of which each has a whole window."""
+  row = row._replace(query=blocks.pad(blocks.flat(row.query), length))
   special = row.special
   if row.segment is not None:
     special = SpecialKeys(*(blocks.pad(x, length) for x in special))

@@ -23,6 +23,7 @@ from spectraformer_jax.linear_attention import leaves
 from spectraformer_jax.linear_attention.inputs import Inputs
 from spectraformer_jax.linear_attention.state import JoinedState
 from spectraformer_jax.linear_attention.xla import bidirectional, blocks, causal
+from spectraformer_jax.linear_attention.xla.causal import Gradients
 from spectraformer_jax.linear_attention.xla.chunks import Engine, Saved
 from spectraformer_jax.linear_attention.xla.plan import CausalPlan
 from spectraformer_jax.linear_attention.xla.results import SUMS
@@ -32,14 +33,18 @@ from spectraformer_jax.typing import Array, PyTree
 PassSaved = PyTree
 
 
-class Gradients(NamedTuple):
-  """The gradients of a pass: of constants' floats, of sums, and of the row."""
+class PartGradient(NamedTuple):
+  """What gives the gradient of one part of a quotient.
 
-  floats: list[Array]
-  linear: tuple[Array, Array | None]
-  query: Array
-  key: Array
-  value: Array
+  Attributes:
+    out: the quotient of all parts, ``[B, T, N G, V]``.
+    divisor: its divisor in the units of this part, ``[B, T, N G, 1]``.
+    d_out: the gradient of `out`.
+  """
+
+  out: Array
+  divisor: Array
+  d_out: Array
 
 
 class CausalPass(NamedTuple):
@@ -47,104 +52,76 @@ class CausalPass(NamedTuple):
 
   Attributes:
     plan: its sizes.
-    key_start: place in the row's key array of the key that is moved to the
-      first query.
+    cut: its steps, as blocks of queries and of moved keys.
     own_start: place in the row's key array of the first query's own key.
     is_strict: whether a query sees no key at its own place.
-    is_reversed: whether the pass goes from the last position to the first.
   """
 
   plan: CausalPlan
-  key_start: int
+  cut: blocks.Blocks
   own_start: int
   is_strict: bool
-  is_reversed: bool
 
   def forward(
     self, engine: Engine, constants: PyTree, state: JoinedState, row: Row
   ) -> tuple[Array, JoinedState, PassSaved]:
     """Returns columns of sums, the state after all, and what is saved."""
     engine, state, inputs = self._moved(engine, state, row)
-    (sums, state), (_, saved) = causal.run(
-      self.plan, engine, constants, state, inputs
+    after, sums, saved = causal.forward_loop(
+      self.plan, self.cut, engine, constants, state, inputs
     )
-    return sums, state, saved
+    return sums, after, saved
 
   def backward(
     self,
     engine: Engine,
-    constants: PyTree,
-    state: JoinedState,
-    row: Row,
+    primals: tuple[PyTree, JoinedState, Row],
     saved: PassSaved,
-    out: Array,
-    divisor: Array,
-    d_out: Array,
-    d_after: JoinedState,
+    part: PartGradient,
+    total: Gradients,
   ) -> Gradients:
-    """Returns gradients, given those of the output and of the state after.
+    """Adds gradients; see `causal.backward_loop`.
 
     Args:
       engine: see `forward`.
-      constants: see `forward`.
-      state: see `forward`.
-      row: see `forward`.
+      primals: constants, state and row of `forward`.
       saved: the last result of `forward`.
-      out: the quotient of all parts, ``[B, T, N, G, V]``.
-      divisor: its divisor in the units of this pass, ``[B, T, N G]``.
-      d_out: the gradient of `out`.
-      d_after: the gradient of the state after the pass.
+      part: gives the gradients of the sums.
+      total: the gradients to which these are added.
     """
+    constants, state, row = primals
     engine, state, inputs = self._moved(engine, state, row)
-    of_strides, (_, query_exponent) = saved
-    cut = causal.cut_of(self.plan, engine, inputs)
-    stacked = cut.stacked(divisor, engine.chunk_size)
+    before_strides, (_, query_exponent) = saved
+    normalizer = self.cut.stacked(part.divisor[..., 0], engine.chunk_size)
     steps = self.plan.num_strides, self.plan.steps_per_stride
-    normalizer = stacked.reshape(*steps, *stacked.shape[1:])
-    saved = out, (of_strides, Saved(normalizer, query_exponent))
-    d_constants, d_state, d_inputs = causal.backward(
-      self.plan, engine, (constants, state, inputs), saved, (d_out, d_after)
+    normalizer = normalizer.reshape(*steps, *normalizer.shape[1:])
+    of_strides = before_strides, Saved(normalizer, query_exponent)
+    return causal.backward_loop(
+      self.plan,
+      self.cut,
+      engine,
+      (constants, state, inputs),
+      (part.out, of_strides),
+      part.d_out,
+      total,
     )
-    whole = [(0, 0), self._around(row), (0, 0), (0, 0)]
-    return Gradients(
-      jax.tree.leaves(d_constants),
-      d_state.linear,
-      d_inputs.query,
-      jnp.pad(d_inputs.key, whole),
-      jnp.pad(d_inputs.value, whole),
-    )
-
-  def _around(self, row: Row) -> tuple[int, int]:
-    """Returns the number of places before and after the moved keys."""
-    end = self.key_start + row.query.shape[1]
-    return self.key_start, row.key.shape[1] - end
 
   def _moved(
     self, engine: Engine, state: JoinedState, row: Row
   ) -> tuple[Engine, JoinedState, Inputs]:
     """Returns engine, first state and arrays of the engine's causal pass."""
-    engine = engine._replace(
-      result=SUMS,
-      chunk_size=self.plan.chunk_size,
-      is_strict=self.is_strict,
-      is_reversed=self.is_reversed,
-    )
-    length = row.query.shape[1]
-    part = lambda x, start: jax.lax.slice_in_dim(
-      x, start, start + length, axis=1
-    )
-    key, value, key_mask = (
-      part(x, self.key_start) for x in (row.key, row.value, row.key_mask)
-    )
-    ids = None
+    engine = engine._replace(result=SUMS, is_strict=self.is_strict)
+    key_mask, ids = row.key_mask, None
     if row.segment is not None:
-      own = part(row.segment, self.own_start)
+      own = row.segment[:, self.own_start :][:, : self.cut.length]
       # A key that was moved out of its segment is seen by no query.
-      key_mask &= part(row.segment, self.key_start) == own
+      distance = self.cut.key_start - self.own_start
+      key_mask &= jnp.roll(row.segment, distance, axis=1) == row.segment
       ids = own, own
-      first = own[:, -1] if self.is_reversed else own[:, 0]
+      first = own[:, -1] if self.cut.is_reversed else own[:, 0]
       state = state._replace(segment=first)
-    return engine, state, Inputs(row.query, key, value, key_mask, ids)
+    inputs = Inputs(row.query, row.key, row.value, key_mask, ids)
+    return engine, state, inputs
 
 
 class WholePass(NamedTuple):
@@ -180,28 +157,26 @@ class WholePass(NamedTuple):
   def backward(
     self,
     engine: Engine,
-    constants: PyTree,
-    state: JoinedState,
-    row: Row,
+    primals: tuple[PyTree, JoinedState, Row],
     saved: PassSaved,
-    out: Array,
-    divisor: Array,
-    d_out: Array,
-    d_after: JoinedState,
+    part: PartGradient,
+    total: Gradients,
   ) -> Gradients:
     """See `CausalPass.backward`."""
+    (constants, state, row), (floats, linear, of_arrays) = primals, total
     after, exponent, (_, query_exponent) = saved
     of_queries = self._of(engine, self.query_cut)
-    normalizer = self.query_cut.stacked(divisor, of_queries.chunk_size)
-    position = jnp.asarray(0)
+    normalizer = self.query_cut.stacked(
+      part.divisor[..., 0], of_queries.chunk_size
+    )
     d_read, d_last, d_query, _ = bidirectional.read_backward(
       self.query_cut,
       of_queries,
-      (constants, after, row.query, position),
-      (out, Saved(normalizer, query_exponent)),
-      d_out,
+      (constants, after, row.query, jnp.asarray(0)),
+      (part.out, Saved(normalizer, query_exponent)),
+      part.d_out,
     )
-    linear = leaves.tree_add(d_last.linear, d_after.linear)
+    linear = leaves.tree_add(d_last.linear, linear)
     d_sums, d_state, (d_key, d_value, _) = bidirectional.sum_backward(
       self.key_cut,
       self._of(engine, self.key_cut),
@@ -209,8 +184,10 @@ class WholePass(NamedTuple):
       exponent,
       after.with_linear(linear),
     )
-    floats = leaves.tree_add(jax.tree.leaves(d_read), jax.tree.leaves(d_sums))
-    return Gradients(floats, d_state.linear, d_query, d_key, d_value)
+    for more in (d_read, d_sums):
+      floats = leaves.tree_add(floats, jax.tree.leaves(more))
+    of_arrays = leaves.tree_add(of_arrays, [d_query, d_key, d_value])
+    return floats, d_state.linear, of_arrays
 
   def _of(self, engine: Engine, cut: blocks.Blocks) -> Engine:
     return engine._replace(result=SUMS, chunk_size=cut.size)

@@ -21,7 +21,7 @@ class Row(NamedTuple):
   """The arrays of one call.
 
   Attributes:
-    query: ``[B, T, N, G, H]``.
+    query: ``[B, T, N, G, H]``; flat in loops, ``[B, T, N G, H]``.
     key: ``[B, left + S + right, N, H]``; hidden ones are zeros.
     value: ``[B, left + S + right, N, V]``.
     key_mask: bool ``[B, left + S + right]``, or with a last axis of N heads if

@@ -20,7 +20,12 @@ from spectraformer_jax.hybrid_attention.block_keys import (
   no_gradients,
   pad_row,
 )
-from spectraformer_jax.hybrid_attention.far import CausalPass, Pass, WholePass
+from spectraformer_jax.hybrid_attention.far import (
+  CausalPass,
+  PartGradient,
+  Pass,
+  WholePass,
+)
 from spectraformer_jax.hybrid_attention.layout import Row, Setting
 from spectraformer_jax.hybrid_attention.parts import (
   Quotient,
@@ -112,20 +117,18 @@ def _plan(setting: Setting, chunk_size: int | None, row: Row) -> _Plan:
     is_packed=row.segment is not None,
     platform=current_platform(),
   )
+  steps = blocks.Blocks(batch, heads, plan.step_size, plan.num_steps)
   num_blocks = plan.num_steps * plan.chunks_per_step
   cut = blocks.Blocks(batch, heads, plan.chunk_size, num_blocks)
   if not setting.is_causal and exact.window is None:
-    whole = WholePass(
-      cut_of(row.key, chunk_size), cut_of(row.query, chunk_size)
-    )
-    return _Plan(setting, (whole,), cut)
-  left, right = exact.left, exact.right
+    padded = jax.ShapeDtypeStruct((batch, cut.length, heads), jnp.float32)
+    cuts = [cut_of(x, chunk_size) for x in (row.key, padded)]
+    return _Plan(setting, (WholePass(*cuts),), cut)
   is_strict = exact.window is not None
-  passes = [CausalPass(plan, 0, left, is_strict, is_reversed=False)]
+  passes = [CausalPass(plan, steps, exact.left, is_strict)]
   if not setting.is_causal:
-    passes.append(
-      CausalPass(plan, left + right, left, is_strict, is_reversed=True)
-    )
+    later = steps._replace(is_reversed=True, key_start=exact.left + exact.right)
+    passes.append(CausalPass(plan, later, exact.left, is_strict))
   return _Plan(setting, tuple(passes), cut)
 
 
@@ -137,15 +140,12 @@ def _run(
   row: Row,
 ) -> tuple[tuple[Array, JoinedState], _Saved]:
   """Returns output and sums after the far keys, and what is saved."""
+  cut, value_dim = plan.cut, row.value.shape[-1]
+  padded = pad_row(plan.setting, row, cut.length)
   far, states, saved = zip(
-    *(one.forward(engine, constants, state, row) for one in plan.passes),
+    *(one.forward(engine, constants, state, padded) for one in plan.passes),
     strict=True,
   )
-  after = states[0]
-  cut, value_dim = plan.cut, row.value.shape[-1]
-  query = blocks.pad(blocks.flat(row.query), cut.length)
-  far = [blocks.pad(blocks.flat(sums), cut.length) for sums in far]
-  padded = pad_row(plan.setting, row, cut.length)
 
   def step(
     carry: tuple[Array, list[Array]], index: Array
@@ -155,7 +155,7 @@ def _run(
     exact = exact_part(
       plan.setting,
       engine.products,
-      cut.take_queries(query, place),
+      cut.take_queries(padded.query, place),
       *keys_of_block(plan.setting, padded, place.position, cut.size),
     )
     of_passes = [
@@ -170,17 +170,17 @@ def _run(
     ]
     return (cut.write(out, total.out, place), divisors), None
 
-  out = blocks.empty_like(query, value_dim, row.value.dtype)
-  one_each = blocks.empty_like(query, 1, jnp.dtype(jnp.float32))
+  out = blocks.empty_like(padded.query, value_dim, row.value.dtype)
+  one_each = blocks.empty_like(padded.query, 1, jnp.dtype(jnp.float32))
   # Divisors of the exact part and of the passes, and which are floored.
   divisors = [one_each] * (len(far) + 2)
   (out, divisors), _ = jax.lax.scan(
     engine.products.checkpoint(step), (out, divisors), cut.indices()
   )
   length = row.query.shape[1]
-  out = out[:, :length].reshape(*row.query.shape[:-1], -1)
-  divisors = [x[:, :length, :, 0] for x in divisors]
-  return (out, after), (out, divisors, list(saved))
+  after = states[0]._replace(length=state.length + length)
+  result = out[:, :length].reshape(*row.query.shape[:-1], -1)
+  return (result, after), (out, divisors, list(saved))
 
 
 def _divisors(total: Quotient, exponents: list[Array]) -> list[Array]:
@@ -203,70 +203,63 @@ def _backward(
   """Computes the gradients of all inputs, part by part."""
   constants, state, row = primals
   (out, divisors, of_passes), (d_out, d_after) = saved, gradients
-  exact_divisor, *far_divisors, is_floored = divisors
+  of_exact, *of_far, is_floored = divisors
+  padded = pad_row(plan.setting, row, plan.cut.length)
   # A floored divisor takes no gradient: outputs of 0 say so.
-  shape = (*out.shape[:-1], 1)
-  out = jnp.where(is_floored.reshape(shape) > 0.0, 0.0, out)
-  d_query, d_key, d_value, d_special = _exact_backward(
-    plan, engine.products, row, out, exact_divisor, d_out
+  out = jnp.where(is_floored > 0.0, 0.0, out)
+  d_out = blocks.pad(blocks.flat(d_out), plan.cut.length)
+  d_query, ((d_key, d_value), d_special) = _exact_backward(
+    plan, engine.products, padded, PartGradient(out, of_exact, d_out)
   )
   floats = jax.tree.map(jnp.zeros_like, leaves.floats(constants))
-  d_linear = jax.tree.map(jnp.zeros_like, state.linear)
-  # Only the first pass has a state before and after it.
-  d_last = d_after
-  for one, of_pass, divisor in zip(
-    plan.passes, of_passes, far_divisors, strict=True
-  ):
-    found = one.backward(
-      engine, constants, state, row, of_pass, out, divisor, d_out, d_last
+  total = floats, d_after.linear, [d_query, d_key, d_value]
+  d_first = []
+  for one, of_pass, divisor in zip(plan.passes, of_passes, of_far, strict=True):
+    floats, linear, of_arrays = one.backward(
+      engine,
+      (constants, state, padded),
+      of_pass,
+      PartGradient(out, divisor, d_out),
+      total,
     )
-    floats = leaves.tree_add(floats, found.floats)
-    d_query += found.query
-    d_key += found.key
-    d_value += found.value
-    if d_last is d_after:
-      d_linear = found.linear
-      d_last = state.with_linear(jax.tree.map(jnp.zeros_like, d_linear))
+    d_first.append(linear)
+    # Only the first pass has a state before and after it.
+    total = floats, jax.tree.map(jnp.zeros_like, linear), of_arrays
+  floats, _, (d_query, d_key, d_value) = total
+  length, num_keys = row.query.shape[1], row.key.shape[1]
+  if row.segment is not None:
+    d_special = KeyValue(*(x[:, :length] for x in d_special))
   return (
     leaves.only_floats(constants, floats),
-    leaves.no_gradient(state).with_linear(d_linear),
+    leaves.no_gradient(state).with_linear(d_first[0]),
     leaves.no_gradient(row)._replace(
-      query=d_query,
-      key=d_key,
-      value=d_value,
+      query=d_query[:, :length].reshape(row.query.shape),
+      key=d_key[:, :num_keys],
+      value=d_value[:, :num_keys],
       special=leaves.no_gradient(row.special)._replace(**d_special._asdict()),
     ),
   )
 
 
 def _exact_backward(
-  plan: _Plan,
-  products: Products,
-  row: Row,
-  out: Array,
-  divisor: Array,
-  d_out: Array,
-) -> tuple[Array, Array, Array, KeyValue]:
-  """Returns the gradients of the exact part: query, key, value, special."""
+  plan: _Plan, products: Products, padded: Row, part: PartGradient
+) -> tuple[Array, SetGradients]:
+  """Returns the gradients of the exact part, for queries and keys."""
   cut, setting = plan.cut, plan.setting
-  flat = lambda x: blocks.pad(blocks.flat(x), cut.length)
-  query, out, d_out = map(flat, (row.query, out, d_out))
-  divisor = blocks.pad(divisor[..., None], cut.length)
-  padded = pad_row(plan.setting, row, cut.length)
 
   def step(
     carry: tuple[Array, SetGradients], index: Array
   ) -> tuple[tuple[Array, SetGradients], None]:
     d_query, d_sets = carry
     place = cut.place(index)
-    x, block_out, of_block, d_block = (
-      cut.take_queries(array, place) for array in (query, out, divisor, d_out)
+    x, out, divisor, d_out = (
+      cut.take_queries(array, place) for array in (padded.query, *part)
     )
     # Queries without a gradient may hold anything.
-    d_block = d_block.astype(jnp.float32)
-    unused = jnp.all(d_block == 0.0, axis=-1, keepdims=True)
-    x, block_out = (jnp.where(unused, 0, array) for array in (x, block_out))
-    of_block = jnp.where(unused, 1.0, of_block)
+    d_out = d_out.astype(jnp.float32)
+    unused = jnp.all(d_out == 0.0, axis=-1, keepdims=True)
+    x, out = (jnp.where(unused, 0, array) for array in (x, out))
+    divisor = jnp.where(unused, 1.0, divisor)
     sets = keys_of_block(setting, padded, place.position, cut.size)
 
     def sums(x: Array, arrays: list[KeyValue]) -> Array:
@@ -278,20 +271,9 @@ def _exact_backward(
 
     arrays = [KeyValue(of_set.key, of_set.value) for of_set in sets]
     _, pull = jax.vjp(sums, x, arrays)
-    d_x, found = pull(
-      divisor_vjp(block_out.astype(jnp.float32), of_block, d_block)
-    )
+    d_x, found = pull(divisor_vjp(out.astype(jnp.float32), divisor, d_out))
     d_sets = add_gradients(d_sets, padded, found, place.position)
     return (cut.write(d_query, d_x, place), d_sets), None
 
-  carry = blocks.empty_like(query), no_gradients(padded)
-  (d_query, (d_row, d_special)), _ = jax.lax.scan(step, carry, cut.indices())
-  length = row.query.shape[1]
-  if row.segment is not None:
-    d_special = KeyValue(*(x[:, :length] for x in d_special))
-  return (
-    d_query[:, :length].reshape(row.query.shape),
-    d_row.key[:, : row.key.shape[1]],
-    d_row.value[:, : row.key.shape[1]],
-    d_special,
-  )
+  carry = blocks.empty_like(padded.query), no_gradients(padded)
+  return jax.lax.scan(step, carry, cut.indices())[0]

@@ -217,7 +217,9 @@ def read_backward(
   )
 
 
-def cut_of(x: Array, chunk_size: int | None) -> blocks.Blocks:
+def cut_of(
+  x: Array | jax.ShapeDtypeStruct, chunk_size: int | None
+) -> blocks.Blocks:
   """Plans the blocks of queries or keys ``[B, S, N, ...]``."""
   batch, length, heads = x.shape[:3]
   plan = plan_blocks(

@@ -118,6 +118,7 @@ class Blocks(NamedTuple):
       all heads of all examples.
     is_reversed: whether blocks, and positions in a block, go from the last
       position to the first.
+    key_start: place of the keys of the first position in their arrays.
   """
 
   batch: int
@@ -126,6 +127,7 @@ class Blocks(NamedTuple):
   num_blocks: int
   is_per_head: bool = False
   is_reversed: bool = False
+  key_start: int = 0
 
   @property
   def length(self) -> int:
@@ -147,6 +149,10 @@ class Blocks(NamedTuple):
     example, head = jnp.divmod(index, self.heads)
     return Place(example, head, block * self.size)
 
+  def of_keys(self, place: Place) -> Place:
+    """Returns the place of a block in the arrays of keys."""
+    return place._replace(position=place.position + self.key_start)
+
   def take(self, x: Array, place: Place) -> Array:
     """Reads a block of ``[B, S, N (G), .]``, ``[B, S, N]`` or ``[B, S]``."""
     block = jax.lax.dynamic_slice(x, *self._of_array(x, place))
@@ -155,6 +161,7 @@ class Blocks(NamedTuple):
   def take_keys(self, keys: KeyArrays, place: Place, start: Array) -> Keys:
     """Reads the keys of a block; `start` is the position of the first key."""
     key, value, key_mask = keys
+    position, place = start + place.position, self.of_keys(place)
     if key_mask is not None:
       mask = self.take(key_mask, place)
       mask = mask[..., None] if mask.ndim == 2 else mask
@@ -163,7 +170,7 @@ class Blocks(NamedTuple):
       jnp.swapaxes(self.take(key, place), 1, 2),
       jnp.swapaxes(self.take(value, place), 1, 2),
       key_mask,
-      start + place.position,
+      position,
     )
 
   def take_queries(self, query: Array, place: Place) -> Array:
@@ -192,10 +199,15 @@ class Blocks(NamedTuple):
     and a transposition.
     """
     start, size = self._of_array(whole, place)
-    block = jnp.moveaxis(block, -2, 1).astype(whole.dtype).reshape(size)
-    if self.is_reversed:
-      block = jnp.flip(block, axis=1)
+    block = self._in_array(block, size, whole.dtype)
     return jax.lax.dynamic_update_slice(whole, block, start)
+
+  def add(self, whole: Array, block: Array, place: Place) -> Array:
+    """Adds ``[B, N, (G,) C, V]`` to a block of ``[B, T, N (G), V]``."""
+    start, size = self._of_array(whole, place)
+    old = jax.lax.dynamic_slice(whole, start, size)
+    block = self._in_array(block, size, whole.dtype)
+    return jax.lax.dynamic_update_slice(whole, old + block, start)
 
   def stacked(self, x: Array, chunk_size: int) -> Array:
     """Arranges numbers of queries as a loop stacks those of its blocks.
@@ -256,6 +268,11 @@ class Blocks(NamedTuple):
   def _examples_and_heads(self) -> tuple[int, int]:
     """Returns the numbers of examples and heads of a block."""
     return (1, 1) if self.is_per_head else (self.batch, self.heads)
+
+  def _in_array(self, block: Array, size: list[int], dtype: jnp.dtype) -> Array:
+    """Arranges ``[B, N, (G,) C, V]`` as it lies in an array."""
+    block = jnp.moveaxis(block, -2, 1).astype(dtype).reshape(size)
+    return jnp.flip(block, axis=1) if self.is_reversed else block
 
   def _of_array(
     self, x: Array, place: Place

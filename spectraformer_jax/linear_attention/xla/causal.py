@@ -43,12 +43,13 @@ from spectraformer_jax.typing import Array, PyTree
 
 # The state and the outputs so far.
 _Carry = tuple[JoinedState, Array]
-# What the backward pass gets: outputs, the state before each stride, and the
-# results that each step saves.
-_Saved = tuple[Array, tuple[JoinedState, Saved]]
+# The state before each stride, and the results that each step saves.
+OfStrides = tuple[JoinedState, Saved]
+# What the backward pass gets; the array is that of the outputs.
+_Saved = tuple[Array, OfStrides]
 # The gradients of a backward loop so far: of constants, of sums, and of query,
 # key and value.
-_Gradients = tuple[list[Array], Linear, list[Array]]
+Gradients = tuple[list[Array], Linear, list[Array]]
 
 
 def causal(call: Call) -> tuple[Array, State]:
@@ -72,9 +73,9 @@ def causal(call: Call) -> tuple[Array, State]:
   )
   engine = Engine(call.maps, FAST, plan.chunk_size)
   attend = derivatives.with_backward(
-    functools.partial(run, plan, engine),
-    functools.partial(backward, plan, engine),
-    functools.partial(run, plan, engine._replace(products=EXACT)),
+    functools.partial(_run, plan, engine),
+    functools.partial(_backward, plan, engine),
+    functools.partial(_run, plan, engine._replace(products=EXACT)),
   )
   state = join_sums(call.state)
   if segment_ids is not None:
@@ -83,7 +84,7 @@ def causal(call: Call) -> tuple[Array, State]:
   return out, split_sums(state)
 
 
-def run(
+def _run(
   plan: CausalPlan,
   engine: Engine,
   constants: PyTree,
@@ -91,9 +92,81 @@ def run(
   inputs: Inputs,
 ) -> tuple[tuple[Array, JoinedState], _Saved]:
   """Returns output and last state, and what the backward pass gets."""
-  cut = cut_of(plan, engine, inputs)
+  cut = _cut(plan, inputs)
   padded = blocks.pad_inputs(inputs, cut.length)
-  start, length = state.length, inputs.query.shape[1]
+  after, out, saved = forward_loop(plan, cut, engine, constants, state, padded)
+  length = inputs.query.shape[1]
+  out = out[:, :length].reshape(*inputs.query.shape[:-1], -1)
+  return (out, after._replace(length=state.length + length)), (out, saved)
+
+
+def _backward(
+  plan: CausalPlan,
+  engine: Engine,
+  primals: tuple[PyTree, JoinedState, Inputs],
+  saved: _Saved,
+  gradients: tuple[Array, JoinedState],
+) -> tuple[PyTree, JoinedState, Inputs]:
+  """Returns the gradients of all inputs."""
+  constants, initial, inputs = primals
+  (out, of_strides), (d_out, d_last) = saved, gradients
+  cut = _cut(plan, inputs)
+  padded = blocks.pad_inputs(inputs, cut.length)
+  out, d_out = (blocks.pad(blocks.flat(x), cut.length) for x in (out, d_out))
+  zeros = (
+    jax.tree.map(jnp.zeros_like, leaves.floats(constants)),
+    d_last.linear,
+    [*map(blocks.empty_like, padded[:3])],
+  )
+  d_floats, d_first, d_inputs = backward_loop(
+    plan,
+    cut,
+    engine,
+    (constants, initial, padded),
+    (out, of_strides),
+    d_out,
+    zeros,
+  )
+  query, length = inputs.query, inputs.query.shape[1]
+  d_query, d_key, d_value = (x[:, :length] for x in d_inputs)
+  return (
+    leaves.only_floats(constants, d_floats),
+    leaves.no_gradient(initial).with_linear(d_first),
+    leaves.no_gradient(inputs)._replace(
+      query=d_query.reshape(query.shape), key=d_key, value=d_value
+    ),
+  )
+
+
+def _cut(plan: CausalPlan, inputs: Inputs) -> blocks.Blocks:
+  """Returns the steps of a plan, as blocks."""
+  batch, _, heads, _ = inputs.key.shape
+  return blocks.Blocks(batch, heads, plan.step_size, plan.num_steps)
+
+
+def forward_loop(
+  plan: CausalPlan,
+  cut: blocks.Blocks,
+  engine: Engine,
+  constants: PyTree,
+  state: JoinedState,
+  padded: Inputs,
+) -> tuple[JoinedState, Array, OfStrides]:
+  """Attends step by step.
+
+  Args:
+    plan: sizes of strides and steps.
+    cut: the steps, as blocks.
+    engine: see `Engine`.
+    constants: variables of the maps.
+    state: sums over the keys before.
+    padded: arrays of whole blocks; queries are flat.
+
+  Returns:
+    The state after the last key, outputs ``[B, T, N G, .]``, and what the
+    backward pass gets beside them.
+  """
+  start = state.length
 
   def stride(
     carry: _Carry, stride_index: Array
@@ -111,40 +184,50 @@ def run(
     )
     return after, (carry[0], saved)
 
-  value, result = inputs.value, engine.result
+  value, result = padded.value, engine.result
   depth = result.depth(value.shape[-1], is_signed=state.magnitude is not None)
-  dtype = value.dtype if result.is_mean else jnp.float32
+  dtype = value.dtype if result.is_mean else jnp.dtype(jnp.float32)
   out = blocks.empty_like(padded.query, depth, dtype)
   (state, out), saved = jax.lax.scan(
     stride, (state, out), jnp.arange(plan.num_strides)
   )
-  out = out[:, :length].reshape(*inputs.query.shape[:-1], -1)
-  return (out, state._replace(length=start + length)), (out, saved)
+  return state, out, saved
 
 
-def backward(
+def backward_loop(
   plan: CausalPlan,
+  cut: blocks.Blocks,
   engine: Engine,
   primals: tuple[PyTree, JoinedState, Inputs],
   saved: _Saved,
-  gradients: tuple[Array, JoinedState],
-) -> tuple[PyTree, JoinedState, Inputs]:
-  """Computes the gradients of all inputs, from the last stride to the first.
+  d_out: Array,
+  total: Gradients,
+) -> Gradients:
+  """Adds the gradients of all inputs, from the last stride to the first.
 
   In each stride it computes the states before the steps again, from the first
   step to the last, and then differentiates the steps, from the last to the
   first.
+
+  Args:
+    plan: see `forward_loop`.
+    cut: see `forward_loop`.
+    engine: see `forward_loop`.
+    primals: constants, state and arrays of `forward_loop`.
+    saved: its other results.
+    d_out: the gradient of the outputs.
+    total: the gradients to which these are added; the second is that of the
+      sums after the last key.
+
+  Returns:
+    The gradients; the second is that of the sums before the first key.
   """
-  constants, initial, inputs = primals
-  (out, of_strides), (d_out, d_last) = saved, gradients
-  cut = cut_of(plan, engine, inputs)
-  padded = blocks.pad_inputs(inputs, cut.length)
-  out, d_out = (blocks.pad(blocks.flat(x), cut.length) for x in (out, d_out))
+  (constants, initial, padded), (out, of_strides) = primals, saved
   indices = jnp.arange(plan.steps_per_stride)
 
   def stride(
-    carry: _Gradients, x: tuple[Array, tuple[JoinedState, Saved]]
-  ) -> tuple[_Gradients, None]:
+    carry: Gradients, x: tuple[Array, tuple[JoinedState, Saved]]
+  ) -> tuple[Gradients, None]:
     stride_index, (before, of_steps) = x
 
     def block_of(index: Array) -> tuple[blocks.Place, blocks.CausalBlock]:
@@ -158,8 +241,8 @@ def backward(
       return steps.state_after(engine, constants, state, block), state
 
     def step(
-      carry: _Gradients, x: tuple[Array, JoinedState, Saved]
-    ) -> tuple[_Gradients, None]:
+      carry: Gradients, x: tuple[Array, JoinedState, Saved]
+    ) -> tuple[Gradients, None]:
       d_floats, d_after, d_inputs = carry
       index, state, saved = x
       place, block = block_of(index)
@@ -173,39 +256,15 @@ def backward(
         d_after,
         cut.take_queries(d_out, place).astype(jnp.float32),
       )
+      places = place, cut.of_keys(place), cut.of_keys(place)
       d_inputs = [
-        cut.write(whole, of_block, place)
-        for whole, of_block in zip(d_inputs, d_block, strict=True)
+        cut.add(*of_input)
+        for of_input in zip(d_inputs, d_block, places, strict=True)
       ]
       return (leaves.tree_add(d_floats, d_more), d_before, d_inputs), None
 
     _, states = jax.lax.scan(recompute, before, indices)
     return jax.lax.scan(step, carry, (indices, states, of_steps), reverse=True)
 
-  d_floats = jax.tree.map(jnp.zeros_like, leaves.floats(constants))
-  carry = d_floats, d_last.linear, [*map(blocks.empty_like, padded[:3])]
   xs = jnp.arange(plan.num_strides), of_strides
-  (d_floats, d_first, d_inputs), _ = jax.lax.scan(
-    stride, carry, xs, reverse=True
-  )
-  query, length = inputs.query, inputs.query.shape[1]
-  d_query, d_key, d_value = (x[:, :length] for x in d_inputs)
-  return (
-    leaves.only_floats(constants, d_floats),
-    leaves.no_gradient(initial).with_linear(d_first),
-    leaves.no_gradient(inputs)._replace(
-      query=d_query.reshape(query.shape), key=d_key, value=d_value
-    ),
-  )
-
-
-def cut_of(plan: CausalPlan, engine: Engine, inputs: Inputs) -> blocks.Blocks:
-  """Returns the steps of a plan, as blocks."""
-  batch, _, heads, _ = inputs.key.shape
-  return blocks.Blocks(
-    batch,
-    heads,
-    plan.step_size,
-    plan.num_steps,
-    is_reversed=engine.is_reversed,
-  )
+  return jax.lax.scan(stride, total, xs, reverse=True)[0]

@@ -42,8 +42,6 @@ class Engine(NamedTuple):
     result: what the pass returns for each query.
     is_strict: whether a causal query sees only the keys before its position,
       not the one at it.
-    is_reversed: whether a causal pass goes from the last position to the first,
-      so that a query sees the keys after it.
   """
 
   maps: Maps
@@ -51,7 +49,6 @@ class Engine(NamedTuple):
   chunk_size: int
   result: Result = MEAN
   is_strict: bool = False
-  is_reversed: bool = False
 
 
 class Saved(NamedTuple):
