@@ -13,7 +13,6 @@ from spectraformer_jax.linear_attention.exponents import (
   split,
   whole_exponent,
 )
-from spectraformer_jax.linear_attention.xla.chunks import with_ones
 from spectraformer_jax.linear_attention.xla.products import Products
 from spectraformer_jax.typing import Array
 
@@ -65,23 +64,24 @@ def exact_part(
     query: ``[B, N, G, C, H]``.
     *keys: disjoint sets of keys.
   """
-  scores = [log_kernel(setting, query, of_set) for of_set in keys]
-  fixed = jax.lax.stop_gradient(scores)
-  lowest = jnp.finfo(jnp.float32).min
+  # The score of a hidden key, at which its weight is 0.
+  lowest = -(2.0**29)
+  scores = [
+    jnp.where(of_set.is_visible, log_kernel(setting, query, of_set), lowest)
+    for of_set in keys
+  ]
   top = jnp.full((*query.shape[:-1], 1), lowest)
-  for of_set, score in zip(keys, fixed, strict=True):
-    score = jnp.where(of_set.is_visible, score, lowest)
+  for score in jax.lax.stop_gradient(scores):
     largest = jnp.max(score, axis=-1, keepdims=True, initial=lowest)
     top = jnp.maximum(top, largest)
-  exponent = jnp.where(top > lowest, whole_exponent(top), LOWEST)
-  total = jnp.zeros(())
+  exponent = jnp.where(top > lowest, whole_exponent(top), -LOWEST)
+  numerator, normalizer = jnp.zeros(()), jnp.zeros(())
   for of_set, score in zip(keys, scores, strict=True):
     mantissa, own = split(score)
-    # Only hidden keys have larger scores than the largest visible one.
-    weights = mantissa * power_of_two(own - exponent, 1.0)
+    weights = mantissa * power_of_two(own - exponent)
     weights = products.exponential(score, weights)
-    weights = jnp.where(of_set.is_visible, weights, 0.0)
-    total += jnp.einsum(
-      f"bngcw,{of_set.names}v->bngcv", weights, with_ones(of_set.value)
-    )
-  return Part(total, None, exponent)
+    value = of_set.value.astype(jnp.float32)
+    numerator += jnp.einsum(f"bngcw,{of_set.names}v->bngcv", weights, value)
+    normalizer += jnp.sum(weights, axis=-1, keepdims=True)
+  sums = jnp.concatenate([numerator, normalizer], axis=-1)
+  return Part(sums, None, jnp.where(top > lowest, exponent, LOWEST))
