@@ -199,6 +199,9 @@ def spectral_attention(
   if not exact.are_none:
     kernel_of(component)
     check_exact_keys(exact, arrays, is_causal=is_causal, has_state=has_state)
+  if exact.window is not None and isinstance(arrays.segment_ids, tuple):
+    # The same array twice: inside of jit it would be two.
+    arrays = arrays._replace(segment_ids=arrays.segment_ids[0])
   if initial_state is not None:
     check_state(initial_state, exact)
   if component.longest is not None and initial_state is not None:

@@ -99,12 +99,6 @@ def check_exact_keys(
       "window needs the same segment_ids for queries and keys, got a pair of "
       "arrays; pass one array [B, T], or use num_sinks."
     )
-  if has_state and not is_causal:
-    raise ValueError(
-      "window and num_sinks carry over in a state only with is_causal=True."
-    )
-  if not exact.num_heavy:
-    return
   for is_set, setting, reason in (
     (
       is_causal,
@@ -122,10 +116,14 @@ def check_exact_keys(
       "a state keeps no keys to choose from",
     ),
   ):
-    if is_set:
+    if exact.num_heavy and is_set:
       raise ValueError(
         f"num_heavy cannot be combined with {setting}: {reason}."
       )
+  if has_state and not is_causal:
+    raise ValueError(
+      "window and num_sinks carry over in a state only with is_causal=True."
+    )
 
 
 def kernel_of(component: Any) -> str:

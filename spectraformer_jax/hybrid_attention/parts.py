@@ -26,6 +26,10 @@ from spectraformer_jax.typing import Array
 # mostly noise, and so is its numerator.
 NOISE = 0.8
 
+# Far weights that have underflowed add up to less than 2^-75 in the units of
+# their pass: a sum of this power of two makes them less than its rounding.
+LARGEST_LOST = -50.0
+
 
 class Part(NamedTuple):
   """Sums over some keys, times 2^-exponent.
@@ -87,22 +91,23 @@ def add(first: Part, *others: Part) -> Part:
   return total
 
 
-def divide_parts(exact: Part, far: Part, num_rows: int) -> Quotient:
-  """Returns the quotient of the exact and the far part together.
+def divide_parts(exact: Part, passes: list[Part], num_rows: int) -> Quotient:
+  """Returns the quotient of all parts together.
+
+  It is NaN where the weights of a pass have underflowed, which NaN as their sum
+  tells, and the other parts are not so large that they do not matter.
 
   Args:
     exact: positive weights.
-    far: estimated weights.
+    passes: estimated weights of disjoint sets of keys.
     num_rows: M, which says how noisy a far part with negative weights is.
   """
-  sees_exact = exact.sums[..., -1:] > 0.0
-  # NaN marks a far part whose weights have underflowed: beside exact keys it is
-  # nothing.
-  far_sum = far.sums[..., -1:]
-  keeps_far = ~(sees_exact & jnp.isnan(far_sum))
+  far = add(*map(_without_lost, passes))
+  keeps_far = jnp.ones(far.exponent.shape, bool)
   if far.magnitude is not None:
-    is_noise = far_sum <= NOISE / num_rows**0.5 * far.magnitude
-    keeps_far &= ~(sees_exact & is_noise)
+    sees_exact = exact.sums[..., -1:] > 0.0
+    is_noise = far.sums[..., -1:] <= NOISE / num_rows**0.5 * far.magnitude
+    keeps_far = ~(sees_exact & is_noise)
     exact = exact._replace(magnitude=exact.sums[..., -1:])
   far = Part(
     jnp.where(keeps_far, far.sums, 0.0),
@@ -116,6 +121,11 @@ def divide_parts(exact: Part, far: Part, num_rows: int) -> Quotient:
     is_floored = jnp.abs(divisor) < floor
     sign = jnp.where(divisor < 0.0, -1.0, 1.0)
     divisor = jnp.where(is_floored, sign * floor, divisor)
+  size = exponent + exponent_of(divisor if magnitude is None else magnitude)
+  for part in passes:
+    is_negligible = part.exponent + LARGEST_LOST <= size
+    is_unknown = jnp.isnan(part.sums[..., -1:]) & ~is_negligible
+    divisor = jnp.where(is_unknown, jnp.nan, divisor)
   return Quotient(
     divide(sums[..., :-1], divisor), divisor, exponent, keeps_far, is_floored
   )
@@ -129,6 +139,17 @@ def _rescaled(part: Part, exponent: Array) -> Part:
     part.sums * factor,
     None if magnitude is None else magnitude * factor,
     exponent,
+  )
+
+
+def _without_lost(part: Part) -> Part:
+  """Returns the part, without weights that have underflowed."""
+  is_lost = jnp.isnan(part.sums[..., -1:])
+  magnitude = part.magnitude
+  return Part(
+    jnp.where(is_lost, 0.0, part.sums),
+    None if magnitude is None else jnp.where(is_lost, 0.0, magnitude),
+    part.exponent,
   )
 
 

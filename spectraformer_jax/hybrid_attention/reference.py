@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from spectraformer_jax.hybrid_attention.layout import Row, Setting
 from spectraformer_jax.hybrid_attention.parts import Part, divide_parts
 from spectraformer_jax.hybrid_attention.scores import BlockKeys, exact_part
-from spectraformer_jax.linear_attention.exponents import whole_exponent
+from spectraformer_jax.linear_attention.exponents import (
+  SMALLEST_NORMALIZER,
+  whole_exponent,
+)
 from spectraformer_jax.linear_attention.inputs import Maps
 from spectraformer_jax.linear_attention.reference import scale_features
 from spectraformer_jax.linear_attention.state import (
@@ -53,7 +56,7 @@ def attend(
   far = _far_part(
     maps, constants, state, query, near._replace(is_visible=is_far)
   )
-  out = divide_parts(exact_sums, far, setting.num_rows).out
+  out = divide_parts(exact_sums, [far], setting.num_rows).out
   return (
     jnp.moveaxis(out, 3, 1).astype(value.dtype),
     _state_after(maps, constants, state, row, exact.left, length),
@@ -108,6 +111,11 @@ def _far_part(
   if state.magnitude is not None:
     magnitude = sums_of(jnp.abs(phi), jnp.abs(psi), value[..., -1:])
     magnitude += of_state(jnp.abs(phi), state.magnitude[..., None])
+  else:
+    # As in the passes of `xla`: NaN for weights that have underflowed.
+    sees_keys = jnp.any(keys.is_visible, axis=-1, keepdims=True)
+    is_lost = sees_keys & (sums[..., -1:] < SMALLEST_NORMALIZER)
+    sums = jnp.where(is_lost, jnp.nan, sums)
   exponent = whole_exponent(log_factor)
   rest = jnp.exp(log_factor - exponent * math.log(2.0))
   magnitude = None if magnitude is None else magnitude * rest

@@ -29,7 +29,6 @@ from spectraformer_jax.hybrid_attention.far import (
 from spectraformer_jax.hybrid_attention.layout import Row, Setting
 from spectraformer_jax.hybrid_attention.parts import (
   Quotient,
-  add,
   divide_parts,
   far_part,
 )
@@ -161,7 +160,7 @@ def _run(
     of_passes = [
       far_part(cut.take_queries(sums, place), value_dim) for sums in far
     ]
-    total = divide_parts(exact, add(*of_passes), plan.setting.num_rows)
+    total = divide_parts(exact, of_passes, plan.setting.num_rows)
     exponents = [exact.exponent, *(of_pass.exponent for of_pass in of_passes)]
     new = _divisors(total, exponents)
     divisors = [

@@ -21,14 +21,16 @@ MAPS = {
 
 
 @functools.cache
-def build_map(name="softmax", num_features=16, num_heads=2):
+def build_map(name="softmax"):
   """Returns `feature_map` and `variables` as keyword arguments."""
   component, options = MAPS[name]
   fm = sf.feature_map(
-    component, "orf", num_features=num_features, component_kwargs=options
+    component, "orf", num_features=16, component_kwargs=options
   )
-  rng = jax.random.key(7)
-  variables = fm.init(rng, head_dim=HEAD_DIM, num_heads=num_heads)
+  # The result is cached, so it must be no tracer.
+  with jax.ensure_compile_time_eval():
+    rng = jax.random.key(7)
+    variables = fm.init(rng, head_dim=HEAD_DIM, num_heads=2)
   return {"feature_map": fm, "variables": variables}
 
 
@@ -67,14 +69,22 @@ class Choice(NamedTuple):
 
 
 class Sums(NamedTuple):
-  """Sums of one query, times exp(-log_scale): numerators, then weights."""
+  """Sums of one query over some keys, times exp(-log_scale).
 
-  exact: np.ndarray
-  far: np.ndarray
+  Attributes:
+    columns: numerators and the sum of weights, ``[V + 1]``.
+    magnitude: the sum of absolute weights.
+    log_scale: of the largest weight; -inf without keys.
+  """
+
+  columns: np.ndarray
+  magnitude: float
   log_scale: float
 
 
-def definition(arrays, *, feature_map, variables, stats=None, **choice):
+def definition(
+  arrays, *, feature_map, variables, stats=None, chosen_by=None, **choice
+):
   """Computes hybrid attention in float64.
 
   Args:
@@ -82,6 +92,8 @@ def definition(arrays, *, feature_map, variables, stats=None, **choice):
     feature_map: the map.
     variables: its variables.
     stats: its stats.
+    chosen_by: query and key that decide which keys are heavy; None: those of
+      `arrays`.
     **choice: see `Choice`.
 
   Returns:
@@ -94,19 +106,23 @@ def definition(arrays, *, feature_map, variables, stats=None, **choice):
     key, value = np.where(mask, key, 0.0), np.where(mask, value, 0.0)
   root = query.shape[-1] ** -0.25
   x, y = root * query, root * key
+  deciding_x, deciding_y = x, y
+  if chosen_by is not None:
+    deciding_x, deciding_y = (
+      root * np.asarray(array, np.float64) for array in chosen_by[:2]
+    )
+  kernel = feature_map.component.kernel
   groups = query.shape[2] // key.shape[2]
-  maps = {
-    "feature_map": feature_map, "variables": variables, "stats": stats
-  }
+  maps = {"feature_map": feature_map, "variables": variables, "stats": stats}
   phi = [features(x[:, :, g::groups], "query", **maps) for g in range(groups)]
   psi = features(y, "key", **maps)
   out = np.zeros((*query.shape[:3], value.shape[-1]))
   for example in range(query.shape[0]):
     for head in range(query.shape[2]):
       n, g = divmod(head, groups)
-      of_group = x[example][:, groups * n : groups * (n + 1)]
+      of_group = deciding_x[example][:, groups * n : groups * (n + 1)]
       sets = key_sets(
-        choice, example, of_group, y[example, :, n], kernel_name(feature_map)
+        choice, example, of_group, deciding_y[example, :, n], kernel
       )
       for i, (exact, far) in enumerate(sets):
         sums = sums_of(
@@ -114,14 +130,10 @@ def definition(arrays, *, feature_map, variables, stats=None, **choice):
           (y[example, :, n], *(leaf[example, :, n] for leaf in psi)),
           value[example, :, n],
           (exact, far),
-          kernel_name(feature_map),
+          kernel,
         )
-        out[example, i, head] = quotient(sums, feature_map)
+        out[example, i, head] = quotient(*sums, feature_map)
   return out
-
-
-def kernel_name(feature_map):
-  return feature_map.component.kernel
 
 
 def features(x, side, *, feature_map, variables, stats):
@@ -206,7 +218,7 @@ def heavy_keys(queries, keys, candidates, number, kernel):
 
 
 def sums_of(query, keys, value, sets, kernel):
-  """Returns the `Sums` of one query; the last column of far is magnitudes.
+  """Returns the `Sums` of one query over exact and over far keys.
 
   Args:
     query: scaled query ``[H]``, log-magnitudes and factors ``[F]``.
@@ -219,33 +231,38 @@ def sums_of(query, keys, value, sets, kernel):
   log_exact = y[exact] @ x
   if kernel == "gaussian":
     log_exact = -0.5 * np.sum((x - y[exact]) ** 2, axis=-1)
-  log_far = log_phi + log_psi[far]
-  log_scale = max([-np.inf, *log_exact.ravel(), *log_far.ravel()])
-  log_scale = log_scale if np.isfinite(log_scale) else 0.0
-  with_ones = lambda v: np.concatenate([v, np.ones((len(v), 1))], axis=1)
-  weights = np.exp(log_exact - log_scale)
-  terms = phi * psi[far] * np.exp(log_far - log_scale)
-  far_sums = terms.sum(-1) @ with_ones(value[far])
-  return Sums(
-    weights @ with_ones(value[exact]),
-    np.append(far_sums, np.abs(terms).sum()),
-    log_scale,
-  )
+  with_ones = np.append(value, np.ones((len(value), 1)), axis=1)
+  return [
+    _sums(log_exact[:, None], np.ones((len(exact), 1)), with_ones[exact]),
+    _sums(log_phi + log_psi[far], phi * psi[far], with_ones[far]),
+  ]
 
 
-def quotient(sums, feature_map):
+def _sums(log_terms, factors, with_ones):
+  """Returns the `Sums` of weights ``sum_f factor exp(log_term)``."""
+  log_scale = max([-np.inf, *log_terms.ravel()])
+  terms = factors * np.exp(log_terms - log_scale)
+  return Sums(terms.sum(-1) @ with_ones, np.abs(terms).sum(), log_scale)
+
+
+def quotient(exact, far, feature_map):
   """Returns the output ``[V]`` of one query."""
-  exact, far, magnitude = sums.exact, sums.far[:-1], sums.far[-1]
-  if not feature_map.info.positive:
-    noise = 0.8 / np.sqrt(feature_map.num_rows) * magnitude
-    if exact[-1] > 0 and far[-1] <= noise:
-      far, magnitude = 0.0 * far, 0.0
-  *numerators, divisor = exact + far
-  if not feature_map.info.positive:
-    floor = 1e-6 * (exact[-1] + magnitude)
+  is_signed = not feature_map.info.positive
+  noise = 0.8 / np.sqrt(feature_map.num_rows) * far.magnitude
+  parts = [part for part in (exact, far) if part.magnitude]
+  if is_signed and exact.magnitude and far.columns[-1] <= noise:
+    parts = [exact]
+  if not parts:
+    return 0.0
+  log_scale = max(part.log_scale for part in parts)
+  factors = [np.exp(part.log_scale - log_scale) for part in parts]
+  pairs = list(zip(factors, parts, strict=True))
+  *numerators, divisor = sum(factor * part.columns for factor, part in pairs)
+  if is_signed:
+    floor = 1e-6 * sum(factor * part.magnitude for factor, part in pairs)
     if abs(divisor) < floor:
       divisor = floor if divisor >= 0 else -floor
-  return np.asarray(numerators) / (divisor if divisor else 1.0)
+  return np.asarray(numerators) / divisor
 
 
 def assert_close(actual, expected, tolerance=2e-5):
