@@ -163,7 +163,8 @@ def spectral_attention(
 
   Returns:
     ``[B, T, N, V]`` in value's dtype. A query that sees no key gives zeros and
-    zero gradients. With `return_state`, a pair with the `State`.
+    zero gradients. With `return_state`, a pair with the `State`, which is a
+    `HybridState` if there are exact keys.
 
   Raises:
     ValueError: shapes that do not agree, arrays that are not float, a mask over
@@ -394,8 +395,8 @@ def maps_of(
   Args:
     feature_map: the map.
     sqrt_scale: multiplies queries and keys.
-    is_complete: whether queries have all factors, also those that cancel among
-      features; beside exact weights they do not.
+    is_complete: whether queries keep the factors that cancel in linear
+      attention; beside exact weights these do not cancel.
   """
   of_side = functools.partial(_OneSide, feature_map, sqrt_scale, is_complete)
   return Maps(of_side("query"), of_side("key"))

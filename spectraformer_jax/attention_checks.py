@@ -86,7 +86,7 @@ def check_statistics(
   elif segment_ids is not None:
     setting, effect = "segment_ids", "mix segments"
   elif has_state:
-    setting, effect = "a state", "differ from those of its other calls"
+    setting, effect = "a state", "treat each call differently"
   else:
     return
   if component.needs_stats:

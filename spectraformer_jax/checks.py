@@ -51,8 +51,8 @@ def as_floats(**arrays: Any) -> list[Array]:
     if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
       got = None if x is None else f"dtype {x.dtype}"
       raise ValueError(
-        f"{name} must be a float array, got {got}; use "
-        f"{name}.astype(jnp.float32) if its numbers are meant."
+        f"{name} must be a float array, got {got}; convert "
+        f"it with {name}.astype(jnp.float32)."
       )
     converted.append(x)
   return converted

@@ -46,11 +46,11 @@ def init_state(
     num_sinks: see `spectral_attention`; the state keeps as many keys.
 
   Returns:
-    A `State` of float32 zeros, or with exact keys a `HybridState`; its size
+    An empty `State`, or with a window or sinks an empty `HybridState`; its size
     does not depend on the number of tokens.
 
   Raises:
-    ValueError: a size, window or number has another form, or the map has no
+    ValueError: a size, window or number is not valid, or the map has no
       exact kernel to go with a window or sinks.
 
   Example:
@@ -101,7 +101,7 @@ def decode_step(
 ) -> tuple[Float[Array, "B 1 NG V"], State | HybridState]:
   """Attends with one more token, in O(M V) however many came before.
 
-  A `HybridState` brings its window and sinks; their keys cost as many scores.
+  A `HybridState` holds its window and sinks; each key in them costs a score.
 
   Args:
     state: from `init_state`, `decode_step`, or ``spectral_attention(...,
@@ -163,8 +163,8 @@ def attend_state(
   decoder reads the sums.
 
   Args:
-    state: sums over keys and values, a `State`: to a `HybridState` only
-      `decode_step` can attend.
+    state: a `State`, sums over keys and values; not a `HybridState`, to which
+      only `decode_step` can attend.
     query: ``[B, T, N, H]``; N may be a multiple of the state's number of heads.
     feature_map: see `spectral_attention`.
     variables: the same as for the keys.
@@ -188,7 +188,7 @@ def attend_state(
     >>> bool(jnp.allclose(attend_state(state, x, **maps), out, atol=1e-5))
     True
   """
-  # Attends to the state and to zero new keys.
+  # The call itself has no keys: their axis has size 0.
   (query,) = checks.as_floats(query=query)
   if isinstance(state, HybridState):
     raise ValueError(

@@ -231,8 +231,8 @@ def _fit(x: Array, *axes: Any) -> P:
 def _heads(mesh: AbstractMesh, query: Array, key: Array) -> tuple[Any, Any]:
   """Returns the mesh axes that divide the heads of queries and of keys.
 
-  Grouped queries go with their key head. If the mesh axes have more devices
-  than there are key heads, heads are not divided; a single key head is
+  Grouped queries go with their key head. If the number of devices does not
+  divide that of key heads, heads are not divided; a single key head is
   replicated.
   """
   axis = _spec(query)[2]

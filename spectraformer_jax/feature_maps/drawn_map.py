@@ -50,10 +50,10 @@ class DrawnMap:
   @functools.cached_property
   def has_params(self) -> bool:
     """Whether `init_params` makes any leaf; no size changes the answer."""
-    component = jax.eval_shape(
+    of_component = jax.eval_shape(
       lambda rng: self.component.init(rng, 4), jax.random.key(0)
     )
-    return self.weight_matrix.info.learnable or bool(component)
+    return self.weight_matrix.info.learnable or bool(of_component)
 
   def init(
     self,

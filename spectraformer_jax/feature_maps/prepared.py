@@ -134,7 +134,7 @@ def drop_empty(**parts: PyTree) -> dict[str, PyTree]:
 
 
 def mean_over_examples(tree: PyTree, counts: Array) -> PyTree:
-  """Returns means over axis 0 (kept) of the examples where `counts` ``[B]``."""
+  """Returns means over axis 0 (kept) of examples marked in `counts` ``[B]``."""
   num_examples = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
   weights = counts.astype(jnp.float32) / num_examples
 

@@ -45,8 +45,8 @@ def _is_learnt(path: tuple[Any, ...], leaf: Any) -> bool:
   """Returns whether a leaf is a float array outside of projections."""
   names = [_name(part) for part in path]
   names = [name for name in names if name != "value"]  # from nnx.Variable
-  following = zip(names, names[1:], strict=False)
-  if any(one == "projection" and two in PARTS for one, two in following):
+  pairs = zip(names, names[1:], strict=False)
+  if any(outer == "projection" and inner in PARTS for outer, inner in pairs):
     return False
   if any(name in NOT_LEARNT for name in names):
     return False

@@ -287,13 +287,14 @@ def start(
   batch, _, heads, head_dim = key.shape
   token = jax.ShapeDtypeStruct((batch, heads, 1, head_dim), jnp.float32)
   features = jax.eval_shape(maps.key, constants, token, 0)
-  exponent = features.log_magnitude
+  log_magnitude = features.log_magnitude
   return empty_state(
     batch,
     heads,
+    # A log-magnitude that all features share has size 1, the factor has F.
     max(leaf.shape[-1] for leaf in jax.tree.leaves(features)),
     value_dim,
-    exponent_dim=1 if exponent is None else exponent.shape[-1],
+    exponent_dim=1 if log_magnitude is None else log_magnitude.shape[-1],
     is_signed=is_signed,
   )
 

@@ -48,7 +48,7 @@ def with_backward(
     depends, tree = jax.tree.flatten((inputs, out, saved))
 
     def of_moving(depends: list[Array]) -> tuple[Callable, list[Array]]:
-      """Returns the exact output as a function of moving inputs, and those."""
+      """Returns the exact output as a function of moving inputs, and these."""
       flat = jax.tree.leaves(tree.unflatten(depends)[0])
 
       def function(moving: list[Array]) -> list[Array]:
@@ -75,12 +75,12 @@ def with_backward(
     first = len(moves)
     of_out = range(first, first + len(jax.tree.leaves(out)))
     linear = _Linear(
-      push,
-      push,
-      fast_pull,
-      pull,
-      [place for place, is_moving in enumerate(moves) if is_moving],
-      [place for place in of_out if leaves.is_float(depends[place])],
+      apply=push,
+      exact=push,
+      apply_transposed=fast_pull,
+      exact_transposed=pull,
+      arguments=[place for place, is_moving in enumerate(moves) if is_moving],
+      results=[place for place in of_out if leaves.is_float(depends[place])],
     )
     moving = _select(flat_tangents, moves)
     pushed = iter(_linear_p.bind(*depends, *moving, linear=linear))

@@ -62,8 +62,8 @@ def whole_exponent(log_magnitude: Array) -> Array:
   No gradient flows through n. A larger `log_magnitude` never has a smaller n,
   so the largest exponent is that of the largest value.
   """
-  bits = jax.lax.stop_gradient(log_magnitude) * math.log2(math.e)
-  return jnp.floor(bits + 0.5)
+  log2 = jax.lax.stop_gradient(log_magnitude) * math.log2(math.e)
+  return jnp.floor(log2 + 0.5)
 
 
 def exp_near_zero(x: Array) -> Array:

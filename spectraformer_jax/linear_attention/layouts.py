@@ -2,8 +2,8 @@
 
 Which hint is fast depends on the platform; results do not. Layouts are given
 only in programs of one device, or of one device inside `jax.shard_map`: the
-partitioner of other programs does not know the operation and gathers the whole
-array. An exported program must not contain a layout.
+partitioner of other programs does not know the operation that sets a layout,
+and gathers the whole array. An exported program must not contain a layout.
 """
 
 import functools
@@ -26,10 +26,10 @@ def in_columns(x: Array) -> Array:
 
   A TPU's register holds 128 numbers of the contiguous axis. Positions fill it;
   the 32 dims of a head do not. To be dropped once ``benchmarks/aot.py`` shows
-  the same cycles without (docs/decisions/08-tpu-layouts.md).
+  the same cycles without it (docs/decisions/08-tpu-layouts.md).
   """
-  put = functools.partial(_laid_out.bind, layout=_in_columns, plain=_same)
-  return jax.lax.platform_dependent(x, tpu=put, default=_same)
+  on_tpu = functools.partial(_laid_out.bind, layout=_in_columns, plain=_same)
+  return jax.lax.platform_dependent(x, tpu=on_tpu, default=_same)
 
 
 def transposed(x: Array) -> Array:
@@ -40,17 +40,17 @@ def transposed(x: Array) -> Array:
   product then reads or writes columns, at which XLA aborts for small shapes. To
   be dropped with the products that need it, see `xla.products`.
   """
-  in_memory = functools.partial(
+  on_cpu = functools.partial(
     _laid_out.bind, layout=_transposed_in_memory, plain=_swap_last_axes
   )
-  return jax.lax.platform_dependent(x, cpu=in_memory, default=_swap_last_axes)
+  return jax.lax.platform_dependent(x, cpu=on_cpu, default=_swap_last_axes)
 
 
 def behind_barrier(x: Array) -> Array:
   """Returns x behind a barrier: else XLA computes it again for each feature.
 
-  A TPU gets no barrier: XLA would round what it stores for a product to
-  bfloat16, which takes longer than to compute it inside the product
+  A TPU gets no barrier: XLA would store x, rounded to bfloat16, for the product
+  that reads it, which takes longer than to compute x inside the product
   (docs/decisions/08-tpu-layouts.md).
   """
   return jax.lax.platform_dependent(
@@ -110,6 +110,7 @@ def _is_of_one_device(module: Any) -> bool:
     return False
   axes = module.axis_context
   if hasattr(axes, "manual_axes"):
+    # `jax.shard_map` must leave no mesh axis to the partitioner.
     return axes.manual_axes == frozenset(axes.mesh.axis_names)
   return getattr(axes, "num_devices", 1) == 1
 

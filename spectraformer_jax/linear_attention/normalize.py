@@ -9,8 +9,8 @@ from spectraformer_jax.linear_attention.exponents import (
 from spectraformer_jax.typing import Array
 
 # The absolute value of a signed normalizer is raised to at least this fraction
-# of the sum of absolute weights: rounding in float32 leaves about this fraction
-# of a sum that should be zero.
+# of the sum of absolute weights: about what rounding in float32 leaves of a
+# normalizer that should be zero.
 SIGNED_FLOOR = 1e-6
 
 

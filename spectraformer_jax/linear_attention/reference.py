@@ -77,7 +77,7 @@ def attend(call: Call) -> tuple[Array, State]:
   query, key, value, key_mask, segment_ids = inputs
   position, value = state.length, value.astype(jnp.float32)
   is_visible = checks.visible_keys(query, key, is_causal, key_mask, segment_ids)
-  in_groups = jax.vmap(maps.query, in_axes=(None, 2, None), out_axes=2)
+  map_queries = jax.vmap(maps.query, in_axes=(None, 2, None), out_axes=2)
   query = jnp.moveaxis(query, 1, 3)
   key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
   # Queries that are not finite give NaN, and add nothing to any gradient.
@@ -85,7 +85,7 @@ def attend(call: Call) -> tuple[Array, State]:
   # Causal queries have the positions of the keys; others start at 0.
   first = position if is_causal else jnp.zeros_like(position)
   out = _attend_features(
-    in_groups(constants, jnp.where(is_bad, 0, query), first),
+    map_queries(constants, jnp.where(is_bad, 0, query), first),
     maps.key(constants, key, position),
     value,
     is_visible[:, :, None],
@@ -131,14 +131,17 @@ def _attend_features(
     is_bad |= ~jnp.all(jnp.isfinite(leaf), axis=-1, keepdims=True)
   query = jax.tree.map(lambda leaf: jnp.where(is_bad, 0.0, leaf), query)
   key_mask = jnp.any(is_visible, (2, 3))
-  phi, psi, old, _ = scale_features(query, key, key_mask, state, segment_ids)
+  phi, psi, state_factor, _ = scale_features(
+    query, key, key_mask, state, segment_ids
+  )
 
   def weights(phi: Array, psi: Array) -> Array:
     products = jnp.einsum("bngtf,bnsf->bngts", phi, psi, precision="highest")
     return jnp.where(is_visible, products, 0.0)
 
   def of_state(phi: Array, sums: Array) -> Array:
-    sums = sums * (old if sums.ndim == 3 else old[..., None])
+    factor = state_factor if sums.ndim == 3 else state_factor[..., None]
+    sums = sums * factor
     return jnp.einsum("bngtf,bnf...->bngt...", phi, sums, precision="highest")
 
   seen = weights(phi, psi)
@@ -151,7 +154,7 @@ def _attend_features(
     magnitude = weight_sum = magnitude + of_state(jnp.abs(phi), state.magnitude)
   out = normalize(numerator, normalizer, magnitude)
   # NaN where a query sees keys but all their weights have underflowed: zeros
-  # would say that it sees none.
+  # would say that it sees none. A factor can be zero without underflow.
   if query.factor is None:
     is_bad |= (jnp.any(is_visible, axis=-1) & (weight_sum == 0.0))[..., None]
   return jnp.where(is_bad, jnp.nan, out)
@@ -210,8 +213,8 @@ def scale_features(
   psi = jnp.exp(key_log - of_keys)
   if query.factor is not None and key.factor is not None:
     phi, psi = query.factor * phi, key.factor * psi
-  old = 2.0**-KEY_EXPONENT * jnp.exp(earlier - shift[:, :, 0])
-  return phi, psi, old, top
+  state_factor = 2.0**-KEY_EXPONENT * jnp.exp(earlier - shift[:, :, 0])
+  return phi, psi, state_factor, top
 
 
 def _max_in_segments(

@@ -116,9 +116,9 @@ class Calls(scan.Calls):
     count = inputs.xs[0].shape[2] // self.chunk_size
 
     def kernel(inputs: BackwardInputs, outputs: BackwardOutputs) -> None:
-      def body(step: Array, carry: tuple[list[Array], PyTree]) -> PyTree:
+      def body(index: Array, carry: tuple[list[Array], PyTree]) -> PyTree:
         total, d_after = carry
-        c = count - 1 - step
+        c = count - 1 - index
         of_chunk = lambda ref: ref[c] if ref.ndim == 3 else ref[...]
         block = BackwardInputs(
           read(inputs.constants),

@@ -182,7 +182,7 @@ def _needed(
 
 
 def _first_equal(equations: Sequence[JaxprEqn]) -> dict[Var, Var]:
-  """Maps each result that was computed before to the first equal result."""
+  """Maps each result that equals an earlier one to the first such result."""
   first, results = {}, {}
   for equation in equations:
     if any(jax.extend.core.jaxprs_in_params(equation.params)):

@@ -134,7 +134,7 @@ class Kernels:
     ]
     sums = _to_heads_state(call.state, parts)
 
-    def run(step: scan.Step, is_linear: bool, *inputs: PyTree) -> tuple:
+    def run_scan(step: scan.Step, is_linear: bool, *inputs: PyTree) -> tuple:
       calls = self.module.Calls(step, chunk_size, self.interpret)
       inputs = scan.ForwardInputs(*inputs)
       return scan.scan(calls, inputs, is_linear=is_linear)
@@ -143,14 +143,16 @@ class Kernels:
     if call.is_causal:
       step = partial(bodies.causal_step, query_map, key_map, dtype)
       xs = [query, key, value]
-      sums, [out] = run(step, False, constants, sums, xs, mask)
+      sums, [out] = run_scan(step, False, constants, sums, xs, mask)
     else:
       step, xs = partial(bodies.key_step, key_map), [key, value]
       empty = bodies.empty_like(sums)
-      own, _ = run(step, True, constants, empty, xs, mask)
+      # The first carry of a linear scan takes no gradient: the sums before the
+      # call are added afterwards.
+      own, _ = run_scan(step, True, constants, empty, xs, mask)
       sums = bodies.join(sums, own)
       step = partial(bodies.query_step, query_map, dtype)
-      _, [out] = run(step, True, [*constants, *sums], (), [query], None)
+      _, [out] = run_scan(step, True, [*constants, *sums], (), [query], None)
     out = _from_heads(out[:, :, :length], 3, parts)
     out = jnp.swapaxes(out, 1, 2)[:, :, :, None]
     return out, _from_heads_state(sums, call.state, num_keys, parts)

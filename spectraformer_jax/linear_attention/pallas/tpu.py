@@ -50,8 +50,8 @@ PRIMITIVES = scan.PRIMITIVES | {"concatenate"}
 def fit(sizes: scan.Sizes, chunk_size: int | None) -> scan.Tile | str:
   """Returns a tile of `chunk_size`, rounded up to what the hardware can do.
 
-  None: `CAUSAL_CHUNK` or `BLOCK`. Where the tile does not fit into VMEM, the
-  result says why.
+  A `chunk_size` of None stands for `CAUSAL_CHUNK` or `BLOCK`. Where the tile
+  does not fit into VMEM, the result says why.
   """
   chunk = chunk_size or (CAUSAL_CHUNK if sizes.is_causal else BLOCK)
   if sizes.length <= chunk:
@@ -83,11 +83,11 @@ def vmem_bytes(sizes: scan.Sizes, chunk: int) -> int:
 
   features = sizes.feature_dim
   sums = tile(sizes.value_dim, features) + 2 * tile(1, features)
-  inputs = max(sizes.head_dim, sizes.value_dim)
+  widest = max(sizes.head_dim, sizes.value_dim)
   # Blocks hold constants and sums with their gradients; query, key and value;
   # the gradients of these three and of the output.
   blocks = 2 * sum(tile(*shape) for shape in sizes.constants) + 3 * sums
-  blocks += 7 * tile(chunk, inputs, sizes.item_bytes)
+  blocks += 7 * tile(chunk, widest, sizes.item_bytes)
   temporary = 5 * tile(chunk, features)
   if sizes.is_causal:
     temporary += 3 * tile(chunk, chunk)

@@ -102,11 +102,13 @@ def sum_backward(
     d_floats, d_key, d_value = carry
     place = cut.place(index)
     block = cut.take_keys(padded, place, state.length)
-    of_heads = cut.take_heads((constants, exponent, gradient.linear), place)
-    d_heads, d_block_key, d_block_value = chunks.add_keys_vjp(
-      engine, *of_heads[:2], block, of_heads[2]
+    variables, last_exponent, d_sums = cut.take_heads(
+      (constants, exponent, gradient.linear), place
     )
-    d_floats = cut.add_to_heads(d_floats, d_heads, place)
+    d_more, d_block_key, d_block_value = chunks.add_keys_vjp(
+      engine, variables, last_exponent, block, d_sums
+    )
+    d_floats = cut.add_to_heads(d_floats, d_more, place)
     d_key = cut.write(d_key, d_block_key, place)
     return (d_floats, d_key, cut.write(d_value, d_block_value, place)), None
 
@@ -181,7 +183,7 @@ def read_backward(
   saved: tuple[Array, Saved],
   d_out: Array,
 ) -> tuple[PyTree, JoinedState, Array, None]:
-  """Computes gradients block by block; those of the sums add up over blocks."""
+  """Computes gradients block by block; of constants and sums they add up."""
   (constants, state, query, position), (out, of_blocks) = primals, saved
   padded, out, d_out = (
     blocks.pad(blocks.flat(x), cut.length) for x in (query, out, d_out)

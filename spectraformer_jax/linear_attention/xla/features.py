@@ -156,9 +156,9 @@ def query_exponents(features: Features, exponent: Array) -> Array | None:
   if features.log_magnitude is None:
     return None
   fixed = jax.lax.stop_gradient(features.log_magnitude)
-  products = fixed + _of_positions(exponent) * math.log(2.0)
+  log_products = fixed + _of_positions(exponent) * math.log(2.0)
   return behind_barrier(
-    whole_exponent(jnp.max(products, axis=-1, keepdims=True))
+    whole_exponent(jnp.max(log_products, axis=-1, keepdims=True))
   )
 
 
@@ -180,8 +180,8 @@ def scale_queries(
     return features.factor
   assert query_exponent is not None  # as `query_exponents` gives it
   phi, own = split(features.log_magnitude)
-  # The exponent of an empty state is too low for exact sums. So `scale` may be
-  # above QUERY_EXPONENT; `power_of_two` then limits it.
+  # In float32, numbers are not added exactly to the exponent of an empty state.
+  # So `scale` may be above QUERY_EXPONENT; `power_of_two` then limits it.
   scale = own + _of_positions(exponent) - query_exponent + QUERY_EXPONENT
   phi = phi * power_of_two(scale, QUERY_EXPONENT + 8.0)
   phi = products.exponential(features.log_magnitude, phi)

@@ -8,8 +8,8 @@ class Sizes(NamedTuple):
 
   Attributes:
     chunk: positions of a causal chunk, C. For each token the masked product
-      costs C (F + V) and the state costs F V, so C near V is cheapest on a CPU;
-      matrix units need more rows.
+      costs C (F + V) and the state costs F V, so chunks shorter than V save
+      little, and longer ones cost more; matrix units need more rows.
     step: positions of a causal step, counted over all heads of all examples; a
       step has at least one chunk. Smaller steps cost as much to launch as to
       compute; on a CPU the features of larger steps do not fit into the cache.

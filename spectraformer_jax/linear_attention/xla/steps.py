@@ -200,10 +200,10 @@ def _sums(
   if magnitude is not None:
     weights = within_chunk(jnp.abs(phi), jnp.abs(step.psi))
     magnitude += jnp.sum(weights, axis=-1)
-  found = QuerySums(sums, magnitude)
+  query_sums = QuerySums(sums, magnitude)
   sees_keys = sees_state | _sees_new_keys(engine, block, is_visible)
-  return found, chunks.needs_weight(
-    sees_keys, features, phi, query_exponent, found
+  return query_sums, chunks.needs_weight(
+    sees_keys, features, phi, query_exponent, query_sums
   )
 
 
@@ -222,8 +222,8 @@ def _sees_new_keys(
   Args:
     engine: see `Engine`.
     block: see `attend`.
-    is_visible: keys of a query's chunk by position and segment, bool
-      ``[B or 1, 1, 1, G C, C]``.
+    is_visible: which keys of its chunk a query may see by position and segment,
+      bool ``[B or 1, 1, 1, G C, C]``.
   """
   mask = block.keys.key_mask
   if mask is None:
@@ -260,7 +260,7 @@ def _state_for(state: JoinedState, segment: Array) -> JoinedState:
 def _prefix_sums(
   engine: Engine, state: JoinedState, psi: Array, value: Array
 ) -> tuple[JoinedState, JoinedState]:
-  """Returns the state before each chunk, ``[B, N, L, ...]``, and after all."""
+  """Returns the states before each chunk, ``[B, N, L, ...]``, and the last."""
   of_chunks = engine.products.keys_times_values(psi, value)
   before, sums = _running(state.sums, of_chunks)
   rest = state.rest
