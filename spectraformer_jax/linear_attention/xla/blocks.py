@@ -92,7 +92,7 @@ def flat(query: Array) -> Array:
 def empty_like(
   x: Array, depth: int | None = None, dtype: jnp.dtype | None = None
 ) -> Array:
-  """Returns zeros that a loop overwrites block by block.
+  """Returns zeros that a loop overwrites, or adds to, block by block.
 
   `jax.lax.empty` would not write zeros first, but under `vmap` its result
   counts as mapped, which `jax.jacfwd` does not allow.
@@ -118,7 +118,7 @@ class Blocks(NamedTuple):
       all heads of all examples.
     is_reversed: whether blocks, and positions in a block, go from the last
       position to the first.
-    key_start: place of the keys of the first position in their arrays.
+    key_start: index of the first position's key in the arrays of keys.
   """
 
   batch: int
@@ -210,7 +210,7 @@ class Blocks(NamedTuple):
     return jax.lax.dynamic_update_slice(whole, old + block, start)
 
   def stacked(self, x: Array, chunk_size: int) -> Array:
-    """Arranges numbers of queries as a loop stacks those of its blocks.
+    """Arranges one number per query as a loop stacks those of its blocks.
 
     Args:
       x: ``[B, T, N G]``.
@@ -240,25 +240,25 @@ class Blocks(NamedTuple):
     if not self.is_per_head:
       return tree
 
-    def one(leaf: Array) -> Array:
+    def take_leaf(leaf: Array) -> Array:
       if not leaf.ndim:
         return leaf
       return jax.lax.dynamic_slice(leaf, *self._of_leaf(leaf, place))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(take_leaf, tree)
 
   def write_heads(self, whole: Tree, of_heads: Tree, place: Place) -> Tree:
     """Writes into the whole tree what `take_heads` reads."""
     if not self.is_per_head:
       return of_heads
 
-    def one(leaf: Array, part: Array) -> Array:
+    def write_leaf(leaf: Array, part: Array) -> Array:
       if not leaf.ndim:
         return part
       start, _ = self._of_leaf(leaf, place)
       return jax.lax.dynamic_update_slice(leaf, part, start)
 
-    return jax.tree.map(one, whole, of_heads)
+    return jax.tree.map(write_leaf, whole, of_heads)
 
   def add_to_heads(self, whole: Tree, of_heads: Tree, place: Place) -> Tree:
     """Adds to what the tree holds for the examples and heads of a block."""
@@ -270,7 +270,7 @@ class Blocks(NamedTuple):
     return (1, 1) if self.is_per_head else (self.batch, self.heads)
 
   def _in_array(self, block: Array, size: list[int], dtype: jnp.dtype) -> Array:
-    """Arranges ``[B, N, (G,) C, V]`` as it lies in an array."""
+    """Arranges ``[B, N, (G,) C, V]`` as a block lies in an array."""
     block = jnp.moveaxis(block, -2, 1).astype(dtype).reshape(size)
     return jnp.flip(block, axis=1) if self.is_reversed else block
 

@@ -45,7 +45,7 @@ from spectraformer_jax.typing import Array, PyTree
 _Carry = tuple[JoinedState, Array]
 # The state before each stride, and the results that each step saves.
 OfStrides = tuple[JoinedState, Saved]
-# What the backward pass gets; the array is that of the outputs.
+# What the backward pass gets: the outputs, and what strides and steps save.
 _Saved = tuple[Array, OfStrides]
 # The gradients of a backward loop so far: of constants, of sums, and of query,
 # key and value.
@@ -113,7 +113,7 @@ def _backward(
   cut = _cut(plan, inputs)
   padded = blocks.pad_inputs(inputs, cut.length)
   out, d_out = (blocks.pad(blocks.flat(x), cut.length) for x in (out, d_out))
-  zeros = (
+  total = (
     jax.tree.map(jnp.zeros_like, leaves.floats(constants)),
     d_last.linear,
     [*map(blocks.empty_like, padded[:3])],
@@ -125,7 +125,7 @@ def _backward(
     (constants, initial, padded),
     (out, of_strides),
     d_out,
-    zeros,
+    total,
   )
   query, length = inputs.query, inputs.query.shape[1]
   d_query, d_key, d_value = (x[:, :length] for x in d_inputs)

@@ -157,15 +157,15 @@ def read_vjp(
     saved: the other result of `read`.
     d_out: the gradient of `out`, float32.
   """
-  query, out, saved = unless_unused(engine, query, out, saved, d_out)
+  query, out, saved = replace_unused(engine, query, out, saved, d_out)
 
   def sums_of(
     floats: list[Array], linear: Linear, query: Array
   ) -> tuple[QuerySums, Array | None]:
     variables = leaves.with_floats(constants, floats)
     features = map_queries(engine, variables, query, position)
-    sums = state.with_linear(linear)
-    return _read_sums(engine, features, saved.query_exponent, sums)
+    new_state = state.with_linear(linear)
+    return _read_sums(engine, features, saved.query_exponent, new_state)
 
   floats = leaves.floats(constants)
   sums, pull, needs_weight = jax.vjp(
@@ -254,7 +254,7 @@ def needs_weight(
   return sees_keys & ~is_zero
 
 
-def unless_unused(
+def replace_unused(
   engine: Engine, query: Array, out: Array, saved: Saved, d_out: Array
 ) -> tuple[Array, Array, Saved]:
   """Replaces queries whose outputs have no gradient, such as padding.
@@ -274,13 +274,13 @@ def unless_unused(
   """
   unused = jnp.all(d_out == 0.0, axis=-1, keepdims=True)
   normalizer, query_exponent = saved
-  in_chunks = chunks_first(engine, unused)
-  in_chunks = in_chunks.reshape(*in_chunks.shape[:3], -1, 1)
+  is_unused = chunks_first(engine, unused)
+  is_unused = is_unused.reshape(*is_unused.shape[:3], -1, 1)
   if normalizer is not None:
-    normalizer = jnp.where(in_chunks.reshape(normalizer.shape), 1.0, normalizer)
+    normalizer = jnp.where(is_unused.reshape(normalizer.shape), 1.0, normalizer)
   if query_exponent is not None:
     # Divided by so large a power of two, their features become zero.
-    query_exponent = jnp.where(in_chunks, -exponents.LOWEST, query_exponent)
+    query_exponent = jnp.where(is_unused, -exponents.LOWEST, query_exponent)
   out = jnp.where(unused, 0, out).astype(jnp.float32)
   saved = Saved(normalizer, query_exponent)
   return jnp.where(unused, 0, query), out, saved

@@ -122,7 +122,7 @@ def sums_vjp(
 
 
 def divisor_vjp(out: Array, divisor: Array, d_out: Array) -> Array:
-  """Returns the gradient of ``[numerator, divisor]`` of their quotient.
+  """Returns the gradient of ``[numerator, divisor]``, given the quotient's.
 
   Args:
     out: the quotient, ``[..., V]``.

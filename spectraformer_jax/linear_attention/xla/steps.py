@@ -99,7 +99,7 @@ def attend_vjp(
   Returns:
     Gradients of the constants' floats, the state's sums, query, key and value.
   """
-  query, out, saved = chunks.unless_unused(
+  query, out, saved = chunks.replace_unused(
     engine, block.query, out, saved, d_out
   )
 
@@ -108,11 +108,11 @@ def attend_vjp(
   ) -> tuple[tuple[Linear, QuerySums], Array | None]:
     variables = leaves.with_floats(constants, floats)
     keys = block.keys._replace(key=key, value=value)
-    moved = CausalBlock(query, keys, block.segment)
-    step = _sum_keys(engine, variables, state.with_linear(linear), moved)
+    new_block = CausalBlock(query, keys, block.segment)
+    step = _sum_keys(engine, variables, state.with_linear(linear), new_block)
     features = chunks.map_queries(engine, variables, query, keys.position)
     sums, needs_weight = _sums(
-      engine, features, saved.query_exponent, step, moved
+      engine, features, saved.query_exponent, step, new_block
     )
     return (step.after.linear, sums), needs_weight
 

@@ -75,7 +75,7 @@ def test_gradients_of_means(is_signed):
   assert not jnp.any(out[0, 1, 2])
   assert jnp.all(jnp.isnan(out[1, 0, 3]))
   d_out = d_out.at[1, 0, 3].set(0.0)
-  out = jnp.nan_to_num(out)  # as `unless_unused` does where d_out is 0
+  out = jnp.nan_to_num(out)  # as `replace_unused` does where d_out is 0
   if normalizer is not None:
     normalizer = jnp.nan_to_num(normalizer, nan=1.0)
   actual = results.mean_vjp(sums, needs_weight, out, normalizer, d_out)
