@@ -44,7 +44,7 @@ class MultiHeadAttention(ConfiguredModule, kw_only=True):
       raise ValueError(
         f"attention={self.attention!r} with feature_map="
         f"{self.feature_map and self.feature_map.info.name!r}: 'spectral' "
-        "needs a feature map, the exact kernels take none, nor do baselines."
+        "needs a feature map; exact kernels and baselines take none."
       )
     heads = self.num_key_value_heads
     if heads is not None and (heads < 1 or self.num_heads % heads):
@@ -152,7 +152,7 @@ class MultiHeadAttention(ConfiguredModule, kw_only=True):
     stats = feature_map.solve(running.value)
     if not deterministic and not self.is_initializing():
       query, query_mask = queries_by_key_head(query, query_mask, num_heads)
-      new, counts = feature_map.mean_moments(
+      of_batch, has_tokens = feature_map.mean_moments(
         variables,
         query.astype(jnp.float32) * self._sqrt_scale,
         key.astype(jnp.float32) * self._sqrt_scale,
@@ -160,8 +160,10 @@ class MultiHeadAttention(ConfiguredModule, kw_only=True):
         query_mask=query_mask,
       )
       # A batch without visible tokens changes nothing.
-      rate = jnp.where(counts, 1.0 - _STATS_DECAY, 0.0)
+      rate = jnp.where(has_tokens, 1.0 - _STATS_DECAY, 0.0)
       running.value = jax.tree.map(
-        lambda old, new: (1.0 - rate) * old + rate * new, running.value, new
+        lambda old, new: (1.0 - rate) * old + rate * new,
+        running.value,
+        of_batch,
       )
     return stats

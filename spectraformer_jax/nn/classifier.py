@@ -1,4 +1,4 @@
-"""Sequence classifier: the Spectraformer paper's for Long Range Arena."""
+"""Sequence classifier of the Spectraformer paper, for Long Range Arena."""
 
 import functools
 

@@ -155,7 +155,7 @@ def _generate(
     )
     if length is None:
       return cache, logits[:, -1]
-    # A length that was not known may be wrong: its row gets NaN.
+    # A length that is traced is not checked: if it is wrong, the row gets NaN.
     last = jnp.take_along_axis(
       logits, (length - 1)[:, None, None], axis=1, mode="fill"
     )[:, 0]
@@ -258,8 +258,8 @@ def _number(name: str, value: Any) -> float:
   """Converts to a float; raises ValueError unless it is a known number."""
   if isinstance(value, Tracer):
     raise ValueError(
-      f"{name} must be a number, got a traced value: programs differ by it, "
-      "so pass it to jax.jit as a static argument."
+      f"{name} must be a number, got a traced value: each value needs its own "
+      "program, so pass it to jax.jit as a static argument."
     )
   try:
     if isinstance(value, bool) or np.ndim(value):

@@ -113,8 +113,8 @@ def rotate(x: Array, positions: Array) -> Array:
   radians. So the product of a query at position t and a key at position s, and
   any exact kernel of the two, depends on t - s alone. An *estimate* of the
   kernel by random features does not: a shift of t and s acts as another draw of
-  W. Hence packed rows equal separate ones only if positions start at 0 in each
-  segment.
+  the weight matrix. Hence packed rows equal separate ones only if positions
+  start at 0 in each segment.
 
   Args:
     x: ``[B, T, N, H]`` float, H even.

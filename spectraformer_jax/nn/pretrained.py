@@ -188,7 +188,7 @@ def _newest(path: Path, steps: Sequence[int]) -> tuple[int, dict[str, Any]]:
       continue
     for bad_step, fault in faults.items():
       _LOGGER.warning(
-        "The checkpoint of step %d in %r cannot be read: %s. Going by that of "
+        "The checkpoint of step %d in %r cannot be read: %s. Using that of "
         "step %d instead.",
         bad_step,
         str(path),

@@ -118,12 +118,12 @@ class BatchNorm(nn.Module):
       ValueError: a single example in training, since its entries would all
         become 0.
     """
-    size = (1, x.shape[-1])
-    scale = self.param("scale", nn.initializers.ones, size[1:])
-    bias = self.param("bias", nn.initializers.zeros, size[1:])
+    shape = (1, x.shape[-1])
+    scale = self.param("scale", nn.initializers.ones, shape[1:])
+    bias = self.param("bias", nn.initializers.zeros, shape[1:])
     running = (
-      self.variable("feature_stats", "mean", jnp.zeros, size),
-      self.variable("feature_stats", "variance", jnp.ones, size),
+      self.variable("feature_stats", "mean", jnp.zeros, shape),
+      self.variable("feature_stats", "variance", jnp.ones, shape),
     )
     mean, variance = (moment.value for moment in running)
     if not (deterministic or self.is_initializing()):
@@ -138,8 +138,8 @@ class BatchNorm(nn.Module):
     devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
     if x.shape[0] * devices < 2:
       raise ValueError(
-        "pooled_norm='batch' needs at least 2 examples in training, got 1: "
-        "minus its own mean, it is 0, and so is the encoder's gradient."
+        "pooled_norm='batch' needs at least 2 examples in training, got 1: one "
+        "example minus the mean is 0, and so is the encoder's gradient."
       )
     mean = jnp.mean(x, axis=0, keepdims=True)
     if devices == 1:

@@ -272,8 +272,8 @@ def test_dropout_needs_its_key_and_is_off_in_evaluation():
   [
     ({"attention": "spectrl"}, "Did you mean 'spectral'"),
     ({"feature_map": None}, "'spectral' needs a feature map"),
-    ({"attention": "softmax"}, "the exact kernels take none"),
-    ({"attention": "local"}, "nor do baselines"),
+    ({"attention": "softmax"}, "exact kernels and baselines take none"),
+    ({"attention": "local"}, "exact kernels and baselines take none"),
     (
       {
         "attention": "local",
