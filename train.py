@@ -74,7 +74,10 @@ _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Number of this process, from 0 on."
 )
 _MULTIHOST = flags.DEFINE_bool(
-  "multihost", False, "Ask Slurm, Open MPI or Kubernetes for these three."
+  "multihost",
+  False,
+  "Ask Slurm, Open MPI or Kubernetes for --coordinator, --num_processes and "
+  "--process_id.",
 )
 _HEARTBEAT_SECONDS = flags.DEFINE_integer(
   "heartbeat_seconds", 100, "A process silent for longer counts as gone."
@@ -120,7 +123,7 @@ def fail(error: Exception, status: int = USER_ERROR) -> NoReturn:
 def leave(status: int) -> NoReturn:
   """Exits; in a run of several processes, without waiting for the others."""
   if jax.distributed.is_initialized():
-    # os._exit skips JAX's shutdown, which would wait; it does not flush.
+    # os._exit skips JAX's shutdown, which would wait, and skips flushing too.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -80,9 +80,10 @@ def _pad(
 def read_text(lines: Iterable[str], facts: dict[str, Any]) -> Inputs:
   """Reads inputs from lines of text; a pair is two texts with a tab between.
 
-  Texts of bytes and of words are cut to the task's length, as the task cuts its
-  own. An expression of ListOps is written as in the files of ListOps. For all
-  other tasks a line holds the ids that the model reads, separated by spaces.
+  For the tokenizers "bytes" and "words", a text is cut to the task's length, as
+  the task cuts its own texts. An expression of ListOps is written as in the
+  files of ListOps. For all other tasks a line holds the ids that the model
+  reads, separated by spaces.
 
   Args:
     lines: with or without newlines.

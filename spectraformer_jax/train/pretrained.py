@@ -142,14 +142,14 @@ def _with_fitting_leaves(
 def _describe(
   workdir: Path, trained: Variables, initial: Variables, variables: Variables
 ) -> list[str]:
-  """Returns lines: the parts taken, those that start anew, those left out."""
+  """Returns lines: which leaves were taken, initialised and left out."""
   old, new, source = map(_by_path, (initial, variables, trained))
   # A leaf that was not taken is still the same array.
   taken = {path for path in new if new[path] is not old.get(path)}
   groups = {
     "taken": taken,
-    "anew": new.keys() - taken,
-    "left": source.keys() - taken,
+    "initialised": new.keys() - taken,
+    "left out": source.keys() - taken,
   }
   return [
     f"config.model.init_from={str(workdir)!r}: {word}: {_count_by_part(paths)}"
@@ -244,7 +244,7 @@ def _fit(name: str, trained: PyTree, initial: PyTree) -> PyTree:
     if there.get(path) != here.get(path):
       raise ValueError(
         f"config.model.init_from holds {'/'.join((name, *path))} of shape "
-        f"{there.get(path)}, and this model needs {here.get(path)}; set "
-        "config.model.vocab_size and max_len alike."
+        f"{there.get(path)}, and this model needs {here.get(path)}; give both "
+        "runs the same config.model.vocab_size and max_len."
       )
   return trained

@@ -90,7 +90,7 @@ def on_devices(
     objectives.for_objective(
       functools.partial(step, apply_fn=model.apply, **options),
       objective=config.train.objective,
-      mask_token=model.vocab_size - 1,  # only "masked" uses it
+      mask_token=model.vocab_size - 1,  # the last id; for "masked"
     ),
     engine=config.train.parallel,
     donate_state=donate_state,

@@ -135,6 +135,7 @@ def run_steps(
       clock.stop()
       if now.log:
         values = {f"train/{name}": x for name, x in window.means().items()}
+        # A skipped step does not advance the optimiser's schedule.
         rate = np.asarray(schedule(step - record.skipped))
         values["train/learning_rate"] = float(rate)
         values["train/examples_per_second"] = clock.rate(window.weight)
@@ -152,6 +153,7 @@ def run_steps(
         )
         if is_better(record.dev, record.best):
           record.best, save = record.dev, True
+        # The run then ends here: the last state must be saved.
         save = save or out_of_patience(record, config.eval)
         progress.line(describe.dev_line(record.dev, record.best))
       if save:

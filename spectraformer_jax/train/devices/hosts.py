@@ -108,7 +108,7 @@ def is_main() -> bool:
 
 
 def from_main(function: Callable[..., Any], *args: Any) -> Any:
-  """Calls `function(*args)` in process 0 and returns its value in all.
+  """Calls `function(*args)` in process 0; returns its value in all processes.
 
   Args:
     function: returns a JSON value. If it raises a ValueError, every process
@@ -127,7 +127,7 @@ def from_main(function: Callable[..., Any], *args: Any) -> Any:
 def arrays_from_main(
   function: Callable[[], tuple[PyTree, Any]], like: PyTree
 ) -> tuple[PyTree, Any]:
-  """Calls `function` in process 0 and returns its arrays, bit for bit, in all.
+  """Calls `function` in process 0; returns its arrays in all, bit for bit.
 
   Args:
     function: returns a tree of host arrays, or None, and a JSON value. If it

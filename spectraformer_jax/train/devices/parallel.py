@@ -259,8 +259,8 @@ class DataParallelStep:
       self._step,
       len(args),
       engine=self._engine,
-      # Several processes need the order of `_mesh`, as `_shard` does; one
-      # process uses the order of pmap.
+      # With several processes, the devices must have the order in which
+      # `_shard` divides a batch; with one, pmap chooses the order.
       devices=jax.devices() if jax.process_count() > 1 else None,
       donate_state=self._donate_state,
     )

@@ -100,13 +100,13 @@ class Clock:
 
   Args:
     record: its seconds are updated.
-    *compiling: steps whose `compile_seconds` do not count as training.
+    *steps: their `compile_seconds` do not count as training.
   """
 
-  def __init__(self, record: Record, *compiling: DataParallelStep) -> None:
+  def __init__(self, record: Record, *steps: DataParallelStep) -> None:
     self._record = record
-    self._compiling = compiling
-    self._compiled = 0.0
+    self._steps = steps
+    self._compile_seconds = 0.0
     self.start()
 
   def start(self) -> None:
@@ -127,7 +127,7 @@ class Clock:
 
   def _add_compilation(self) -> float:
     """Records the time of compiling since the last call, and returns it."""
-    total = sum(step.compile_seconds for step in self._compiling)
-    new, self._compiled = total - self._compiled, total
-    self._record.compile_seconds += new
-    return new
+    total = sum(step.compile_seconds for step in self._steps)
+    added, self._compile_seconds = total - self._compile_seconds, total
+    self._record.compile_seconds += added
+    return added

@@ -64,7 +64,7 @@ def summary(workdir: Path) -> dict[str, str]:
   try:
     return _lines(stored, result)
   except (KeyError, TypeError, ValueError) as error:
-    raise damaged(workdir, f"it lacks or has another {error}") from error
+    raise damaged(workdir, f"an entry is missing or wrong: {error}") from error
 
 
 def _lines(stored: Row, result: Row) -> dict[str, str]:
@@ -131,7 +131,8 @@ def write_report(workdir: Path) -> None:
 
 The best-dev parameters are those of the evaluation with the highest dev \
 accuracy, the lower dev loss among equals. Test accuracy decides nothing. A \
-result near a baseline says that no more than that rule was learnt.
+baseline is the accuracy of a simple rule; a result near it says that no more \
+than this rule was learnt.
 
 ![Loss and accuracy]({run_folder.CURVES})
 

@@ -66,8 +66,8 @@ def check_config(workdir: Path, config: Mapping[str, Any]) -> None:
   if stored is None:
     if any((workdir / CHECKPOINTS).glob("[0-9]*")):
       raise ValueError(
-        f"workdir {str(workdir)!r} has checkpoints and no {CONFIG}, which says "
-        "of which run; put the file back or use another --workdir."
+        f"workdir {str(workdir)!r} has checkpoints but no {CONFIG}, which says "
+        "which run they are of; put the file back or use another --workdir."
       )
     return
   defaults = flatten(to_dict(default_config()))

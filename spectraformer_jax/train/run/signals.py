@@ -43,8 +43,10 @@ class StopSignals:
 
   def __enter__(self) -> "StopSignals":
     if threading.current_thread() is threading.main_thread():
-      alone = jax.process_count() == 1
-      for number in (signal.SIGINT, signal.SIGTERM)[: 2 if alone else 1]:
+      numbers = [signal.SIGINT]
+      if jax.process_count() == 1:  # with several, JAX handles SIGTERM
+        numbers.append(signal.SIGTERM)
+      for number in numbers:
         self._previous[number] = signal.signal(number, self._handle)
     return self
 

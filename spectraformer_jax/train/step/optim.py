@@ -80,9 +80,10 @@ def learning_rate(optim: OptimOptions, num_steps: int) -> optax.Schedule:
 
 def _rsqrt(step: ArrayLike, *, lr: float, warmup: int) -> Array:
   """Rises linearly from 0, then falls with the square root of the step."""
-  step, peak = jnp.asarray(step, jnp.float32), max(warmup, 1)
+  step, peak_step = jnp.asarray(step, jnp.float32), max(warmup, 1)
   rise = step / warmup if warmup else 1.0
-  return lr * jnp.minimum(rise, jnp.sqrt(peak / jnp.maximum(step, peak)))
+  fall = jnp.sqrt(peak_step / jnp.maximum(step, peak_step))
+  return lr * jnp.minimum(rise, fall)
 
 
 def decay_mask(params: PyTree) -> PyTree:

@@ -201,8 +201,8 @@ def gradients(
   if axis_name is not None:
     replicas = jax.lax.axis_size(axis_name)
     updated = jax.tree.map(lambda leaf: leaf / replicas, updated)
-    # One psum of all three, so that the compiler makes one all-reduce. It makes
-    # `updated`, divided above, the mean over the replicas.
+    # One psum of all three, so that the compiler makes one all-reduce. The sum
+    # of `updated`, divided above, is the mean over the replicas.
     grads, sums, updated = jax.lax.psum((grads, sums, updated), axis_name)
   # A batch without weight has zero gradients, not NaN.
   scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)

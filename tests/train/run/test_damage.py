@@ -359,7 +359,7 @@ def test_two_configs_in_one_folder(
   one_line(call, "config.optim.lr is 0.005 there and 0.5 here")
   monkeypatch.setattr(loop, "load_data", load)
   (workdir / "config.json").unlink()
-  one_line(call, "has checkpoints and no config.json")
+  one_line(call, "has checkpoints but no config.json")
 
 
 HOLD = """

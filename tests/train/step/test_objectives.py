@@ -283,9 +283,9 @@ def test_weights_of_a_run_with_another_attention(
   assert str(folder) in text and "taken: encoder/" in text
   assert ("head" in lines[0]) == head
   if here != SOFTMAX:
-    assert "random_features" in lines[1] and "anew: " in lines[1]
+    assert "random_features" in lines[1] and "initialised: " in lines[1]
   if there == {}:
-    assert "random_features" in lines[-1] and "left: " in lines[-1]
+    assert "random_features" in lines[-1] and "left out: " in lines[-1]
 
 
 def test_what_another_attention_does_not_excuse(tiny_config, tmp_path):
