@@ -157,7 +157,7 @@ def spectral_attention(
     num_heavy: number of keys, for each example and key head, that are exact for
       all queries: those likely to get most attention. It is for attention that
       is neither causal nor packed.
-    chunk_size: positions in one chunk; None: the backend's default.
+    chunk_size: positions in one chunk; None: the platform's default.
     implementation: "xla", "reference", "pallas_tpu", "pallas_gpu", a sequence
       to try in order, or None for the best available.
 

@@ -265,7 +265,7 @@ def visible_keys(
   key_mask: Mask,
   segment_ids: SegmentIds | None,
 ) -> Array:
-  """Returns which key each query may see, broadcastable to [B, N, T, S]."""
+  """Returns which keys each query may see, broadcastable to [B, N, T, S]."""
   num_queries, num_keys = query.shape[1], key.shape[1]
   visible = jnp.ones((1, 1, num_queries, num_keys), bool)
   if is_causal:

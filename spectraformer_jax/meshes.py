@@ -59,19 +59,19 @@ def on_shards(
         f"{name}.sharding.spec={_spec(x)}: use sequence_parallel_attention("
         "mesh=..., axis=...), or reshard it by examples and heads first."
       )
-  batch = _spec(query)[0]
-  all_heads, heads = _heads(mesh, query, key)
+  batch_axes = _spec(query)[0]
+  query_head_axes, head_axes = _head_axes(mesh, query, key)
 
-  def of_heads(x: Array) -> P:
-    return _fit(x, batch, heads) if x.ndim > 1 else P()
+  def spec_of_heads(x: Array) -> P:
+    return _fit(x, batch_axes, head_axes) if x.ndim > 1 else P()
 
   specs = (
-    P(batch, None, all_heads),
-    P(batch, None, heads),
-    P(batch, None, heads),
-    jax.tree.map(lambda x: _fit(x, heads), by_head),
-    jax.tree.map(of_heads, by_example_and_head),
-    jax.tree.map(lambda x: _fit(x, batch), by_example),
+    P(batch_axes, None, query_head_axes),
+    P(batch_axes, None, head_axes),
+    P(batch_axes, None, head_axes),
+    jax.tree.map(lambda x: _fit(x, head_axes), by_head),
+    jax.tree.map(spec_of_heads, by_example_and_head),
+    jax.tree.map(lambda x: _fit(x, batch_axes), by_example),
   )
   inputs = _reshard(inputs, mesh, specs)
   shapes = jax.tree.map(
@@ -83,7 +83,7 @@ def on_shards(
     mesh=mesh,
     axis_names=explicit,
     in_specs=specs,
-    out_specs=(specs[0], jax.tree.map(of_heads, state)),
+    out_specs=(specs[0], jax.tree.map(spec_of_heads, state)),
   )
   return run(*inputs)
 
@@ -146,16 +146,16 @@ def on_heads(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     if mesh is None:
       return function(*trees)
     divided = [_spec(x)[:2] for x in jax.tree.leaves(trees)]
-    batch, heads = (
+    batch_axes, head_axes = (
       next(filter(None, axes), None) for axes in zip(*divided, strict=True)
     )
-    specs = jax.tree.map(lambda x: _fit(x, batch, heads), trees)
+    specs = jax.tree.map(lambda x: _fit(x, batch_axes, head_axes), trees)
     run = jax.shard_map(
       function,
       mesh=mesh,
       axis_names=_explicit_axes(mesh),
       in_specs=specs,
-      out_specs=P(batch, heads),
+      out_specs=P(batch_axes, head_axes),
       check_vma=False,  # nothing is summed over devices
     )
     return run(*_reshard(trees, mesh, specs))
@@ -228,7 +228,7 @@ def _fit(x: Array, *axes: Any) -> P:
   return P(*(None if size == 1 else axis for size, axis in pairs))
 
 
-def _heads(mesh: AbstractMesh, query: Array, key: Array) -> tuple[Any, Any]:
+def _head_axes(mesh: AbstractMesh, query: Array, key: Array) -> tuple[Any, Any]:
   """Returns the mesh axes that divide the heads of queries and of keys.
 
   Grouped queries go with their key head. If the number of devices does not

@@ -151,17 +151,17 @@ class FeatureMap(DrawnMap):
       >>> v = fm.init(jax.random.key(0), head_dim=4)
       >>> x = jnp.ones((2, 3, 1, 4)) / 2
       >>> mask = jnp.array([[True] * 3, [False] * 3])
-      >>> mean, counts = fm.mean_moments(v, x, x, key_mask=mask)
-      >>> mean["component"]["key_square"].tolist(), bool(counts)
+      >>> mean, has_tokens = fm.mean_moments(v, x, x, key_mask=mask)
+      >>> mean["component"]["key_square"].tolist(), bool(has_tokens)
       ([[1.0]], True)
     """
     masks = {"key_mask": key_mask, "query_mask": query_mask}
     moments = self.moments(variables, query, key, **masks)
-    counts = jnp.ones(query.shape[:1], bool)
+    is_counted = jnp.ones(query.shape[:1], bool)
     for mask in masks.values():
       if mask is not None:
-        counts &= jnp.any(mask, axis=1)
-    return mean_over_examples(moments, counts), jnp.any(counts)
+        is_counted &= jnp.any(mask, axis=1)
+    return mean_over_examples(moments, is_counted), jnp.any(is_counted)
 
   def solve(self, moments: PyTree) -> PyTree:
     """Returns the stats for data with these moments, leaves ``[B, N, ...]``.

@@ -133,15 +133,15 @@ def drop_empty(**parts: PyTree) -> dict[str, PyTree]:
   return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
-def mean_over_examples(tree: PyTree, counts: Array) -> PyTree:
-  """Returns means over axis 0 (kept) of examples marked in `counts` ``[B]``."""
-  num_examples = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
-  weights = counts.astype(jnp.float32) / num_examples
+def mean_over_examples(tree: PyTree, is_counted: Array) -> PyTree:
+  """Returns means over axis 0 (kept), of examples where `is_counted` [B]."""
+  num_examples = jnp.maximum(jnp.sum(is_counted), 1).astype(jnp.float32)
+  weights = is_counted.astype(jnp.float32) / num_examples
 
   def mean(leaf: Array) -> Array:
     shape = (-1,) + (1,) * (leaf.ndim - 1)
     weight = jnp.reshape(weights, shape).astype(leaf.dtype)
-    leaf = jnp.where(jnp.reshape(counts, shape), leaf, 0.0)
+    leaf = jnp.where(jnp.reshape(is_counted, shape), leaf, 0.0)
     return jnp.sum(weight * leaf, axis=0, keepdims=True)
 
   return jax.tree.map(mean, tree)

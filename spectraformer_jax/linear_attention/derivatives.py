@@ -19,7 +19,8 @@ from jax.interpreters import ad, batching, mlir
 from spectraformer_jax.linear_attention import leaves
 from spectraformer_jax.typing import Array, PyTree
 
-# (arrays that the map depends on, linear arguments) -> results.
+# (residuals, linear arguments) -> results. Residuals are the arrays that the
+# linear map depends on.
 LinearFn = Callable[[list[Array], list[Array]], list[Array]]
 
 
@@ -45,11 +46,11 @@ def with_backward(
     flat_tangents, in_tree = jax.tree.flatten(tangents)
     # An input moves if its tangent is not known to be zero.
     moves = [not isinstance(t, SymbolicZero) for t in flat_tangents]
-    depends, tree = jax.tree.flatten((inputs, out, saved))
+    residuals, tree = jax.tree.flatten((inputs, out, saved))
 
-    def of_moving(depends: list[Array]) -> tuple[Callable, list[Array]]:
+    def of_moving(residuals: list[Array]) -> tuple[Callable, list[Array]]:
       """Returns the exact output as a function of moving inputs, and these."""
-      flat = jax.tree.leaves(tree.unflatten(depends)[0])
+      flat = jax.tree.leaves(tree.unflatten(residuals)[0])
 
       def function(moving: list[Array]) -> list[Array]:
         merged = in_tree.unflatten(_merge(flat, moves, moving))
@@ -57,16 +58,18 @@ def with_backward(
 
       return function, _select(flat, moves)
 
-    def push(depends: list[Array], tangents: list[Array]) -> list[Array]:
-      function, moving = of_moving(depends)
+    def push(residuals: list[Array], tangents: list[Array]) -> list[Array]:
+      function, moving = of_moving(residuals)
       return jax.jvp(function, (moving,), (tangents,))[1]
 
-    def pull(depends: list[Array], gradients: list[Array]) -> list[Array]:
-      function, moving = of_moving(depends)
+    def pull(residuals: list[Array], gradients: list[Array]) -> list[Array]:
+      function, moving = of_moving(residuals)
       return jax.vjp(function, moving)[1](gradients)[0]
 
-    def fast_pull(depends: list[Array], gradients: list[Array]) -> list[Array]:
-      inputs, out, saved = tree.unflatten(depends)
+    def fast_pull(
+      residuals: list[Array], gradients: list[Array]
+    ) -> list[Array]:
+      inputs, out, saved = tree.unflatten(residuals)
       gradient = leaves.only_floats(out, gradients)
       pulled = backward(inputs, saved, gradient)
       pulled = jax.tree.structure(inputs).flatten_up_to(pulled)
@@ -80,10 +83,10 @@ def with_backward(
       apply_transposed=fast_pull,
       exact_transposed=pull,
       arguments=[place for place, is_moving in enumerate(moves) if is_moving],
-      results=[place for place in of_out if leaves.is_float(depends[place])],
+      results=[place for place in of_out if leaves.is_float(residuals[place])],
     )
     moving = _select(flat_tangents, moves)
-    pushed = iter(_linear_p.bind(*depends, *moving, linear=linear))
+    pushed = iter(_linear_p.bind(*residuals, *moving, linear=linear))
     d_out = jax.tree.map(
       lambda x: next(pushed) if leaves.is_float(x) else _no_tangent(x), out
     )
@@ -118,11 +121,11 @@ class _Linear:
 
   Attributes:
     apply: the map as it is computed.
-    exact: the same map, differentiable by the arrays that it depends on.
+    exact: the same map, differentiable by its residuals.
     apply_transposed: its transpose as it is computed.
     exact_transposed: its transpose, differentiable likewise.
     arguments: for each linear argument, the place of an array of the same type
-      among those that the map depends on.
+      among the residuals.
     results: for each result, the place of such an array.
   """
 
@@ -134,7 +137,7 @@ class _Linear:
   results: list[int]
 
   def parts(self, arrays: Sequence) -> tuple[list, list]:
-    """Splits into arrays that the map depends on, and linear arguments."""
+    """Splits into residuals and linear arguments."""
     count = len(arrays) - len(self.arguments)
     return list(arrays[:count]), list(arrays[count:])
 
@@ -182,20 +185,20 @@ def _types(*types: Any, linear: _Linear) -> list:
 def _push_forward(
   arrays: Sequence, tangents: Sequence, *, linear: _Linear
 ) -> tuple[list[Array], list[Array] | None]:
-  """Differentiates by linear arguments and by what the map depends on."""
-  depends, arguments = linear.parts(arrays)
-  d_depends, d_arguments = linear.parts(tangents)
-  moves = [not isinstance(tangent, ad.Zero) for tangent in d_depends]
+  """Differentiates by linear arguments and by residuals."""
+  residuals, arguments = linear.parts(arrays)
+  d_residuals, d_arguments = linear.parts(tangents)
+  moves = [not isinstance(tangent, ad.Zero) for tangent in d_residuals]
   total = None
   if not all(isinstance(tangent, ad.Zero) for tangent in d_arguments):
     d_arguments = map(ad.instantiate_zeros, d_arguments)
-    total = _linear_p.bind(*depends, *d_arguments, linear=linear)
+    total = _linear_p.bind(*residuals, *d_arguments, linear=linear)
   if any(moves):
 
     def of_moving(moving: list[Array]) -> list[Array]:
-      return linear.exact(_merge(depends, moves, moving), arguments)
+      return linear.exact(_merge(residuals, moves, moving), arguments)
 
-    moving, d_moving = _select(depends, moves), _select(d_depends, moves)
+    moving, d_moving = _select(residuals, moves), _select(d_residuals, moves)
     more = jax.jvp(of_moving, (moving,), (d_moving,))[1]
     total = more if total is None else list(map(jnp.add, total, more))
   return _linear_p.bind(*arrays, linear=linear), total
@@ -208,12 +211,14 @@ def _pull_back(
   gradients: Sequence, *arrays: Any, linear: _Linear
 ) -> list[Array | None]:
   """Applies the transpose of the map to gradients of its results."""
-  depends, arguments = linear.parts(arrays)
+  residuals, arguments = linear.parts(arrays)
   pulled = _linear_p.bind(
-    *depends, *map(ad.instantiate_zeros, gradients), linear=linear.transposed()
+    *residuals,
+    *map(ad.instantiate_zeros, gradients),
+    linear=linear.transposed(),
   )
   return [
-    *(None for _ in depends),
+    *(None for _ in residuals),
     *(
       d if ad.is_undefined_primal(x) else None
       for x, d in zip(arguments, pulled, strict=True)
@@ -237,16 +242,16 @@ def _over_axis(
     for x, axis in zip(arrays, axes, strict=True)
     if axis is not None
   }
-  depends, _ = linear.parts(arrays)
+  residuals, _ = linear.parts(arrays)
   batched = {*linear.arguments, *linear.results}
-  batched.update(range(len(depends), len(arrays)))
+  batched.update(range(len(residuals), len(arrays)))
   arrays, axes = list(arrays), list(axes)
   for place, (x, axis) in enumerate(zip(arrays, axes, strict=True)):
     if axis is not None:
       arrays[place], axes[place] = jnp.moveaxis(x, axis, 0), 0
     elif place in batched:
       arrays[place], axes[place] = jnp.broadcast_to(x, (size, *x.shape)), 0
-  linear = linear.over(axes[: len(depends)])
+  linear = linear.over(axes[: len(residuals)])
   outs = _linear_p.bind(*arrays, linear=linear)
   return outs, [0] * len(outs)
 

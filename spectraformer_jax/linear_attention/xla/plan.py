@@ -116,6 +116,7 @@ def plan_causal(
   best = _sizes(platform)
   size = best.chunk if chunk_size is None else chunk_size
   if not is_known(length):
+    # Sizes of blocks must be numbers: only the number of strides is symbolic.
     steps_per_stride = max(1, best.stride // size)
     num_strides = _ceil(length, steps_per_stride * size)
     return CausalPlan(size, 1, steps_per_stride, num_strides)
