@@ -45,7 +45,10 @@ LAYERS = {
   ),
   "baselines": "base kernels",
   # Models know attention; attention knows no model.
-  "nn": "base attention baselines decoding feature_maps kernels",
+  "nn": (
+    "base attention baselines decoding feature_maps hybrid_attention kernels "
+    "linear_attention"
+  ),
   # Tasks know nothing of maps, attention or models: they need no JAX.
   "data": "base data.formats data.label_rules data.readers data.tasks",
   "data.formats": "base data",

@@ -99,6 +99,32 @@ def check_exact_keys(
       "window needs the same segment_ids for queries and keys, got a pair of "
       "arrays; pass one array [B, T], or use num_sinks."
     )
+  check_heavy(
+    exact, is_causal=is_causal, is_packed=ids is not None, has_state=has_state
+  )
+  if has_state and not is_causal:
+    raise ValueError(
+      "window and num_sinks carry over in a state only with is_causal=True."
+    )
+
+
+def check_heavy(
+  exact: ExactKeys,
+  *,
+  is_causal: bool,
+  is_packed: bool = False,
+  has_state: bool = False,
+) -> None:
+  """Raises ValueError for heavy keys where they cannot be chosen.
+
+  Args:
+    exact: the choice.
+    is_causal: whether no query sees later keys.
+    is_packed: whether rows have segments.
+    has_state: whether the call takes or returns a state.
+  """
+  if not exact.num_heavy:
+    return
   for is_set, setting, reason in (
     (
       is_causal,
@@ -106,7 +132,7 @@ def check_exact_keys(
       "which keys are heavy depends on later ones; use num_sinks",
     ),
     (
-      ids is not None,
+      is_packed,
       "segment_ids",
       "its scores would mix packed rows; use window and num_sinks",
     ),
@@ -116,14 +142,10 @@ def check_exact_keys(
       "a state keeps no keys to choose from",
     ),
   ):
-    if exact.num_heavy and is_set:
+    if is_set:
       raise ValueError(
         f"num_heavy cannot be combined with {setting}: {reason}."
       )
-  if has_state and not is_causal:
-    raise ValueError(
-      "window and num_sinks carry over in a state only with is_causal=True."
-    )
 
 
 def kernel_of(component: Any) -> str:

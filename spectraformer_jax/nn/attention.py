@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.attention import spectral_attention
@@ -12,14 +13,18 @@ from spectraformer_jax.baselines import BASELINES, check_options
 from spectraformer_jax.decoding import init_state
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
+from spectraformer_jax.hybrid_attention.state import HybridState
 from spectraformer_jax.kernels import KERNELS, exact_attention
+from spectraformer_jax.linear_attention.state import State
+from spectraformer_jax.nn import exact_keys
 from spectraformer_jax.nn.attention_base import MultiHeadAttention
+from spectraformer_jax.nn.config import ExactKeyFields
 from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
 from spectraformer_jax.nn.positions import next_positions, rotate
 from spectraformer_jax.typing import Array
 
 
-class SpectralSelfAttention(MultiHeadAttention):
+class SpectralSelfAttention(MultiHeadAttention, ExactKeyFields):
   """Multi-head self-attention, linear in the length.
 
   Attributes:
@@ -34,7 +39,8 @@ class SpectralSelfAttention(MultiHeadAttention):
     is_causal: position i sees positions 0..i.
     rotary: rotates queries and keys by their positions before the feature map
       or kernel; see `rotate`.
-    share_projection, num_key_value_heads: see `EncoderConfig`.
+    window, num_sinks, num_heavy, share_projection, num_key_value_heads: see
+      `EncoderConfig`.
     dtype: of the dense layers; None takes that of the input.
     param_dtype: of the dense layers' parameters; a feature map's are float32.
 
@@ -81,7 +87,8 @@ class SpectralSelfAttention(MultiHeadAttention):
         its own segment only, and rotary positions start at 0 in each.
       decode: x continues the sequence of earlier calls. Their state (and their
         number of positions, if `rotary`) is in the collection "cache"; see
-        `LanguageModel`.
+        `LanguageModel`. With a window, the state keeps as many keys; positions
+        that `mask` hides are left out of it.
       deterministic: False in training: updates running statistics.
 
     Returns:
@@ -90,7 +97,8 @@ class SpectralSelfAttention(MultiHeadAttention):
     Raises:
       ValueError: unknown `attention` or option; no `feature_map` with
         "spectral", or one with another attention; `is_causal` or `segment_ids`
-        with an attention that does not take it; `rotary` with an odd
+        with an attention that does not take it; exact keys that the attention
+        or its component cannot have; `rotary` with an odd
         `head_dim`; `num_key_value_heads` that does not divide `num_heads`; a
         `max_len` above that of the component; `decode` with `segment_ids`,
         without causal spectral attention, or with a mask and a component that
@@ -134,7 +142,12 @@ class SpectralSelfAttention(MultiHeadAttention):
     map_arguments = self._map_arguments(
       query, key, mask, sees_all, deterministic
     )
-    return functools.partial(spectral_attention, **map_arguments, **visibility)
+    return functools.partial(
+      spectral_attention,
+      **map_arguments,
+      **visibility,
+      **exact_keys.options_of(self),
+    )
 
   def _baseline(self, key: Array) -> Callable[..., Array]:
     """Returns a baseline as a function, with its parameters, if any."""
@@ -193,28 +206,48 @@ class SpectralSelfAttention(MultiHeadAttention):
   ) -> Array:
     """Attends to the keys of earlier calls and of this one, causally."""
     map_arguments = self._map_arguments(query, key, mask, False, deterministic)
+    exact = {"window": self.window, "num_sinks": self.num_sinks}
     batch_size, _, num_heads, head_dim = key.shape
-    state = self.variable(
+    cache = self.variable(
       "cache",
       "state",
       init_state,
       **map_arguments,
+      **exact,
       batch_size=batch_size,
       num_heads=num_heads,
       head_dim=head_dim,
     )
-    out, new_state = spectral_attention(
-      query,
-      key,
-      value,
-      **map_arguments,
-      is_causal=True,
-      key_mask=mask,
-      initial_state=state.value,
-      return_state=True,
-    )
+    state = cache.value
+
+    def attend(
+      query: Array, key: Array, value: Array, **options: Any
+    ) -> tuple[Array, State | HybridState]:
+      return spectral_attention(
+        query,
+        key,
+        value,
+        **map_arguments,
+        **exact,
+        **options,
+        is_causal=True,
+        return_state=True,
+      )
+
+    has_ring = isinstance(state, HybridState) and state.ring_key is not None
+    if mask is not None and has_ring:
+      out, new_state = exact_keys.continue_rows(
+        attend, state, query, key, value, mask
+      )
+    else:
+      out, new_state = attend(
+        query, key, value, key_mask=mask, initial_state=state
+      )
     if not self.is_initializing():  # `init` makes an empty cache
-      state.value = new_state
+      # Keys of a window have the dtype of the first state, so that a loop can
+      # carry the state.
+      as_before = lambda new, old: new.astype(old.dtype)
+      cache.value = jax.tree.map(as_before, new_state, state)
     return out
 
   def _check(
@@ -224,6 +257,12 @@ class SpectralSelfAttention(MultiHeadAttention):
     self._check_fields()
     check_options(
       self.attention, self.attention_kwargs or {}, is_causal=self.is_causal
+    )
+    exact_keys.check_options(
+      exact_keys.options_of(self),
+      self.attention,
+      self.feature_map,
+      is_causal=self.is_causal,
     )
     component = self.feature_map and self.feature_map.component
     if component and self.max_len:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.hybrid_attention.exact_keys import Window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class EncoderConfig:
     attention: "spectral", an exact kernel ("softmax" or "gaussian") or a
       baseline (a name of `baselines.BASELINES`).
     attention_kwargs: options of a baseline.
+    window, num_sinks, num_heavy: keys that are exact in self-attention, beside
+      the features of all others; see `spectral_attention`. Heavy keys are for
+      models that are not causal. Attention to a memory has no exact keys.
     share_projection: one weight matrix for all heads instead of one per head.
     num_key_value_heads: heads of keys and values, each of which serves equally
       many query heads (grouped-query attention); None is `num_heads`.
@@ -72,6 +76,9 @@ class EncoderConfig:
   feature_map: FeatureMap | None = None
   attention: str = "spectral"
   attention_kwargs: Mapping[str, Any] | None = None
+  window: Window = None
+  num_sinks: int = 0
+  num_heavy: int = 0
   share_projection: bool = False
   num_key_value_heads: int | None = None
   dropout_rate: float = 0.1
@@ -116,7 +123,15 @@ def field_names(cls: type) -> set[str]:
 # are repeated here, once for all modules.
 
 
-class LayerFields(ConfiguredModule, kw_only=True):
+class ExactKeyFields(ConfiguredModule, kw_only=True):
+  """Base of modules whose self-attention may have exact keys."""
+
+  window: Window = EncoderConfig.window
+  num_sinks: int = EncoderConfig.num_sinks
+  num_heavy: int = EncoderConfig.num_heavy
+
+
+class LayerFields(ExactKeyFields, kw_only=True):
   """Base of modules with the options of one layer; see `EncoderConfig`."""
 
   num_heads: int = EncoderConfig.num_heads

@@ -17,7 +17,7 @@ class SpectralCrossAttention(MultiHeadAttention):
   The cost is linear in both lengths. Each position of x sees the whole memory,
   and no position of x sees another. So data-dependent parameters of the feature
   map are computed from the memory alone or, with statistics="ema", from earlier
-  batches.
+  batches. There is no window: positions of two sequences are unrelated.
 
   Attributes:
     attention: "spectral" or an exact kernel ("softmax" or "gaussian").

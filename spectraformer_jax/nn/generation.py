@@ -42,7 +42,7 @@ def generate(
   """Continues prompts; the cost of a token does not grow with the text.
 
   Attention takes O(M V) for each new token, where M is the number of features
-  and V the width of values.
+  and V the width of values, and a score for each key of a window and each sink.
 
   Args:
     model: with attention="spectral".

@@ -14,7 +14,8 @@ class Seq2Seq(ModelFields):
 
   The encoder reads a source in both directions; the decoder is causal in the
   target and attends to the encoder's output. For decoding, each layer keeps a
-  sum over the target's keys and one over the source's, both of constant size.
+  sum over the target's keys and one over the source's, both of constant size;
+  with a window or sinks, it keeps as many keys of the target as well.
 
   Attributes:
     vocab_size: number of token ids of source and target, each of which has an
@@ -22,7 +23,8 @@ class Seq2Seq(ModelFields):
     max_len: longest source, and longest target.
     embed_dim, num_layers, ..., remat: of encoder and decoder alike; see
       `EncoderConfig`. The feature map must serve causal attention, as for a
-      `LanguageModel`.
+      `LanguageModel`. `window` and `num_sinks` hold for the self-attention of
+      both; attention to the source estimates all keys.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
