@@ -38,7 +38,7 @@ LAYERS = {
     "base attention_checks feature_maps hybrid_attention linear_attention"
   ),
   "decoding": "base attention feature_maps hybrid_attention linear_attention",
-  "adapters": "base attention attention_checks feature_maps",
+  "adapters": "base attention attention_checks feature_maps hybrid_attention",
   "sequence_parallel": (
     "base attention attention_checks feature_maps linear_attention "
     "linear_attention.xla"
@@ -64,7 +64,8 @@ LAYERS = {
   "train.devices": "base",
   "train.run": "base data nn train train.devices train.step",
   "train": (
-    "base data data.formats feature_maps nn train.devices train.run train.step"
+    "base data data.formats feature_maps hybrid_attention nn train.devices "
+    "train.run train.step"
   ),
   # The study measures all of the above.
   "study.approximation": (

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from spectraformer_jax import feature_maps
 from spectraformer_jax.baselines import check_options
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.hybrid_attention.exact_keys import ExactKeys
+from spectraformer_jax.nn import exact_keys
 from spectraformer_jax.nn.classifier import Classifier
 from spectraformer_jax.nn.config import field_names
 from spectraformer_jax.nn.dual_classifier import DualClassifier
@@ -30,18 +32,33 @@ def make_feature_map(config: Config) -> FeatureMap | None:
 
   Raises:
     ValueError: an unknown component or matrix; an option that the component,
-      matrix or baseline does not have or cannot use; or a redraw interval for a
-      matrix that cannot be redrawn.
+      matrix or baseline does not have or cannot use; a redraw interval for a
+      matrix that cannot be redrawn; or exact keys (`model.window`,
+      `model.num_sinks`, `model.num_heavy`) that the attention cannot have.
 
   Example:
     >>> from spectraformer_jax.train.config import default_config
     >>> make_feature_map(default_config()).info.name
     'oprf-orf'
   """
-  check_options(config.model.attention, config.model.attention_kwargs.to_dict())
-  if config.model.attention != "spectral":
-    return None
-  section = config.feature_map
+  model = config.model
+  check_options(model.attention, model.attention_kwargs.to_dict())
+  feature_map = None
+  if model.attention == "spectral":
+    feature_map = _spectral_map(config.feature_map)
+  # A config of an earlier version may lack these keys.
+  defaults = ExactKeys._field_defaults
+  exact_keys.check_options(
+    {name: model.get(name, defaults[name]) for name in exact_keys.OPTIONS},
+    model.attention,
+    feature_map,
+    is_causal=_objective(config) == "causal",
+  )
+  return feature_map
+
+
+def _spectral_map(section: Config) -> FeatureMap:
+  """Makes the feature map of the section `feature_map`."""
   options = {
     name: _hashable(section[name].to_dict())
     for name in ("component_kwargs", "weight_matrix_kwargs")
@@ -74,7 +91,7 @@ def make_feature_map(config: Config) -> FeatureMap | None:
 
 
 def _hashable(options: Mapping[str, Any]) -> dict[str, Any]:
-  """Replaces lists, which come from a command line, by hashable tuples."""
+  """Replaces lists, of a command line or a file, by hashable tuples."""
   return {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in options.items()
@@ -110,12 +127,13 @@ def make_model(
     >>> make_model(config, make_feature_map(config), facts).max_len
     5
   """
-  # A config of an earlier version may lack the key.
-  objective = config.train.get("objective", "classify")
+  objective = _objective(config)
   kind = _model_class(objective, facts["pair"])
   # config.model holds other keys as well, such as init_from.
   fields = field_names(kind)
-  options = {k: v for k, v in config.model.to_dict().items() if k in fields}
+  options = _hashable(
+    {k: v for k, v in config.model.to_dict().items() if k in fields}
+  )
   if objective == "classify":
     options["num_classes"] = facts["num_classes"]
   # A masked language model has one more id, the last: that of the mask token.
@@ -139,6 +157,11 @@ def make_model(
     remat=config.train.remat,
     **options,
   )
+
+
+def _objective(config: Config) -> str:
+  """Returns train.objective, which a config of an earlier version may lack."""
+  return config.train.get("objective", "classify")
 
 
 def _model_class(objective: str, pair: bool) -> type[Model]:

@@ -15,6 +15,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from spectraformer_jax.checks import check_positive_int
+from spectraformer_jax.hybrid_attention.exact_keys import (
+  Window,
+  exact_keys_of,
+)
 from spectraformer_jax.nn.attention_base import ATTENTIONS
 from spectraformer_jax.nn.dropout import MAX_RATE
 from spectraformer_jax.nn.encoder import MLPS, NORMS
@@ -64,6 +68,13 @@ def _check_buckets(name: str, buckets: Any) -> None:
     raise ValueError(f"{name} must be a tuple of lengths, got {buckets!r}.")
   for bucket in buckets:
     check_positive_int(name, bucket)
+
+
+def _check_window(name: str, window: Any) -> None:
+  try:
+    exact_keys_of(window, 0, 0, is_causal=False)
+  except ValueError as error:
+    raise ValueError(f"{name.removesuffix('window')}{error}") from error
 
 
 def _check_options(section: str, options: Any) -> None:
@@ -122,6 +133,9 @@ class ModelSection(ConfigDict):
 
   attention: Annotated[str, _one_of(*ATTENTIONS)] = "spectral"
   attention_kwargs: Options = {}
+  window: Annotated[Window, _check_window] = None
+  num_sinks: Annotated[int, _count("an int of 0 or more")] = 0
+  num_heavy: Annotated[int, _count("an int of 0 or more")] = 0
   embed_dim: PositiveInt = 64
   num_layers: PositiveInt = 2
   num_heads: PositiveInt = 2
@@ -236,7 +250,7 @@ class Key(NamedTuple):
 
   Attributes:
     default: its value in `default_config`.
-    kind: the type of its values other than None.
+    kind: the type of its values other than None; object if there are several.
     is_optional: whether it may be None.
     check: raises ValueError for a wrong value that is not None.
   """
@@ -258,7 +272,8 @@ def _declared_keys(
     kind, check = get_args(annotation)
     is_optional = type(None) in get_args(kind)
     if is_optional:
-      kind = get_args(kind)[0]
+      kinds = [x for x in get_args(kind) if x is not type(None)]
+      kind = kinds[0] if len(kinds) == 1 else object
     yield prefix + name, Key(vars(section)[name], kind, is_optional, check)
 
 

@@ -30,6 +30,9 @@ _FREE_KEYS = {
   "model.dropout_rate",
   "model.vocab_size",
   "model.max_len",
+  "model.window",
+  "model.num_sinks",
+  "model.num_heavy",
   "feature_map.redraw_interval",
 }
 # Keys that may differ as well if the runs have different attentions.

@@ -153,6 +153,9 @@ def test_missing_key():
     ("model.dropout_rate", 1.0, r"in \[0, 1\)"),
     ("model.attention", "sofmax", "one of spectral, softmax"),
     ("model.pooling", "max", "one of cls, mean"),
+    ("model.window", -1, "None, an int of 0 or more, or a pair"),
+    ("model.window", (3, 2, 1), "None, an int of 0 or more, or a pair"),
+    ("model.num_sinks", -1, "an int of 0 or more"),
     ("optim.schedule", "step", "one of linear, cosine, rsqrt"),
     ("optim.clip", "norm", "one of value, global_norm, none"),
     ("optim.lr", 0.0, "positive"),
@@ -241,7 +244,7 @@ def test_options_that_a_pair_cannot_use():
   config = default_config()
   config.feature_map.component_kwargs = {"kernel": [1]}
   validate(config)
-  with pytest.raises(ValueError, match=r"kernel \(1,\)"):
+  with pytest.raises(ValueError, match=r"kernel must be one of .*\(1,\)"):
     make_feature_map(config)
 
 

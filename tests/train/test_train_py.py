@@ -106,6 +106,7 @@ def test_keywords_of_components_and_matrices():
     ("--config.optim.lrr=1", "'optim.lrr'. Did you mean 'optim.lr'?"),
     ("--config.feature_map.num_features=many", "num_features"),
     ("--config.feature_map.component=opfr", "Did you mean 'oprf'?"),
+    ("--config.model.window=wide", "window must be None, an int of 0 or more"),
     ("--config=no/such/file.py", "no/such/file.py"),
     ("--config=configs/listops.py:fast", "Unknown variant 'fast'"),
     ("digits", "Unknown argument 'digits'"),
@@ -123,7 +124,7 @@ def test_keywords_of_components_and_matrices():
         ("--config.model.init_from=" + "x" * 300, "x" * 300),
         ("--config.train.seed=18446744073709551616", "below 2**64"),
         ("--config.train.seed=-1", "integer >= 0"),
-        ("--config.feature_map.component_kwargs.kernel=[1]", "kernel (1,)"),
+        ("--config.feature_map.component_kwargs.kernel=[1]", "got (1,)"),
         ("--config.feature_map.component_kwargs.kernel.x=1", "one name after"),
         ("--config.task.kwargs.max_len.x=1", "one name after"),
         ("--config.task.kwargs.seed=1", "set config.task.seed"),
@@ -159,8 +160,9 @@ def test_no_bar_and_a_table_without_a_terminal(cache_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(cache_dir, tmp_path):
-  values = TINY | {"task.cache_dir": cache_dir, "checkpoint.every": 5}
+@pytest.mark.parametrize("exact", [{}, {"model.window": "(9, 2)"}])
+def test_killed_and_resumed_equals_uninterrupted(exact, cache_dir, tmp_path):
+  values = TINY | {"task.cache_dir": cache_dir, "checkpoint.every": 5} | exact
   flags = as_flags(values)
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   code, _, err = run_python(TRAIN, f"--workdir={whole}", *flags)
