@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from spectraformer_jax.adapters.forms import attend
-from spectraformer_jax.adapters.record import Adapter
-from spectraformer_jax.attention_checks import check_statistics
+from spectraformer_jax.adapters.record import Adapter, exact_keys_for
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.hybrid_attention.exact_keys import Window
 from spectraformer_jax.typing import FeatureVariables, PyTree
 
 
@@ -65,7 +65,7 @@ class AttentionFn(Adapter):
       query, key, value = (x.astype(dtype) for x in (query, key, value))
     has_triangle = is_causal or self.is_causal
     if has_triangle:
-      check_statistics(self.feature_map, self.stats, True, None, False)
+      self.check_causal()
     masks = [x for x in (mask, bias) if x is not None]
     if _mask_rows_decide(masks, query.shape[-3], key.shape[-3], is_causal):
       has_triangle = False
@@ -108,7 +108,7 @@ class DotProductAttention(Adapter):
   ) -> Float[Array, "*batch T NG V"]:
     """Attends, with the arguments of `jax.nn.dot_product_attention`."""
     if is_causal:
-      check_statistics(self.feature_map, self.stats, True, None, False)
+      self.check_causal()
     if local_window_size is not None or return_residual:
       raise ValueError(
         f"local_window_size ({local_window_size}) and return_residual "
@@ -135,6 +135,9 @@ def as_attention_fn(
   *,
   stats: PyTree = None,
   is_causal: bool = False,
+  window: Window = None,
+  num_sinks: int = 0,
+  num_heavy: int = 0,
 ) -> AttentionFn:
   """Makes an `attention_fn` for Flax's own attention modules, Linen and NNX.
 
@@ -149,7 +152,9 @@ def as_attention_fn(
   the sets of keys that queries see are nested within a group and disjoint
   between groups. A `bias` of 0 and -inf (or the least float) counts as a mask,
   too. Data-dependent components take masks of real queries and real keys only,
-  unless `stats` is given; `cosformer` takes no packed rows.
+  unless `stats` is given; `cosformer` takes no packed rows. A window goes with
+  masks of real queries and real keys, the causal triangle and packed rows, not
+  with a cache; heavy keys go with masks of real queries and real keys only.
 
   It refuses any other mask or bias, dropout of attention weights, and
   `sow_weights`. A traced mask is not known before the program runs: where it
@@ -167,6 +172,10 @@ def as_attention_fn(
     is_causal: query i sees keys 0..i. Set it if the mask is causal: finding the
       triangle in a traced mask doubles the cost. If T != S, as with a cache,
       the rows of a mask say which keys a query sees instead.
+    window: keys near a query that are exact; see `spectral_attention`.
+    num_sinks: number of first keys that are exact.
+    num_heavy: number of keys that are exact since they are likely to get most
+      attention.
 
   Returns:
     A frozen record that compares and hashes by its fields and can be pickled.
@@ -175,8 +184,9 @@ def as_attention_fn(
     and returns ``[..., T, N G, V]``.
 
   Raises:
-    ValueError: `is_causal` with statistics of the whole sequence; when called,
-      an argument that cannot be honoured.
+    ValueError: `is_causal` with statistics of the whole sequence or with heavy
+      keys; exact keys that the map cannot have; when called, an argument that
+      cannot be honoured.
 
   Example:
     >>> import flax.linen, jax, spectraformer_jax as sf
@@ -189,9 +199,11 @@ def as_attention_fn(
     >>> layer.init_with_output(jax.random.key(1), x, mask=mask)[0].shape
     (1, 5, 16)
   """
+  exact = exact_keys_for(feature_map, window, num_sinks, num_heavy)
+  attention = AttentionFn(feature_map, variables, stats, exact, is_causal)
   if is_causal:
-    check_statistics(feature_map, stats, True, None, False)
-  return AttentionFn(feature_map, variables, stats, is_causal)
+    attention.check_causal()
+  return attention
 
 
 def as_dot_product_attention(
@@ -199,6 +211,9 @@ def as_dot_product_attention(
   variables: FeatureVariables,
   *,
   stats: PyTree = None,
+  window: Window = None,
+  num_sinks: int = 0,
+  num_heavy: int = 0,
 ) -> DotProductAttention:
   """Makes a function with the signature of `jax.nn.dot_product_attention`.
 
@@ -206,13 +221,17 @@ def as_dot_product_attention(
   cases that `as_attention_fn` lists; `scale`; `is_causal` (query i sees keys
   0..i, also if T != S); `query_seq_lengths` and `key_value_seq_lengths`;
   grouped queries; and arrays without batch axis. It refuses
-  `local_window_size`, `return_residual` and implementation="cudnn".
+  `local_window_size` (which hides keys, unlike `window`), `return_residual` and
+  implementation="cudnn".
 
   Args:
     feature_map: from `sf.feature_map` or `sf.compose`.
     variables: from ``feature_map.init(rng, head_dim=H, num_heads=N)``, N the
       number of key heads, or 1 for the same features in all heads.
     stats: data-dependent parameters; see `spectral_attention`.
+    window: see `as_attention_fn`.
+    num_sinks: see `as_attention_fn`.
+    num_heavy: see `as_attention_fn`.
 
   Returns:
     A frozen record, like that of `as_attention_fn`.
@@ -226,7 +245,8 @@ def as_dot_product_attention(
     >>> attention(x, x, x, is_causal=True).shape
     (1, 5, 2, 8)
   """
-  return DotProductAttention(feature_map, variables, stats)
+  exact = exact_keys_for(feature_map, window, num_sinks, num_heavy)
+  return DotProductAttention(feature_map, variables, stats, exact)
 
 
 def _arrays(

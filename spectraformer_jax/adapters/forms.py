@@ -1,6 +1,7 @@
 """Attention under a mask over queries and keys, by one pass over the keys."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,14 @@ def attend(
   Raises:
     ValueError: a mask that is known and cannot be honoured.
   """
+  num_queries, num_keys = query.shape[-3], key.shape[-3]
+  if adapter.exact.window is not None and not is_causal:
+    if num_queries != num_keys:
+      raise ValueError(
+        f"window={adapter.exact.window} cannot be honoured for {num_queries} "
+        f"queries and {num_keys} keys, as with a cache: their positions are "
+        "not known; leave window out, or decode with sf.decode_step."
+      )
   batch = query.shape[:-3]
   shape = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
   visible, is_valid = None, np.ones(1, bool)
@@ -158,7 +167,7 @@ def _attend_known(
     if form.matches.all():
       out = call.attend_product(form.query_mask, form.key_mask, has_triangle)
       return out, form.matches
-  for find_form, attend_form in call.other_forms(is_square):
+  for find_form, attend_form in call.other_forms(is_square, is_square):
     form = find_form(visible)
     if form.matches.all():
       return attend_form(form), form.matches
@@ -177,7 +186,9 @@ def _attend_unknown(
     return out, form.matches
 
   is_square = visible.shape[1] == visible.shape[2]
-  others = call.other_forms(is_causal and is_square)
+  others = call.other_forms(
+    is_causal and is_square, is_square and not is_causal
+  )
   if not others:
     return attend_product()
   find_form, attend_form = others[0]
@@ -222,22 +233,41 @@ class _Call:
 
   @property
   def can_be_causal(self) -> bool:
-    """Whether features need no statistics of the whole sequence."""
+    """Whether features and exact keys do not depend on the whole sequence."""
     adapter = self.adapter
+    if adapter.exact.num_heavy:
+      return False
     return adapter.stats is not None or not adapter.feature_map.info.needs_stats
 
   def other_forms(
-    self, try_segments: bool
+    self, try_causal_rows: bool, try_rows: bool
   ) -> list[tuple[Callable[[MaskArray], Form], Callable[[Form], Array]]]:
-    """Lists, for forms that are no products, how to find them and attend."""
+    """Lists, for forms that are no products, how to find them and attend.
+
+    Args:
+      try_causal_rows: whether to look for packed rows under the triangle.
+      try_rows: with a window, whether to look for packed rows without triangle.
+        Without a window, chains include them.
+    """
     if not self.can_be_causal:
       return []
     if self.is_positional:
       return [(mask_forms.position_form, self.attend_positions)]
-    chains = [(mask_forms.chain_form, self.attend_chain)]
-    if not try_segments:
-      return chains
-    return [(mask_forms.segment_form, self.attend_segments), *chains]
+    has_window = self.adapter.exact.window is not None
+    forms = [
+      (
+        functools.partial(mask_forms.segment_form, is_causal=is_causal),
+        functools.partial(self.attend_segments, is_causal=is_causal),
+      )
+      for is_causal, is_tried in (
+        (True, try_causal_rows),
+        (False, try_rows and has_window),
+      )
+      if is_tried
+    ]
+    if has_window:  # a chain is sorted, so keys leave their positions
+      return forms
+    return [*forms, (mask_forms.chain_form, self.attend_chain)]
 
   def run(self, is_causal: bool, segment_ids: Array | None = None) -> Array:
     """Attends under `query_mask` and `key_mask`."""
@@ -248,6 +278,7 @@ class _Call:
       feature_map=self.adapter.feature_map,
       variables=self.adapter.variables,
       stats=self.adapter.stats,
+      **self.adapter.exact._asdict(),
       is_causal=is_causal,
       query_mask=self.query_mask,
       key_mask=self.key_mask,
@@ -288,11 +319,11 @@ class _Call:
     key, value, key_mask = jax.tree.map(fit, (self.key, self.value, key_mask))
     return dataclasses.replace(self, key=key, value=value, key_mask=key_mask)
 
-  def attend_segments(self, form: Form) -> Array:
-    """Attends causally within each group."""
+  def attend_segments(self, form: Form, *, is_causal: bool) -> Array:
+    """Attends within each group, causally or not."""
     call = self.masked(form.query_mask, form.key_mask)
     ids = jnp.broadcast_to(form.query_group, self.query.shape[:2])
-    return call.run(True, ids)
+    return call.run(is_causal, ids)
 
   def attend_chain(self, form: Form) -> Array:
     """Attends to the keys of a query's group whose rank is at most its own."""

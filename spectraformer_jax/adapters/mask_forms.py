@@ -177,8 +177,8 @@ def product_form(visible: MaskArray, is_causal: bool) -> Form:
   return _form(visible, triangle(*size)[None])
 
 
-def segment_form(visible: MaskArray) -> Form:
-  """Recognises packed rows under the causal triangle, T == S, as groups.
+def segment_form(visible: MaskArray, *, is_causal: bool) -> Form:
+  """Recognises packed rows, T == S, as groups; within the triangle if causal.
 
   The group of a query is the first key that it sees; the group of a key is that
   of the first query that sees it. A query and a key at the same position have
@@ -188,9 +188,9 @@ def segment_form(visible: MaskArray) -> Form:
   first_key = visible.argmax(axis=2)
   key_group = xp.take_along_axis(first_key, visible.argmax(axis=1), axis=1)
   group = xp.where(visible.any(axis=1), key_group, first_key)
-  allowed = (group[:, :, None] == group[:, None]) & triangle(
-    *visible.shape[1:]
-  )[None]
+  allowed = group[:, :, None] == group[:, None]
+  if is_causal:
+    allowed = allowed & triangle(*visible.shape[1:])[None]
   return _form(visible, allowed, query_group=group, key_group=group)
 
 

@@ -10,7 +10,14 @@ import numpy as np
 from typing_extensions import override
 
 from spectraformer_jax import checks
+from spectraformer_jax.attention_checks import check_statistics
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.hybrid_attention.exact_keys import (
+  ExactKeys,
+  check_heavy,
+  exact_keys_of,
+  kernel_of,
+)
 from spectraformer_jax.typing import FeatureVariables, PyTree
 
 
@@ -25,11 +32,18 @@ class Adapter:
     feature_map: from `sf.feature_map` or `sf.compose`.
     variables: of the map.
     stats: its data-dependent parameters; see `spectral_attention`.
+    exact: which keys are exact; from `exact_keys_for`.
   """
 
   feature_map: FeatureMap
   variables: FeatureVariables
   stats: PyTree = None
+  exact: ExactKeys = ExactKeys()
+
+  def check_causal(self) -> None:
+    """Raises ValueError if attention with this record cannot be causal."""
+    check_statistics(self.feature_map, self.stats, True, None, False)
+    check_heavy(self.exact, is_causal=True)
 
   def _leaves(self) -> list[Any]:
     return jax.tree.leaves((self.variables, self.stats))
@@ -58,6 +72,21 @@ class Adapter:
   @override
   def __repr__(self) -> str:
     return f"{type(self).__name__}({self.feature_map.info.name!r})"
+
+
+def exact_keys_for(
+  feature_map: FeatureMap, window: Any, num_sinks: int, num_heavy: int
+) -> ExactKeys:
+  """Returns the exact keys of an adapter.
+
+  Raises:
+    ValueError: an option has another form, or the map estimates a kernel of its
+      own.
+  """
+  exact = exact_keys_of(window, num_sinks, num_heavy, is_causal=False)
+  if not exact.are_none:
+    kernel_of(feature_map.component)
+  return exact
 
 
 def _equal(leaf: Any, other: Any) -> bool:
