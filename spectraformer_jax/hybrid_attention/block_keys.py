@@ -58,7 +58,7 @@ def keys_of_block(
   """
   key, value, at = row.special
   if row.segment is None:
-    last = HIDDEN - 1.0
+    last = HIDDEN / 2  # beyond all positions; HIDDEN - 1 is no float32
     if setting.is_causal:
       last = (position + jnp.arange(size))[None, None, None, :, None]
     special = BlockKeys(key, value, at[:, :, None, None] <= last)
