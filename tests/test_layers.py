@@ -69,8 +69,8 @@ LAYERS = {
   ),
   # The study measures all of the above.
   "study.approximation": (
-    "base components data feature_maps kernels nn study train train.run "
-    "train.step weight_matrices"
+    "base components data feature_maps hybrid_attention kernels nn study train "
+    "train.run train.step weight_matrices"
   ),
   "study.sweep": "base data nn study train train.devices train.run",
   "study": "base study.approximation study.sweep",

@@ -27,6 +27,12 @@ from rich.progress import Progress
 
 from spectraformer_jax import commands
 from spectraformer_jax.checks import check_positive_int
+from spectraformer_jax.hybrid_attention.exact_keys import (
+  ExactKeys,
+  check_heavy,
+  exact_keys_of,
+  kernel_of,
+)
 from spectraformer_jax.kernels import KERNELS
 from spectraformer_jax.seeds import check_seed
 from spectraformer_jax.study.approximation import (
@@ -110,6 +116,14 @@ def make_parser() -> commands.Parser:
     default="softmax",
     help="exact attention to compare with; default softmax",
   )
+  exact_flag = parser.add_argument_group("keys that are exact").add_argument
+  exact_flag(
+    "--window",
+    type=commands.parse_literal,
+    help="near keys: an int, or LEFT,RIGHT; default none",
+  )
+  exact_flag("--num_sinks", type=int, default=0, help="first keys; default 0")
+  exact_flag("--num_heavy", type=int, default=0, help="heavy keys; default 0")
   return parser
 
 
@@ -117,7 +131,9 @@ def main(argv: Sequence[str]) -> None:
   """Measures what is missing, then writes the report and the pictures."""
   args = make_parser().parse_args(argv)
   _check(args)
-  options = measure.Options(args.causal, args.target, args.draws, args.seed)
+  options = measure.Options(
+    args.causal, args.target, args.draws, args.seed, exact=_exact_keys(args)
+  )
   console = Console()
   cases, skipped = _plan(args, _pairs(args), _layers(args), options)
   for line in skipped:
@@ -171,6 +187,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--{name} is for {kind} only.")
       if isinstance(default, int):
         check_positive_int(f"--{name}", getattr(args, name))
+
+
+def _exact_keys(args: argparse.Namespace) -> ExactKeys:
+  """Returns the chosen exact keys; ValueError if they are wrong."""
+  try:
+    exact = exact_keys_of(
+      args.window, args.num_sinks, args.num_heavy, is_causal=args.causal
+    )
+    check_heavy(exact, is_causal=args.causal)
+  except ValueError as error:
+    raise ValueError(f"--{error}") from error
+  return exact
 
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
@@ -232,7 +260,8 @@ def _plan(
             pair.component,
             pair.matrix,
             size,
-            *options,
+            *options[:-1],
+            *options.exact,
           )
           cases.append(Case(pair, inputs, key))
   return cases, skipped
@@ -251,6 +280,8 @@ def _why_impossible(
     else:
       init(jax.random.key(0))
     fm.component.check_length(length)
+    if not options.exact.are_none:
+      kernel_of(fm.component)
   except ValueError as error:
     return str(error)
   if options.is_causal and (

@@ -14,6 +14,7 @@ from scipy import stats as distributions
 
 import spectraformer_jax as sf
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
+from spectraformer_jax.hybrid_attention.exact_keys import ExactKeys
 from spectraformer_jax.seeds import make_key
 from spectraformer_jax.study import SIGNIFICANCE
 from spectraformer_jax.study.approximation.inputs import Inputs
@@ -39,6 +40,7 @@ class Options(NamedTuple):
     seed: of the draws, and of the points at which kernels are compared.
     points: number of queries, and of keys, of each example at which kernels
       are compared in each head.
+    exact: keys that attention sees exactly; the kernel's figures do not.
   """
 
   is_causal: bool = False
@@ -46,6 +48,7 @@ class Options(NamedTuple):
   draws: int = 10
   seed: int = 0
   points: int = 32
+  exact: ExactKeys = ExactKeys()
 
 
 class Reference(NamedTuple):
@@ -182,6 +185,7 @@ def prepare(
       is_causal=options.is_causal,
       key_mask=key_mask,
       query_mask=query_mask,
+      **options.exact._asdict(),
     )
 
   start = time.perf_counter()

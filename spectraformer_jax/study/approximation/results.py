@@ -1,10 +1,13 @@
 """Measurements in a CSV file, from which a killed run continues."""
 
 import csv
+import io
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spectraformer_jax.commands import parse_literal
+from spectraformer_jax.hybrid_attention.exact_keys import ExactKeys
 from spectraformer_jax.train.run.run_folder import write_text
 
 
@@ -17,6 +20,7 @@ class Key(NamedTuple):
     component, matrix: of the pair, as they are typed.
     num_features: M; None for a map without rows.
     is_causal, target, draws, seed, points: see `measure.Options`.
+    window, num_sinks, num_heavy: see `ExactKeys`.
   """
 
   inputs: str
@@ -31,6 +35,14 @@ class Key(NamedTuple):
   draws: int
   seed: int
   points: int
+  window: tuple[int, int] | None = None
+  num_sinks: int = 0
+  num_heavy: int = 0
+
+  @property
+  def exact(self) -> ExactKeys:
+    """The keys that attention saw exactly."""
+    return ExactKeys(self.window, self.num_sinks, self.num_heavy)
 
 
 class Figures(NamedTuple):
@@ -82,7 +94,9 @@ class Measurement(NamedTuple):
 COLUMNS = (*Key._fields, *Figures._fields, "device")
 # They read the cells of a key, in the order of its fields.
 _READ_KEY = (str, str, int, float, str, str, int, "True".__eq__)
-_READ_KEY += (str, int, int, int)
+_READ_KEY += (str, int, int, int, parse_literal, int, int)
+# Columns of files that earlier versions wrote: without exact keys.
+_EARLIER = tuple(name for name in COLUMNS if name not in ExactKeys._fields)
 
 
 class Results:
@@ -90,7 +104,8 @@ class Results:
 
   Args:
     path: of the file; it is created if missing. A last line that a killed run
-      has not written to its end is dropped.
+      has not written to its end is dropped. A file without columns of exact
+      keys gets them.
 
   Attributes:
     rows: the measurements by their keys, in the order of the file.
@@ -105,7 +120,10 @@ class Results:
     text = path.read_text() if path.exists() else ""
     text = text[: text.rfind("\n") + 1] or ",".join(COLUMNS) + "\n"
     header, *lines = csv.reader(text.splitlines())
-    if tuple(header) != COLUMNS:
+    if tuple(header) == _EARLIER:
+      place = COLUMNS.index(ExactKeys._fields[0])
+      lines = [[*row[:place], "", "0", "0", *row[place:]] for row in lines]
+    elif tuple(header) != COLUMNS:
       raise ValueError(
         f"{str(path)!r} is not a table of this command and version; use "
         "another --out."
@@ -113,7 +131,9 @@ class Results:
     for line in lines:
       measurement = _parse(line)
       self.rows[measurement.key] = measurement
-    write_text(path, text)
+    whole = io.StringIO()
+    csv.writer(whole, lineterminator="\n").writerows([COLUMNS, *lines])
+    write_text(path, whole.getvalue())
 
   def add(self, measurement: Measurement) -> None:
     """Appends a measurement to the file."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats as distributions
 
+from spectraformer_jax.hybrid_attention.exact_keys import ExactKeys
 from spectraformer_jax.study import SIGNIFICANCE
 from spectraformer_jax.study.approximation.results import Measurement
 
@@ -32,18 +33,24 @@ class Setting(NamedTuple):
     inputs: name of the inputs, such as a layer's.
     length: number of keys.
     scale: of queries and keys.
+    exact: keys that attention saw exactly.
     rows: measurements of all pairs and sizes.
   """
 
   inputs: str
   length: int
   scale: float
+  exact: ExactKeys
   rows: list[Measurement]
 
   @property
   def title(self) -> str:
-    """Inputs, length and scale, for headings."""
-    return f"{self.inputs}, length {self.length}, scale {self.scale:g}"
+    """Inputs, length, scale and exact keys, for headings."""
+    title = f"{self.inputs}, length {self.length}, scale {self.scale:g}"
+    for name, value in self.exact._asdict().items():
+      if value != ExactKeys._field_defaults[name]:
+        title += f", {name} {value}"
+    return title
 
   @property
   def uniform_error(self) -> float:
@@ -97,15 +104,15 @@ class Setting(NamedTuple):
 
 
 def settings_of(rows: Sequence[Measurement]) -> list[Setting]:
-  """Groups measurements by their inputs, length and scale, in order."""
-  groups: dict[tuple[str, int, float, str], list[Measurement]] = {}
+  """Groups measurements by inputs, length, scale and exact keys, in order."""
+  groups: dict[tuple[str, int, float, ExactKeys, str], list[Measurement]] = {}
   for row in rows:
     key = row.key
-    group = (key.inputs, key.length, key.scale, key.fingerprint)
+    group = (key.inputs, key.length, key.scale, key.exact, key.fingerprint)
     groups.setdefault(group, []).append(row)
   return [
-    Setting(inputs, length, scale, group)
-    for (inputs, length, scale, _), group in groups.items()
+    Setting(inputs, length, scale, exact, group)
+    for (inputs, length, scale, exact, _), group in groups.items()
   ]
 
 

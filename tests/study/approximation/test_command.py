@@ -143,6 +143,9 @@ def test_sizes_that_do_not_fit_are_told_and_left_out(counted, tmp_path, capsys):
     (["--split", "dev"], "--split is for a workdir only"),
     (["--draws", "0"], "--draws must be a positive integer"),
     (["--causal", "--pairs", "oprf-orf"], "nothing is left to measure"),
+    (["--window", "wide"], "--window must be None, an int of 0 or more"),
+    (["--causal", "--num_heavy", "2"], "--num_heavy cannot be combined with"),
+    (["--pairs", "elu1-none", "--window", "3"], "nothing is left to measure"),
   ],
 )
 def test_mistakes_end_in_one_line(arguments, message, tmp_path, capsys):
@@ -150,6 +153,19 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path, capsys):
   err = capsys.readouterr().err
   assert message in err and err.count("\n") == 1
   assert not (tmp_path / "out").exists()
+
+
+def test_the_error_falls_where_keys_are_exact(tmp_path):
+  command = [*SMALL, f"--out={tmp_path}", "--scales", "1"]
+  command += ["--pairs", "posrf-iid", "--num_features", "8"]
+  for exact in ([], ["--window=2,5"], ["--num_heavy=16"]):
+    assert main([*command, *exact]) == 0
+  rows = read(tmp_path)
+  assert [row["window"] for row in rows] == ["", "(2, 5)", ""]
+  none, near, every = (float(row["error"]) for row in rows)
+  assert near < none and every < 1e-5
+  report = (tmp_path / "report.md").read_text()
+  assert "## random, length 16, scale 1, num_heavy 16" in report
 
 
 def test_options_of_other_inputs_are_refused(tmp_path, capsys):

@@ -13,6 +13,7 @@ def test_rows_come_back(tmp_path):
     row(),
     row("relu-none", None),
     row(scale=1 / 3, kernel_mse=float("inf")),
+    row(window=(63, 0), num_sinks=4),
   ]
   results = Results(path)
   for one in rows:
@@ -21,6 +22,30 @@ def test_rows_come_back(tmp_path):
   for one in rows:
     assert again.rows[one.key] == one
   assert row(seed=1).key not in again.rows
+
+
+def test_a_file_without_exact_keys_gets_their_columns(tmp_path):
+  path = tmp_path / "results.csv"
+  Results(path).add(row())
+  names, cells = path.read_text().splitlines()
+  earlier = [
+    line.replace(part, ",") + "\n"
+    for line, part in (
+      (names, ",window,num_sinks,num_heavy,"),
+      (cells, ",,0,0,"),
+    )
+  ]
+  path.write_text("".join(earlier))
+  assert Results(path).rows == {row().key: row()}
+  assert path.read_text() == f"{names}\n{cells}\n"
+
+
+def test_rows_with_exact_keys_are_a_setting_of_their_own():
+  both = settings_of([row(), row(window=(3, 3), num_heavy=2)])
+  assert [setting.title for setting in both] == [
+    "random, length 256, scale 1",
+    "random, length 256, scale 1, window (3, 3), num_heavy 2",
+  ]
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):

@@ -43,6 +43,17 @@ def test_cells_are_tasks_times_attentions_times_seeds():
   assert spec.cell_from_json(cells[-1].to_json()) == cells[-1]
 
 
+def test_a_sweep_varies_exact_keys():
+  vary = {"model.window": ("none", 31, (31, 0)), "model.num_sinks": (0, 1)}
+  cells = expand(Sweep(DIGITS, ["oprf-orf"], vary=vary))
+  assert cells[2].name == "digits/oprf-orf,window=31,num_sinks=0/seed0"
+  windows = [cell.config().model.window for cell in cells[::2]]
+  assert windows == [None, 31, (31, 0)]
+  # As run_cell reads it.
+  again = spec.cell_from_json(cells[4].to_json())
+  assert list(again.config().model.window) == [31, 0]
+
+
 def test_a_cell_tells_the_command_that_repeats_it(tmp_path):
   cell = expand(Sweep(DIGITS, ["local"], overrides={"optim.lr": 0.5}))[0]
   assert cell.command(tmp_path) == (
