@@ -57,18 +57,33 @@ def exact_keys_of(
   for name, number in (("num_sinks", num_sinks), ("num_heavy", num_heavy)):
     if not _is_count(number):
       raise ValueError(f"{name} must be an int of 0 or more, got {number!r}.")
+  check_window("window", window)
   if window is None:
     return ExactKeys(None, int(num_sinks), int(num_heavy))
-  left = right = window
-  if isinstance(window, tuple | list) and len(window) == 2:
-    left, right = window
-  if not (_is_count(left) and _is_count(right)):
-    raise ValueError(
-      "window must be None, an int of 0 or more, or a pair (left, right) of "
-      f"such, got {window!r}."
-    )
+  left, right = _sides(window)
   left, right = int(left), 0 if is_causal else int(right)
   return ExactKeys((left, right), int(num_sinks), int(num_heavy))
+
+
+def check_window(name: str, window: Any) -> None:
+  """Raises ValueError unless it is None, an int of 0 or more, or two of such.
+
+  Args:
+    name: of the argument, for the message.
+    window: its value.
+  """
+  if window is not None and not all(map(_is_count, _sides(window))):
+    raise ValueError(
+      f"{name} must be None, an int of 0 or more, or a pair (left, right) of "
+      f"such, got {window!r}."
+    )
+
+
+def _sides(window: Any) -> tuple[Any, Any]:
+  """Returns left and right."""
+  if isinstance(window, tuple | list) and len(window) == 2:
+    return window[0], window[1]
+  return window, window
 
 
 def check_exact_keys(

@@ -17,7 +17,7 @@ from ml_collections.config_dict import placeholder
 from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.hybrid_attention.exact_keys import (
   Window,
-  exact_keys_of,
+  check_window,
 )
 from spectraformer_jax.nn.attention_base import ATTENTIONS
 from spectraformer_jax.nn.dropout import MAX_RATE
@@ -68,13 +68,6 @@ def _check_buckets(name: str, buckets: Any) -> None:
     raise ValueError(f"{name} must be a tuple of lengths, got {buckets!r}.")
   for bucket in buckets:
     check_positive_int(name, bucket)
-
-
-def _check_window(name: str, window: Any) -> None:
-  try:
-    exact_keys_of(window, 0, 0, is_causal=False)
-  except ValueError as error:
-    raise ValueError(f"{name.removesuffix('window')}{error}") from error
 
 
 def _check_options(section: str, options: Any) -> None:
@@ -133,7 +126,7 @@ class ModelSection(ConfigDict):
 
   attention: Annotated[str, _one_of(*ATTENTIONS)] = "spectral"
   attention_kwargs: Options = {}
-  window: Annotated[Window, _check_window] = None
+  window: Annotated[Window, check_window] = None
   num_sinks: Annotated[int, _count("an int of 0 or more")] = 0
   num_heavy: Annotated[int, _count("an int of 0 or more")] = 0
   embed_dim: PositiveInt = 64
