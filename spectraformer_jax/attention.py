@@ -291,14 +291,14 @@ def _spectral_attention(
     stats = statistics_of_keys(
       feature_map, variables, stats, key, key_mask, sqrt_scale
     )
-    rest = (
+    arguments = (
       options,
       feature_map.prepare(variables, stats),
       initial_state,
       AttentionArrays(query, key, value, *masks),
     )
     if exact.are_none:
-      out, state = attend(maps_of(feature_map, sqrt_scale), *rest)
+      out, state = attend(maps_of(feature_map, sqrt_scale), *arguments)
     else:
       setting = Setting(
         exact,
@@ -308,7 +308,7 @@ def _spectral_attention(
         num_rows=feature_map.num_rows,
       )
       maps = maps_of(feature_map, sqrt_scale, is_complete=True)
-      out, state = attend_hybrid(maps, setting, *rest)
+      out, state = attend_hybrid(maps, setting, *arguments)
     # A traced position has not been checked: outputs beyond `longest` are NaN.
     longest = feature_map.component.longest
     if longest is not None and initial_state is not None:

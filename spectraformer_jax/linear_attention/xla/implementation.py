@@ -27,15 +27,17 @@ def attend(call: Call) -> tuple[Array, State]:
   if length == num_keys:
     return causal(call)
   # The causal triangle starts at the top left, whatever T and S are.
-  both = min(length, num_keys)
-  keys = jax.tree.map(lambda x: x[:, :both], inputs.keys)
+  common_length = min(length, num_keys)
+  keys = jax.tree.map(lambda x: x[:, :common_length], inputs.keys)
   # Queries from S on see all keys: the keys at their positions are padding.
   earlier = Inputs(inputs.query, *blocks.pad_keys(keys, length), None)
   out, state = causal(call._replace(inputs=earlier))
-  state = state._replace(length=call.state.length + both)
-  if both < num_keys:
+  state = state._replace(length=call.state.length + common_length)
+  if common_length < num_keys:
     # Keys from T on are seen by no query, but belong to the state.
-    key, value, key_mask = jax.tree.map(lambda x: x[:, both:], inputs.keys)
+    key, value, key_mask = jax.tree.map(
+      lambda x: x[:, common_length:], inputs.keys
+    )
     later = Inputs(inputs.query, key, value, key_mask, None)
     state = bidirectional.accumulate(call._replace(state=state, inputs=later))
   return out, state
