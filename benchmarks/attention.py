@@ -7,6 +7,10 @@ Forms that are compared, on the same random float32 inputs:
   spectral     spectral_attention of posrf-orf
   naive        the same features of all positions at once, and two einsums
                (bidirectional only: a causal one would need [T, F, V])
+  hybrid       the same with exact keys: window=63, num_heavy=32 (causal:
+               num_sinks=4)
+  local        softmax attention to the keys of a query's block of 64 and of
+               both neighbours (causal: of the one before)
   softmax      jax.nn.dot_product_attention
   exact        exact_attention of this library
 
@@ -27,7 +31,7 @@ import time
 from benchmarks.pictures import attention_panel, draw_lines
 from benchmarks.processes import measure_missing, median_times
 
-FORMS = ("spectral", "naive", "softmax", "exact")
+FORMS = ("spectral", "hybrid", "naive", "local", "softmax", "exact")
 COLUMNS = ("form", "is_causal", "backward", "batch", "length")
 FIGURES = ("ms", "cpu_ms", "temp_mib", "first_s", "device")
 HEADS, HEAD_DIM, ROWS = 2, 32, 128
@@ -40,12 +44,21 @@ def attention_of(form: str, is_causal: bool):
   import jax.numpy as jnp
 
   import spectraformer_jax as sf
+  from spectraformer_jax.baselines import local_attention
 
   fm = sf.feature_map("posrf", "orf", num_features=ROWS)
   variables = fm.init(jax.random.key(0), head_dim=HEAD_DIM, num_heads=HEADS)
-  if form == "spectral":
+  if form in ("spectral", "hybrid"):
+    options = {"feature_map": fm, "variables": variables}
+    if form == "hybrid":
+      others = {"num_sinks": 4} if is_causal else {"num_heavy": 32}
+      options |= {"window": 63, **others}
     return lambda q, k, v: sf.spectral_attention(
-      q, k, v, feature_map=fm, variables=variables, is_causal=is_causal
+      q, k, v, is_causal=is_causal, **options
+    )
+  if form == "local":
+    return lambda q, k, v: local_attention(
+      q, k, v, neighbours=1, is_causal=is_causal
     )
   if form == "softmax":
     return lambda q, k, v: jax.nn.dot_product_attention(
