@@ -48,7 +48,9 @@ def pad_row(setting: Setting, row: Row, length: int) -> Row:
 def keys_of_block(
   setting: Setting, row: Row, position: Array | int, size: int
 ) -> list[BlockKeys]:
-  """Returns the sets of keys of `size` queries, special keys first.
+  """Returns the keys of `size` queries, special ones first.
+
+  They are one set; two in packed rows, where each query has other special keys.
 
   Args:
     setting: see `Setting`.
@@ -78,7 +80,23 @@ def keys_of_block(
     own = ids[:, left : left + size]
     is_near &= (own[:, :, None] == ids[:, None])[:, None, None]
   key, value = (_take(x, position, width) for x in (row.key, row.value))
-  return [special, BlockKeys(key, value, is_near)]
+  near = BlockKeys(key, value, is_near)
+  if row.segment is not None:
+    return [special, near]
+  shape = jnp.broadcast_shapes(
+    special.is_visible.shape[:-1], near.is_visible.shape[:-1]
+  )
+  sees_special, sees_near = (
+    jnp.broadcast_to(x, (*shape, x.shape[-1]))
+    for x in (special.is_visible, near.is_visible)
+  )
+  return [
+    BlockKeys(
+      jnp.concatenate([special.key, key], axis=2),
+      jnp.concatenate([special.value, value], axis=2),
+      jnp.concatenate([sees_special, sees_near], axis=-1),
+    )
+  ]
 
 
 def no_gradients(row: Row) -> SetGradients:
@@ -96,15 +114,19 @@ def add_gradients(
   position: Array | int,
 ) -> SetGradients:
   """Adds gradients of `keys_of_block` where its keys came from."""
-  special, *near = found
   if row.segment is None:
+    (both,) = found
+    count = total.special.key.shape[2]
+    special = KeyValue(*(x[:, :, :count] for x in both))
+    near = KeyValue(*(x[:, :, count:] for x in both))
     of_special = KeyValue(*map(jnp.add, total.special, special))
   else:
+    special, *sets = found
     of_special = _add_at(total.special, special, position)
-  of_row = total.row
-  for of_set in near:
-    of_row = _add_at(of_row, of_set, position)
-  return SetGradients(of_row, of_special)
+    near = sets[0] if sets else None
+  if near is None or not near.key.shape[2]:
+    return SetGradients(total.row, of_special)
+  return SetGradients(_add_at(total.row, near, position), of_special)
 
 
 def _add_at(whole: KeyValue, part: KeyValue, position: Array | int) -> KeyValue:
