@@ -168,8 +168,8 @@ def find_step(path: Path, step: int | str) -> int:
       number = record["best"]["step"]
   if str(number) not in map(str, steps):
     raise ValueError(
-      f"{str(path)!r} holds no checkpoint of step {number!r}; it holds best "
-      f"and last, {', '.join(map(str, steps))}."
+      f"{str(path)!r} holds no checkpoint of step {number!r}, but those of "
+      f"steps {steps}; 'best' and 'last' choose one of these."
     )
   return int(number)
 

@@ -119,7 +119,7 @@ class Checkpointer:
       self._manager.reload()
       raise SaveError(
         f"The checkpoint of step {step} could not be written to "
-        f"{str(self._directory)!r}; it has those of steps {self.steps()}. "
+        f"{str(self._directory)!r}, which holds those of steps {self.steps()}. "
         f"Cause: {one_line(error)}"
       ) from error
 

@@ -54,7 +54,7 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
 
 
 def _acquire(file: TextIO) -> bool:
-  """Takes the lock if it is free; retries, as `in_use` holds one briefly."""
+  """Takes the lock if it is free; retries, as `in_use` holds it briefly."""
   for _ in range(5):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
