@@ -78,7 +78,7 @@ def test_mistakes(uninterrupted, copy, tmp_path):
   workdir, _ = uninterrupted
   with pytest.raises(ValueError, match="no workdir: no config.json"):
     nn.load_pretrained(tmp_path)
-  with pytest.raises(ValueError, match="no checkpoint of step 5; .*32, 36, 48"):
+  with pytest.raises(ValueError, match="no checkpoint of step 5, .*32, 36, 48"):
     nn.load_pretrained(workdir, step=5)
   stored = json.loads((copy / "config.json").read_text())
   stored["config"]["model"]["mlp_dim"] = 8
