@@ -41,6 +41,25 @@ def test_attention(which, is_causal):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["", "b", "t", "bt"])
+@pytest.mark.parametrize(
+  "exact",
+  [
+    {"window": 9, "num_sinks": 2, "num_heavy": 3},
+    {"window": 9, "num_sinks": 2, "is_causal": True},
+    {"num_heavy": 3},
+  ],
+)
+def test_exact_keys(which, exact):
+  variables = FM.init(jax.random.key(1), head_dim=8)
+  x = jax.random.normal(jax.random.key(0), (3, 150, 2, 8))
+  attend = lambda x: sf.spectral_attention(
+    x, x, x, feature_map=FM, variables=variables, **exact
+  )
+  check(attend, (x,), *symbols(which))
+
+
+@pytest.mark.slow
 def test_gradients():
   variables = FM.init(jax.random.key(1), head_dim=8)
   x = jax.random.normal(jax.random.key(0), (3, 150, 2, 8))

@@ -29,6 +29,13 @@ CASES = {
     "segment_ids": np.arange(LENGTH)[None] // 20,
     "is_causal": True,
   },
+  "posrf exact keys": {"window": 5, "num_sinks": 2, "num_heavy": 3},
+  "posrf exact keys causal": {"window": 5, "num_sinks": 2, "is_causal": True},
+  "posrf exact keys packed": {
+    "window": (5, 2),
+    "num_sinks": 2,
+    "segment_ids": np.arange(LENGTH)[None] // 20,
+  },
   "oprf masked": {"key_mask": np.arange(LENGTH)[None] < 50},
   "local masked": {"key_mask": np.arange(LENGTH)[None] < 50},
   "nystromformer masked": {
@@ -296,10 +303,14 @@ def test_a_divided_length_is_refused(measured):
   assert "sequence_parallel_attention" in measured["refusal"]
 
 
-def test_loops_take_the_types_of_shard_map():
+@pytest.mark.parametrize(
+  "name", ["posrf causal", *(name for name in CASES if "exact keys" in name)]
+)
+@pytest.mark.quick_every(2)
+def test_loops_take_the_types_of_shard_map(name):
   # One device is enough for the check of types.
   mesh = jax.make_mesh((1,), ("b",), axis_types=(AxisType.Auto,))
-  attention = attention_of("posrf causal")
+  attention = attention_of(name)
   x = jax.random.normal(jax.random.key(0), (2, LENGTH, HEADS, HEAD_DIM))
   inside = jax.shard_map(
     attention, mesh=mesh, in_specs=P("b"), out_specs=P("b")
