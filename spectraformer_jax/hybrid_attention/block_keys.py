@@ -32,7 +32,8 @@ def pad_row(setting: Setting, row: Row, length: int) -> Row:
   special = row.special
   if row.segment is not None:
     special = SpecialKeys(*(blocks.pad(x, length) for x in special))
-  if setting.exact.window is None:
+  if setting.exact.window is None and not setting.is_causal:
+    # Keys have a length of their own.
     return row._replace(special=special)
   length += setting.exact.left + setting.exact.right
   segment = row.segment
@@ -62,7 +63,8 @@ def keys_of_block(
   if row.segment is None:
     last = HIDDEN / 2  # beyond all positions; HIDDEN - 1 is no float32
     if setting.is_causal:
-      last = (position + jnp.arange(size))[None, None, None, :, None]
+      place = (position + jnp.arange(size)).astype(jnp.float32)
+      last = place[None, None, None, :, None]
     special = BlockKeys(key, value, at[:, :, None, None] <= last)
   else:
     key, value, at = (_take(x, position, size) for x in row.special)

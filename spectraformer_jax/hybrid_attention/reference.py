@@ -70,7 +70,7 @@ def _special(setting: Setting, row: Row, length: int) -> BlockKeys:
     key, value, position = (jnp.swapaxes(x, 1, 2) for x in row.special)
     return BlockKeys(key, value, position[:, :, None] == 0.0)
   last = (
-    jnp.arange(length)[None, None, None, :, None]
+    jnp.arange(length, dtype=jnp.float32)[None, None, None, :, None]
     if setting.is_causal
     else length + row.key.shape[1]
   )

@@ -100,7 +100,7 @@ def packed(
   take = jax.vmap(lambda x, index: x[index])
   # [B, T, P, N, H] -> [B, T, N, P, H]
   of_query = lambda x: jnp.swapaxes(take(x, jnp.minimum(at, length - 1)), 2, 3)
-  position = jnp.where(is_seen, 0.0, HIDDEN)[:, :, None]
+  position = jnp.where(is_seen, jnp.float32(0.0), HIDDEN)[:, :, None]
   special = SpecialKeys(of_query(key), of_query(value), position)
   around = exact.left, exact.right
   row = Row(
@@ -157,11 +157,12 @@ def _sinks(
   take = jax.vmap(lambda x, index: x[index])
   new = lambda x: jnp.swapaxes(take(x, jnp.minimum(at, length - 1)), 1, 2)
   is_old = jnp.arange(at.shape[1])[None] < state.sink_count
-  position = jnp.where(is_old, -1.0, jnp.where(at < length, at, HIDDEN))
+  position = jnp.where(at < length, at.astype(jnp.float32), HIDDEN)
+  position = jnp.where(is_old, -1.0, position)
   return SpecialKeys(
     jnp.where(is_new, new(key), state.sink_key.astype(key.dtype)),
     jnp.where(is_new, new(value), state.sink_value.astype(value.dtype)),
-    position.astype(jnp.float32)[:, None],
+    position[:, None],
   )
 
 
@@ -170,7 +171,7 @@ def _heavy(key: Array, value: Array, at: Array) -> SpecialKeys:
   length = key.shape[1]
   take = jax.vmap(jax.vmap(lambda x, index: x[index], (1, 0)))
   inside = jnp.minimum(at, length - 1)
-  position = jnp.where(at < length, at, HIDDEN).astype(jnp.float32)
+  position = jnp.where(at < length, at.astype(jnp.float32), HIDDEN)
   return SpecialKeys(take(key, inside), take(value, inside), position)
 
 

@@ -70,12 +70,12 @@ def exact_part(
     jnp.where(of_set.is_visible, log_kernel(setting, query, of_set), lowest)
     for of_set in keys
   ]
-  top = jnp.full((*query.shape[:-1], 1), lowest)
+  top = jnp.full((*query.shape[:-1], 1), lowest, jnp.float32)
   for score in jax.lax.stop_gradient(scores):
     largest = jnp.max(score, axis=-1, keepdims=True, initial=lowest)
     top = jnp.maximum(top, largest)
   exponent = jnp.where(top > lowest, whole_exponent(top), -LOWEST)
-  numerator, normalizer = jnp.zeros(()), jnp.zeros(())
+  numerator = normalizer = jnp.zeros((), jnp.float32)
   for of_set, score in zip(keys, scores, strict=True):
     mantissa, own = split(score)
     weights = mantissa * power_of_two(own - exponent)

@@ -41,7 +41,8 @@ def rank_of_visible(
     segment: ids ``[B, S]``, equal ones beside each other; None: one segment.
     count_before: visible keys before the first position, ``[B, 1]`` or int.
   """
-  before = jnp.cumsum(visible, axis=1) - visible + count_before
+  seen = visible.astype(jnp.int32)
+  before = jnp.cumsum(seen, axis=1, dtype=jnp.int32) - seen + count_before
   if segment is None:
     return before
   first = first_of_segment(segment)
@@ -89,9 +90,10 @@ def packed_sink_positions(
     Positions in order; T where the segment has fewer sinks.
   """
   length = segment.shape[1]
-  count = jnp.cumsum(is_sink, axis=1)
+  one_each = is_sink.astype(jnp.int32)
+  count = jnp.cumsum(one_each, axis=1, dtype=jnp.int32)
   first = first_of_segment(segment)
-  before = jnp.take_along_axis(count - is_sink, first, axis=1)
+  before = jnp.take_along_axis(count - one_each, first, axis=1)
   wanted = before[..., None] + jnp.arange(1, num_sinks + 1)[None, None]
   find = jax.vmap(jnp.searchsorted)
   position = find(count, wanted.reshape(len(count), -1)).reshape(wanted.shape)
@@ -109,7 +111,7 @@ def heavy_positions(
   Args:
     score: ``[B, N, S]``.
     is_candidate: bool ``[B, S]``.
-    num_heavy: number of keys; fewer if S is smaller.
+    num_heavy: P.
 
   Returns:
     Positions ``[B, N, P]``, of equal scores the lower first, S where there is
@@ -117,7 +119,11 @@ def heavy_positions(
   """
   batch, heads, length = score.shape
   score = jnp.where(is_candidate[:, None], score, -jnp.inf)
-  top, position = jax.lax.top_k(score, min(num_heavy, length))
+  # The length may be a symbol, which cannot be compared with a number.
+  score = jnp.pad(
+    score, [(0, 0), (0, 0), (0, num_heavy)], constant_values=-jnp.inf
+  )
+  top, position = jax.lax.top_k(score, num_heavy)
   position = jnp.where(top > -jnp.inf, position, length)
   example = jnp.arange(batch)[:, None, None]
   head = jnp.arange(heads)[None, :, None]
@@ -174,7 +180,8 @@ def _mean_and_variance(
   """Returns mean and variance of x over axes (kept), where `mask` is True."""
   mask = jnp.broadcast_to(mask, x.shape)
   x = jnp.where(mask, x, 0.0)
-  count = jnp.maximum(jnp.sum(mask, axis=axes, keepdims=True), 1)
+  count = jnp.sum(mask.astype(jnp.float32), axis=axes, keepdims=True)
+  count = jnp.maximum(count, 1.0)
   mean = jnp.sum(x, axis=axes, keepdims=True) / count
   square = jnp.where(mask, jnp.square(x - mean), 0.0)
   return mean, jnp.sum(square, axis=axes, keepdims=True) / count

@@ -14,8 +14,8 @@ LENGTH = 20
 @pytest.mark.parametrize(
   ("name", "case"),
   [
-    ("softmax", {"window": LENGTH - 1}),
     ("gaussian", {"num_heavy": LENGTH}),
+    ("softmax", {"window": LENGTH - 1}),
     ("signed", {"num_sinks": LENGTH + 3, "is_causal": True}),
     ("gaussian", {"window": (LENGTH - 1, 0), "is_causal": True}),
     ("softmax", {"window": 10 * LENGTH, "num_sinks": 2, "num_heavy": 3}),
