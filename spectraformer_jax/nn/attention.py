@@ -87,7 +87,7 @@ class SpectralSelfAttention(MultiHeadAttention, ExactKeyFields):
         its own segment only, and rotary positions start at 0 in each.
       decode: x continues the sequence of earlier calls. Their state (and their
         number of positions, if `rotary`) is in the collection "cache"; see
-        `LanguageModel`. With a window, the state keeps as many keys; positions
+        `LanguageModel`. With a window, the state keeps its keys; positions
         that `mask` hides are left out of it.
       deterministic: False in training: updates running statistics.
 
@@ -205,7 +205,9 @@ class SpectralSelfAttention(MultiHeadAttention, ExactKeyFields):
     deterministic: bool,
   ) -> Array:
     """Attends to the keys of earlier calls and of this one, causally."""
-    map_arguments = self._map_arguments(query, key, mask, False, deterministic)
+    map_arguments = self._map_arguments(
+      query, key, mask, sees_all=False, deterministic=deterministic
+    )
     exact = {"window": self.window, "num_sinks": self.num_sinks}
     batch_size, _, num_heads, head_dim = key.shape
     cache = self.variable(

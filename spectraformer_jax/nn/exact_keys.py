@@ -68,9 +68,9 @@ def continue_rows(
   """Attends so that each row continues from its own last real position.
 
   The window of `spectral_attention` counts hidden positions, too. Here they do
-  not count: the keys of the state's ring come before the new ones, and sorting
-  puts all hidden positions first, so that real ones lie side by side and the
-  last ones are the next ring.
+  not count: the keys of the state's ring (its window) come before the new ones,
+  and sorting puts all hidden positions first, so that real ones lie side by
+  side and the last ones are the next ring.
 
   Args:
     attend: causal attention that takes and returns a state.
@@ -91,7 +91,7 @@ def continue_rows(
   assert (
     ring_key is not None and ring_value is not None and ring_visible is not None
   )
-  left = ring_key.shape[2]
+  ring_size = ring_key.shape[2]
   visible = jnp.concatenate([ring_visible[:, 0], mask], axis=1)
   order = jnp.argsort(visible, axis=1, stable=True)
 
@@ -101,16 +101,17 @@ def continue_rows(
     return jnp.take_along_axis(both, order[:, :, None, None], axis=1)
 
   batch, _, num_heads, head_dim = query.shape
-  no_query = jnp.zeros((batch, num_heads, left, head_dim), query.dtype)
+  no_query = jnp.zeros((batch, num_heads, ring_size, head_dim), query.dtype)
   out, new = attend(
     joined(no_query, query),
     joined(ring_key, key),
     joined(ring_value, value),
     key_mask=jnp.take_along_axis(visible, order, axis=1),
+    # The keys of the ring are among those of this call, so the state hides it.
     initial_state=state._replace(ring_visible=jnp.zeros_like(ring_visible)),
   )
   assert isinstance(new, HybridState)  # since `state` is one
-  places = jnp.argsort(order, axis=1)[:, left:]
+  places = jnp.argsort(order, axis=1)[:, ring_size:]
   out = jnp.take_along_axis(out, places[:, :, None, None], axis=1)
-  # The ring was counted before.
-  return out, new._replace(far=new.far._replace(length=new.length - left))
+  # This call has counted the positions of the ring a second time.
+  return out, new._replace(far=new.far._replace(length=new.length - ring_size))

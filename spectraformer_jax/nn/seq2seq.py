@@ -15,7 +15,7 @@ class Seq2Seq(ModelFields):
   The encoder reads a source in both directions; the decoder is causal in the
   target and attends to the encoder's output. For decoding, each layer keeps a
   sum over the target's keys and one over the source's, both of constant size;
-  with a window or sinks, it keeps as many keys of the target as well.
+  with a window or sinks, it keeps those keys of the target as well.
 
   Attributes:
     vocab_size: number of token ids of source and target, each of which has an
