@@ -51,8 +51,9 @@ class Case(NamedTuple):
   Attributes:
     target: "v5e", "v6e", "h100", or a slice such as "v5e:4x4".
     program: "causal", "bidirectional" or "naive" (bidirectional, all features
-      at once) attention; or a training step, "step-jit" or "step-pmap", by the
-      engine that maps it over devices.
+      at once) attention; "causal-exact" or "bidirectional-exact", the same with
+      exact keys (window=63, and num_sinks=4 or num_heavy=32); or a training
+      step, "step-jit" or "step-pmap", by the engine that maps it over devices.
     direction: "forward" or "both" (forward and backward).
     batch: B, over all devices.
     length: T.
@@ -100,7 +101,8 @@ def cases() -> list[Case]:
         for direction in ("forward", "both"):
           found.append(Case(target, program, direction, batch, length))
       if length <= 2**16:
-        found.append(Case(target, "naive", "both", batch, length))
+        for program in ("naive", "causal-exact", "bidirectional-exact"):
+          found.append(Case(target, program, "both", batch, length))
       rows = batch if length == 2**12 else 1
       found.append(Case(target, "step-jit", "both", rows, length))
   for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
@@ -190,13 +192,18 @@ def _compile_attention(case: Case):
   def attend(query, key, value, variables):
     if case.program == "naive":
       return naive(query, key, value, variables)
+    exact = {
+      "causal-exact": {"window": 63, "num_sinks": 4},
+      "bidirectional-exact": {"window": 63, "num_heavy": 32},
+    }
     return sf.spectral_attention(
       query,
       key,
       value,
       feature_map=fm,
       variables=variables,
-      is_causal=case.program == "causal",
+      is_causal=case.program.startswith("causal"),
+      **exact.get(case.program, {}),
     )
 
   def both(query, key, value, d_out, variables):
