@@ -47,7 +47,8 @@ def test_public_names_have_docstrings():
 
 
 @pytest.mark.parametrize(
-  "name", ["README.md", "docs/attention.md", "docs/clients.md"]
+  "name",
+  ["README.md", "docs/attention.md", "docs/clients.md", "docs/hybrid.md"],
 )
 def test_code_of_the_documentation_runs(name, tmp_path):
   blocks = python_blocks(name)
