@@ -283,7 +283,9 @@ def test_examples_and_heads_divided_over_a_mesh(measured, name, kind):
   for result in measured[kind][name]:
     assert result["difference"] < 1e-5
     assert result["same_sharding"]
-    assert not result["collectives"]
+    # XLA gathers the scores of all keys for its own top_k.
+    gathers = kind == "Auto" and "num_heavy" in CASES[name]
+    assert gathers or not result["collectives"]
 
 
 @pytest.mark.slow

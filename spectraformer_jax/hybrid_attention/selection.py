@@ -117,7 +117,7 @@ def heavy_positions(
     Positions ``[B, N, P]``, of equal scores the lower first, S where there is
     no candidate; and which keys they are, bool ``[B, S, N]``.
   """
-  batch, heads, length = score.shape
+  length = score.shape[2]
   score = jnp.where(is_candidate[:, None], score, -jnp.inf)
   # The length may be a symbol, which cannot be compared with a number.
   score = jnp.pad(
@@ -125,10 +125,11 @@ def heavy_positions(
   )
   top, position = jax.lax.top_k(score, num_heavy)
   position = jnp.where(top > -jnp.inf, position, length)
-  example = jnp.arange(batch)[:, None, None]
-  head = jnp.arange(heads)[None, :, None]
-  is_heavy = jnp.zeros((batch, length, heads), bool)
-  is_heavy = is_heavy.at[example, position, head].set(True, mode="drop")
+  # An index array for the batch would gather all examples of a mesh.
+  mark = lambda position: (
+    jnp.zeros(length, bool).at[position].set(True, mode="drop")
+  )
+  is_heavy = jnp.swapaxes(jax.vmap(jax.vmap(mark))(position), 1, 2)
   return position, is_heavy
 
 
