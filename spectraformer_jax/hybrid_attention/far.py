@@ -104,6 +104,7 @@ class CausalPass(NamedTuple):
       (part.out, of_strides),
       part.d_out,
       total,
+      self.cut.add,
     )
 
   def _moved(

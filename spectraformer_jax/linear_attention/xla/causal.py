@@ -20,6 +20,7 @@ value, output, two numbers per query, and the state before each stride of steps
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,7 @@ def _backward(
     (out, of_strides),
     d_out,
     total,
+    cut.write,
   )
   query, length = inputs.query, inputs.query.shape[1]
   d_query, d_key, d_value = (x[:, :length] for x in d_inputs)
@@ -202,6 +204,7 @@ def backward_loop(
   saved: _Saved,
   d_out: Array,
   total: Gradients,
+  put: Callable[[Array, Array, blocks.Place], Array],
 ) -> Gradients:
   """Adds the gradients of all inputs, from the last stride to the first.
 
@@ -216,8 +219,8 @@ def backward_loop(
     primals: constants, state and arrays of `forward_loop`.
     saved: its other results.
     d_out: the gradient of the outputs.
-    total: the gradients to which these are added; the second is that of the
-      sums after the last key.
+    total: gradients so far; the second is that of the sums after the last key.
+    put: `cut.write` if those of query, key and value are zeros, else `cut.add`.
 
   Returns:
     The gradients; the second is that of the sums before the first key.
@@ -258,7 +261,7 @@ def backward_loop(
       )
       places = place, cut.of_keys(place), cut.of_keys(place)
       d_inputs = [
-        cut.add(*of_input)
+        put(*of_input)
         for of_input in zip(d_inputs, d_block, places, strict=True)
       ]
       return (leaves.tree_add(d_floats, d_more), d_before, d_inputs), None
