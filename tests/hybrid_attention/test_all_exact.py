@@ -22,7 +22,7 @@ LENGTH = 20
     ("signed gaussian", {"num_sinks": 4, "num_heavy": LENGTH - 4}),
   ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_all_keys_exact_is_exact_attention(name, case):
   arrays, maps = draw(LENGTH, groups=2, scale=1.5), build_map(name)
   shared = {

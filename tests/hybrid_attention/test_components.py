@@ -77,13 +77,13 @@ def test_components_of_every_kind_have_a_kernel():
 
 
 @pytest.mark.parametrize("name", WITH_KERNEL)
-@pytest.mark.quick_every(14)
+@pytest.mark.quick_every(40)
 def test_both_ways(name):
   check(build(name), {"window": 2, "num_sinks": 1, "num_heavy": 2})
 
 
 @pytest.mark.parametrize("name", WITH_KERNEL)
-@pytest.mark.quick_every(28)
+@pytest.mark.quick_every(60)
 def test_causal(name):
   if not COMPONENTS.build(name).info.causal_safe:
     pytest.skip("this component cannot be causal")

@@ -77,7 +77,7 @@ def steps(number):
     ("signed", {"window": 5, "num_sinks": 2}),
   ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_splits_and_steps_equal_one_pass(name, exact):
   # Two pieces that are shorter than the window, and than the sinks.
   arrays = draw(LENGTH, groups=2, scale=0.5)

@@ -86,7 +86,7 @@ def gradients(arrays, maps, **case):
     for index, (name, case) in enumerate(zip(itertools.cycle(MAPS), CASES))
   ],
 )
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(7)
 def test_output_is_that_of_the_definition(name, case, groups):
   arrays, maps = draw(LENGTH, groups=groups), build_map(name)
   expected = definition(arrays, **maps, **CASES[case])
@@ -147,7 +147,7 @@ def test_chunk_size_does_not_matter(case):
     ("softmax", "window 0 False"),
   ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(9)
 def test_gradients_are_those_of_the_definition(name, case):
   arrays, maps = draw(LENGTH, groups=2), build_map(name)
   case, step = CASES[case], 3e-3

@@ -67,7 +67,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_padding_is_never_seen(name, case):
   arrays = draw(LENGTH)
   weights, step = weights_of(arrays), run(name, case)
@@ -84,7 +84,7 @@ def test_padding_is_never_seen(name, case):
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_neighbours_in_the_batch_do_not_matter(name, case):
   arrays = draw(LENGTH)
   weights, step = weights_of(arrays), run(name, case)
@@ -97,7 +97,7 @@ def test_neighbours_in_the_batch_do_not_matter(name, case):
 @pytest.mark.parametrize(
   ("name", "case"), [pair for pair in PAIRS if pair[1] in ("causal", "sinks")]
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_the_future_is_never_seen(name, case):
   arrays, step = draw(LENGTH), run(name, case)
   for past in (2, 9, 20):

@@ -116,7 +116,7 @@ def test_sums_are_right_in_the_mean(name):
     ("signed gaussian", {"num_heavy": 2}),
   ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_scores_of_ten_thousand(name, case):
   query, key, value = draw(30)
   scores = np.einsum("bthd,bshd->bhts", query, key) * HEAD_DIM**-0.5
