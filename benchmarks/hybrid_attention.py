@@ -15,10 +15,11 @@ here. Texts are pages of this project and of Python's help, 512 tokens each.
            text with the least mean over draws.
 
 "no features" drops all keys but the exact ones, and "uniform" gives all keys
-the same weight. Statistics of a feature map are those of the same queries and
-keys. Causal attention may not see later tokens, so it has those of another
-text. A figure that misses one of its limits, which stand behind the verdict, is
-"off"; the script then exits with 1. It takes about ten minutes on two cores.
+the same weight. A feature map takes its statistics from the same queries and
+keys. Causal attention may not see later tokens, so there it takes them from
+another text. The verdict, followed by the limits, is "off" if a figure misses
+one of them; the script then exits with 1. It takes about ten minutes on two
+cores.
 """
 
 import argparse
@@ -184,8 +185,8 @@ def draw_attention(
 
     def attention(layer: int, heads: Heads, reference: Heads) -> jax.Array:
       stats = calibrate(feature_map, drawn[layer], reference)
-      # Alone, since factorisations of several heads that run beside another
-      # program can deadlock on CPUs with few cores.
+      # Wait before the next program starts: factorisations of several heads
+      # that run beside another program can deadlock on CPUs with few cores.
       jax.block_until_ready(stats)
       out = attend(setting, feature_map, drawn[layer], stats, heads)
       return jax.block_until_ready(out)
@@ -263,7 +264,7 @@ def attend(
 def layer_errors(
   attention: LayerAttention, is_causal: bool, texts: Sequence[list[Heads]]
 ) -> np.ndarray:
-  """Returns the error of each layer, a mean over texts: ``[6]``.
+  """Returns the error of each layer, the mean over texts: ``[6]``.
 
   Args:
     attention: of all layers.

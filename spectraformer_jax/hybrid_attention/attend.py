@@ -70,7 +70,7 @@ def attend(
     state = empty_state(far, setting.exact, head_dim, (key.dtype, value.dtype))
   else:
     state = check_state(initial_state, setting.exact)
-    assert isinstance(state, HybridState)  # it has exact keys
+    assert isinstance(state, HybridState)  # since the call has exact keys
     check_sums(state.far, far)
   before = state.far
   query = query.reshape(batch, length, heads, all_heads // heads, head_dim)
@@ -90,6 +90,7 @@ def attend(
   else:
     is_causal = setting.is_causal
     if setting.exact.window is None:
+      # `packed` then sorts the keys of a segment before its queries.
       setting = setting._replace(is_causal=True)
     row, order = rows.packed(setting, inputs, is_causal=is_causal)
     out = order.unsorted(run(setting, row)[0])

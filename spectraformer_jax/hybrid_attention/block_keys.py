@@ -13,7 +13,7 @@ from spectraformer_jax.typing import Array
 
 
 class KeyValue(NamedTuple):
-  """Gradients of keys and of their values."""
+  """Keys and their values, or the gradients of both."""
 
   key: Array
   value: Array
@@ -27,7 +27,7 @@ class SetGradients(NamedTuple):
 
 
 def pad_row(setting: Setting, row: Row, length: int) -> Row:
-  """Pads a row to `length` queries, flat, of which each has a whole window."""
+  """Flattens queries, pads them to `length`, and pads keys to whole windows."""
   row = row._replace(query=blocks.pad(blocks.flat(row.query), length))
   special = row.special
   if row.segment is not None:
@@ -51,7 +51,8 @@ def keys_of_block(
 ) -> list[BlockKeys]:
   """Returns the keys of `size` queries, special ones first.
 
-  They are one set; two in packed rows, where each query has other special keys.
+  They are one set, but in packed rows with a window two: there each query has
+  special keys of its own.
 
   Args:
     setting: see `Setting`.
@@ -61,7 +62,7 @@ def keys_of_block(
   """
   key, value, at = row.special
   if row.segment is None:
-    last = HIDDEN / 2  # beyond all positions; HIDDEN - 1 is no float32
+    last = HIDDEN / 2  # beyond all positions; HIDDEN - 1 rounds to HIDDEN
     if setting.is_causal:
       place = (position + jnp.arange(size)).astype(jnp.float32)
       last = place[None, None, None, :, None]
@@ -102,7 +103,7 @@ def keys_of_block(
 
 
 def no_gradients(row: Row) -> SetGradients:
-  """Returns gradients of zero."""
+  """Returns the zeros to which `add_gradients` adds."""
   return SetGradients(
     KeyValue(*map(blocks.empty_like, (row.key, row.value))),
     KeyValue(*map(blocks.empty_like, row.special[:2])),
@@ -115,7 +116,7 @@ def add_gradients(
   found: list[KeyValue],
   position: Array | int,
 ) -> SetGradients:
-  """Adds gradients of `keys_of_block` where its keys came from."""
+  """Adds gradients of a block's keys where `keys_of_block` took the keys."""
   if row.segment is None:
     (both,) = found
     count = total.special.key.shape[2]

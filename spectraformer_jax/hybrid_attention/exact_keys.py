@@ -17,7 +17,8 @@ class ExactKeys(NamedTuple):
     window: (left, right): positions before and after a query's own, whose keys
       are exact, like its own key; None: no window.
     num_sinks: number of first visible keys of each sequence that are exact.
-    num_heavy: number of keys with the largest score that are exact.
+    num_heavy: number of keys with the largest `selection.heavy_score` that are
+      exact.
   """
 
   window: tuple[int, int] | None = None
@@ -43,7 +44,7 @@ class ExactKeys(NamedTuple):
 def exact_keys_of(
   window: Any, num_sinks: int, num_heavy: int, *, is_causal: bool
 ) -> ExactKeys:
-  """Checks the arguments of `spectral_attention` that choose exact keys.
+  """Returns the exact keys that arguments of `spectral_attention` choose.
 
   Args:
     window: None, an int for both sides, or (left, right).
@@ -66,7 +67,7 @@ def exact_keys_of(
 
 
 def check_window(name: str, window: Any) -> None:
-  """Raises ValueError unless it is None, an int of 0 or more, or two of such.
+  """Raises ValueError unless a window is None, an int >= 0, or a pair of such.
 
   Args:
     name: of the argument, for the message.
@@ -167,8 +168,8 @@ def kernel_of(component: Any) -> str:
   """Returns the exact kernel of a component: "softmax" or "gaussian".
 
   Raises:
-    ValueError: it has another, so its features and exact weights would share no
-      scale.
+    ValueError: the component estimates another kernel, so its features and
+      exact weights would share no scale.
   """
   kernel = getattr(component, "kernel", None)
   if kernel is None:

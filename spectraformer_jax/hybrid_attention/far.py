@@ -2,12 +2,12 @@ r"""Sums of features over far keys, in passes of the linear attention engine.
 
 A query sees by features the keys that are neither in its window nor special.
 With l positions of the window before a query, the far keys before query i are
-those at j < i - l. Moved l places towards the end, they are the keys before
-place i, which is what a causal pass sums:
+those at j < i - l. If all keys move l places towards the end, these are the
+keys before place i, which is what a causal pass sums:
 
-    row     0  1  2  3  4  5         l = 2: query 5 is exact for keys 3, 4 and 5
+    place   0  1  2  3  4  5         l = 2: query 5 sees keys 3, 4 and 5 exactly
     query   0  1  2  3  4 [5]
-    moved         0 [1  2]              and sees keys 0, 1 and 2 by features
+    moved        [0  1  2] 3            and keys 0, 1 and 2 by features
 
 The keys after the window are those of a second pass, from the last position to
 the first.
@@ -65,7 +65,7 @@ class CausalPass(NamedTuple):
   def forward(
     self, engine: Engine, constants: PyTree, state: JoinedState, row: Row
   ) -> tuple[Array, JoinedState, PassSaved]:
-    """Returns columns of sums, the state after all, and what is saved."""
+    """Returns columns of sums, the state after all keys, and what is saved."""
     engine, state, inputs = self._moved(engine, state, row)
     after, sums, saved = causal.forward_loop(
       self.plan, self.cut, engine, constants, state, inputs

@@ -6,8 +6,8 @@ from the state, or are hidden, so that every query has a whole window:
     key:    [ left: earlier keys | T keys, at the queries' positions | right ]
     query:                       [ T queries                         ]
 
-Packed rows are sorted by segment. Where queries and keys have other lengths and
-no window, the key array has a length of its own.
+Packed rows are sorted by segment. In a call that is not causal and has no
+window, the key array has a length of its own.
 """
 
 from typing import NamedTuple
@@ -24,8 +24,8 @@ class Row(NamedTuple):
     query: ``[B, T, N, G, H]``; flat in loops, ``[B, T, N G, H]``.
     key: ``[B, left + S + right, N, H]``; hidden ones are zeros.
     value: ``[B, left + S + right, N, V]``.
-    key_mask: bool ``[B, left + S + right]``, or with a last axis of N heads if
-      heads have other heavy keys: keys that are visible and not special.
+    key_mask: bool ``[B, left + S + right]``, with a last axis of N heads if
+      each has heavy keys of its own: keys that are visible and not special.
     special: sinks and heavy keys.
     segment: ids of the key array's positions, float32 ``[B, left + S + right]``
       with equal ones beside each other; None: one segment.

@@ -21,13 +21,13 @@ from spectraformer_jax.linear_attention.exponents import (
 from spectraformer_jax.linear_attention.normalize import SIGNED_FLOOR, divide
 from spectraformer_jax.typing import Array
 
-# A signed far sum is dropped if it is at most this, over sqrt(M), times the sum
-# of its absolute weights, and an exact key is visible. Below it the sum is
+# A signed far sum is dropped if an exact key is visible and the sum is at most
+# NOISE / sqrt(M) times the sum of its absolute weights. So small a sum is
 # mostly noise, and so is its numerator.
 NOISE = 0.8
 
 # Far weights that have underflowed add up to less than 2^-75 in the units of
-# their pass: a sum of this power of two makes them less than its rounding.
+# their pass. Beside a total of 2^LARGEST_LOST they are less than its rounding.
 LARGEST_LOST = -50.0
 
 
@@ -54,9 +54,9 @@ class Quotient(NamedTuple):
     out: ``[..., V]``.
     divisor: its divisor, times 2^-exponent, ``[..., 1]``.
     exponent: ``[..., 1]``.
-    keeps_far: bool ``[..., 1]``: whether the far part is in it.
-    is_floored: bool ``[..., 1]``: whether the divisor was too small; it has no
-      gradient then.
+    keeps_far: bool ``[..., 1]``: whether the far part is in `out`.
+    is_floored: bool ``[..., 1]``: whether the divisor was too small and was
+      replaced; it has no gradient then.
   """
 
   out: Array
@@ -79,7 +79,7 @@ def far_part(columns: Array, value_dim: int) -> Part:
 
 
 def add(first: Part, *others: Part) -> Part:
-  """Returns the sum of parts whose weights are of one kind."""
+  """Returns the sum of parts that all have a magnitude, or all have none."""
   total = _normalized(first)
   for part in map(_normalized, others):
     exponent = jnp.maximum(total.exponent, part.exponent)
@@ -94,8 +94,8 @@ def add(first: Part, *others: Part) -> Part:
 def divide_parts(exact: Part, passes: list[Part], num_rows: int) -> Quotient:
   """Returns the quotient of all parts together.
 
-  It is NaN where the weights of a pass have underflowed, which NaN as their sum
-  tells, and the other parts are not so large that they do not matter.
+  It is NaN where the weights of a pass have underflowed (their sum is NaN) and
+  may matter beside the other parts.
 
   Args:
     exact: positive weights.

@@ -44,7 +44,7 @@ def unpacked(
     keep = keep[..., None] & ~is_heavy
     special = _join(special, _heavy(key, value, at))
   if setting.is_causal and query.shape[1] != length:
-    # Places without a query or without a key hold zeros and hidden keys.
+    # The shorter one is padded: with queries of zeros, or with hidden keys.
     length = max(query.shape[1], length)
     query, key, value, keep = (
       _pad(x, 0, length - x.shape[1]) for x in (query, key, value, keep)

@@ -74,6 +74,7 @@ def exact_part(
   for score in jax.lax.stop_gradient(scores):
     largest = jnp.max(score, axis=-1, keepdims=True, initial=lowest)
     top = jnp.maximum(top, largest)
+  # For a query without visible keys, the exponent that makes all weights 0.
   exponent = jnp.where(top > lowest, whole_exponent(top), -LOWEST)
   numerator = normalizer = jnp.zeros((), jnp.float32)
   for of_set, score in zip(keys, scores, strict=True):

@@ -11,8 +11,8 @@ from spectraformer_jax.typing import Array, Mask
 class SpecialKeys(NamedTuple):
   """Sinks and heavy keys, which are exact for queries at any distance.
 
-  Every query has the same ones, or in packed rows its own segment's; they then
-  have one more axis, ``[B, T, N, P, ...]``.
+  All queries share them. In packed rows each query has those of its segment, so
+  that the arrays have an axis of queries: ``[B, T, N, P, ...]``.
 
   Attributes:
     key: ``[B, N, P, H]``.
@@ -27,7 +27,7 @@ class SpecialKeys(NamedTuple):
   position: Array
 
 
-# Behind every position.
+# The position of a key that no query sees: larger than every other one.
 HIDDEN = 2.0**30
 
 
@@ -119,7 +119,8 @@ def heavy_positions(
   """
   length = score.shape[2]
   score = jnp.where(is_candidate[:, None], score, -jnp.inf)
-  # The length may be a symbol, which cannot be compared with a number.
+  # `top_k` needs `num_heavy` scores. The padding is always added, since a
+  # length that is a symbol cannot be compared with a number.
   score = jnp.pad(
     score, [(0, 0), (0, 0), (0, num_heavy)], constant_values=-jnp.inf
   )
@@ -138,8 +139,8 @@ def heavy_score(
 ) -> Array:
   r"""Returns the logarithm of the attention that each key is likely to get.
 
-  For queries N(m, a) and keys N(c, b) with diagonal covariances, the expected
-  weight of key y, up to a factor that all keys share, is
+  For queries N(m, a) and keys N(c, b) with diagonal covariances, the logarithm
+  of the expected weight of key y, up to a term that all keys share, is
 
   .. math:: h = \sum_d \frac{m_d u_d + a_d u_d^2 / 2}{1 + a_d b_d},
     \quad u = y - c

@@ -24,7 +24,7 @@ class HybridState(NamedTuple):
       masked keys and for sinks.
     sink_key: the first P visible keys, ``[B, N, P, H]``.
     sink_value: their values, ``[B, N, P, V]``.
-    sink_count: how many sinks there are yet, int32 ``[B, 1]``.
+    sink_count: how many sinks there are so far, int32 ``[B, 1]``.
   """
 
   far: State
@@ -102,7 +102,7 @@ def without_tokens(
   """Returns output and state of a call without examples or positions.
 
   Raises:
-    ValueError: the call has both, so that another axis has size 0.
+    ValueError: the call has examples and positions, so another axis has size 0.
   """
   batch, length, heads, _ = query.shape
   if batch and length:

@@ -3,7 +3,7 @@
 The far parts come first (`far`). A loop over blocks of queries then computes
 the exact part of a block (`scores`), adds the parts and divides (`parts`). The
 backward pass computes weights and features again; it gets query, key, value,
-output, and one divisor per query and part.
+output, and for each query one divisor per part.
 """
 
 import functools
@@ -183,7 +183,7 @@ def _run(
 
 
 def _divisors(total: Quotient, exponents: list[Array]) -> list[Array]:
-  """Returns the divisor in the units of each part, and what is floored.
+  """Returns the divisor in the units of each part, and where it is floored.
 
   A divisor of 0 means that the part has no gradient.
   """
@@ -204,7 +204,8 @@ def _backward(
   (out, divisors, of_passes), (d_out, d_after) = saved, gradients
   of_exact, *of_far, is_floored = divisors
   padded = pad_row(plan.setting, row, plan.cut.length)
-  # A floored divisor takes no gradient: outputs of 0 say so.
+  # A floored divisor takes no gradient: with outputs of 0, `divisor_vjp` gives
+  # it none.
   out = jnp.where(is_floored > 0.0, 0.0, out)
   d_out = blocks.pad(blocks.flat(d_out), plan.cut.length)
   d_query, ((d_key, d_value), d_special) = _exact_backward(

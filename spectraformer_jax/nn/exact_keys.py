@@ -1,4 +1,4 @@
-"""Options of exact keys; a state that rows of different lengths continue."""
+"""Options that choose exact keys; states of rows with different lengths."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +35,8 @@ def check_options(
   """Raises ValueError for exact keys that an attention cannot have.
 
   Args:
-    options: of `OPTIONS`.
-    attention: its name.
+    options: values of all `OPTIONS`, by name.
+    attention: the name of the attention.
     feature_map: None unless attention is "spectral".
     is_causal: whether no query sees later keys.
   """
@@ -107,7 +107,7 @@ def continue_rows(
     joined(ring_key, key),
     joined(ring_value, value),
     key_mask=jnp.take_along_axis(visible, order, axis=1),
-    # The keys of the ring are among those of this call, so the state hides it.
+    # The ring's keys are among those of this call, so they are hidden here.
     initial_state=state._replace(ring_visible=jnp.zeros_like(ring_visible)),
   )
   assert isinstance(new, HybridState)  # since `state` is one

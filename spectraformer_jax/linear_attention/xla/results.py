@@ -32,7 +32,8 @@ def mean(
 ) -> tuple[Array, Array | None]:
   """Returns outputs ``[..., C, V]`` and, for positive maps, their normalizers.
 
-  Both are NaN where `needs_weight` is True but the weights have underflowed.
+  Both are NaN where `needs_weight` (from the function in `chunks`) is True but
+  the weights have underflowed.
   """
   del query_exponent  # cancels in the mean
   numerator, normalizer = sums.sums[..., :-1], sums.sums[..., -1]
@@ -70,15 +71,15 @@ def sums_and_exponent(
   """Returns the sums as columns, and last the exponent of their scale.
 
   The columns are numerators, the normalizer, for signed maps the magnitude,
-  and n, where the sums are to be multiplied by 2^n. The normalizer is NaN where
-  `needs_weight` is True but the weights have underflowed.
+  and n: the true sums are the columns before it times 2^n. The normalizer is
+  NaN where `needs_weight` is True but the weights have underflowed.
 
   Args:
     sums: see `QuerySums`.
     needs_weight: see `mean`.
     query_exponent: exponent of each query's features, ``[..., C, 1]``.
   """
-  assert query_exponent is not None  # features have a logarithm
+  assert query_exponent is not None  # given for log-features
   numerator, normalizer = sums.sums[..., :-1], sums.sums[..., -1:]
   magnitude = sums.magnitude
   columns = [] if magnitude is None else [magnitude[..., None]]
