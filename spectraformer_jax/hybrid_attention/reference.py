@@ -85,10 +85,10 @@ def _far_part(
   keys: BlockKeys,
 ) -> Part:
   """Returns sums of features over visible keys and over the state's keys."""
-  in_groups = jax.vmap(maps.query, in_axes=(None, 2, None), out_axes=2)
+  map_groups = jax.vmap(maps.query, in_axes=(None, 2, None), out_axes=2)
   zero = jnp.zeros((), jnp.int32)
-  phi, psi, old, log_factor = scale_features(
-    in_groups(constants, query, zero),
+  phi, psi, state_factor, log_factor = scale_features(
+    map_groups(constants, query, zero),
     maps.key(constants, keys.key, zero),
     jnp.any(keys.is_visible, (2, 3)),
     state,
@@ -103,7 +103,10 @@ def _far_part(
 
   def of_state(phi: Array, sums: Array) -> Array:
     return jnp.einsum(
-      "bngtf,bnfv->bngtv", phi, sums * old[..., None], precision="highest"
+      "bngtf,bnfv->bngtv",
+      phi,
+      sums * state_factor[..., None],
+      precision="highest",
     )
 
   sums = sums_of(phi, psi, value) + of_state(phi, join_sums(state).sums)

@@ -65,9 +65,9 @@ def causal_in_chunks(
     sums = S + psi.T @ value, z + psi.sum(axis=0)
     return sums, numerator / normalizer[:, None]
 
-  cut = lambda x: x.reshape(-1, chunk_size, x.shape[1])
+  in_chunks = lambda x: x.reshape(-1, chunk_size, x.shape[1])
   S, z = jnp.zeros((psi.shape[1], value.shape[1])), jnp.zeros(psi.shape[1])
-  _, out = jax.lax.scan(step, (S, z), (cut(phi), cut(psi), cut(value)))
+  _, out = jax.lax.scan(step, (S, z), tuple(map(in_chunks, (phi, psi, value))))
   return out.reshape(value.shape)
 
 

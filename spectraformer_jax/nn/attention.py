@@ -87,8 +87,8 @@ class SpectralSelfAttention(MultiHeadAttention, ExactKeyFields):
         its own segment only, and rotary positions start at 0 in each.
       decode: x continues the sequence of earlier calls. Their state (and their
         number of positions, if `rotary`) is in the collection "cache"; see
-        `LanguageModel`. With a window, the state keeps its keys; positions
-        that `mask` hides are left out of it.
+        `LanguageModel`. With a window, the state keeps the window's keys;
+        positions that `mask` hides are left out of the state.
       deterministic: False in training: updates running statistics.
 
     Returns:

@@ -50,8 +50,8 @@ def check_options(
       if value != ExactKeys._field_defaults[name]
     )
     raise ValueError(
-      f"{given} with attention={attention!r}: only 'spectral' attention "
-      "estimates some keys and has others exact."
+      f"{given} with attention={attention!r}: these options need "
+      "attention='spectral', which estimates all keys but the exact ones."
     )
   kernel_of(feature_map.component)
   check_heavy(exact, is_causal=is_causal)

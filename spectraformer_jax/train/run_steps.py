@@ -115,8 +115,8 @@ def run_steps(
           progress.line(describe.memory_line(plan))
       train_state, sums = programs.train_step(train_state, batch, dropout_rng)
       done = step + 1
-      if profiled := profiler.step(done, sums):
-        progress.line(profiled)
+      if message := profiler.step(done, sums):
+        progress.line(message)
       window.add(sums)
       skipped.add(done, batch, sums)
       progress.step(done)

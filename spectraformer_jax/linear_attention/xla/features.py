@@ -183,6 +183,7 @@ def scale_queries(
   # In float32, numbers are not added exactly to the exponent of an empty state.
   # So `scale` may be above QUERY_EXPONENT; `power_of_two` then limits it.
   scale = own + _of_positions(exponent) - query_exponent + QUERY_EXPONENT
+  # No exact scale is above QUERY_EXPONENT + 1.
   phi = phi * power_of_two(scale, QUERY_EXPONENT + 8.0)
   phi = products.exponential(features.log_magnitude, phi)
   return phi if features.factor is None else phi * features.factor

@@ -62,12 +62,13 @@ def sort_rows(
     place = jnp.argsort(order, axis=1)
   else:
     ids = jnp.concatenate([key_ids, query_ids], axis=1)
-    order = jnp.argsort(ids, axis=1, stable=True)
     if is_causal:
       # A key at the position of a query comes before it.
       position = [jnp.arange(x.shape[1]) for x in segment_ids[::-1]]
       position = jnp.broadcast_to(jnp.concatenate(position), ids.shape)
       order = jnp.lexsort((position, ids), axis=1)
+    else:
+      order = jnp.argsort(ids, axis=1, stable=True)
     place = jnp.argsort(order, axis=1)[:, key.shape[1] :]
     if key_mask is None:
       key_mask = jnp.ones(key_ids.shape, bool)
