@@ -55,12 +55,14 @@ class CausalPass(NamedTuple):
     cut: its steps, as blocks of queries and of moved keys.
     own_start: place in the row's key array of the first query's own key.
     is_strict: whether a query sees no key at its own place.
+    length: number of queries without padding.
   """
 
   plan: CausalPlan
   cut: blocks.Blocks
   own_start: int
   is_strict: bool
+  length: int
 
   def forward(
     self, engine: Engine, constants: PyTree, state: JoinedState, row: Row
@@ -113,6 +115,12 @@ class CausalPass(NamedTuple):
     """Returns engine, first state and arrays of the engine's causal pass."""
     engine = engine._replace(result=SUMS, is_strict=self.is_strict)
     key_mask, ids = row.key_mask, None
+    # A key at a padded place stays in the window: the state must not count it.
+    place = jnp.arange(key_mask.shape[1]) - self.cut.key_start
+    is_moved = jnp.expand_dims(
+      place < self.length, (0, *range(2, key_mask.ndim))
+    )
+    key_mask &= is_moved
     if row.segment is not None:
       own = row.segment[:, self.own_start :][:, : self.cut.length]
       # A key that was moved out of its segment is seen by no query.

@@ -124,10 +124,10 @@ def _plan(setting: Setting, chunk_size: int | None, row: Row) -> _Plan:
     cuts = [cut_of(x, chunk_size) for x in (row.key, padded)]
     return _Plan(setting, (WholePass(*cuts),), cut)
   is_strict = exact.window is not None
-  passes = [CausalPass(plan, steps, exact.left, is_strict)]
+  passes = [CausalPass(plan, steps, exact.left, is_strict, length)]
   if not setting.is_causal:
     later = steps._replace(is_reversed=True, key_start=exact.left + exact.right)
-    passes.append(CausalPass(plan, later, exact.left, is_strict))
+    passes.append(CausalPass(plan, later, exact.left, is_strict, length))
   return _Plan(setting, tuple(passes), cut)
 
 

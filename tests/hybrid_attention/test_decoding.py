@@ -79,10 +79,11 @@ def steps(number):
 )
 @pytest.mark.quick_every(6)
 def test_splits_and_steps_equal_one_pass(name, exact):
-  # Two pieces that are shorter than the window, and than the sinks.
+  # Two pieces that are shorter than the window, and than the sinks, and one
+  # that is padded to a multiple of the chunk.
   arrays = draw(LENGTH, groups=2, scale=0.5)
   expected, after = one_pass(arrays, name, **exact)
-  out, state = in_pieces(arrays, name, (3, 4, *steps(17)), **exact)
+  out, state = in_pieces(arrays, name, (3, 4, 11, *steps(6)), **exact)
   assert_close(out, expected)
   for got, want in zip(state[1:], after[1:], strict=True):
     if want is not None:
