@@ -184,21 +184,21 @@ def test_grouped_queries_equal_repeated_keys(is_causal, packed):
 
 
 @pytest.mark.slow
-def test_statistics_of_grouped_queries():
+def test_statistics_for_grouped_queries_are_those_of_their_keys():
   fm, variables = build_map("oprf")
   query, key, value = draw_arrays(20, heads=4)
   mask = jnp.arange(20)[None, :] < jnp.array([[15], [20]])
   out = sf.spectral_attention(
     query, key, value, feature_map=fm, variables=variables, key_mask=mask
   )
-  # Query heads 0 and 1 share key head 0: their pooled positions count.
-  pooled = query[:, :, :2].reshape(2, 40, 1, 4) * 4**-0.25
+  # Query heads 0 and 1 share key head 0, whose visible keys alone count.
+  keys = key[:, :, :1] * 4**-0.25
   stats = fm.calibrate(
     fm.init(jax.random.key(0), head_dim=4),
-    pooled,
-    key[:, :, :1] * 4**-0.25,
+    keys,
+    keys,
     key_mask=mask,
-    query_mask=jnp.repeat(mask, 2, axis=1),
+    query_mask=mask,
   )
   head = jax.tree.map(lambda x: x[:1], variables)
   expected = sf.spectral_attention(
