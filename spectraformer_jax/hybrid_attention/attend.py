@@ -1,8 +1,5 @@
 """Hybrid attention: exact weights for some keys, features for all others."""
 
-import jax.numpy as jnp
-
-from spectraformer_jax import checks
 from spectraformer_jax.checks import AttentionArrays
 from spectraformer_jax.hybrid_attention import reference, rows, xla
 from spectraformer_jax.hybrid_attention.layout import Row, Setting
@@ -14,9 +11,10 @@ from spectraformer_jax.hybrid_attention.state import (
 from spectraformer_jax.linear_attention.api import (
   AttendOptions,
   check_sums,
+  inputs_of,
   start,
 )
-from spectraformer_jax.linear_attention.inputs import Inputs, Maps
+from spectraformer_jax.linear_attention.inputs import Maps
 from spectraformer_jax.linear_attention.state import State, with_rest
 from spectraformer_jax.typing import Array, PyTree
 
@@ -48,22 +46,10 @@ def attend(
     ValueError: arguments do not agree, or no implementation can run.
   """
   name = _implementation(options.implementation)
-  query, key, value, key_mask, query_mask, segment_ids = arrays
-  if options.chunk_size is not None:
-    checks.check_positive_int("chunk_size", options.chunk_size)
-  if segment_ids is not None:
-    segment_ids = checks.split_segment_ids(segment_ids, query, key)
-    if initial_state is not None or options.return_state:
-      raise ValueError(
-        "segment_ids cannot be combined with initial_state or return_state: "
-        "a state is the sum of one row."
-      )
-  if key_mask is not None:
-    # Hidden keys may hold NaN, and 0 times NaN is NaN.
-    is_visible = key_mask[:, :, None, None]
-    key, value = jnp.where(is_visible, key, 0), jnp.where(is_visible, value, 0)
-  batch, length, all_heads, head_dim = query.shape
-  heads, value_dim = value.shape[2:]
+  inputs = inputs_of(options, initial_state is not None, arrays)
+  *_, length, _, _, head_dim = inputs.query.shape
+  key, value = inputs.key, inputs.value
+  value_dim = value.shape[3]
   far = start(maps, constants, key, value_dim, options.is_signed)
   if initial_state is None:
     far = with_rest(far) if options.return_state else far
@@ -73,16 +59,14 @@ def attend(
     assert isinstance(state, HybridState)  # since the call has exact keys
     check_sums(state.far, far)
   before = state.far
-  query = query.reshape(batch, length, heads, all_heads // heads, head_dim)
-  inputs = Inputs(query, key, value, key_mask, segment_ids)
 
   def run(setting: Setting, row: Row) -> tuple[Array, State]:
     if name == "reference":
       return reference.attend(maps, setting, constants, before, row)
     return xla.attend(maps, setting, options.chunk_size, constants, before, row)
 
-  if segment_ids is None:
-    row = rows.unpacked(setting, inputs, query_mask, state)
+  if inputs.segment_ids is None:
+    row = rows.unpacked(setting, inputs, arrays.query_mask, state)
     out, far = run(setting, row)
     out = out[:, :length]
     if options.return_state:
@@ -94,7 +78,8 @@ def attend(
       setting = setting._replace(is_causal=True)
     row, order = rows.packed(setting, inputs, is_causal=is_causal)
     out = order.unsorted(run(setting, row)[0])
-  out = out.reshape(batch, length, all_heads, value_dim).astype(value.dtype)
+  shape = *arrays.query.shape[:3], value_dim
+  out = out.reshape(shape).astype(value.dtype)
   return out, state if options.return_state else None
 
 

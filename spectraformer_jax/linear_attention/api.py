@@ -244,12 +244,39 @@ def attend(
     ``[B, T, N G, V]`` in value's dtype and, with `return_state`, the state
     after all keys (else None).
   """
+  inputs = inputs_of(options, initial_state is not None, arrays)
+  state = start(
+    maps, constants, inputs.key, inputs.value.shape[3], options.is_signed
+  )
+  if initial_state is not None:
+    check_sums(initial_state, state)
+    state = initial_state
+  elif options.return_state:
+    state = with_rest(state)
+  call = Call(
+    maps, options.chunk_size, constants, state, inputs, options.is_causal
+  )
+  out, state = run_first(options.implementation, call)
+  shape, value = arrays.query.shape[:3], arrays.value
+  out = out.reshape(*shape, value.shape[3]).astype(value.dtype)
+  return out, state if options.return_state else None
+
+
+def inputs_of(
+  options: AttendOptions, has_initial_state: bool, arrays: AttentionArrays
+) -> Inputs:
+  """Returns the arrays of a call, with zeros for hidden keys and values.
+
+  Raises:
+    ValueError: `chunk_size` or the segment ids have another form, or segments
+      come with a state.
+  """
   query, key, value, key_mask, _, segment_ids = arrays
   if options.chunk_size is not None:
     checks.check_positive_int("chunk_size", options.chunk_size)
   if segment_ids is not None:
     segment_ids = checks.split_segment_ids(segment_ids, query, key)
-    if initial_state is not None or options.return_state:
+    if has_initial_state or options.return_state:
       raise ValueError(
         "segment_ids cannot be combined with initial_state or return_state: "
         "a state is the sum of one row."
@@ -259,21 +286,9 @@ def attend(
     is_visible = key_mask[:, :, None, None]
     key, value = jnp.where(is_visible, key, 0), jnp.where(is_visible, value, 0)
   batch, length, all_heads, _ = query.shape
-  heads, value_dim = value.shape[2:]
-  state = start(maps, constants, key, value_dim, options.is_signed)
-  if initial_state is not None:
-    check_sums(initial_state, state)
-    state = initial_state
-  elif options.return_state:
-    state = with_rest(state)
+  heads = key.shape[2]
   query = query.reshape(batch, length, heads, all_heads // heads, -1)
-  inputs = Inputs(query, key, value, key_mask, segment_ids)
-  call = Call(
-    maps, options.chunk_size, constants, state, inputs, options.is_causal
-  )
-  out, state = run_first(options.implementation, call)
-  out = out.reshape(batch, length, all_heads, value_dim).astype(value.dtype)
-  return out, state if options.return_state else None
+  return Inputs(query, key, value, key_mask, segment_ids)
 
 
 def start(

@@ -85,8 +85,6 @@ def test_both_ways(name):
 @pytest.mark.parametrize("name", WITH_KERNEL)
 @pytest.mark.quick_every(60)
 def test_causal(name):
-  if not COMPONENTS.build(name).info.causal_safe:
-    pytest.skip("this component cannot be causal")
   check(build(name), {"window": 2, "num_sinks": 1, "is_causal": True})
 
 
