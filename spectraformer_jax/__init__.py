@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 from spectraformer_jax._version import __version__
 
 if TYPE_CHECKING:
-  from spectraformer_jax import components, kernels, nn, weight_matrices
+  from spectraformer_jax import (
+    components,
+    kernels,
+    linearize,
+    nn,
+    weight_matrices,
+  )
   from spectraformer_jax.adapters.attention_fns import (
     as_attention_fn,
     as_dot_product_attention,
@@ -64,6 +70,7 @@ __all__ = [
   "init_state",
   "kernels",
   "linear_attention",
+  "linearize",
   "list_components",
   "list_feature_maps",
   "list_weight_matrices",
@@ -74,7 +81,7 @@ __all__ = [
   "weight_matrices",
 ]
 
-_SUBMODULES = ("components", "kernels", "nn", "weight_matrices")
+_SUBMODULES = ("components", "kernels", "linearize", "nn", "weight_matrices")
 
 # The submodule that defines each of the other names, as imported above.
 _HOMES = {

@@ -74,6 +74,10 @@ LAYERS = {
   ),
   "study.sweep": "base data nn study train train.devices train.run",
   "study": "base study.approximation study.sweep",
+  # Conversion measures with the study's functions, and attends like anybody.
+  "linearize": (
+    "base attention feature_maps hybrid_attention kernels study.approximation"
+  ),
 }
 
 

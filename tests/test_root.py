@@ -34,7 +34,8 @@ import types
 import spectraformer_jax as sf
 is_module = lambda name: isinstance(getattr(sf, name), types.ModuleType)
 modules = list(filter(is_module, sf.__all__))
-assert modules == ["components", "kernels", "nn", "weight_matrices"], modules
+names = ["components", "kernels", "linearize", "nn", "weight_matrices"]
+assert modules == names, modules
 import pickle
 from spectraformer_jax import *
 assert pickle.loads(pickle.dumps(linear_attention)) is sf.linear_attention

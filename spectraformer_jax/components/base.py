@@ -85,10 +85,12 @@ class Component:
       by `info_from_options`.
     features_per_row: F / M. A component whose F is no multiple of M overrides
       `feature_dim` instead.
+    starts_from_data: whether `start` depends on its arguments.
   """
 
   info: ClassVar[ComponentInfo]
   features_per_row: ClassVar[int] = 1
+  starts_from_data: ClassVar[bool] = False
 
   @property
   def needs_stats(self) -> bool:
@@ -136,6 +138,16 @@ class Component:
   def init(self, rng: Array, head_dim: int) -> Params:
     """Returns the learnable parameters of one head, float32; ``{}`` if none."""
     return {}
+
+  def start(self, params: Params, centres: Array, mean_key: Array) -> Params:
+    """Returns parameters at which a fit to data may start.
+
+    Args:
+      params: from `init`.
+      centres: of the scaled keys of this head, ``[M, H]``.
+      mean_key: mean of the scaled keys, ``[H]``.
+    """
+    return params
 
   def draw(self, rng: Array, num_features: int, head_dim: int) -> Projection:
     """Draws random leaves beside the rows of W, float32; ``{}`` if none."""

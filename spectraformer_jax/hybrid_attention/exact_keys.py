@@ -2,9 +2,11 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from spectraformer_jax.checks import AttentionArrays
+from spectraformer_jax.typing import Array
 
 # An int for both sides, or (left, right).
 Window = int | tuple[int, int] | None
@@ -39,6 +41,16 @@ class ExactKeys(NamedTuple):
   def right(self) -> int:
     """Positions of the window after the query's own; 0 without a window."""
     return 0 if self.window is None else self.window[1]
+
+  def is_near(self, offset: Array) -> Array:
+    """Returns whether the window holds a key, bool of the shape of `offset`.
+
+    Args:
+      offset: position of the query minus position of the key.
+    """
+    if self.window is None:
+      return jnp.zeros(offset.shape, bool)
+    return (offset <= self.left) & (offset >= -self.right)
 
 
 def exact_keys_of(

@@ -45,9 +45,7 @@ def attend(
     own = row.segment[:, exact.left : exact.left + length]
     same = own[:, :, None] == row.segment[:, None]
     is_visible &= same[:, None, None]
-  is_near = jnp.zeros(offset.shape, bool)
-  if exact.window is not None:
-    is_near = (offset <= exact.left) & (offset >= -exact.right)
+  is_near = exact.is_near(offset)
   near = BlockKeys(key, value, is_visible & is_near)
   exact_sums = exact_part(
     setting, EXACT, query, _special(setting, row, length), near

@@ -30,19 +30,20 @@ def unpacked(
   exact, (query, key, value, key_mask, _) = setting.exact, inputs
   visible = jnp.ones(key.shape[:2], bool) if key_mask is None else key_mask
   length = key.shape[1]
-  rank = selection.rank_of_visible(visible, None, state.sink_count)
-  is_sink = visible & (rank < exact.num_sinks)
-  at = selection.sink_positions(is_sink, rank, exact.num_sinks)
-  special = _sinks(state, key, value, at)
-  keep = visible & ~is_sink
-  if exact.num_heavy:
-    scaled = lambda x: x.astype(jnp.float32) * setting.sqrt_scale
-    score = selection.heavy_score(
-      scaled(query), scaled(key), query_mask, keep, setting.kernel
-    )
-    at, is_heavy = selection.heavy_positions(score, keep, exact.num_heavy)
-    keep = keep[..., None] & ~is_heavy
-    special = _join(special, _heavy(key, value, at))
+  scaled = lambda x: x.astype(jnp.float32) * setting.sqrt_scale
+  choice = selection.choose(
+    exact,
+    setting.kernel,
+    scaled(query),
+    scaled(key),
+    query_mask,
+    visible,
+    state.sink_count,
+  )
+  keep = choice.is_rest
+  special = _sinks(state, key, value, choice.sinks)
+  if choice.heavy is not None:
+    special = _join(special, _heavy(key, value, choice.heavy))
   if setting.is_causal and query.shape[1] != length:
     # The shorter one is padded: with queries of zeros, or with hidden keys.
     length = max(query.shape[1], length)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from spectraformer_jax.hybrid_attention.exact_keys import ExactKeys
 from spectraformer_jax.typing import Array, Mask
 
 
@@ -27,8 +28,55 @@ class SpecialKeys(NamedTuple):
   position: Array
 
 
+class Choice(NamedTuple):
+  """Which keys of a call without segments are sinks or heavy.
+
+  Attributes:
+    sinks: positions, int32 ``[B, P]``; S for a place without a sink.
+    heavy: positions, int32 ``[B, N, P]``; S for a place without a heavy key.
+      None if no heavy keys are chosen.
+    is_rest: bool ``[B, S]``, or ``[B, S, N]`` if heavy keys are chosen: the
+      visible keys that are neither.
+  """
+
+  sinks: Array
+  heavy: Array | None
+  is_rest: Array
+
+
 # The position of a key that no query sees: larger than every other one.
 HIDDEN = 2.0**30
+
+
+def choose(
+  exact: ExactKeys,
+  kernel: str,
+  x: Array,
+  y: Array,
+  query_mask: Mask,
+  visible: Array,
+  count_before: Array | int = 0,
+) -> Choice:
+  """Chooses sinks, and heavy keys among all others.
+
+  Args:
+    exact: how many.
+    kernel: "softmax" or "gaussian".
+    x: scaled queries ``[B, T, N, G, H]``, float32.
+    y: scaled keys ``[B, S, N, H]``, float32.
+    query_mask: ``[B, T]`` bool, or None: queries that count.
+    visible: ``[B, S]`` bool: keys that count.
+    count_before: visible keys before the first position, ``[B, 1]`` or int.
+  """
+  rank = rank_of_visible(visible, None, count_before)
+  is_sink = visible & (rank < exact.num_sinks)
+  sinks = sink_positions(is_sink, rank, exact.num_sinks)
+  is_rest = visible & ~is_sink
+  if not exact.num_heavy:
+    return Choice(sinks, None, is_rest)
+  score = heavy_score(x, y, query_mask, is_rest, kernel)
+  heavy, is_heavy = heavy_positions(score, is_rest, exact.num_heavy)
+  return Choice(sinks, heavy, is_rest[..., None] & ~is_heavy)
 
 
 def rank_of_visible(

@@ -13,10 +13,16 @@ import numpy as np
 from scipy import stats as distributions
 
 import spectraformer_jax as sf
+from spectraformer_jax.checks import AttentionArrays
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.hybrid_attention.exact_keys import ExactKeys
 from spectraformer_jax.seeds import make_key
 from spectraformer_jax.study import SIGNIFICANCE
+from spectraformer_jax.study.approximation.errors import (
+  exact_and_uniform,
+  relative_error,
+  zero_masked,
+)
 from spectraformer_jax.study.approximation.inputs import Inputs
 from spectraformer_jax.study.approximation.kernel_error import (
   has_kernel,
@@ -97,15 +103,12 @@ def make_reference(inputs: Inputs, scale: float, options: Options) -> Reference:
     ValueError: exact attention gives nothing but zeros.
   """
   query, key, value = device_arrays(inputs, scale)
-  exact_attention = functools.partial(
-    sf.exact_attention,
-    key_mask=jnp.asarray(inputs.key_mask),
+  masks = jnp.asarray(inputs.key_mask), jnp.asarray(inputs.query_mask)
+  exact, uniform = exact_and_uniform(
+    AttentionArrays(query, key, value, *masks),
+    kernel=options.target,
     is_causal=options.is_causal,
   )
-  exact = exact_attention(query, key, value, kernel=options.target)
-  # Zero queries make all scores equal, so attention is uniform.
-  uniform = exact_attention(jnp.zeros_like(query), key, value)
-  exact, uniform = zero_masked(exact, inputs), zero_masked(uniform, inputs)
   if not exact.any():
     raise ValueError(
       f"inputs {inputs.name!r}: exact attention gives zeros, so there is no "
@@ -114,7 +117,7 @@ def make_reference(inputs: Inputs, scale: float, options: Options) -> Reference:
   # Times JAX's own attention: the exact one above is written for accuracy.
   attend = functools.partial(
     jax.nn.dot_product_attention,
-    mask=jnp.asarray(inputs.key_mask)[:, None, None, :],
+    mask=masks[0][:, None, None, :],
     is_causal=options.is_causal,
   )
   compiled = jax.jit(attend).lower(query, key, value).compile()
@@ -126,22 +129,6 @@ def make_reference(inputs: Inputs, scale: float, options: Options) -> Reference:
     statistics.median(times),
     temp_mib(compiled),
   )
-
-
-def zero_masked(out: Array, inputs: Inputs) -> np.ndarray:
-  """Returns outputs ``[B, T, N, V]`` in float64, zero at masked queries."""
-  mask = inputs.query_mask[:, :, None, None]
-  return np.where(mask, np.asarray(out, np.float64), 0.0)
-
-
-def relative_error(out: np.ndarray, exact: np.ndarray) -> float:
-  """Frobenius norm of the difference over that of `exact`.
-
-  Example:
-    >>> relative_error(np.array([3.0, 5.0]), np.array([3.0, 4.0]))
-    0.2
-  """
-  return float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
 
 
 def prepare(
@@ -210,7 +197,7 @@ def measure(
   outputs, times = [], []
   for variables in program.draws:
     out, ms = _timed(program.compiled, variables, *arrays)
-    outputs.append(zero_masked(out, inputs))
+    outputs.append(zero_masked(out, inputs.query_mask))
     times.append(ms)
   return attention_figures(outputs, reference)._replace(
     **kernel_figures(program, inputs, scale, options),

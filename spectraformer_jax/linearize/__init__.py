@@ -1,0 +1,27 @@
+"""Turns attention of trained models into linear attention.
+
+For each layer, a feature map is fitted so that its weights are like those of
+the softmax; nothing else of the model changes, and no labels are needed.
+"""
+
+from spectraformer_jax.linearize.certificate import certify
+from spectraformer_jax.linearize.fit import fit_feature_map
+from spectraformer_jax.linearize.layers import fit_layers
+from spectraformer_jax.linearize.records import (
+  Certificate,
+  FitReport,
+  FittedLayer,
+  NonFiniteLossError,
+)
+from spectraformer_jax.linearize.start import start_from_data
+
+__all__ = [
+  "Certificate",
+  "FitReport",
+  "FittedLayer",
+  "NonFiniteLossError",
+  "certify",
+  "fit_feature_map",
+  "fit_layers",
+  "start_from_data",
+]
