@@ -33,8 +33,14 @@ def draw_arrays(length, keys=None, heads=2, key_heads=2, batch=2, scale=1.0):
   )
 
 
-def output_and_gradients(arrays, fm, variables, state=None, **kwargs):
-  """Returns the output, and gradients of query, key, value and the state."""
+def output_and_gradients(
+  arrays, fm, variables, state=None, is_counted=1.0, **kwargs
+):
+  """Returns the output, and gradients of query, key, value and the state.
+
+  They are the gradients of a weighted sum of the outputs, in which an output
+  counts where `is_counted` (broadcast to it) is 1 and not 0.
+  """
 
   @jax.jit
   def both(arrays, state):
@@ -47,7 +53,8 @@ def output_and_gradients(arrays, fm, variables, state=None, **kwargs):
         **kwargs,
       )
       weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
-      return jnp.sum(out.astype(jnp.float32) * weights.reshape(out.shape)), out
+      weights = weights.reshape(out.shape) * is_counted
+      return jnp.sum(out.astype(jnp.float32) * weights), out
 
     if state is None:
       grads, out = jax.grad(loss, has_aux=True)(arrays, None)
