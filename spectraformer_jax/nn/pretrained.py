@@ -74,7 +74,7 @@ def load_pretrained(
     config = ConfigDict(stored["config"])
     feature_map = from_config.make_feature_map(config)
     model = from_config.make_model(config, feature_map, stored["data"]["train"])
-    like = _variables_or_shapes(model, feature_map)
+    like = variables_or_shapes(model, feature_map)
   except Exception as error:  # an edited value may lead to any error
     raise damaged(path, error) from error
   step = find_step(path, step)
@@ -285,7 +285,7 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
   }
 
 
-def _variables_or_shapes(
+def variables_or_shapes(
   model: nn.Module, feature_map: FeatureMap | None
 ) -> dict[str, PyTree]:
   """Returns the model's variables, or only their shapes and dtypes."""

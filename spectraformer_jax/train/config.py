@@ -6,9 +6,7 @@ Experiments (``configs/*.py``) start from `default_config` and change values.
 import difflib
 import inspect
 import json
-import math
-import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, cast, get_args
 
 from ml_collections import ConfigDict
@@ -26,83 +24,30 @@ from spectraformer_jax.nn.positions import POSITIONS
 from spectraformer_jax.nn.sequence_encoder import POOLED_NORMS, POOLINGS
 from spectraformer_jax.seeds import check_seed
 from spectraformer_jax.train.devices.parallel import ENGINES
+from spectraformer_jax.train.key_checks import (
+  Check,
+  check_buckets,
+  check_options,
+  count,
+  must_be,
+  number,
+  one_of,
+)
 from spectraformer_jax.train.step.objectives import OBJECTIVES
 
-# `check(name, value)` raises ValueError unless the key may have the value.
-Check = Callable[[str, Any], object]
-
-# Arguments of `data.load` that cannot be among the options of the task: those
-# with a key of their own in config.task, and those that the run passes itself.
-_TASK_KEYS = ("seed", "tokenizer", "cache_dir")
-_PASSED_BY_THE_RUN = ("task", "split", "progress")
-
-
-def _must_be(expected: str, is_valid: Callable[[Any], bool]) -> Check:
-  def check(name: str, value: Any) -> None:
-    if not is_valid(value):
-      raise ValueError(f"{name} must be {expected}, got {value!r}.")
-
-  return check
-
-
-def _one_of(*choices: Any) -> Check:
-  expected = f"one of {', '.join(map(str, choices))}"
-  return _must_be(expected, lambda x: x in choices)
-
-
-def _number(expected: str, is_valid: Callable[[float], bool]) -> Check:
-  return _must_be(expected, lambda x: _is_finite(x) and is_valid(x))
-
-
-def _count(expected: str) -> Check:
-  return _number(expected, lambda x: isinstance(x, numbers.Integral) and x >= 0)
-
-
-def _is_finite(x: Any) -> bool:
-  is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
-  return is_number and math.isfinite(x)
-
-
-def _check_buckets(name: str, buckets: Any) -> None:
-  if not isinstance(buckets, tuple | list):
-    raise ValueError(f"{name} must be a tuple of lengths, got {buckets!r}.")
-  for bucket in buckets:
-    check_positive_int(name, bucket)
-
-
-def _check_options(section: str, options: Any) -> None:
-  """Checks that options are flat; the part that gets them checks the values."""
-  if not isinstance(options, Mapping):
-    raise ValueError(f"{section} must be options by name, got {options!r}.")
-  for name, value in options.items():
-    if isinstance(value, Mapping):
-      raise ValueError(
-        f"{section}.{name} must be a number, text or tuple, got "
-        f"{dict(value)!r}."
-      )
-    if section == "config.task.kwargs" and name in _TASK_KEYS:
-      raise ValueError(
-        f"{section} cannot have {name!r}; set config.task.{name}."
-      )
-    if section == "config.task.kwargs" and name in _PASSED_BY_THE_RUN:
-      raise ValueError(
-        f"{section} cannot have {name!r}: the run passes it itself."
-      )
-
-
-Text = Annotated[str, _must_be("text", lambda x: isinstance(x, str))]
+Text = Annotated[str, must_be("text", lambda x: isinstance(x, str))]
 OptionalText = Annotated[
-  str | None, _must_be("text or None", lambda x: isinstance(x, str))
+  str | None, must_be("text or None", lambda x: isinstance(x, str))
 ]
 Seed = Annotated[int, check_seed]
 PositiveInt = Annotated[int, check_positive_int]
 OptionalPositiveInt = Annotated[int | None, check_positive_int]
-Positive = Annotated[float, _number("positive", lambda x: x > 0)]
-NonNegative = Annotated[float, _number("0 or more", lambda x: x >= 0)]
-Fraction = Annotated[float, _number("in [0, 1)", lambda x: 0 <= x < 1)]
+Positive = Annotated[float, number("positive", lambda x: x > 0)]
+NonNegative = Annotated[float, number("0 or more", lambda x: x >= 0)]
+Fraction = Annotated[float, number("in [0, 1)", lambda x: 0 <= x < 1)]
 # Options of a component, a weight matrix, a baseline attention or a task. The
 # section takes any key; the part that gets the options checks them.
-Options = Annotated[ConfigDict | dict[str, Any], _check_options]
+Options = Annotated[ConfigDict | dict[str, Any], check_options]
 
 
 # The classes below are never instantiated. A configuration is a `ConfigDict`,
@@ -117,18 +62,18 @@ class TaskSection(ConfigDict):
   cache_dir: OptionalText = None
   tokenizer: OptionalText = None
   pad_to_multiple: PositiveInt = 1
-  buckets: Annotated[tuple[int, ...], _check_buckets] = ()
+  buckets: Annotated[tuple[int, ...], check_buckets] = ()
   kwargs: Options = {}
 
 
 class ModelSection(ConfigDict):
   """The model; None as `vocab_size` or `max_len` means that of the data."""
 
-  attention: Annotated[str, _one_of(*ATTENTIONS)] = "spectral"
+  attention: Annotated[str, one_of(*ATTENTIONS)] = "spectral"
   attention_kwargs: Options = {}
   window: Annotated[Window, check_window] = None
-  num_sinks: Annotated[int, _count("an int of 0 or more")] = 0
-  num_heavy: Annotated[int, _count("an int of 0 or more")] = 0
+  num_sinks: Annotated[int, count("an int of 0 or more")] = 0
+  num_heavy: Annotated[int, count("an int of 0 or more")] = 0
   embed_dim: PositiveInt = 64
   num_layers: PositiveInt = 2
   num_heads: PositiveInt = 2
@@ -136,19 +81,20 @@ class ModelSection(ConfigDict):
   mlp_dim: PositiveInt = 128
   dropout_rate: Annotated[
     float,
-    _number(
+    number(
       "in [0, 1) when rounded to a multiple of 2**-16",
       lambda x: 0 <= x < MAX_RATE,
     ),
   ] = 0.1
-  pooling: Annotated[str, _one_of(*POOLINGS)] = "mean"
-  pooled_norm: Annotated[str, _one_of(*POOLED_NORMS)] = "none"
-  positions: Annotated[str, _one_of(*POSITIONS)] = "learned"
-  mlp: Annotated[str, _one_of(*MLPS)] = "gelu"
-  norm: Annotated[str, _one_of(*NORMS)] = "pre"
+  pooling: Annotated[str, one_of(*POOLINGS)] = "mean"
+  pooled_norm: Annotated[str, one_of(*POOLED_NORMS)] = "none"
+  positions: Annotated[str, one_of(*POSITIONS)] = "learned"
+  mlp: Annotated[str, one_of(*MLPS)] = "gelu"
+  norm: Annotated[str, one_of(*NORMS)] = "pre"
   vocab_size: OptionalPositiveInt = None
   max_len: OptionalPositiveInt = None
   init_from: OptionalText = None
+  init_head: Annotated[bool, one_of(False, True)] = False
 
 
 class FeatureMapSection(ConfigDict):
@@ -160,7 +106,7 @@ class FeatureMapSection(ConfigDict):
   component: Text = "oprf"
   weight_matrix: Text = "orf"
   num_features: OptionalPositiveInt = 128
-  redraw_interval: Annotated[int, _count("0 (never) or more")] = 0
+  redraw_interval: Annotated[int, count("0 (never) or more")] = 0
   component_kwargs: Options = {}
   weight_matrix_kwargs: Options = {}
 
@@ -169,17 +115,17 @@ class OptimSection(ConfigDict):
   """The optimiser; the defaults are the recipe "official" of `recipes`."""
 
   lr: Positive = 1e-4
-  schedule: Annotated[str, _one_of("linear", "cosine", "rsqrt")] = "linear"
-  warmup_steps: Annotated[int, _count("0 or more")] = 1000
+  schedule: Annotated[str, one_of("linear", "cosine", "rsqrt")] = "linear"
+  warmup_steps: Annotated[int, count("0 or more")] = 1000
   b1: Fraction = 0.9
   b2: Fraction = 0.999
   eps: Positive = 1e-6
   weight_decay: NonNegative = 0.0
-  clip: Annotated[str, _one_of("value", "global_norm", "none")] = "value"
+  clip: Annotated[str, one_of("value", "global_norm", "none")] = "value"
   clip_threshold: Positive = 1.0
   feature_map_lr: Annotated[
     float | None,
-    _number("0 or more, or None for config.optim.lr", lambda x: x >= 0),
+    number("0 or more, or None for config.optim.lr", lambda x: x >= 0),
   ] = None
   label_smoothing: Fraction = 0.0
   ema_decay: Fraction = 0.0
@@ -189,14 +135,15 @@ class TrainSection(ConfigDict):
   """The training loop; `batch_size` is that of all devices together."""
 
   seed: Seed = 0
-  objective: Annotated[str, _one_of(*OBJECTIVES)] = "classify"
+  objective: Annotated[str, one_of(*OBJECTIVES)] = "classify"
   num_steps: PositiveInt = 50_000
   batch_size: PositiveInt = 32
   max_skipped_steps: PositiveInt = 10
-  parallel: Annotated[str, _one_of(*ENGINES)] = "pmap"
-  precision: Annotated[str, _one_of("float32", "bfloat16")] = "float32"
+  parallel: Annotated[str, one_of(*ENGINES)] = "pmap"
+  precision: Annotated[str, one_of("float32", "bfloat16")] = "float32"
   accumulate: PositiveInt = 1
-  remat: Annotated[bool, _one_of(False, True)] = False
+  remat: Annotated[bool, one_of(False, True)] = False
+  teacher: OptionalText = None
 
 
 class EvalSection(ConfigDict):
@@ -204,7 +151,7 @@ class EvalSection(ConfigDict):
 
   every: PositiveInt = 500
   batch_size: PositiveInt = 32
-  patience: Annotated[int, _count("0 (never) or more")] = 0
+  patience: Annotated[int, count("0 (never) or more")] = 0
 
 
 class CheckpointSection(ConfigDict):
@@ -219,9 +166,9 @@ class LoggingSection(ConfigDict):
 
   every: PositiveInt = 50
   interval_seconds: NonNegative = 15.0
-  tensorboard: Annotated[bool, _one_of(True, False)] = True
+  tensorboard: Annotated[bool, one_of(True, False)] = True
   wandb: OptionalText = None
-  progress_bar: Annotated[bool | None, _one_of(True, False, None)] = None
+  progress_bar: Annotated[bool | None, one_of(True, False, None)] = None
 
 
 class Config(ConfigDict):
@@ -235,7 +182,7 @@ class Config(ConfigDict):
   eval: EvalSection
   checkpoint: CheckpointSection
   logging: LoggingSection
-  profile: Annotated[int, _count("0 (off) or more steps")] = 0
+  profile: Annotated[int, count("0 (off) or more steps")] = 0
 
 
 class Key(NamedTuple):
@@ -274,7 +221,7 @@ def _declared_keys(
 KEYS = dict(_declared_keys(Config))
 # Sections of options, which take any key.
 OPEN_SECTIONS = tuple(
-  path for path, key in KEYS.items() if key.check is _check_options
+  path for path, key in KEYS.items() if key.check is check_options
 )
 
 
@@ -406,6 +353,7 @@ def validate(config: ConfigDict) -> None:
       f"= {steps}, got {warmup}."
     )
   _check_pooled_norm(values)
+  _check_sources(values)
 
 
 def _check_pooled_norm(values: Mapping[str, Any]) -> None:
@@ -421,6 +369,21 @@ def _check_pooled_norm(values: Mapping[str, Any]) -> None:
       f"of a batch, got config.train.batch_size={batch_size} in "
       f"config.train.accumulate={parts} parts; lower accumulate or use "
       "pooled_norm='none'."
+    )
+
+
+def _check_sources(values: Mapping[str, Any]) -> None:
+  """Refuses options of another run's model that would have no effect."""
+  if values["model.init_head"] and not values["model.init_from"]:
+    raise ValueError(
+      "config.model.init_head=True needs config.model.init_from, the run whose "
+      "head to take, got None."
+    )
+  smoothing = values["optim.label_smoothing"]
+  if values["train.teacher"] and smoothing:
+    raise ValueError(
+      "config.optim.label_smoothing must be 0 with config.train.teacher, whose "
+      f"probabilities take the place of labels, got {smoothing}."
     )
 
 

@@ -33,6 +33,7 @@ from spectraformer_jax.train.run.writers import (
 )
 from spectraformer_jax.train.run_steps import Experiment, Outputs, run_steps
 from spectraformer_jax.train.step import objectives, optim, state
+from spectraformer_jax.train.teacher import load_teacher
 
 
 def train_and_evaluate(
@@ -92,7 +93,10 @@ def train_and_evaluate(
   # Batch normalisation, if any, takes its moments over all devices.
   if hasattr(model, "batch_axis"):
     model = model.clone(batch_axis=parallel.AXIS)
-  experiment = Experiment(config, workdir, feature_map, model, datasets, facts)
+  teacher = load_teacher(config, model, facts["train"])
+  experiment = Experiment(
+    config, workdir, feature_map, model, datasets, facts, teacher
+  )
 
   with hosts.entered_by_main(workdir_lock(workdir)):
     # Looked up again: another run may have finished before this one got the
@@ -101,8 +105,15 @@ def train_and_evaluate(
       logging.info("%s holds a finished run by now.", workdir)
       return finished
     hosts.from_main(run_folder.check_data, workdir, facts)
+    teacher_facts = teacher and teacher.facts
+    hosts.from_main(run_folder.check_teacher, workdir, teacher_facts)
     hosts.from_main(
-      run_folder.write_config, workdir, to_dict(config), facts, command
+      run_folder.write_config,
+      workdir,
+      to_dict(config),
+      facts,
+      command,
+      teacher_facts,
     )
     train(experiment, batches)
     hosts.from_main(report.write_report, workdir)
@@ -116,7 +127,7 @@ def train(experiment: Experiment, batches: data.Batches) -> None:
     experiment: its workdir is locked for this run.
     batches: of the train split, from its start.
   """
-  config, workdir, feature_map, model, datasets, facts = experiment
+  config, workdir, feature_map, model, datasets, facts, teacher = experiment
 
   # 3. The state: initial, or that of the last checkpoint.
   keys = state.run_keys(config.train.seed)
@@ -139,7 +150,7 @@ def train(experiment: Experiment, batches: data.Batches) -> None:
   train_state = parallel.replicate(train_state)
 
   # 4. The programs for the devices.
-  programs = make_programs(config, model, feature_map, tx)
+  programs = make_programs(config, model, feature_map, tx, teacher)
 
   with (
     storage,
@@ -152,6 +163,7 @@ def train(experiment: Experiment, batches: data.Batches) -> None:
       ),
       *describe.variable_lines(train_state),
       *init_lines,
+      *describe.teacher_lines(teacher and teacher.facts),
     ):
       outputs.progress.line(line)
 

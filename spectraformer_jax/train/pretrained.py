@@ -25,6 +25,7 @@ EMBEDDINGS = SHARED[:2]
 # Keys of the sections model and feature_map that may differ between the runs.
 _FREE_KEYS = {
   "model.init_from",
+  "model.init_head",
   "model.pooling",
   "model.pooled_norm",
   "model.dropout_rate",
@@ -35,6 +36,8 @@ _FREE_KEYS = {
   "model.num_heavy",
   "feature_map.redraw_interval",
 }
+# Of these, keys on which head and pooling depend.
+_HEAD_KEYS = {"model.pooling", "model.pooled_norm"}
 # Keys that may differ as well if the runs have different attentions.
 _ATTENTION_KEYS = {"model.attention", "model.attention_kwargs"}
 
@@ -49,7 +52,7 @@ def start_from(
   Embeddings, positions and encoder are those of the best-dev parameters of that
   run. Projections and running statistics are those of that run too, since the
   weights are adapted to them. Head, pooling and optimiser stay as they were
-  initialised.
+  initialised; with `config.model.init_head`, head and pooling are taken too.
 
   From a run with another `model.attention`, such as an exact one, every
   parameter is taken that has the name and the shape of one of this model; the
@@ -65,7 +68,8 @@ def start_from(
     The state, and lines that say which parts were taken.
 
   Raises:
-    ValueError: the folder holds no finished run, or one of another model.
+    ValueError: the folder holds no finished run, or one of another model; or
+      its head, if that is to be taken, is that of another objective or task.
   """
   initial = {"params": train_state.params, **train_state.collections}
   variables, lines = hosts.arrays_from_main(
@@ -89,28 +93,45 @@ def _merge(
   source = run_folder.stored_config(workdir)
   _check_same_model(workdir, to_dict(source), to_dict(config))
   trained = load_pretrained(workdir).variables
+  same_head = source.train.objective == config.train.objective
+  if config.model.init_head:
+    _check_head(workdir, source, config, trained["params"], initial["params"])
   if source.model.attention == config.model.attention:
-    variables = _with_shared_parts(initial, trained)
+    parts = initial["params"].keys() if config.model.init_head else SHARED
+    variables = _with_parts(initial, trained, parts)
   else:
-    same_head = source.train.objective == config.train.objective
     variables = _with_fitting_leaves(
       initial, trained, None if same_head else SHARED
     )
   return variables, _describe(workdir, trained, initial, variables)
 
 
-def _with_shared_parts(
-  initial: Variables, trained: Variables
+def _check_head(
+  workdir: Path, source: Config, config: Config, trained: PyTree, new: PyTree
+) -> None:
+  """Refuses a source run whose head and pooling are not those of `config`."""
+  if source.train.objective != config.train.objective:
+    raise ValueError(
+      f"config.model.init_head=True needs a run of the same objective: "
+      f"config.train.objective is {source.train.objective!r} in "
+      f"{str(workdir)!r} and {config.train.objective!r} here."
+    )
+  for name in new.keys() - set(SHARED):
+    _fit(name, trained.get(name, {}), new[name])
+
+
+def _with_parts(
+  initial: Variables, trained: Variables, parts: Collection[str]
 ) -> dict[str, PyTree]:
-  """Replaces the shared parts by those of a model with the same attention."""
+  """Replaces parts by those of a model with the same attention."""
   params = dict(initial["params"])
-  for name in SHARED:
+  for name in parts:
     if name in params:
       params[name] = _fit(name, trained["params"][name], params[name])
   variables = {**initial, "params": params}
-  for collection, parts in trained.items():
+  for collection, of_parts in trained.items():
     if collection != "params":
-      taken = {name: part for name, part in parts.items() if name in SHARED}
+      taken = {name: part for name, part in of_parts.items() if name in parts}
       variables[collection] = {**initial.get(collection, {}), **taken}
   return variables
 
@@ -219,6 +240,8 @@ def _check_same_model(
   free, sections = _FREE_KEYS, ("model.", "feature_map.")
   if theirs["model.attention"] != ours["model.attention"]:
     free, sections = _FREE_KEYS | _ATTENTION_KEYS, ("model.",)
+  if ours["model.init_head"]:
+    free = free - _HEAD_KEYS
   for path in ours:
     if path in free or not path.startswith(sections):
       continue
@@ -239,6 +262,9 @@ def _fit(name: str, trained: PyTree, initial: PyTree) -> PyTree:
     rows = initial["embedding"].shape[0]
     if trained["embedding"].shape[0] == rows + 1:
       trained = {"embedding": trained["embedding"][:rows]}
+  advice = "give both runs the same config.model.vocab_size and max_len."
+  if name not in SHARED:
+    advice = "leave the head out with config.model.init_head=False."
   there, here = (
     {path: leaf.shape for path, leaf in _by_path(tree).items()}
     for tree in (trained, initial)
@@ -247,7 +273,6 @@ def _fit(name: str, trained: PyTree, initial: PyTree) -> PyTree:
     if there.get(path) != here.get(path):
       raise ValueError(
         f"config.model.init_from holds {'/'.join((name, *path))} of shape "
-        f"{there.get(path)}, and this model needs {here.get(path)}; give both "
-        "runs the same config.model.vocab_size and max_len."
+        f"{there.get(path)}, and this model needs {here.get(path)}; {advice}"
       )
   return trained

@@ -14,6 +14,7 @@ from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.inputs import make_batches
 from spectraformer_jax.train.run.meters import Window
 from spectraformer_jax.train.step import objectives, state, steps
+from spectraformer_jax.train.teacher import Teacher
 
 
 class Programs(NamedTuple):
@@ -36,6 +37,7 @@ def make_programs(
   model: Model,
   feature_map: FeatureMap | None,
   tx: optax.GradientTransformation,
+  teacher: Teacher | None = None,
 ) -> Programs:
   """Makes the programs of a run; compiles nothing yet.
 
@@ -44,6 +46,7 @@ def make_programs(
     model: of `nn.from_config.make_model`.
     feature_map: that of the model; None for a baseline attention.
     tx: the optimiser.
+    teacher: whose outputs are learnt; None for labels.
   """
   redraw, interval = None, config.feature_map.redraw_interval
   if feature_map and interval:
@@ -63,6 +66,7 @@ def make_programs(
     accumulate=config.train.accumulate,
     label_smoothing=config.optim.label_smoothing,
     ema_decay=config.optim.ema_decay,
+    teacher_fn=teacher and teacher.model.apply,
   )
   return Programs(
     train_step, on_devices(config, model, steps.eval_step), redraw

@@ -28,7 +28,7 @@ from spectraformer_jax.train.run.signals import StopSignals
 from spectraformer_jax.train.run.storage import Storage
 from spectraformer_jax.train.run.writers import MetricWriter
 from spectraformer_jax.train.step import optim, state, steps
-from spectraformer_jax.typing import Array
+from spectraformer_jax.train.teacher import Teacher
 
 
 class Experiment(NamedTuple):
@@ -41,6 +41,7 @@ class Experiment(NamedTuple):
     model: of `nn.from_config.make_model`.
     datasets: by name of the split.
     facts: of `describe.split_facts`, by name of the split.
+    teacher: whose outputs are learnt; None for labels.
   """
 
   config: Config
@@ -49,6 +50,7 @@ class Experiment(NamedTuple):
   model: Model
   datasets: Mapping[str, data.Dataset]
   facts: Mapping[str, Mapping[str, Any]]
+  teacher: Teacher | None = None
 
 
 class Outputs(NamedTuple):
@@ -95,7 +97,9 @@ def run_steps(
   config, num_steps = experiment.config, experiment.config.train.num_steps
   storage, writer, profiler, progress = outputs
   start = int(train_state.step)
-  dropout_rng = parallel.replicate(keys.dropout_rng)
+  constants = (parallel.replicate(keys.dropout_rng),)
+  if experiment.teacher:
+    constants += (parallel.replicate(experiment.teacher.variables),)
   schedule = optim.learning_rate(config.optim, num_steps)
   redraw_interval = config.feature_map.redraw_interval
   window = Window(record.window)
@@ -110,10 +114,10 @@ def run_steps(
         train_state = programs.redraw(train_state, keys.redraw_rng)
       batch = next(batches)
       if step == start:
-        programs.train_step.compile(train_state, batch, dropout_rng)
+        programs.train_step.compile(train_state, batch, *constants)
         if plan := programs.train_step.memory_plan():
           progress.line(describe.memory_line(plan))
-      train_state, sums = programs.train_step(train_state, batch, dropout_rng)
+      train_state, sums = programs.train_step(train_state, batch, *constants)
       done = step + 1
       if message := profiler.step(done, sums):
         progress.line(message)
@@ -128,7 +132,7 @@ def run_steps(
         skipped.collect()
       if skipped.too_many:
         fail_not_finite(
-          experiment, *skipped.too_many, record, train_state, dropout_rng
+          experiment, *skipped.too_many, record, train_state, *constants
         )
       if not any(now):
         continue
@@ -207,7 +211,7 @@ def fail_not_finite(
   batch: Mapping[str, np.ndarray],
   record: Record,
   train_state: state.TrainState,
-  dropout_rng: Array,
+  *constants: Any,
 ) -> NoReturn:
   """Writes a report about the skipped steps and raises `NonFiniteError`.
 
@@ -217,7 +221,7 @@ def fail_not_finite(
     batch: of that step.
     record: of the run.
     train_state: after that step.
-    dropout_rng: of the run.
+    *constants: arguments of the step beside state and batch.
   """
   config = experiment.config
   gradient_norms = on_devices(
@@ -225,11 +229,12 @@ def fail_not_finite(
     experiment.model,
     steps.gradient_norms,
     label_smoothing=config.optim.label_smoothing,
+    teacher_fn=experiment.teacher and experiment.teacher.model.apply,
   )
   # A few steps were dispatched after the skipped one. If they were skipped too,
   # the parameters are still those that it started from.
   before = train_state._replace(step=parallel.replicate(np.int32(step - 1)))
-  norms, loss = jax.device_get(gradient_norms(before, batch, dropout_rng))
+  norms, loss = jax.device_get(gradient_norms(before, batch, *constants))
   folder = experiment.workdir / f"nonfinite-step-{step}"
   if hosts.is_main():
     nonfinite.write_report(folder, step, batch, record, norms, loss)

@@ -1,6 +1,7 @@
 """Settings, processes and comparisons that several tests of training share."""
 
 import contextlib
+import json
 import os
 import pathlib
 import subprocess
@@ -9,11 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from spectraformer_jax.nn.from_config import make_feature_map, make_model
+from spectraformer_jax.train.config import to_dict
+from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.run.checkpoints import Checkpointer
-from spectraformer_jax.train.step.state import TrainState
+from spectraformer_jax.train.step.state import TrainState, create, run_keys
 from tests.train import workers
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,6 +46,10 @@ TINY = {
   "logging.progress_bar": False,
 }
 
+
+# Facts about data that exist only in tests.
+TOY = {"name": "toy", "vocab_size": 17, "num_classes": 3, "length": 8}
+TOY |= {"pair": False, "tokenizer": "toy", "id_shift": 0}
 
 # Endings of the metrics that differ between two equal runs.
 TIMES = ("time", "seconds", "per_second", "bytes")
@@ -130,3 +139,29 @@ def save(
 ) -> None:
   """Saves `make_state(step)`."""
   checkpointer.save(make_state(step, step), {"note": step}, best_step=best_step)
+
+
+def finished_folder(path, config, best_step=3):
+  """The workdir of a finished run of that config, with made-up weights."""
+  facts = TOY | {"fingerprint": "0"}
+  feature_map = make_feature_map(config)
+  model = make_model(config, feature_map, facts)
+  new = create(model, feature_map, optax.sgd(1.0), run_keys(7))
+  new = parallel.to_host(new._replace(step=np.int32(best_step)))
+  stored = {"config": to_dict(config), "data": {"train": facts}}
+  stored["environments"] = [{}]
+  path.mkdir()
+  (path / "config.json").write_text(json.dumps(stored))
+  with Checkpointer(path / "checkpoints", keep=1) as checkpointer:
+    best = {"step": best_step, "accuracy": 0.5, "loss": 1.0}
+    checkpointer.save(new, {"best": best}, best_step=best_step)
+  row = {"step": best_step, "test/accuracy": 0.5}
+  (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+  return new
+
+
+def first_state(config, **facts):
+  """The first state of a run with that config, on data with these facts."""
+  feature_map = make_feature_map(config)
+  model = make_model(config, feature_map, TOY | facts)
+  return create(model, feature_map, optax.sgd(1.0), run_keys(0))

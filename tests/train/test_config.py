@@ -27,6 +27,7 @@ TEXTS = (
   "task.cache_dir",
   "task.tokenizer",
   "model.init_from",
+  "train.teacher",
   "feature_map.component",
   "feature_map.weight_matrix",
   "logging.wandb",
@@ -226,6 +227,23 @@ def test_what_may_be_none(path):
 def test_siblings_of_wrong_values(path, value, right):
   with pytest.raises(ValueError, match=right):
     validate(with_value(path, value))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model.init_head": True}, "init_head=True needs config.model.init_from"),
+    (
+      {"train.teacher": "x", "optim.label_smoothing": 0.1},
+      "label_smoothing must be 0 with config.train.teacher.*got 0.1",
+    ),
+  ],
+)
+def test_options_that_would_have_no_effect(changes, message):
+  config = default_config()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    validate(config)
 
 
 def test_no_config():

@@ -52,6 +52,21 @@ def run_lines(
   ]
 
 
+def teacher_lines(facts: Mapping[str, Any] | None) -> list[str]:
+  """Returns one line about the teacher; none without one.
+
+  Example:
+    >>> teacher_lines({"workdir": "runs/x", "step": 3, "fingerprint": "ab"})
+    ['teacher: runs/x, step 3, fingerprint ab']
+  """
+  if facts is None:
+    return []
+  return [
+    f"teacher: {facts['workdir']}, step {facts['step']}, fingerprint "
+    f"{facts['fingerprint']}"
+  ]
+
+
 def variable_lines(state: TrainState) -> list[str]:
   """Returns lines: parameters and projection numbers of each part of the model.
 

@@ -80,6 +80,8 @@ def _lines(stored: Row, result: Row) -> dict[str, str]:
   lines["seeds"] = (
     f"training {config['train.seed']}, data {config['task.seed']}"
   )
+  if teacher := stored.get(run_folder.TEACHER):
+    lines["teacher"] = f"{teacher['workdir']}, step {teacher['step']}"
   lines["steps"] = _steps(result["step"], config["train.num_steps"])
   if skipped := result.get("skipped_steps", 0):
     lines["skipped steps"] = f"{skipped:,}, loss or gradient not finite"

@@ -31,6 +31,7 @@ REPORT = "report.md"
 CURVES = "curves.png"
 # Parts of config.json.
 PARTS = ("config", "data", "environments")
+TEACHER = "teacher"  # only of a run that has one
 
 NUM_STEPS = "train.num_steps"
 # Schedules whose learning rates do not depend on the number of steps.
@@ -148,11 +149,35 @@ def check_data(workdir: Path, data: Mapping[str, Any]) -> None:
       )
 
 
+def check_teacher(workdir: Path, teacher: Mapping[str, Any] | None) -> None:
+  """Refuses to resume with another teacher than the run started with.
+
+  Args:
+    workdir: of the run that learns.
+    teacher: facts that identify the teacher; None without one.
+
+  Raises:
+    ValueError: names what differs, with both values.
+  """
+  stored = read_config(workdir)
+  if stored is None or teacher is None:
+    return
+  old = stored.get(TEACHER, {})
+  for name in ("step", "fingerprint"):
+    if old.get(name) != teacher[name]:
+      raise ValueError(
+        f"workdir {str(workdir)!r} was trained with another teacher: {name} of "
+        f"config.train.teacher={teacher['workdir']!r} was {old.get(name)!r}, "
+        f"and is {teacher[name]!r} now; use another --workdir."
+      )
+
+
 def write_config(
   workdir: Path,
   config: Mapping[str, Any],
   data: Mapping[str, Any],
   command: str | None,
+  teacher: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes config.json; adds this environment if the last one differs."""
   stored = read_config(workdir) or {"environments": []}
@@ -161,6 +186,8 @@ def write_config(
   if not environments or environments[-1] != now:
     environments = [*environments, now]
   contents = {"config": config, "data": data, "environments": environments}
+  if teacher is not None:
+    contents[TEACHER] = teacher
   write_text(workdir / CONFIG, json.dumps(contents, indent=2) + "\n")
 
 

@@ -62,7 +62,8 @@ def for_objective(
   For "classify" it returns `step` itself.
 
   Args:
-    step: `(state, batch, *rng, axis_name=None)`, one of `steps`.
+    step: `(state, batch, *rest, axis_name=None)`, one of `steps`; the first of
+      `rest`, if any, is a PRNG key.
     objective: one of `OBJECTIVES`.
     mask_token: see `with_token_labels`.
   """
@@ -73,15 +74,15 @@ def for_objective(
   def on_token_labels(
     state: TrainState,
     batch: Mapping[str, Array],
-    *rng: Array,
+    *rest: Any,
     axis_name: str | None = None,
   ) -> Any:
     mask_rng = None
-    if rng:
-      mask_rng = jax.random.fold_in(rng[0], np.uint32(_MASK_STREAM))
+    if rest:
+      mask_rng = jax.random.fold_in(rest[0], np.uint32(_MASK_STREAM))
       mask_rng = replica_rng(mask_rng, state.step, axis_name)
     batch = with_token_labels(objective, mask_token, batch, mask_rng)
-    return step(state, batch, *rng, axis_name=axis_name)
+    return step(state, batch, *rest, axis_name=axis_name)
 
   return on_token_labels
 

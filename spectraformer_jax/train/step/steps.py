@@ -56,12 +56,19 @@ def model_inputs(batch: Mapping[str, Array]) -> tuple[Array, ...]:
 
 
 def weighted_sums(
-  logits: Array, label: Array, weight: Array, label_smoothing: float = 0.0
+  logits: Array,
+  label: Array,
+  weight: Array,
+  label_smoothing: float = 0.0,
+  teacher_logits: Array | None = None,
 ) -> Sums:
   """Sums cross-entropy and hits of logits [B, classes] float32, by weight.
 
   Label smoothing takes the share `label_smoothing` of each label and divides it
-  equally among all classes (Szegedy et al., 2016, section 7).
+  equally among all classes (Szegedy et al., 2016, section 7). With
+  `teacher_logits`, of the same shape, the cross-entropy is that of their
+  probabilities (Hinton et al., 2015, section 2, with temperature 1); hits are
+  still those of the labels.
 
   Example:
     >>> logits = jnp.array([[9.0, 0.0], [9.0, 0.0]])
@@ -69,7 +76,10 @@ def weighted_sums(
     >>> float(sums.correct), float(sums.weight)
     (1.0, 1.0)
   """
-  loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  if teacher_logits is None:
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  else:
+    loss = optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher_logits))
   if label_smoothing:
     uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
     loss = (1 - label_smoothing) * loss + label_smoothing * uniform
@@ -85,12 +95,14 @@ def train_step(
   state: TrainState,
   batch: Mapping[str, Array],
   rng: Array,
+  teacher: PyTree = None,
   *,
   apply_fn: Callable[..., Any],
   tx: optax.GradientTransformation,
   accumulate: int = 1,
   label_smoothing: float = 0.0,
   ema_decay: float = 0.0,
+  teacher_fn: Callable[..., Any] | None = None,
   axis_name: str | None = None,
 ) -> tuple[TrainState, Sums]:
   """Updates the state by one batch, or skips the batch.
@@ -102,11 +114,13 @@ def train_step(
     state: the same on every replica.
     batch: this replica's tokens [B, T] and length, label, weight [B].
     rng: dropout key of the run; step and replica are folded in here.
+    teacher: variables of `teacher_fn`, the same on every replica.
     apply_fn: `model.apply`.
     tx: the optimiser.
     accumulate: see `gradients`.
     label_smoothing: see `weighted_sums`.
     ema_decay: decay of the moving average, see `update_ema`.
+    teacher_fn: `apply` of the model whose logits are learnt; None for labels.
     axis_name: mapped axis of the replicas; None for one replica.
 
   Returns:
@@ -117,9 +131,11 @@ def train_step(
     state,
     batch,
     rng,
+    teacher,
     apply_fn=apply_fn,
     accumulate=accumulate,
     label_smoothing=label_smoothing,
+    teacher_fn=teacher_fn,
     axis_name=axis_name,
   )
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -164,10 +180,12 @@ def gradients(
   state: TrainState,
   batch: Mapping[str, Array],
   rng: Array,
+  teacher: PyTree = None,
   *,
   apply_fn: Callable[..., Any],
   accumulate: int = 1,
   label_smoothing: float = 0.0,
+  teacher_fn: Callable[..., Any] | None = None,
   axis_name: str | None = None,
 ) -> Gradients:
   """Computes the gradient of the weighted mean loss over the global batch.
@@ -180,10 +198,12 @@ def gradients(
     state: the same on every replica.
     batch: this replica's, see `train_step`.
     rng: dropout key of the run; step and replica are folded in here.
+    teacher: see `train_step`.
     apply_fn: `model.apply`.
     accumulate: number of parts in which the replica's batch goes through the
       model, one after the other, to need less memory; B is a multiple of it.
     label_smoothing: see `weighted_sums`.
+    teacher_fn: see `train_step`.
     axis_name: mapped axis of the replicas; None for one replica.
 
   Returns:
@@ -192,7 +212,11 @@ def gradients(
   """
   dropout_rng = replica_rng(rng, state.step, axis_name)
   compute = functools.partial(
-    _summed_gradients, state, apply_fn=apply_fn, label_smoothing=label_smoothing
+    _summed_gradients,
+    state,
+    apply_fn=apply_fn,
+    label_smoothing=label_smoothing,
+    teacher_fn=teacher_fn and functools.partial(teacher_fn, teacher),
   )
   if accumulate == 1:
     grads, sums, updated = compute(batch, dropout_rng)
@@ -217,8 +241,10 @@ def _summed_gradients(
   *,
   apply_fn: Callable[..., Any],
   label_smoothing: float,
+  teacher_fn: Callable[..., Any] | None,
 ) -> Gradients:
   """Computes the gradient of the summed loss over the examples of `batch`."""
+  teacher_logits = teacher_fn and teacher_fn(*model_inputs(batch))
   mutable = [name for name in state.collections if name == MUTABLE_COLLECTION]
 
   def loss_fn(params: PyTree) -> tuple[Array, tuple[Sums, PyTree]]:
@@ -230,7 +256,7 @@ def _summed_gradients(
       mutable=mutable,
     )
     sums = weighted_sums(
-      logits, batch["label"], batch["weight"], label_smoothing
+      logits, batch["label"], batch["weight"], label_smoothing, teacher_logits
     )
     return sums.loss, (sums, updated)
 
@@ -282,9 +308,11 @@ def gradient_norms(
   state: TrainState,
   batch: Mapping[str, Array],
   rng: Array,
+  teacher: PyTree = None,
   *,
   apply_fn: Callable[..., Any],
   label_smoothing: float = 0.0,
+  teacher_fn: Callable[..., Any] | None = None,
   axis_name: str | None = None,
 ) -> tuple[PyTree, Array]:
   """Computes norms that explain why `train_step` skipped a batch.
@@ -293,8 +321,10 @@ def gradient_norms(
     state: before the step.
     batch: of the step.
     rng: dropout key of the run.
+    teacher: see `train_step`.
     apply_fn: `model.apply`.
     label_smoothing: see `weighted_sums`.
+    teacher_fn: see `train_step`.
     axis_name: mapped axis of the replicas; None for one replica.
 
   Returns:
@@ -306,8 +336,10 @@ def gradient_norms(
     state,
     batch,
     rng,
+    teacher,
     apply_fn=apply_fn,
     label_smoothing=label_smoothing,
+    teacher_fn=teacher_fn,
     axis_name=axis_name,
   )
 

@@ -1,24 +1,25 @@
 """Masked and causal objectives, and runs that start from such a run."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from spectraformer_jax.nn.from_config import make_feature_map, make_model
-from spectraformer_jax.train.config import default_config, to_dict, validate
+from spectraformer_jax.train.config import default_config, validate
 from spectraformer_jax.train.devices import parallel
 from spectraformer_jax.train.loop import train_and_evaluate
 from spectraformer_jax.train.pretrained import start_from
-from spectraformer_jax.train.run.checkpoints import Checkpointer
 from spectraformer_jax.train.run.writers import read_rows
 from spectraformer_jax.train.step import objectives
-from spectraformer_jax.train.step.state import create, run_keys
+from spectraformer_jax.train.step.state import run_keys
 from tests.train import workers
-from tests.train.helpers import same_arrays, saved_arrays, without_times
+from tests.train.helpers import (
+  finished_folder,
+  first_state,
+  same_arrays,
+  saved_arrays,
+  without_times,
+)
 
 SHORT = {"train.num_steps": 32, "eval.every": 16, "checkpoint.every": 12}
 MASKED = SHORT | {"train.objective": "masked"}
@@ -204,34 +205,6 @@ def test_other_weights_are_refused(
   changes = {"model.init_from": str(pretrained[0])} | changes
   with pytest.raises(ValueError, match=words):
     train_and_evaluate(tiny_config(**changes), tmp_path)
-
-
-def finished_folder(path, config, best_step=3):
-  """The workdir of a finished run of that config, with made-up weights."""
-  facts = {"name": "toy", "vocab_size": 17, "num_classes": 3, "length": 8}
-  facts |= {"pair": False, "fingerprint": "0"}
-  feature_map = make_feature_map(config)
-  model = make_model(config, feature_map, facts)
-  new = create(model, feature_map, optax.sgd(1.0), run_keys(7))
-  new = parallel.to_host(new._replace(step=np.int32(best_step)))
-  stored = {"config": to_dict(config), "data": {"train": facts}}
-  stored["environments"] = [{}]
-  path.mkdir()
-  (path / "config.json").write_text(json.dumps(stored))
-  with Checkpointer(path / "checkpoints", keep=1) as checkpointer:
-    best = {"step": best_step, "accuracy": 0.5, "loss": 1.0}
-    checkpointer.save(new, {"best": best}, best_step=best_step)
-  row = {"step": best_step, "test/accuracy": 0.5}
-  (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-  return new
-
-
-def first_state(config):
-  """Of a run with that config."""
-  facts = {"name": "toy", "vocab_size": 17, "num_classes": 3, "length": 8}
-  feature_map = make_feature_map(config)
-  model = make_model(config, feature_map, facts | {"pair": False})
-  return create(model, feature_map, optax.sgd(1.0), run_keys(0))
 
 
 SOFTMAX = {"model.attention": "softmax"}
