@@ -16,6 +16,7 @@ from spectraformer_jax.linear_attention.api import (
 )
 from spectraformer_jax.linear_attention.inputs import Maps
 from spectraformer_jax.linear_attention.state import State, with_rest
+from spectraformer_jax.linear_attention.xla.plan import is_known
 from spectraformer_jax.typing import Array, PyTree
 
 
@@ -50,6 +51,9 @@ def attend(
   *_, length, _, _, head_dim = inputs.query.shape
   key, value = inputs.key, inputs.value
   value_dim = value.shape[3]
+  has_state = initial_state is not None or options.return_state
+  if not has_state and is_known(key.shape[1]):
+    setting = setting._replace(exact=setting.exact.within(key.shape[1]))
   far = start(maps, constants, key, value_dim, options.is_signed)
   if initial_state is None:
     far = with_rest(far) if options.return_state else far

@@ -32,6 +32,17 @@ class ExactKeys(NamedTuple):
     """Whether no key is exact."""
     return self == ExactKeys()
 
+  def within(self, num_keys: int) -> "ExactKeys":
+    """Returns the same choice among so many keys, without larger numbers.
+
+    Arrays have a place for each key of the window and for each sink and heavy
+    key, whether there is such a key or not.
+    """
+    window, limit = self.window, lambda number: min(number, num_keys)
+    if window is not None:
+      window = limit(window[0]), limit(window[1])
+    return ExactKeys(window, limit(self.num_sinks), limit(self.num_heavy))
+
   @property
   def left(self) -> int:
     """Positions of the window before the query's own; 0 without a window."""

@@ -61,3 +61,23 @@ def test_no_exact_keys_is_the_same_program():
   )
   assert none.lower(query).as_text() == of_old.lower(query).as_text()
   np.testing.assert_array_equal(none(query), of_old(query))
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    {"window": 10**9, "num_heavy": 10**9},
+    {"window": (10**9, 2), "num_sinks": 10**9, "is_causal": True},
+  ],
+)
+def test_numbers_beyond_the_sequence_cost_nothing(case):
+  (query, key, value), maps = draw(6), build_map()
+  attend = jax.jit(
+    lambda x, **kw: sf.spectral_attention(x, key, value, **kw, **maps),
+    static_argnames=("window", "num_sinks", "num_heavy", "is_causal"),
+  )
+  # Arrays of 10^9 places would not fit.
+  exact = sf.exact_attention(
+    query, key, value, is_causal=case.get("is_causal", False)
+  )
+  assert_close(attend(query, **case), exact, 2e-5)
