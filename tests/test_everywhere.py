@@ -46,7 +46,7 @@ def component_attention(component, x, real):
     sf.spectral_attention(x, x, x, key_mask=real, query_mask=real, **maps),
     fm.apply(variables, x, side="query", stats=stats),
     fm.kernel(variables, x, x, stats=stats)
-    if not fm.weight_matrix.info.learnable and not stats
+    if not fm.info.learnable and not stats
     else x,
   ]
   if fm.component.info.causal_safe:

@@ -15,14 +15,22 @@ from spectraformer_jax.components.centred import Centred, build_component
 from spectraformer_jax.components.data_dependent import DataDependent
 from spectraformer_jax.components.dense import SADERF
 from spectraformer_jax.components.dense_rotated import ADERF, ASDERF, SDERF
-from spectraformer_jax.components.deterministic import ELU1, CosFormer, Taylor2
+from spectraformer_jax.components.deterministic import (
+  DPFP,
+  ELU1,
+  CosFormer,
+  Taylor2,
+)
 from spectraformer_jax.components.discrete import GeomRF, PoisRF
 from spectraformer_jax.components.discrete_plus import GeomRFPlus, PoisRFPlus
+from spectraformer_jax.components.feature_networks import T2R, Hedgehog
 from spectraformer_jax.components.gerf import GERF
 from spectraformer_jax.components.hybrid import HRF
 from spectraformer_jax.components.maclaurin import Maclaurin
 from spectraformer_jax.components.optimal import OPRF, OPRFHyperbolic
 from spectraformer_jax.components.positive import PosRF, PosRFHyperbolic
+from spectraformer_jax.components.prototypes import LearnedExp, Prototypes
+from spectraformer_jax.components.rebased import ReBased
 from spectraformer_jax.components.rfa import RFA
 from spectraformer_jax.components.tensor_sketch import TensorSketch
 from spectraformer_jax.components.trigonometric import TrigRF
@@ -32,6 +40,7 @@ __all__ = [
   "ADERF",
   "ASDERF",
   "COMPONENTS",
+  "DPFP",
   "ELU1",
   "GERF",
   "HRF",
@@ -39,6 +48,7 @@ __all__ = [
   "RFA",
   "SADERF",
   "SDERF",
+  "T2R",
   "ArcCosine",
   "Centred",
   "Component",
@@ -48,13 +58,17 @@ __all__ = [
   "DataDependent",
   "GeomRF",
   "GeomRFPlus",
+  "Hedgehog",
   "KernelComponent",
+  "LearnedExp",
   "Maclaurin",
   "OPRFHyperbolic",
   "PoisRF",
   "PoisRFPlus",
   "PosRF",
   "PosRFHyperbolic",
+  "Prototypes",
+  "ReBased",
   "ReLU",
   "Taylor2",
   "TensorSketch",

@@ -33,7 +33,7 @@ class ComponentInfo:
   Attributes:
     name: registry name.
     family: place in the taxonomy: "trigonometric", "exponential", "dense
-      exponential", "discrete", "hybrid" or "own kernel".
+      exponential", "discrete", "hybrid", "own kernel" or "learnt".
     estimates: the kernel it estimates, in words or a formula.
     formula: the feature of one row.
     positive: features are never negative. The normalizer of attention with
@@ -50,6 +50,7 @@ class ComponentInfo:
     positional: features also depend on the token's position.
     even: rows w and -w give the same estimate, so a matrix that holds rows and
       their negatives repeats each estimate.
+    learnable: its parameters are its kernel, so no fixed kernel exists.
   """
 
   name: str
@@ -67,6 +68,12 @@ class ComponentInfo:
   causal_safe: bool = True
   positional: bool = False
   even: bool = False
+  learnable: bool = False
+
+  @property
+  def takes_num_features(self) -> bool:
+    """Whether the number of features is a multiple of M."""
+    return "M" in self.features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +84,8 @@ class Component:
   attribute `info`, a `log_features` and a `kernel_value`. All methods are pure,
   work in float32 and see one head of one example: `vmap` adds heads and batch.
   The row axis is innermost in the layout of features: feature f comes from row
-  f mod M. The caller multiplies features by ``1/sqrt(M)``, row weights and
-  signs.
+  f mod M. If W has rows, the caller multiplies features by ``1/sqrt(M)``, row
+  weights and signs.
 
   Attributes:
     info: facts about the component. If they depend on its options, make `info`
@@ -101,7 +108,8 @@ class Component:
     """Returns F; None if it depends on an unknown head_dim.
 
     Args:
-      num_features: M, here and in all methods; 0 for a component without rows.
+      num_features: M, here and in all methods; 0 for a component that takes
+        none.
       head_dim: H, or None if unknown.
     """
     return self.features_per_row * num_features
@@ -135,7 +143,7 @@ class Component:
         f"sequence of length {length}: build it with a larger max_length."
       )
 
-  def init(self, rng: Array, head_dim: int) -> Params:
+  def init(self, rng: Array, head_dim: int, num_features: int) -> Params:
     """Returns the learnable parameters of one head, float32; ``{}`` if none."""
     return {}
 

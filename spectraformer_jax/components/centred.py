@@ -149,9 +149,9 @@ class Centred(Component):
     self.base.check(num_features, head_dim)
 
   @override
-  def init(self, rng: Array, head_dim: int) -> Params:
+  def init(self, rng: Array, head_dim: int, num_features: int) -> Params:
     """Returns "base", and "centre" if learned; leaves out empty parts."""
-    params = {"base": self.base.init(rng, head_dim)}
+    params = {"base": self.base.init(rng, head_dim, num_features)}
     if self.statistics == "learned":
       zeros = jnp.zeros((head_dim,), jnp.float32)
       params["centre"] = {"query_mean": zeros, "key_mean": zeros}

@@ -53,7 +53,7 @@ class DataDependent(base.KernelComponent):
     raise NotImplementedError
 
   @override
-  def init(self, rng: Array, head_dim: int) -> Params:
+  def init(self, rng: Array, head_dim: int, num_features: int) -> Params:
     return self.init_params(head_dim) if self.statistics == "learned" else {}
 
   def parameters(self, state: ComponentState, head_dim: int) -> Params:

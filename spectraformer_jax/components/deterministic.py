@@ -239,3 +239,93 @@ class Taylor2(base.Component):
   def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
     score = jnp.sum(x * y, axis=-1)
     return 1.0 + score + 0.5 * score**2
+
+
+@base.COMPONENTS.register("dpfp")
+@dataclasses.dataclass(frozen=True)
+class DPFP(base.Component):
+  r"""DPFP: products of a vector's positive and negative parts.
+
+  .. math::
+    r = [\mathrm{relu}(q), \mathrm{relu}(-q)], \qquad
+    \phi(x)_{(j-1) 2H + l} = r_l\, r_{l+j}, \quad j = 1, \dots, \nu
+
+  on the unscaled vector :math:`q = H^{1/4} x`, with indices modulo 2H. The
+  paper multiplies by :math:`r_{l-j}`, which gives the same features in another
+  order. Deterministic, without W: weight matrix "none", num_features=None. It
+  does not estimate softmax.
+
+  The output is zeros for a query whose features have no positive product with
+  those of any key.
+
+  Args:
+    nu: number of products of each part, from 1 to 2H - 1.
+
+  Raises:
+    ValueError: a nu that is not a positive integer; from the map, a nu above
+      2H - 1.
+
+  References:
+    Schlag et al., Linear Transformers Are Secretly Fast Weight Programmers,
+    2021, section 5.3 (2102.11174).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
+    >>> fm = sf.feature_map("dpfp", "none", num_features=None,
+    ...                     component_kwargs={"nu": 2})
+    >>> v = fm.init(jax.random.key(0), head_dim=4)
+    >>> x = jnp.array([[[1.0, 2.0, 3.0, -1.0]]]) / 4**0.25
+    >>> [round(float(f)) for f in fm.apply(v, x, side="key")[0, 0]]
+    [2, 6, 0, 0, 0, 0, 0, 1, 3, 0, 0, 0, 0, 0, 0, 2]
+  """
+
+  nu: int = 1
+
+  info = base.ComponentInfo(
+    name="dpfp",
+    family="own kernel",
+    estimates="sum of r_l r_(l+j) s_l s_(l+j), exactly",
+    formula="r_l r_(l+j), r = [relu(q), relu(-q)], q = x H^(1/4)",
+    positive=True,
+    features="2H nu",
+    variance="0",
+    cost="2H nu products",
+    good_for="more features than head_dim, without parameters or exponentials",
+    avoid="estimates of the softmax kernel",
+    source="2102.11174, section 5.3",
+    row_law="none",
+  )
+
+  def __post_init__(self) -> None:
+    check_positive_int("nu", self.nu)
+
+  @override
+  def feature_dim(self, num_features: int, head_dim: int | None) -> int | None:
+    return None if head_dim is None else 2 * head_dim * self.nu
+
+  @override
+  def check(self, num_features: int, head_dim: int) -> None:
+    if self.nu >= 2 * head_dim:
+      raise ValueError(
+        f"nu must be below 2 head_dim = {2 * head_dim}, got {self.nu}."
+      )
+
+  @override
+  def log_features(
+    self, x: Array, rows: WeightSample, side: Side, state: ComponentState
+  ) -> LogFeatures:
+    return base.to_log_features(self._products(x))
+
+  @override
+  def kernel_value(self, x: Array, y: Array, state: ComponentState) -> Array:
+    return jnp.sum(self._products(x) * self._products(y), axis=-1)
+
+  def _products(self, x: Array) -> Array:
+    """Returns the features, ``[..., H] -> [..., 2H nu]``."""
+    q = x.shape[-1] ** 0.25 * x
+    parts = jnp.concatenate([jax.nn.relu(q), jax.nn.relu(-q)], axis=-1)
+    products = [
+      parts * jnp.roll(parts, -shift, axis=-1)
+      for shift in range(1, self.nu + 1)
+    ]
+    return jnp.concatenate(products, axis=-1)

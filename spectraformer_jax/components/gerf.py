@@ -170,7 +170,7 @@ class GERF(base.KernelComponent):
     return 2 * num_features if self._is_complex else num_features
 
   @override
-  def init(self, rng: Array, head_dim: int) -> Params:
+  def init(self, rng: Array, head_dim: int, num_features: int) -> Params:
     if self.learn is None:
       return {}
     rho = jnp.float32(1.0 / (1.0 - 8.0 * self._start(head_dim).real))

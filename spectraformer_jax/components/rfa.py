@@ -87,7 +87,7 @@ class RFA(base.Component):
     check_choice("learned", self.learned, LEARNED)
 
   @override
-  def init(self, rng: Array, head_dim: int) -> Params:
+  def init(self, rng: Array, head_dim: int, num_features: int) -> Params:
     if self.learned == "none":
       return {}
     shape = (head_dim,) if self.learned == "per_dim" else ()

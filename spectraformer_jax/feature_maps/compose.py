@@ -24,8 +24,8 @@ def feature_map(
   Args:
     component: a name of `list_components`.
     weight_matrix: a name of `list_weight_matrices`.
-    num_features: M, per head; None for a component without rows (and weight
-      matrix "none").
+    num_features: M, per head; None for a component whose number of features
+      head_dim sets, such as "elu1".
     component_kwargs: options of the component.
     weight_matrix_kwargs: options of the weight matrix.
 
@@ -59,8 +59,8 @@ def compose(
   Args:
     component: f.
     weight_matrix: W.
-    num_features: M, per head; None for a component without rows (and weight
-      matrix "none").
+    num_features: M, per head; None for a component whose number of features
+      head_dim sets, such as "elu1".
 
   Returns:
     A `FeatureMap`; equal arguments give the same object.
@@ -82,7 +82,7 @@ def compose(
   reason = mismatch(component, weight_matrix)
   if reason:
     raise ValueError(reason)
-  if component.info.row_law != "none":
+  if component.info.takes_num_features:
     check_positive_int("num_features", num_features)
   elif num_features is not None:
     raise ValueError(
@@ -106,6 +106,26 @@ def _compose(
       stacklevel=3,
     )
   return FeatureMap(component, weight_matrix, num_features)
+
+
+def takes_num_features(
+  component: str, component_kwargs: Mapping[str, Any] | None = None
+) -> bool:
+  """Whether maps with this component need a number of features.
+
+  Args:
+    component: a name of `list_components`.
+    component_kwargs: its options.
+
+  Raises:
+    ValueError: unknown name or option, or an option's bad value.
+
+  Example:
+    >>> takes_num_features("prototypes"), takes_num_features("elu1")
+    (True, False)
+  """
+  built = build_component(component, component_kwargs)
+  return built.info.takes_num_features
 
 
 def mismatch(component: Component, weight_matrix: WeightMatrix) -> str | None:

@@ -33,7 +33,7 @@ class DrawnMap:
   Attributes:
     component: f.
     weight_matrix: W.
-    num_features: M; None for a component without rows.
+    num_features: M; None for a component that takes none.
   """
 
   component: Component
@@ -43,17 +43,18 @@ class DrawnMap:
   @property
   def num_rows(self) -> int:
     """Rows of W; 0 for a component without rows."""
-    if self.num_features is None:
+    if self.num_features is None or self.component.info.row_law == "none":
       return 0
     return self.component.num_rows(self.num_features)
 
   @functools.cached_property
   def has_params(self) -> bool:
     """Whether `init_params` makes any leaf; no size changes the answer."""
-    of_component = jax.eval_shape(
-      lambda rng: self.component.init(rng, 4), jax.random.key(0)
-    )
-    return self.weight_matrix.info.learnable or bool(of_component)
+    return self.weight_matrix.info.learnable or bool(self.own_params(4))
+
+  def own_params(self, head_dim: int) -> Params:
+    """Returns shapes and dtypes of the component's parameters of one head."""
+    return _own_params(self.component, head_dim, self.num_features or 0)
 
   def init(
     self,
@@ -95,7 +96,9 @@ class DrawnMap:
     def one_head(rng: Array) -> Params:
       component_rng, matrix_rng = jax.random.split(rng)
       return drop_empty(
-        component=self.component.init(component_rng, head_dim),
+        component=self.component.init(
+          component_rng, head_dim, self.num_features or 0
+        ),
         rows=self._for_each_draw(
           lambda rng: init(rng, self._rows_per_draw, head_dim), matrix_rng
         ),
@@ -197,6 +200,16 @@ class DrawnMap:
       rows = jax.vmap(make)(params, jax.tree.map(split, projection))
       rows = _merge_draws(rows)
     return cast_floats(rows, jnp.float32)
+
+
+@functools.cache
+def _own_params(
+  component: Component, head_dim: int, num_features: int
+) -> Params:
+  """Returns what `Component.init` makes, without making it."""
+  return jax.eval_shape(
+    lambda rng: component.init(rng, head_dim, num_features), jax.random.key(0)
+  )
 
 
 def _merge_draws(tree: PyTree) -> PyTree:

@@ -52,7 +52,7 @@ class FeatureMap(DrawnMap):
       name=f"{f.info.name}-{w.info.name}",
       positive=f.info.positive and not w.info.signed,
       unbiased=w.info.marginals != "approximate",
-      learnable=w.info.learnable,
+      learnable=w.info.learnable or f.info.learnable,
       needs_stats=f.needs_stats or w.needs_stats,
     )
 
@@ -339,7 +339,8 @@ class FeatureMap(DrawnMap):
       ``[...]``.
 
     Raises:
-      ValueError: the weight matrix is learnable: no fixed kernel exists.
+      ValueError: the weight matrix or the component is learnable: no fixed
+        kernel exists.
     """
     if self.weight_matrix.info.learnable:
       raise ValueError(
@@ -364,6 +365,7 @@ class FeatureMap(DrawnMap):
           f"{x.shape[-2]}: init with num_heads={x.shape[-2]}, or 1 to share."
         )
     if not self.num_rows:
+      self._check_own_params(variables, x.shape[-1])
       return
     # Only shapes, so that nothing is read from a device.
     one_head = jax.tree.map(
@@ -381,6 +383,23 @@ class FeatureMap(DrawnMap):
       raise ValueError(
         f"variables were made for head_dim={head_dim} but x.shape={x.shape} "
         f"has {x.shape[-1]}."
+      )
+
+  def _check_own_params(
+    self, variables: FeatureVariables, head_dim: int
+  ) -> None:
+    """Raises ValueError unless the component's parameters are of this size."""
+    shapes = lambda tree, skip: {
+      jax.tree_util.keystr(path): leaf.shape[skip:]
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    got = shapes(variables.params.get("component", {}), 1)
+    expected = shapes(self.own_params(head_dim), 0)
+    if got != expected:
+      raise ValueError(
+        f"variables do not fit {self.info.name!r} with head_dim={head_dim} and "
+        f"num_features={self.num_features}: make them by feature_map.init. "
+        f"Their shapes are {got}, not {expected}."
       )
 
   def _check_has_stats(self, stats: PyTree) -> None:

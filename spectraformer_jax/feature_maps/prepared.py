@@ -29,8 +29,8 @@ class FeatureMapInfo:
     positive: features are never negative, signs of the rows included.
     unbiased: the mean of the estimate is exactly the kernel (exact or weighted
       marginals); otherwise the matrix's docstring gives the bias.
-    learnable: the weight matrix has trainable parameters, so there is no fixed
-      kernel to compare with.
+    learnable: the weight matrix or the component is learnt, so there is no
+      fixed kernel to compare with.
     needs_stats: features need data-dependent `stats`.
   """
 
@@ -85,8 +85,11 @@ def component_state(
 def weigh_rows(
   out: LogFeatures, rows: WeightSample, side: Side, num_features: int | None
 ) -> LogFeatures:
-  """Multiplies by sqrt(row weight / M); signs multiply queries only."""
-  if num_features is None:
+  """Multiplies by sqrt(row weight / M); signs multiply queries only.
+
+  Without rows, features stay as they are.
+  """
+  if num_features is None or not rows.w.shape[0]:
     return out
   log_magnitude = out.log_magnitude - 0.5 * math.log(num_features)
   factor = out.factor

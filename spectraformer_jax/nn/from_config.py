@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from spectraformer_jax import feature_maps
 from spectraformer_jax.baselines import check_options
+from spectraformer_jax.feature_maps.compose import takes_num_features
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.hybrid_attention.exact_keys import ExactKeys
 from spectraformer_jax.nn import exact_keys
@@ -28,7 +29,8 @@ Config = Any
 def make_feature_map(config: Config) -> FeatureMap | None:
   """Makes the feature map of `config`; None unless attention is "spectral".
 
-  With weight matrix "none", the config's num_features has no effect.
+  The config's num_features has no effect on a component whose number of
+  features head_dim sets, such as "elu1".
 
   Raises:
     ValueError: an unknown component or matrix; an option that the component,
@@ -64,12 +66,13 @@ def _spectral_map(section: Config) -> FeatureMap:
     for name in ("component_kwargs", "weight_matrix_kwargs")
   }
   try:
+    takes_num = takes_num_features(
+      section.component, options["component_kwargs"]
+    )
     feature_map = feature_maps.feature_map(
       section.component,
       section.weight_matrix,
-      num_features=(
-        None if section.weight_matrix == "none" else section.num_features
-      ),
+      num_features=section.num_features if takes_num else None,
       **options,
     )
   except TypeError as error:  # from the value of an option

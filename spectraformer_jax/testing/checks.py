@@ -36,6 +36,7 @@ FAMILIES = (
   "discrete",
   "hybrid",
   "own kernel",
+  "learnt",
 )
 GROUPS = (
   "monte carlo",
@@ -69,7 +70,7 @@ def check_component(component: Component, *, num_draws: int = 1000) -> None:
   Facts and docstring are complete, the object is hashable and picklable by its
   options, the map passes `check_feature_map`, row m determines features m,
   M + m, ... only, and the estimate is unbiased with independent and with
-  orthogonal rows.
+  orthogonal rows. Of a learnt component, all parameters have gradients instead.
 
   Args:
     component: what `sf.compose` takes.
@@ -102,6 +103,9 @@ def check_component(component: Component, *, num_draws: int = 1000) -> None:
   require(bool(matrices), f"{name}: no weight matrix makes its row law.")
   check_feature_map(_smallest(component, matrices[0]))
   contract.check_row_order(component, name)
+  if component.info.learnable:
+    contract.check_learner(_smallest(component, matrices[0]), name)
+    return
   for matrix in matrices:
     check_unbiased(_smallest(component, matrix), num_draws=num_draws)
 
@@ -278,7 +282,7 @@ def smallest_num_features(
   head_dim: int,
   at_least: int = 6,
 ) -> int | None:
-  """Returns the smallest num_features that a pair accepts; None without rows.
+  """Returns the smallest num_features that a pair accepts; None if it has none.
 
   Args:
     component: f.
@@ -296,7 +300,7 @@ def smallest_num_features(
     ... )
     9
   """
-  if component.info.row_law == "none":
+  if not component.info.takes_num_features:
     return None
   reason = ""
   for num_features in range(at_least, 257):

@@ -298,7 +298,7 @@ def check_row_order(component: Component, name: str) -> None:
   stats = ()
   if component.needs_stats:
     stats = component.solve(component.moments(x, x, None, None))
-  params = component.init(rng, head_dim)
+  params = component.init(rng, head_dim, num_rows)
   state = ComponentState(params, component.draw(rng, num_rows, head_dim), stats)
 
   def features(rows: Array) -> Array:
@@ -330,8 +330,10 @@ def check_learner(feature_map: FeatureMap, name: str) -> None:
   @jax.grad
   def gradient(params: PyTree) -> Array:
     current = variables._replace(params=params)
-    phi = feature_map.apply(current, x, side="query", stats=stats)
-    return jnp.sum(phi * jax.random.normal(jax.random.key(2), phi.shape))
+    total = jnp.float32(0.0)
+    for phi, _ in features_of_sides(feature_map, current, x, stats):
+      total += jnp.sum(phi * jax.random.normal(jax.random.key(2), phi.shape))
+    return total
 
   first = gradient(variables.params)
   stepped = jax.tree.map(lambda p, g: p - 0.1 * g, variables.params, first)

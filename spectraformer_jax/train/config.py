@@ -100,7 +100,8 @@ class ModelSection(ConfigDict):
 class FeatureMapSection(ConfigDict):
   """The pair of a component and a weight matrix.
 
-  With the weight matrix "none", `num_features` has no effect.
+  A component whose number of features head_dim sets, such as "elu1", ignores
+  `num_features`.
   """
 
   component: Text = "oprf"

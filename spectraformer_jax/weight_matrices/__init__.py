@@ -20,6 +20,7 @@ from spectraformer_jax.weight_matrices.fastfood import (
   FastFood,
   FastFoodLearnable,
 )
+from spectraformer_jax.weight_matrices.free import Free
 from spectraformer_jax.weight_matrices.geometric import (
   ORF,
   ORFAntithetic,
@@ -88,6 +89,7 @@ __all__ = [
   "FastFood",
   "FastFoodLearnable",
   "Flow",
+  "Free",
   "GaussianRows",
   "Generator",
   "Importance",

@@ -14,7 +14,10 @@ from spectraformer_jax.weight_matrices.row_laws import RowLaw
 @base.WEIGHT_MATRICES.register("none")
 @dataclasses.dataclass(frozen=True)
 class NoRows(base.WeightMatrix):
-  """No rows, for deterministic components such as ELU+1.
+  """No rows, for components without W, such as ELU+1 and "prototypes".
+
+  A component whose number of features is a multiple of M takes num_features;
+  any other takes num_features=None.
 
   References:
     None. The name "none" in a pair says that the pair has no random rows.
@@ -23,6 +26,8 @@ class NoRows(base.WeightMatrix):
     >>> import spectraformer_jax as sf
     >>> sf.feature_map("elu1", "none", num_features=None).info.name
     'elu1-none'
+    >>> sf.feature_map("prototypes", "none", num_features=64).feature_dim
+    64
   """
 
   info = base.WeightMatrixInfo(
@@ -33,7 +38,7 @@ class NoRows(base.WeightMatrix):
     summary="no rows",
     good_for="components without W",
     row_laws=("none",),
-    constraint="num_features=None",
+    constraint="num_features=None where F is no multiple of M",
     cost="nothing",
   )
 

@@ -156,7 +156,7 @@ def calibrated_state(component, query=None, key=None):
   """Returns the component state of one head after calibration."""
   if query is None:
     query, key = draw_data()
-  params = component.init(jax.random.key(0), query.shape[-1])
+  params = component.init(jax.random.key(0), query.shape[-1], num_features=4)
   stats = ()
   if component.needs_stats:
     stats = component.solve(

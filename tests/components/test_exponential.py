@@ -197,7 +197,7 @@ def test_constant_and_learned_start_as_oprf_and_train(case):
 @pytest.mark.parametrize("case", DENSE)
 def test_learned_maps_keep_dot_products(case):
   component = case_component(case, statistics="learned")
-  params = component.init(jax.random.key(0), 8)
+  params = component.init(jax.random.key(0), 8, num_features=4)
   rngs = jax.random.split(jax.random.key(1), len(params))
   params = {
     name: leaf + 0.5 * jax.random.normal(rng, leaf.shape)
@@ -265,7 +265,7 @@ def test_repeated_rows_warn_once(name, matrix, recwarn):
 def test_even_components_map_a_row_and_its_negative_alike(name):
   component = build_component(name)
   w, x, y = jax.random.normal(jax.random.key(0), (3, 5, 4))
-  params = component.init(jax.random.key(1), 4)
+  params = component.init(jax.random.key(1), 4, num_features=5)
   random = component.draw(jax.random.key(2), 5, 4)
   state = ComponentState(params, random, ())
   if component.needs_stats:

@@ -209,7 +209,7 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
   pairs = list(dict.fromkeys(pairs or map(pair_spec.parse_pair, PAIRS)))
   for pair in pairs:
     # Names and options are wrong or right whatever the size.
-    pair.build(max(args.num_features) if pair.has_rows else None)
+    pair.build(max(args.num_features) if pair.takes_num_features else None)
   return pairs
 
 
@@ -245,7 +245,7 @@ def _plan(
   longest = max(cropped, key=lambda inputs: inputs.query.shape[1])
   cases, skipped = [], []
   for pair in pairs:
-    for size in sizes if pair.has_rows else (None,):
+    for size in sizes if pair.takes_num_features else (None,):
       reason = _why_impossible(pair, size, longest, options)
       if reason:
         skipped.append(f"{pair.name}, M = {size}: {reason}")

@@ -24,10 +24,9 @@ from spectraformer_jax.typing import (
 def has_kernel(feature_map: FeatureMap) -> bool:
   """Whether the map estimates a fixed kernel of two vectors.
 
-  Maps with learnt matrices, and maps whose features depend on the position,
-  estimate none.
+  Learnt maps, and maps whose features depend on the position, estimate none.
   """
-  learnable = feature_map.weight_matrix.info.learnable
+  learnable = feature_map.info.learnable
   return not (learnable or feature_map.component.info.positional)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import spectraformer_jax as sf
 from spectraformer_jax.commands import parse_literal
 from spectraformer_jax.components import build_component
-from spectraformer_jax.feature_maps.compose import mismatch
+from spectraformer_jax.feature_maps.compose import (
+  mismatch,
+  takes_num_features,
+)
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.weight_matrices import WEIGHT_MATRICES
 
@@ -45,10 +48,9 @@ class Pair:
     )
 
   @property
-  def has_rows(self) -> bool:
-    """Whether the map has rows of W, and so takes a number of features."""
-    component = build_component(*split_options(self.component))
-    return component.info.row_law != "none"
+  def takes_num_features(self) -> bool:
+    """Whether the map takes a number of features."""
+    return takes_num_features(*split_options(self.component))
 
 
 def split_options(text: str) -> tuple[str, dict[str, Any]]:

@@ -16,7 +16,8 @@ def test_options_reach_the_map():
 
 def test_a_map_without_rows():
   pair = parse_pair("elu1-none")
-  assert not pair.has_rows and parse_pair("relu-orf").has_rows
+  assert not pair.takes_num_features
+  assert parse_pair("relu-orf").takes_num_features
   assert pair.build(None).num_features is None
 
 
