@@ -7,6 +7,7 @@ from spectraformer_jax.hybrid_attention import selection
 from spectraformer_jax.hybrid_attention.layout import Row, Setting
 from spectraformer_jax.hybrid_attention.selection import HIDDEN, SpecialKeys
 from spectraformer_jax.hybrid_attention.state import HybridState
+from spectraformer_jax.hybrid_attention.take import take_special
 from spectraformer_jax.linear_attention.inputs import Inputs
 from spectraformer_jax.linear_attention.state import State
 from spectraformer_jax.linear_attention.xla.segments import (
@@ -41,9 +42,11 @@ def unpacked(
     state.sink_count,
   )
   keep = choice.is_rest
-  special = _sinks(state, key, value, choice.sinks)
+  key, value, new = _taken(key, value, choice.sinks[:, None])
+  special = _sinks(state, new)
   if choice.heavy is not None:
-    special = _join(special, _heavy(key, value, choice.heavy))
+    key, value, heavy = _taken(key, value, choice.heavy)
+    special = _join(special, heavy)
   if setting.is_causal and query.shape[1] != length:
     # The shorter one is padded: with queries of zeros, or with hidden keys.
     length = max(query.shape[1], length)
@@ -148,32 +151,27 @@ def state_after(
   )
 
 
-def _sinks(
-  state: HybridState, key: Array, value: Array, at: Array
-) -> SpecialKeys:
-  """Returns the sinks of the state and the new ones."""
+def _taken(
+  key: Array, value: Array, at: Array
+) -> tuple[Array, Array, SpecialKeys]:
+  """Returns key and value, and the keys at positions ``[B, N or 1, P]``."""
   length = key.shape[1]
-  is_new = (at < length)[:, None, :, None]
-  # [B, P, N, H] -> [B, N, P, H]
-  take = jax.vmap(lambda x, index: x[index])
-  new = lambda x: jnp.swapaxes(take(x, jnp.minimum(at, length - 1)), 1, 2)
-  is_old = jnp.arange(at.shape[1])[None] < state.sink_count
-  position = jnp.where(at < length, at.astype(jnp.float32), HIDDEN)
-  position = jnp.where(is_old, -1.0, position)
-  return SpecialKeys(
-    jnp.where(is_new, new(key), state.sink_key.astype(key.dtype)),
-    jnp.where(is_new, new(value), state.sink_value.astype(value.dtype)),
-    position[:, None],
-  )
-
-
-def _heavy(key: Array, value: Array, at: Array) -> SpecialKeys:
-  """Returns the keys at positions ``[B, N, P]``."""
-  length = key.shape[1]
-  take = jax.vmap(jax.vmap(lambda x, index: x[index], (1, 0)))
   inside = jnp.minimum(at, length - 1)
+  key, special_key = take_special(key, inside)
+  value, special_value = take_special(value, inside)
   position = jnp.where(at < length, at.astype(jnp.float32), HIDDEN)
-  return SpecialKeys(take(key, inside), take(value, inside), position)
+  return key, value, SpecialKeys(special_key, special_value, position)
+
+
+def _sinks(state: HybridState, new: SpecialKeys) -> SpecialKeys:
+  """Returns the sinks of the state and the new ones."""
+  is_new = (new.position < HIDDEN)[..., None]
+  is_old = jnp.arange(new.key.shape[2])[None] < state.sink_count
+  return SpecialKeys(
+    jnp.where(is_new, new.key, state.sink_key.astype(new.key.dtype)),
+    jnp.where(is_new, new.value, state.sink_value.astype(new.value.dtype)),
+    jnp.where(is_old[:, None], -1.0, new.position),
+  )
 
 
 def _join(sinks: SpecialKeys, heavy: SpecialKeys) -> SpecialKeys:
