@@ -77,7 +77,9 @@ def test_components(component):
         sf.spectral_attention(x, x, x, **maps),
         fm.apply(variables, wide, side="query", stats=stats),
         fm.log_features(variables, wide, side="key", stats=stats),
-        fm.kernel(variables, wide, wide, stats=stats),
+        {}
+        if fm.info.learnable
+        else fm.kernel(variables, wide, wide, stats=stats),
       ]
     )
 

@@ -126,8 +126,11 @@ class Prototypes(PrototypeRows):
 
   def __post_init__(self) -> None:
     share = self.share
-    is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    if share != "learned" and not (is_number and 0.0 <= share <= 1.0):
+    if isinstance(share, int | float) and not isinstance(share, bool):
+      is_known = 0.0 <= share <= 1.0
+    else:
+      is_known = share == "learned"
+    if not is_known:
       raise ValueError(
         f"share must be 'learned' or a number from 0 to 1, got {share!r}."
       )
@@ -150,7 +153,7 @@ class Prototypes(PrototypeRows):
       return LogFeatures(scores + params["query_bias"][None])
     scores = self.key_scores(x, params)
     total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    share = params["share"] if self.share == "learned" else self.share
+    share = params.get("share", self.share)
     return LogFeatures(scores - share * total)
 
 

@@ -24,6 +24,8 @@ def init_params(fm):
     ("saderf", "orf", {"statistics": "learned"}),
     ("rfa", "orf", {"learned": "per_dim"}),
     ("rfa", "orf", {"learned": "none"}),
+    ("prototypes", "none", {}),
+    ("t2r", "none", {}),
   ],
 )
 def test_has_params(component, matrix, options):

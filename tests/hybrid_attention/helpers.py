@@ -248,10 +248,11 @@ def _sums(log_terms, factors, with_ones):
 def quotient(exact, far, feature_map):
   """Returns the output ``[V]`` of one query."""
   is_signed = not feature_map.info.positive
-  noise = 0.8 / np.sqrt(feature_map.num_rows) * far.magnitude
   parts = [part for part in (exact, far) if part.magnitude]
-  if is_signed and exact.magnitude and far.columns[-1] <= noise:
-    parts = [exact]
+  if is_signed and exact.magnitude:
+    noise = 0.8 / np.sqrt(feature_map.num_rows) * far.magnitude
+    if far.columns[-1] <= noise:
+      parts = [exact]
   if not parts:
     return 0.0
   log_scale = max(part.log_scale for part in parts)

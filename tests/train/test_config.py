@@ -266,7 +266,9 @@ def test_options_that_a_pair_cannot_use():
     make_feature_map(config)
 
 
-@pytest.mark.parametrize("component", ["elu1", "cosformer", "taylor2"])
+@pytest.mark.parametrize(
+  "component", ["elu1", "cosformer", "taylor2", "rebased", "dpfp"]
+)
 @pytest.mark.parametrize("num_features", [128, None])
 def test_a_pair_without_rows_has_no_features(component, num_features):
   config = default_config()
@@ -278,6 +280,31 @@ def test_a_pair_without_rows_has_no_features(component, num_features):
   config.feature_map.redraw_interval = 5
   with pytest.raises(ValueError, match="redraw_interval must be 0"):
     make_feature_map(config)
+
+
+@pytest.mark.parametrize(
+  "component", ["prototypes", "learned_exp", "hedgehog", "t2r"]
+)
+def test_a_learnt_pair_has_features_without_rows(component):
+  config = default_config()
+  config.feature_map.component = component
+  config.feature_map.weight_matrix = "none"
+  config.feature_map.num_features = 64
+  validate(config)
+  assert make_feature_map(config).num_features == 64
+  config.feature_map.num_features = None
+  with pytest.raises(ValueError, match="num_features must be a positive"):
+    make_feature_map(config)
+
+
+def test_options_of_a_learnt_pair():
+  config = default_config()
+  config.feature_map.component = "prototypes"
+  config.feature_map.weight_matrix = "none"
+  for share in ("learned", 0.5):
+    config.feature_map.component_kwargs = {"share": share}
+    validate(config)
+    assert make_feature_map(config).component.share == share
 
 
 def test_cells_of_a_sweep_without_rows(monkeypatch):

@@ -194,8 +194,14 @@ def test_exact_softmax_baseline(tiny_config, tmp_path):
   assert result["pair"] == "softmax" and result["projection_size"] == 0
 
 
-@pytest.mark.parametrize("component", ["elu1", "cosformer", "taylor2"])
-@pytest.mark.quick_every(3)
+@pytest.mark.parametrize(
+  "component",
+  [
+    *("elu1", "cosformer", "taylor2", "dpfp", "rebased"),
+    *("prototypes", "learned_exp", "hedgehog", "t2r"),
+  ],
+)
+@pytest.mark.quick_every(5)
 def test_pairs_without_a_weight_matrix_train(component, tiny_config, tmp_path):
   changes = {
     "feature_map.component": component,
@@ -207,7 +213,9 @@ def test_pairs_without_a_weight_matrix_train(component, tiny_config, tmp_path):
   result = train_and_evaluate(config, tmp_path)
   assert result["pair"] == f"{component}-none"
   assert result["projection_size"] == 0 and result["parameters"] > 0
-  assert load_pretrained(tmp_path).model.feature_map.num_features is None
+  feature_map = load_pretrained(tmp_path).model.feature_map
+  takes_num_features = feature_map.component.info.takes_num_features
+  assert takes_num_features == (feature_map.num_features is not None)
 
 
 @pytest.mark.parametrize(

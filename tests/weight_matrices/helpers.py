@@ -13,6 +13,7 @@ LEARNERS = (
   "cov",
   "fastfood_learnable",
   "flow",
+  "free",
   "generator",
   "gmm",
   "learned_orf",

@@ -414,3 +414,34 @@ def test_fastfood_learnable_starts_with_the_law_of_fastfood():
     lambda w: np.log(np.abs(w[:, 0, 0] / w[:, 1, 1])),
   ):
     assert stats.ks_2samp(statistic(learnt), statistic(fixed)).pvalue > 1e-4
+
+
+def test_free_rows_and_weights_are_the_parameters():
+  fm = sf.feature_map("posrf", "free", num_features=7)
+  variables = fm.init(jax.random.key(0), head_dim=4)
+  params = randomise(variables.params)
+  x, y = np.asarray(PAIRS[:, 0], float), np.asarray(PAIRS[:, 1], float)
+  phi, psi = (
+    fm.apply(variables._replace(params=params), z[:, None], side=side)[:, 0]
+    for z, side in ((PAIRS[:, 0], "query"), (PAIRS[:, 1], "key"))
+  )
+  w, log_weight = (
+    np.asarray(params["rows"][name][0], float) for name in ("w", "log_weight")
+  )
+  terms = np.exp(log_weight + (x + y) @ w.T)
+  norms = np.exp(-0.5 * np.sum(x**2 + y**2, axis=1))
+  np.testing.assert_allclose(
+    np.sum(phi * psi, axis=-1), norms * terms.mean(axis=1), rtol=1e-5
+  )
+
+
+def test_free_rows_start_as_those_of_their_base_in_the_size_that_is_asked():
+  half, whole = (
+    compiled_init_and_draw(weight_matrices.Free(scale=scale), 7, 4)[0]
+    for scale in (0.5, 1.0)
+  )
+  np.testing.assert_allclose(half["w"], 0.5 * whole["w"], rtol=1e-6)
+  square = whole["w"][:4] @ whole["w"][:4].T  # a block of orthogonal rows
+  assert np.abs(square - np.diag(np.diag(square))).max() < 1e-5
+  assert weight_matrices.Free().info.marginals == "exact"
+  assert weight_matrices.Free(scale=0.5).info.marginals == "approximate"

@@ -110,7 +110,7 @@ def loss_of(feature_map, variables, x, stats):
 NETWORKS = ("flow", "generator", "variational")
 # Learners each entry of whose parameters counts, also where rows and columns
 # are dropped and a block is incomplete, as here.
-NO_IDLE_ENTRY = ("cov", "fastfood_learnable", "gmm", "learned_orf")
+NO_IDLE_ENTRY = ("cov", "fastfood_learnable", "free", "gmm", "learned_orf")
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -194,7 +194,9 @@ class TwoDraws(sf.components.TrigRF):
   row_draws = 2
 
 
-@pytest.mark.parametrize("name", ["gmm", "fastfood_learnable", "learned_orf"])
+@pytest.mark.parametrize(
+  "name", ["gmm", "fastfood_learnable", "learned_orf", "free"]
+)
 def test_two_draws_of_one_learner_have_parameters_each(name):
   matrix = WEIGHT_MATRICES.build(name)
   fm = sf.compose(TwoDraws(), matrix, num_features=10)
@@ -204,7 +206,7 @@ def test_two_draws_of_one_learner_have_parameters_each(name):
   params = one_head.params["rows"]
   projection = jax.tree.map(
     lambda leaf: leaf.reshape(2, -1, *leaf.shape[1:]),
-    one_head.projection["rows"],
+    one_head.projection.get("rows", {}),
   )
   for draw in range(2):
     expected = compiled_rows(
@@ -212,7 +214,7 @@ def test_two_draws_of_one_learner_have_parameters_each(name):
     )
     own = slice(5 * draw, 5 * draw + 5)
     np.testing.assert_allclose(rows.w[own], expected.w, rtol=1e-5, atol=1e-6)
-    if name == "gmm":
+    if name in ("gmm", "free"):
       np.testing.assert_allclose(rows.log_weight[own], expected.log_weight)
   assert not np.allclose(rows.w[:5], rows.w[5:], atol=0.1)
 
@@ -240,6 +242,7 @@ def test_bases_that_cannot_be_noise_are_refused(base, reason):
     ("generator", {"num_hidden": 0}, "num_hidden must be a positive"),
     ("generator", {"hidden_factor": 1.5}, "hidden_factor must be a positive"),
     ("bbq", {"num_pieces": 0}, "num_pieces must be a positive"),
+    ("free", {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
     ("flow", {"num_couplings": 0}, "num_couplings must be a positive"),
     ("flow", {"hidden_factor": 0}, "hidden_factor must be a positive"),
     (
