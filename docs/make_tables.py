@@ -27,6 +27,7 @@ STATUSES = {
   "W": ("#56B4E9", "weighted: unbiased with its row weights"),
   "A": ("#E69F00", "approximate rows: biased, see W's docstring"),
   "L": ("#CC79A7", "learnt rows: exact when initialised"),
+  "K": ("#F0E442", "learnt kernel: its own, with nothing to be unbiased for"),
   "r": ("#FFFFFF", "refused: W cannot make the rows that f needs"),
   "t": ("#BBBBBB", "refused: heavy tails, trigonometric f only"),
   "x": ("#777777", "refused: another reason, named in the error"),
@@ -202,6 +203,8 @@ def _status(component, matrix) -> str:
     if component.info.row_law not in matrix.info.row_laws:
       return "r"
     return "t" if matrix.info.trig_only else "x"
+  if component.info.learnable:
+    return "K"
   if matrix.info.learnable:
     return "L"
   return matrix.info.marginals[0].upper()

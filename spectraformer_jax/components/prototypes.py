@@ -172,7 +172,7 @@ class LearnedExp(PrototypeRows):
 
   References:
     None: exponentials of linear maps are in many papers; Zhang et al., The
-    Hedgehog & the Porcupine, 2024, section 4.2 (2402.04347), fits such maps.
+    Hedgehog & the Porcupine, 2024, section 4 (2402.04347), fits such maps.
 
   Example:
     >>> import jax, jax.numpy as jnp, spectraformer_jax as sf
@@ -195,7 +195,7 @@ class LearnedExp(PrototypeRows):
     cost="M exponentials",
     good_for="a fit like that of prototypes, with less work for keys",
     avoid="estimates of softmax without a fit to data",
-    source="2402.04347, section 4.2, without its softmax over features",
+    source="2402.04347, section 4, without its softmax over features",
     row_law="none",
     learnable=True,
   )

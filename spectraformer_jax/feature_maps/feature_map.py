@@ -51,7 +51,7 @@ class FeatureMap(DrawnMap):
     return FeatureMapInfo(
       name=f"{f.info.name}-{w.info.name}",
       positive=f.info.positive and not w.info.signed,
-      unbiased=w.info.marginals != "approximate",
+      unbiased=w.info.marginals != "approximate" and not f.info.learnable,
       learnable=w.info.learnable or f.info.learnable,
       needs_stats=f.needs_stats or w.needs_stats,
     )

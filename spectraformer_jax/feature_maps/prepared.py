@@ -28,7 +28,8 @@ class FeatureMapInfo:
     name: "component-matrix".
     positive: features are never negative, signs of the rows included.
     unbiased: the mean of the estimate is exactly the kernel (exact or weighted
-      marginals); otherwise the matrix's docstring gives the bias.
+      marginals); otherwise the matrix's docstring gives the bias, or the
+      component learns its kernel.
     learnable: the weight matrix or the component is learnt, so there is no
       fixed kernel to compare with.
     needs_stats: features need data-dependent `stats`.
