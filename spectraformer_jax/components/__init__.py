@@ -26,6 +26,7 @@ from spectraformer_jax.components.discrete_plus import GeomRFPlus, PoisRFPlus
 from spectraformer_jax.components.feature_networks import T2R, Hedgehog
 from spectraformer_jax.components.gerf import GERF
 from spectraformer_jax.components.hybrid import HRF
+from spectraformer_jax.components.learnt import Learnt
 from spectraformer_jax.components.maclaurin import Maclaurin
 from spectraformer_jax.components.optimal import OPRF, OPRFHyperbolic
 from spectraformer_jax.components.positive import PosRF, PosRFHyperbolic
@@ -61,6 +62,7 @@ __all__ = [
   "Hedgehog",
   "KernelComponent",
   "LearnedExp",
+  "Learnt",
   "Maclaurin",
   "OPRFHyperbolic",
   "PoisRF",
