@@ -5,7 +5,7 @@ import ast
 import importlib
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from typing_extensions import override
@@ -64,16 +64,39 @@ def run(
     print("\nEach command has --help.")
     return 0 if argv else USER_ERROR
   command, *rest = argv
-  # Escapes the characters of file names that the terminal cannot show.
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors="backslashreplace")
-  try:
+
+  def main(argv: Sequence[str]) -> int | None:
     if command not in commands:
       raise ValueError(
         f"unknown command {command!r}; there are {', '.join(commands)}."
       )
     module, _ = commands[command]
-    return importlib.import_module(module).main(rest) or 0
+    return importlib.import_module(module).main(argv)
+
+  return call(main, rest)
+
+
+def call(
+  main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
+) -> int:
+  """Calls `main(argv)`; reports user errors in one line.
+
+  Args:
+    main: returns an exit status, or None for 0.
+    argv: its arguments.
+
+  Returns:
+    The exit status: 0, 2 for a user error, 130 for Ctrl-C, or the command's.
+
+  Example:
+    >>> call(lambda argv: None, [])
+    0
+  """
+  # Escapes the characters of file names that the terminal cannot show.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
+  try:
+    return main(argv) or 0
   except (OSError, ValueError) as error:
     message = " ".join(str(error).split("\n"))
     print(f"error: {message}", file=sys.stderr)

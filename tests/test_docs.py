@@ -48,7 +48,13 @@ def test_public_names_have_docstrings():
 
 @pytest.mark.parametrize(
   "name",
-  ["README.md", "docs/attention.md", "docs/clients.md", "docs/hybrid.md"],
+  [
+    "README.md",
+    "docs/attention.md",
+    "docs/clients.md",
+    "docs/hybrid.md",
+    pytest.param("docs/linearize.md", marks=pytest.mark.slow),
+  ],
 )
 def test_code_of_the_documentation_runs(name, tmp_path):
   blocks = python_blocks(name)

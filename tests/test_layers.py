@@ -76,7 +76,12 @@ LAYERS = {
   "study": "base study.approximation study.sweep",
   # Conversion measures with the study's functions, and attends like anybody.
   "linearize": (
-    "base attention feature_maps hybrid_attention kernels study.approximation"
+    "base adapters attention feature_maps hybrid_attention kernels "
+    "linearize.runs study.approximation"
+  ),
+  "linearize.runs": (
+    "base attention data feature_maps hybrid_attention kernels linearize nn "
+    "study study.approximation train train.devices train.run train.step"
   ),
 }
 

@@ -7,6 +7,8 @@ the softmax; nothing else of the model changes, and no labels are needed.
 from spectraformer_jax.linearize.certificate import certify
 from spectraformer_jax.linearize.fit import fit_feature_map
 from spectraformer_jax.linearize.layers import fit_layers
+from spectraformer_jax.linearize.loading import in_order, load
+from spectraformer_jax.linearize.recording import recording_attention_fn
 from spectraformer_jax.linearize.records import (
   Certificate,
   FitReport,
@@ -14,6 +16,7 @@ from spectraformer_jax.linearize.records import (
   NonFiniteLossError,
 )
 from spectraformer_jax.linearize.start import start_from_data
+from spectraformer_jax.study.approximation.inputs import write_npz
 
 __all__ = [
   "Certificate",
@@ -23,5 +26,9 @@ __all__ = [
   "certify",
   "fit_feature_map",
   "fit_layers",
+  "in_order",
+  "load",
+  "recording_attention_fn",
   "start_from_data",
+  "write_npz",
 ]

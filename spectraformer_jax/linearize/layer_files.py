@@ -99,7 +99,8 @@ def read(out: Path, name: str, settings: dict[str, Any]) -> FittedLayer | None:
     if stored.get(key) != settings[key]:
       raise ValueError(
         f"{str(path)!r} was fitted with {key}={stored.get(key)!r}, not "
-        f"{settings[key]!r}: use another folder, or overwrite=True."
+        f"{settings[key]!r}: use another folder, or overwrite "
+        "(overwrite=True, --overwrite)."
       )
   return layer
 

@@ -1,21 +1,28 @@
 """Captures the inputs of a trained model's attention layers."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as linen
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spectraformer_jax import data
 from spectraformer_jax.nn import SpectralSelfAttention, load_pretrained, rotate
-from spectraformer_jax.study.approximation.inputs import Inputs, make_inputs
+from spectraformer_jax.study.approximation.inputs import (
+  ARRAYS,
+  Inputs,
+  make_inputs,
+)
 from spectraformer_jax.train.inputs import load_data
 from spectraformer_jax.train.run import describe, run_folder
 from spectraformer_jax.train.step.steps import model_inputs
 
 PROJECTIONS = ("query", "key", "value")
+# Examples that go through the model together, to need less memory.
+AT_ONCE = 8
 
 
 def capture(
@@ -86,9 +93,15 @@ def _layer_name(path: tuple[str, ...]) -> str:
 
 
 def capture_workdir(
-  workdir: Path, *, split: str, examples: int, step: str
+  workdir: Path,
+  *,
+  split: str,
+  examples: int,
+  step: str,
+  seed: int | None = None,
+  flag: str = "--examples",
 ) -> list[Inputs]:
-  """Captures the layers' inputs on the first examples of a split.
+  """Captures the layers' inputs on examples of a split.
 
   Args:
     workdir: of `train.py`.
@@ -96,6 +109,8 @@ def capture_workdir(
     examples: number of examples.
     step: "best" (by dev accuracy), "last", or the number of a step whose
       checkpoint was kept.
+    seed: draws the examples; None takes the first ones.
+    flag: that chose `examples`, for the message of an error.
 
   Raises:
     ValueError: the workdir holds no run or no such checkpoint, or the task's
@@ -106,17 +121,35 @@ def capture_workdir(
   run_folder.check_data(workdir, {split: describe.split_facts(dataset)})
   if examples > len(dataset):
     raise ValueError(
-      f"--examples must be at most the {len(dataset)} of split {split!r}, got "
+      f"{flag} must be at most the {len(dataset)} of split {split!r}, got "
       f"{examples}."
     )
   batches = data.Batches(
     dataset,
     examples,
-    seed=0,
-    train=False,
+    seed=0 if seed is None else seed,
+    train=seed is not None,
     pad_to_multiple=config.task.pad_to_multiple,
   )
   model, variables = load_pretrained(workdir, step=step)
-  return capture(
-    model, variables, *model_inputs(jax.tree.map(jnp.asarray, next(batches)))
+  batch = next(batches)
+  parts = [
+    capture(
+      model,
+      variables,
+      *(jnp.asarray(x[i : i + AT_ONCE]) for x in model_inputs(batch)),
+    )
+    for i in range(0, examples, AT_ONCE)
+  ]
+  return [_joined(layers) for layers in zip(*parts, strict=True)]
+
+
+def _joined(parts: Sequence[Inputs]) -> Inputs:
+  """Returns one layer's inputs on the examples of all parts."""
+  return dataclasses.replace(
+    parts[0],
+    **{
+      name: np.concatenate([getattr(part, name) for part in parts])
+      for name in ARRAYS
+    },
   )

@@ -73,6 +73,12 @@ class Inputs:
       self, **{name: getattr(self, name)[:, :length] for name in ARRAYS}
     )
 
+  def sequences(self, chosen: slice) -> "Inputs":
+    """Returns some of the sequences."""
+    return dataclasses.replace(
+      self, **{name: getattr(self, name)[chosen] for name in ARRAYS}
+    )
+
 
 def make_inputs(
   name: str,

@@ -1,0 +1,1 @@
+"""Conversion of runs of train.py, and the command that does it."""
