@@ -132,7 +132,8 @@ def _masks(
     sees = of_heads[:, 0]
     if (of_heads != sees[:, None]).any():
       raise ValueError(f"{name}: the mask must be the same for all heads.")
-  key_mask, query_mask = sees.any(axis=1), sees.any(axis=2)
+  key_mask = np.asarray(sees.any(axis=1))
+  query_mask = np.asarray(sees.any(axis=2))
   real = query_mask[:, :, None] & key_mask[:, None]
   wanted = real & triangle if has_triangle else real
   if (sees == wanted).all():

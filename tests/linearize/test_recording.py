@@ -121,6 +121,7 @@ def folder(inputs, params, tmp_path_factory):
   return path / "out"
 
 
+@pytest.mark.slow
 def test_fitted_layers_go_into_both_kinds_of_models(folder, inputs, params):
   x, real, mask = inputs
   functions = linearize.load(folder)

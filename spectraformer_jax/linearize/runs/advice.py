@@ -50,9 +50,7 @@ def _on_model(outcome: Outcome) -> str:
   }
   name = max(others, key=lambda name: others[name])
   if others[name] >= found.same_answers:
-    text += (
-      f"; {name} without any fit does so, too ({100 * others[name]:.1f} %)"
-    )
+    text += f"; {name} without any fit gives it to {100 * others[name]:.1f} %"
   return text
 
 

@@ -83,7 +83,6 @@ def make_parser() -> commands.Parser:
   flag("--overwrite", action="store_true", help="fit anew what --out holds")
   flag(
     "--pair",
-    type=pair_spec.parse_pair,
     default="prototypes-none",
     help="component-matrix, with options as in 'prototypes(share=1)-none'; "
     "default prototypes-none",
@@ -194,8 +193,7 @@ def _check(args: argparse.Namespace) -> None:
       raise ValueError("--causal is for --inputs only: a run says so itself.")
   elif args.step is not None:
     raise ValueError("--step is for --workdir only.")
-  if isinstance(args.pair, str):
-    args.pair = pair_spec.parse_pair(args.pair)
+  args.pair = pair_spec.parse_pair(args.pair)
   for name in ("num_features", "rows", "batch_size"):
     check_positive_int(f"--{name}", getattr(args, name))
   for name in ("examples", "held_out"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
@@ -131,15 +132,15 @@ def certify_layer(
 ) -> Certificate:
   """Measures a layer's map on its held-out sequences; see `certify`."""
   return certify(
-    held_out.query,
-    held_out.key,
-    held_out.value,
+    jnp.asarray(held_out.query),
+    jnp.asarray(held_out.key),
+    jnp.asarray(held_out.value),
     feature_map=feature_map,
     variables=variables,
     start=start,
     is_causal=source.is_causal,
-    key_mask=held_out.key_mask,
-    query_mask=held_out.query_mask,
+    key_mask=jnp.asarray(held_out.key_mask),
+    query_mask=jnp.asarray(held_out.query_mask),
     target=source.target,
     **exact._asdict(),
   )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as linen
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -132,13 +133,9 @@ def capture_workdir(
     pad_to_multiple=config.task.pad_to_multiple,
   )
   model, variables = load_pretrained(workdir, step=step)
-  batch = next(batches)
+  arrays = model_inputs(jax.tree.map(jnp.asarray, next(batches)))
   parts = [
-    capture(
-      model,
-      variables,
-      *(jnp.asarray(x[i : i + AT_ONCE]) for x in model_inputs(batch)),
-    )
+    capture(model, variables, *(x[i : i + AT_ONCE] for x in arrays))
     for i in range(0, examples, AT_ONCE)
   ]
   return [_joined(layers) for layers in zip(*parts, strict=True)]

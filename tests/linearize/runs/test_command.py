@@ -24,6 +24,7 @@ from tests.linearize.runs.helpers import run_config, write_run
 from tests.train.helpers import first_state
 
 
+@pytest.mark.slow
 def test_files(converted):
   text = (converted / "report.md").read_text()
   for needed in ("| conversion |", "| oprf-orf, not fitted |", "| layer_1 |"):
@@ -40,6 +41,7 @@ def test_files(converted):
   assert not list(converted.glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_result_is_a_run(converted, capsys):
   record = json.loads((converted / "linearize.json").read_text())
   found = evaluate(converted, split="dev")
@@ -57,6 +59,7 @@ def test_the_result_is_a_run(converted, capsys):
   assert json.loads(capsys.readouterr().out)["label"] in range(10)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_conversion(converted):
   config = run_folder.stored_config(converted)
   config.model.init_from = str(converted)
@@ -69,6 +72,7 @@ def test_fine_tuning_starts_from_the_conversion(converted):
   jax.tree.map(np.testing.assert_array_equal, dict(state.variables), variables)
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(converted, convert, tmp_path):
   out = shutil.copytree(converted, tmp_path / "out")
   read = lambda: {p.name: p.read_bytes() for p in out.glob("layers/*")}
@@ -83,6 +87,7 @@ def test_a_killed_command_goes_on(converted, convert, tmp_path):
   assert (out / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(converted, convert, capsys):
   assert convert(converted, "--seed=1") == 2
   error = capsys.readouterr().err
@@ -120,6 +125,7 @@ def test_mistakes_without_a_run(flags, message, tmp_path, capsys):
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_with_a_run(run, convert, tmp_path, capsys):
   folder, _, _ = run
   new = tmp_path / "out"
@@ -153,6 +159,7 @@ def test_runs_without_exact_attention(attention, message, tmp_path, capsys):
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_never_finite(convert, tmp_path, monkeypatch, capsys):
   def fail(*args, **kwargs):
     raise NonFiniteLossError("layer 'layer_0': the loss is not finite")
@@ -174,6 +181,7 @@ def make_file(path):
   inputs.write_npz(path, layers)
 
 
+@pytest.mark.slow
 def test_a_file_gives_layers_and_no_model(tmp_path):
   make_file(tmp_path / "x.npz")
   flags = ["--num_features=4", "--steps=2", "--causal"]
