@@ -207,21 +207,24 @@ def _fit(
     loss, uniform = _check(problem, params, projection, checked, rows)
     return float(loss), float(uniform)
 
+  start_loss, uniform = measure(params)
+  start = _Course([], [0], [start_loss], params)
+  step = functools.partial(_step, problem, projection, fitted, step_rng)
+
   def descend(rate: float) -> _Course:
-    step = functools.partial(_step, problem, projection, fitted, step_rng)
-    return _descend(step, measure, params, _rates(rate, steps), on_check)
+    return _descend(step, measure, start, _rates(rate, steps), on_check)
 
   for rate in (learning_rate * factor for factor in TRIES):
     course = descend(rate)
     if course.is_finite:
       break
   else:
+    is_lost = ~np.isfinite([*course.losses, np.nan])
     raise NonFiniteLossError(
-      f"the loss is not finite at step {len(course.losses)} with learning_rate="
+      f"the loss is not finite at step {np.argmax(is_lost)} with learning_rate="
       f"{rate:.3g}, nor with larger ones up to {learning_rate:.3g}: pass a "
       "smaller one."
     )
-  _, uniform = measure(params)
   best = int(np.argmin(course.held_out))
   if not course.held_out[best] < uniform:
     best = 0
@@ -241,7 +244,7 @@ def _fit(
 def _descend(
   step: Callable[..., tuple[_State, Array]],
   measure: Callable[[Params], tuple[float, float]],
-  params: Params,
+  course: _Course,
   rates: np.ndarray,
   on_check: OnCheck,
 ) -> _Course:
@@ -250,12 +253,11 @@ def _descend(
   Args:
     step: function of state, number of the step and learning rate.
     measure: function of parameters; the held-out loss is its first result.
-    params: of the start.
+    course: of no step, with the parameters of the start.
     rates: learning rate of each step.
     on_check: see `fit_feature_map`.
   """
-  state = _State(params, _optimizer().init(params))
-  course = _Course([], [0], [measure(params)[0]], params)
+  state = _State(course.best, _optimizer().init(course.best))
   while course.is_finite and len(course.losses) < len(rates):
     done = len(course.losses)
     losses = []

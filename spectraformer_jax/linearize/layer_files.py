@@ -82,7 +82,7 @@ def settings_of(
     **options,
     "window": exact.window,
   }
-  return json.loads(json.dumps(settings))
+  return json.loads(json.dumps(settings, default=lambda number: number.item()))
 
 
 def read(out: Path, name: str, settings: dict[str, Any]) -> FittedLayer | None:
