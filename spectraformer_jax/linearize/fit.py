@@ -144,7 +144,15 @@ def fit_feature_map(
 
   Example:
     >>> import spectraformer_jax as sf
-    >>> fm = sf.feature_map("gerf", "gmm", num_features=8)
+    >>> fm = sf.feature_map("prototypes", "none", num_features=8)
+    >>> rng = jax.random.key(0)
+    >>> v = fm.init(rng, head_dim=4, num_heads=2)
+    >>> x = jax.random.normal(rng, (2, 16, 2, 4))
+    >>> v = sf.linearize.start_from_data(rng, fm, v, x, x)
+    >>> v, report = fit_feature_map(
+    ...   x, x, feature_map=fm, variables=v, rng=rng, steps=50)
+    >>> report.best_loss < report.start_loss < report.uniform
+    True
   """
   check_int("steps", steps, 0)
   if not learning_rate > 0:

@@ -63,6 +63,18 @@ def fit_layers(
       `out` is of other data or settings, or `fit_feature_map` refuses a layer;
       the message names the layer.
     NonFiniteLossError: see `fit_feature_map`.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> from spectraformer_jax.study.approximation.inputs import random_inputs
+    >>> draw = lambda seed: random_inputs(
+    ...   batch=2, length=8, num_heads=2, head_dim=4, seed=seed)
+    >>> (layer,) = fit_layers(
+    ...   [draw(0)],
+    ...   feature_map=sf.feature_map("prototypes", "none", num_features=4),
+    ...   rng=jax.random.key(0), held_out=[draw(1)], steps=0)
+    >>> layer.name, layer.report.checked_steps.tolist()
+    ('random', [0])
   """
   names = [layer.name for layer in inputs]
   if len(set(names)) < len(names) or not names:

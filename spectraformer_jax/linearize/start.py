@@ -54,6 +54,15 @@ def start_from_data(
 
   References:
     Lloyd 1982, Least squares quantization in PCM, section II.
+
+  Example:
+    >>> import spectraformer_jax as sf
+    >>> fm = sf.feature_map("prototypes", "none", num_features=3)
+    >>> v = fm.init(jax.random.key(0), head_dim=4)
+    >>> x = jnp.eye(4)[None, :3, None]
+    >>> start_from_data(jax.random.key(0), fm, v, x, x, scale=1.0).params[
+    ...   "component"]["w"].sum(axis=1).tolist()
+    [[1.0, 1.0, 1.0, 0.0]]
   """
   arrays = AttentionArrays(query, key, key, key_mask, query_mask)
   arrays = arrays_of(arrays, needs_value=False)

@@ -95,9 +95,9 @@ def learnable_pairs():
   """Returns the names of a pair for every component and matrix with params."""
   matrices = {n: WEIGHT_MATRICES.build(n) for n in WEIGHT_MATRICES.names()}
   pairs = [("posrf", n) for n, m in matrices.items() if m.info.learnable]
-  for name, matrix in dict(reversed(sf.list_feature_maps())).items():
-    if not matrices[matrix].info.learnable:
-      pairs.append((name, matrix))
+  every = sf.list_feature_maps()
+  for name, matrix in dict(reversed(every)).items():
+    pairs.append((name, "orf" if (name, "orf") in every else matrix))
 
   def can_be_fitted(pair):
     fm = smallest_map(*pair, head_dim=HEAD_DIM)
