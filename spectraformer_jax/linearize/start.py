@@ -16,6 +16,8 @@ from spectraformer_jax.typing import Array, FeatureVariables, Params
 # Keys of all sequences that the centres of one map are found among.
 NUM_KEYS = 2048
 LLOYD_STEPS = 5
+# Squared distances of equal points, and of points before the first is drawn.
+_NO_DISTANCE, _ANY_DISTANCE = 1e-30, 1e30
 
 
 def start_from_data(
@@ -60,8 +62,8 @@ def start_from_data(
     >>> fm = sf.feature_map("prototypes", "none", num_features=3)
     >>> v = fm.init(jax.random.key(0), head_dim=4)
     >>> x = jnp.eye(4)[None, :3, None]
-    >>> start_from_data(jax.random.key(0), fm, v, x, x, scale=1.0).params[
-    ...   "component"]["w"].sum(axis=1).tolist()
+    >>> v = start_from_data(jax.random.key(0), fm, v, x, x, scale=1.0)
+    >>> v.params["component"]["query_rows"].sum(axis=1).tolist()
     [[1.0, 1.0, 1.0, 0.0]]
   """
   arrays = AttentionArrays(query, key, key, key_mask, query_mask)
@@ -116,8 +118,7 @@ def k_means(
 ) -> Array:
   """Returns the centres of points after some of Lloyd's steps, ``[M, H]``.
 
-  They start at random points, which differ where there are enough. A centre to
-  which no point is nearest keeps its place.
+  A centre to which no point is nearest keeps its place.
 
   Args:
     rng: PRNG key.
@@ -132,9 +133,6 @@ def k_means(
     >>> sorted(centres[:, 0].tolist())
     [0.5, 10.5]
   """
-  noise = jax.random.gumbel(rng, is_point.shape)
-  order = jnp.argsort(jnp.where(is_point, noise, -jnp.inf), descending=True)
-  first = order[jnp.arange(num_centres) % jnp.sum(is_point)]
 
   def step(_: Array, centres: Array) -> Array:
     half = 0.5 * jnp.sum(jnp.square(centres), axis=1)
@@ -144,4 +142,28 @@ def k_means(
     mean = is_nearest.T @ points / jnp.maximum(count, 1.0)
     return jnp.where(count > 0.0, mean, centres)
 
-  return jax.lax.fori_loop(0, LLOYD_STEPS, step, points[first])
+  first = _distant_points(rng, points, is_point, num_centres)
+  return jax.lax.fori_loop(0, LLOYD_STEPS, step, first)
+
+
+def _distant_points(
+  rng: Array, points: Array, is_point: Array, count: int
+) -> Array:
+  """Draws points, each by its squared distance from the nearest before it.
+
+  So equal points are drawn twice only if there are not enough others. Arguments
+  as in `k_means`; this is its usual start, k-means++ (Arthur and Vassilvitskii,
+  2007, section 2.2).
+  """
+
+  def draw(nearest: Array, rng: Array) -> tuple[Array, Array]:
+    log_weight = jnp.log(jnp.maximum(nearest, _NO_DISTANCE))
+    chosen = jax.random.categorical(
+      rng, jnp.where(is_point, log_weight, -jnp.inf)
+    )
+    point = points[chosen]
+    square = jnp.sum(jnp.square(points - point[None]), axis=1)
+    return jnp.minimum(nearest, square), point
+
+  far = jnp.full(is_point.shape, _ANY_DISTANCE, points.dtype)
+  return jax.lax.scan(draw, far, jax.random.split(rng, count))[1]

@@ -146,11 +146,11 @@ def test_hidden_numbers_change_no_bit():
 
 def prototype_loss(params, x, y):
   """The loss of one query x ``[H]`` at keys ``[S, H]``, in float64."""
-  log_softmax = lambda z: z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
-  log_phi = params["w"] @ x + params["b"]
-  log_psi = log_softmax(y @ params["v"].T + params["c"])
-  log_a = log_softmax(y @ x)
-  log_b = log_softmax(np.logaddexp.reduce(log_phi + log_psi, axis=-1))
+  total = lambda z: np.logaddexp.reduce(z, axis=-1, keepdims=True)
+  log_phi = params["query_rows"] @ x + params["query_bias"]
+  z = y @ params["key_rows"].T + params["key_bias"]
+  log_student = total(log_phi + z - params["share"] * total(z))[:, 0]
+  log_a, log_b = y @ x - total(y @ x), log_student - total(log_student)
   return np.sum(np.exp(log_a) * (log_a - log_b))
 
 

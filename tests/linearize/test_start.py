@@ -31,8 +31,8 @@ def test_centres_have_little_spread(rng):
   centres = np.asarray(k_means(rng, points, jnp.arange(200) < 150, 5))
   distance = np.asarray(points)[:150, None] - centres[None]
   spread = np.mean(np.sum(distance**2, axis=-1).min(axis=1))
-  # k-means of scikit-learn, the best of ten starts, has BEST.
-  assert spread < 1.15 * 1.0
+  # k-means of scikit-learn, the best of ten starts, has 1.200.
+  assert spread < 1.1 * 1.200
 
 
 def test_an_empty_centre_keeps_its_place(rng):
@@ -55,7 +55,7 @@ def test_prototypes_of_a_head_are_centres_of_its_keys(num_heads):
   num_features = len(visible) * (HEADS // num_heads)
   maps = build_map(num_features, num_heads)
   params = started(arrays, **maps).params["component"]
-  found = np.sort(np.asarray(params["w"]), axis=1)
+  found = np.sort(np.asarray(params["query_rows"]), axis=1)
   assert len(found) == num_heads
   by_map = np.moveaxis(visible, 1, 0).reshape(num_heads, -1, HEAD_DIM)
   np.testing.assert_allclose(found, np.sort(by_map, axis=1), rtol=1e-6)
