@@ -86,7 +86,7 @@ MODULES = (
 )
 FITTED, CHECKED = 32, 8
 BATCH = 8
-TABLE_WIDTH = 130
+TABLE_WIDTH = 160
 
 
 class Setting(NamedTuple):

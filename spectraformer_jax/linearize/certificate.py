@@ -163,6 +163,7 @@ def _of_weights(
   def of_sequence(arrays: AttentionArrays) -> tuple[Array, ...]:
     arrays = jax.tree.map(lambda leaf: leaf[None], arrays)
     query, key, _, key_mask, query_mask, _ = arrays
+    assert key_mask is not None and query_mask is not None  # of `arrays_of`
     query = jnp.where(query_mask[:, :, None, None], query, 0)
     key = jnp.where(key_mask[:, :, None, None], key, 0)
     visible = checks.visible_keys(query, key, setting.is_causal, key_mask, None)

@@ -160,6 +160,10 @@ def fit_feature_map(
   if steps:
     check_fits(feature_map)
   needs_value = loss == "output"
+  if value is None:
+    if needs_value:
+      raise ValueError("loss='output' needs value, got None.")
+    value = key
   examples = AttentionArrays(query, key, value, key_mask, query_mask)
   arrays = arrays_of(examples, needs_value=needs_value)
   variables = as_variables(variables)
@@ -222,11 +226,12 @@ def _fit(
   def descend(rate: float) -> _Course:
     return _descend(step, measure, start, _rates(rate, steps), on_check)
 
+  course, rate = start, learning_rate
   for rate in (learning_rate * factor for factor in TRIES):
     course = descend(rate)
     if course.is_finite:
       break
-  else:
+  if not course.is_finite:
     is_lost = ~np.isfinite([*course.losses, np.nan])
     raise NonFiniteLossError(
       f"the loss is not finite at step {np.argmax(is_lost)} with learning_rate="

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -112,11 +113,12 @@ def load_layer(path: Path) -> tuple[dict[str, Any], FittedLayer]:
     ValueError: the file is not one that `write` has written.
   """
   try:
-    with np.load(path) as file:
+    with path.open("rb") as opened, np.load(opened) as file:
       stored = {name: file[name] for name in file.files}
     settings = json.loads(str(stored.pop(SETTINGS)))
     name = str(stored.pop("name"))
-  except (ValueError, KeyError, EOFError, OSError, TypeError) as error:
+  # TypeError: an npy file gives an array, which is no context manager.
+  except (ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
     raise ValueError(f"{str(path)!r} is not the file of a layer.") from error
   tree = _nested(stored)
   report = tree["report"]
@@ -145,7 +147,7 @@ def write(out: Path, layer: FittedLayer, settings: dict[str, Any]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   report = layer.report._asdict()
   del report["seconds"]
-  arrays = {
+  arrays: dict[str, Any] = {
     SETTINGS: np.array(json.dumps(settings)),
     "name": np.array(layer.name),
     **_flat("variables", layer.variables._asdict()),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.linearize import layer_files
@@ -15,7 +16,7 @@ from spectraformer_jax.linearize.records import (
   NonFiniteLossError,
 )
 from spectraformer_jax.linearize.start import start_from_data
-from spectraformer_jax.study.approximation.inputs import Inputs
+from spectraformer_jax.study.approximation.inputs import ARRAYS, Inputs
 from spectraformer_jax.typing import Array
 
 # Called with a layer's name and the number of its steps that are done.
@@ -119,7 +120,10 @@ def _fit_layer(
   rng = jax.random.fold_in(rng, zlib.crc32(name.encode()))
   init_rng, start_rng, fit_rng = jax.random.split(rng, 3)
   _, _, heads, head_dim = fitted.key.shape
-  masks = {"key_mask": fitted.key_mask, "query_mask": fitted.query_mask}
+  query, key, value, key_mask, query_mask = (
+    jnp.asarray(getattr(fitted, array)) for array in ARRAYS
+  )
+  masks = {"key_mask": key_mask, "query_mask": query_mask}
   try:
     start = start_from_data(
       start_rng,
@@ -127,15 +131,15 @@ def _fit_layer(
       feature_map.init(
         init_rng, head_dim=head_dim, num_heads=num_heads or heads
       ),
-      fitted.query,
-      fitted.key,
+      query,
+      key,
       scale=options.get("scale"),
       **masks,
     )
     variables, report = fit_feature_map(
-      fitted.query,
-      fitted.key,
-      value=fitted.value,
+      query,
+      key,
+      value=value,
       feature_map=feature_map,
       variables=start,
       rng=fit_rng,

@@ -182,8 +182,6 @@ def arrays_of(examples: Examples, *, needs_value: bool) -> AttentionArrays:
       a whole sequence, or visible numbers are not finite.
   """
   value = examples.value if needs_value else examples.key
-  if value is None:
-    raise ValueError("loss='output' needs value, got None.")
   arrays = checks.attention_arrays(
     examples.query,
     examples.key,
@@ -249,6 +247,7 @@ def _make_sequences(
 ) -> Sequences:
   """Computes `make_sequences` of arrays with masks."""
   query, key, value, key_mask, query_mask, _ = arrays
+  assert key_mask is not None and query_mask is not None  # from `arrays_of`
   batch, length, _, head_dim = query.shape
   heads = key.shape[2]
   x = scaled(query, query_mask, sqrt_scale)
@@ -266,6 +265,7 @@ def _make_sequences(
     is_rest = choice.is_rest.reshape(*key.shape[:2], -1)
     is_special = jnp.swapaxes(key_mask[..., None] & ~is_rest, 1, 2)
   by_head, row_mask = queries_by_key_head(x, query_mask, heads)
+  assert row_mask is not None
   of_head = lambda x: jnp.swapaxes(x, 1, 2)
   return Sequences(
     of_head(by_head),

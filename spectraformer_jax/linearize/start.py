@@ -89,7 +89,9 @@ def _start(
 ) -> Params:
   """Computes the component's parameters of all heads at once."""
   key = scaled(arrays.key, arrays.key_mask, sqrt_scale)
-  assert arrays.key_mask is not None  # from `arrays_of`
+  num_centres = feature_map.num_features
+  # From `arrays_of`; components that start from data take a number of features.
+  assert arrays.key_mask is not None and num_centres is not None
   is_key = arrays.key_mask.reshape(-1)
   points = jnp.moveaxis(key, 2, 0).reshape(key.shape[2], -1, key.shape[3])
   total = jnp.sum(points, axis=1)
@@ -108,7 +110,7 @@ def _start(
     jax.random.split(centre_rng, num_maps),
     points,
     is_point,
-    feature_map.num_features,
+    num_centres,
   )
   return jax.vmap(feature_map.component.start)(params, centres, mean)
 

@@ -13,18 +13,23 @@ from tests.hybrid_attention.helpers import Choice, features, key_sets
 
 # What may be asked of attention.
 CASES = {
+  "exact": {"window": (2, 1), "num_sinks": 1, "num_heavy": 2},
   "all keys": {},
   "causal": {"is_causal": True},
-  "exact": {"window": (2, 1), "num_sinks": 1, "num_heavy": 2},
   "causal exact": {"window": 1, "num_sinks": 2, "is_causal": True},
 }
 BATCH, LENGTH, HEADS, HEAD_DIM, VALUE_DIM = 3, 12, 2, 4, 3
 
 
 @functools.cache
-def build_map(num_features=6, num_heads=HEADS, seed=0, component="prototypes"):
+def build_map(num_features=6, num_heads=HEADS, seed=0, share="learned"):
   """Returns `feature_map` and `variables` as keyword arguments."""
-  fm = sf.feature_map(component, "none", num_features=num_features)
+  fm = sf.feature_map(
+    "prototypes",
+    "none",
+    num_features=num_features,
+    component_kwargs={"share": share},
+  )
   with jax.ensure_compile_time_eval():
     variables = fm.init(
       jax.random.key(seed), head_dim=HEAD_DIM, num_heads=num_heads

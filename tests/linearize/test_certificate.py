@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,9 @@ def certificate(arrays, maps=None, **options):
   )
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [2, 1])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(8)
 def test_figures_are_those_of_the_definition(case, groups):
   arrays, maps = draw(groups=groups), build_map(num_heads=groups)
   found = certificate(arrays, maps, **CASES[case])
@@ -58,9 +60,12 @@ def test_figures_are_those_of_the_definition(case, groups):
   assert found.entropy == close([of_head(found) for found in entropies])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_errors_are_those_of_the_study(is_causal):
   inputs, window = layer(), (1, 0)
+  # The study also times JAX's attention, which needs values of this size.
+  inputs = dataclasses.replace(inputs, value=inputs.key)
   options = measure.Options(
     is_causal, draws=1, exact=ExactKeys(window, num_sinks=1)
   )
@@ -84,6 +89,7 @@ def test_errors_are_those_of_the_study(is_causal):
   assert found.uniform_error == pytest.approx(figures.uniform_error, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_scores_and_scale():
   arrays = draw(mask=False)
   plain = certificate(arrays)
@@ -120,6 +126,7 @@ def test_hidden_numbers_change_no_bit():
   )
 
 
+@pytest.mark.slow
 def test_weights_of_both_signs_have_no_divergence():
   fm = sf.feature_map("trigrf", "orf", num_features=8)
   variables = fm.init(jax.random.key(0), head_dim=4)
@@ -128,20 +135,18 @@ def test_weights_of_both_signs_have_no_divergence():
   assert np.isnan(found.kl).all() and np.isfinite(found.error_all)
 
 
-def test_gaussian_attention_is_copied_as_well():
-  arrays = draw(mask=False, scale=1.0)
+@pytest.mark.slow
+def test_the_target_is_the_kernel_of_exact_attention():
   fm = sf.feature_map(
-    "posrf", "orf", num_features=512, component_kwargs={"kernel": "gaussian"}
+    "posrf", "orf", num_features=8, component_kwargs={"kernel": "gaussian"}
   )
   maps = {
     "feature_map": fm,
     "variables": fm.init(jax.random.key(0), head_dim=4),
   }
   softmax, gaussian = (
-    certificate(arrays, maps, target=target)
+    certificate(draw(), maps, target=target, window=LENGTH)
     for target in ("softmax", "gaussian")
   )
-  assert gaussian.error_all < 0.1 < softmax.error_all
-  assert gaussian.kl.mean() < softmax.kl.mean()
-  exact = certificate(arrays, maps, target="gaussian", window=LENGTH)
-  assert exact.error_all < 1e-5
+  assert gaussian.error_all < 1e-5 and gaussian.kl.max() < 1e-6
+  assert softmax.error_all > 0.1 and softmax.kl.min() > 0.01

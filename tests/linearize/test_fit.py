@@ -39,26 +39,23 @@ def fitted(arrays, *, steps=50, seed=0, maps=None, **options):
   )
 
 
-@pytest.mark.parametrize("share", [1.0, "learned"])
+@pytest.mark.parametrize("share", ["learned", 1.0])
+@pytest.mark.quick_every(2)
 def test_keys_of_few_values_are_recovered(rng, share):
-  rngs = jax.random.split(rng, 4)
-  values = 2.0 * jax.random.normal(rngs[0], (8, HEADS, HEAD_DIM))
-  key = values[jax.random.permutation(rngs[1], 32) % 8][None]
-  query = 2.0 * jax.random.normal(rngs[2], (1, 32, HEADS, HEAD_DIM))
-  fm = sf.feature_map(
-    "prototypes",
-    "none",
-    num_features=8,
-    component_kwargs={"share": share},
-  )
-  maps = {
-    "feature_map": fm,
-    "variables": fm.init(rng, head_dim=HEAD_DIM, num_heads=HEADS),
+  arrays, num_values = draw(mask=False), 6
+  # Each key is one of as many values as there are prototypes.
+  order = jax.random.permutation(rng, BATCH * LENGTH) % num_values
+  values = arrays.key[0, :num_values]
+  arrays = arrays._replace(key=values[order.reshape(BATCH, LENGTH)])
+  maps = build_map(num_values, share=share)
+  maps |= {
+    "variables": start_from_data(
+      rng, query=arrays.query, key=arrays.key, **maps
+    )
   }
-  maps["variables"] = start_from_data(rng, query=query, key=key, **maps)
-  maps["variables"], _ = fit_feature_map(query, key, rng=rng, rows=32, **maps)
-  value = jax.random.normal(rngs[3], key.shape)
-  assert certify(query, key, value, **maps).error_all < 0.01
+  variables, _ = fitted(arrays, steps=200, maps=maps, batch_size=BATCH)
+  certificate = certify(*arrays[:3], **maps | {"variables": variables})
+  assert certificate.error_all < 0.01
 
 
 def test_another_map_of_the_class_is_recovered(monkeypatch):
@@ -107,7 +104,7 @@ def learnable_pairs():
 
 
 @pytest.mark.parametrize("pair", learnable_pairs(), ids="-".join)
-@pytest.mark.quick_every(40)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_pair_with_parameters_can_be_fitted(pair):
   arrays = draw()
@@ -129,6 +126,7 @@ def test_every_pair_with_parameters_can_be_fitted(pair):
     ({"keys": 20}, HEADS),
   ],
 )
+@pytest.mark.quick_every(3)
 def test_heads_and_lengths(options, num_heads):
   maps = build_map(num_heads=num_heads)
   variables, report = fitted(draw(**options), maps=maps, rows=LENGTH)
@@ -137,6 +135,7 @@ def test_heads_and_lengths(options, num_heads):
   assert jax.tree.map(jnp.shape, variables) == of_start
 
 
+@pytest.mark.slow
 def test_half_precision_is_computed_in_float32():
   arrays = draw()
   half = arrays._replace(
@@ -200,12 +199,14 @@ def test_a_loss_that_is_never_finite_is_an_error(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_loss_of_outputs():
   arrays = draw()
   _, report = fitted(arrays, loss="output", value=arrays.value)
   assert report.best_loss < 0.9 * report.start_loss
 
 
+@pytest.mark.slow
 def test_gaussian_attention_can_be_the_target():
   arrays = draw(mask=False)
   variables, report = fitted(arrays, target="gaussian")
@@ -219,12 +220,14 @@ def test_gaussian_attention_can_be_the_target():
   assert report.best_loss < 0.9 * report.start_loss
 
 
+@pytest.mark.slow
 def test_fits_repeat_and_depend_on_the_key():
   one, two, other = (fitted(draw(), steps=3, rows=5, seed=s) for s in (0, 0, 1))
   np.testing.assert_array_equal(one[1].losses, two[1].losses)
   assert (one[1].losses != other[1].losses).any()
 
 
+@pytest.mark.slow
 def test_batches_of_sequences():
   arrays = draw()
   _, all_rows = fitted(arrays, steps=3, batch_size=3)

@@ -76,8 +76,8 @@ def test_a_call_that_was_stopped_goes_on_bit_by_bit(tmp_path):
 def test_a_layer_does_not_depend_on_the_others(tmp_path):
   (alone,) = fit_all(names=NAMES[2:])
   assert_same([alone], fit_all()[2:])
-  differ = jax.tree.map(np.array_equal, fit_all()[0].start, alone.start)
-  assert not any(jax.tree.leaves(differ))
+  rows = lambda layer: layer.start.params["component"]["query_rows"]
+  assert (rows(fit_all()[0]) != rows(alone)).all()
 
 
 def test_layers_of_one_shape_share_their_programs():
@@ -159,6 +159,7 @@ def test_another_file_is_no_layer(tmp_path):
       fit_all(tmp_path, names=NAMES[:1])
 
 
+@pytest.mark.slow
 def test_one_map_of_all_heads():
   (found,) = fit_all(names=NAMES[:1], num_heads=1)
   leaves = jax.tree.leaves(found.variables)

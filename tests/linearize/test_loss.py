@@ -34,9 +34,9 @@ def start_loss(arrays, *, rows=10 * LENGTH, **options):
   return report.start_loss
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [2, 1])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(8)
 def test_loss_is_that_of_the_definition(case, groups):
   arrays = draw(groups=groups)
   maps = build_map(num_heads=groups)  # one map of both heads, or two
@@ -46,12 +46,14 @@ def test_loss_is_that_of_the_definition(case, groups):
   assert found == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_queries_and_keys_of_other_lengths():
   arrays, maps = draw(keys=20), build_map()
   expected = loss_by_definition(arrays, **maps).mean()
   assert start_loss(arrays, **maps) == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_of_an_equal_kernel_is_zero_if_all_keys_are_exact():
   assert start_loss(draw(), **build_map(), window=LENGTH) < 1e-6
 
@@ -85,7 +87,7 @@ def test_the_mean_over_draws_of_rows_is_the_loss_of_all_rows():
 
   losses = np.asarray(sample(jax.random.split(jax.random.key(0), 2000)))
   standard_error = losses.std(ddof=1) / len(losses) ** 0.5
-  every = float(loss(jnp.arange(LENGTH)[None]))
+  every = float(jax.jit(loss)(jnp.arange(LENGTH)[None]))
   assert abs(losses.mean() - every) < 5 * standard_error
   assert 0 < standard_error < 0.02 * every  # it could be seen
 
@@ -107,7 +109,8 @@ def test_a_causal_loss_does_not_see_the_future():
   def losses(is_causal):
     for case in (arrays, changed):
       problem, sequences = problem_and_sequences(case, is_causal=is_causal)
-      yield float(mean_loss(problem, variables, sequences, rows)[0])
+      loss = jax.jit(mean_loss, static_argnums=0)
+      yield float(loss(problem, variables, sequences, rows)[0])
 
   before, after = losses(True)
   # Later keys change the shifts, and with them the rounding.
@@ -159,11 +162,14 @@ def test_gradient_is_that_of_finite_differences():
   problem, sequences = problem_and_sequences(arrays)
   variables = build_map()["variables"]
   row = 2
-  found = jax.grad(
-    lambda params: mean_loss(
-      problem, variables._replace(params=params), sequences, jnp.array([[row]])
-    )[0]
-  )(variables.params)["component"]
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    moved, rows = variables._replace(params=params), jnp.array([[row]])
+    return mean_loss(problem, moved, sequences, rows)[0]
+
+  found = gradient(variables.params)["component"]
   (visible,) = np.asarray(arrays.key_mask)
   root = arrays.query.shape[-1] ** -0.25
   for head in range(HEADS):
@@ -188,6 +194,7 @@ def test_gradient_is_that_of_finite_differences():
       )
 
 
+@pytest.mark.slow
 def test_output_loss_is_the_relative_square_of_the_outputs():
   arrays, maps = draw(batch=1), build_map()
 

@@ -48,6 +48,7 @@ def test_fewer_points_than_centres(rng):
 
 
 @pytest.mark.parametrize("num_heads", [1, HEADS])
+@pytest.mark.quick_every(2)
 def test_prototypes_of_a_head_are_centres_of_its_keys(num_heads):
   # As many prototypes as visible keys: each is one of them.
   arrays = draw(batch=1)
