@@ -42,18 +42,18 @@ def fitted(arrays, *, steps=50, seed=0, maps=None, **options):
 @pytest.mark.parametrize("share", ["learned", 1.0])
 @pytest.mark.quick_every(2)
 def test_keys_of_few_values_are_recovered(rng, share):
-  arrays, num_values = draw(mask=False), 6
+  arrays, num_values = draw(mask=False, scale=3.0), 6
   # Each key is one of as many values as there are prototypes.
   order = jax.random.permutation(rng, BATCH * LENGTH) % num_values
   values = arrays.key[0, :num_values]
   arrays = arrays._replace(key=values[order.reshape(BATCH, LENGTH)])
-  maps = build_map(num_values, share=share)
-  maps |= {
-    "variables": start_from_data(
-      rng, query=arrays.query, key=arrays.key, **maps
-    )
-  }
-  variables, _ = fitted(arrays, steps=200, maps=maps, batch_size=BATCH)
+  maps = dict(build_map(num_values, share=share))
+  maps["variables"] = start_from_data(
+    rng, query=arrays.query, key=arrays.key, **maps
+  )
+  variables, _ = fitted(
+    arrays, steps=200, learning_rate=0.1, maps=maps, batch_size=BATCH
+  )
   certificate = certify(*arrays[:3], **maps | {"variables": variables})
   assert certificate.error_all < 0.01
 
