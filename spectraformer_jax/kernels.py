@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from spectraformer_jax import checks
+from spectraformer_jax.mixing_laws import LAWS, MixingLaw, build_law
 from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array
 
@@ -30,6 +31,9 @@ KERNELS: dict[str, Callable[[Array, Array], Array]] = {
   "softmax": softmax_kernel,
   "gaussian": gaussian_kernel,
 }
+
+# All kernels that `exact_attention` knows by name.
+EXACT_KERNELS = (*KERNELS, *LAWS.names())
 
 
 def scaled_inputs(
@@ -85,7 +89,7 @@ def exact_attention(
   key: Float[Array, "B S N H"],
   value: Float[Array, "B S N V"],
   *,
-  kernel: str = "softmax",
+  kernel: str | MixingLaw = "softmax",
   scale: float | Float[Array, ""] | None = None,
   is_causal: bool = False,
   key_mask: Bool[Array, "B S"] | None = None,
@@ -102,13 +106,16 @@ def exact_attention(
   with :math:`K(x, y) = e^{x \cdot y}` ("softmax") or
   :math:`e^{-|x - y|^2 / 2}` ("gaussian"). The two are different layers: the
   Gaussian one equals softmax attention with the key bias :math:`-|y|^2/2`.
+  A kernel of :mod:`spectraformer_jax.mixing_laws`, such as :math:`e^{-|x - y|}`
+  ("laplacian"), is computed as a logarithm, so that it may underflow; for
+  another length scale than 1, divide query and key by it.
 
   Args:
     query: ``[B, T, N, H]``, any float dtype; N may be G times the number of key
       heads (grouped-query attention: query head n uses key head n // G).
     key: ``[B, S, N, H]``.
     value: ``[B, S, N, V]``.
-    kernel: "softmax" or "gaussian".
+    kernel: a name of `EXACT_KERNELS`, or a `MixingLaw` with options of its own.
     scale: s above, a number or a scalar array; None means ``1 / sqrt(H)``.
     is_causal: query i sees keys 0..i, whatever T and S are.
     key_mask: ``[B, S]`` bool, True where a key may be seen.
@@ -128,7 +135,8 @@ def exact_attention(
     >>> exact_attention(q, q, q, is_causal=True).shape
     (1, 3, 2, 4)
   """
-  check_choice("kernel", kernel, KERNELS)
+  if not isinstance(kernel, MixingLaw):
+    check_choice("kernel", kernel, EXACT_KERNELS)
   checks.check_bool("is_causal", is_causal)
   arrays = checks.attention_arrays(
     query, key, value, key_mask=key_mask, segment_ids=segment_ids
@@ -141,10 +149,7 @@ def exact_attention(
   # the masked positions of self-attention.
   not_finite = ~jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
   x = jnp.where(not_finite, 0.0, x)
-  scores = jnp.einsum("btnh,bsnh->bnts", x, y, precision="highest")
-  if kernel == "gaussian":
-    # The query's own factor is the same for all its keys and cancels.
-    scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
+  scores = _log_kernel(kernel, x, y)
   # A score of -inf has weight 0 beside a finite one. Any other score that is
   # not finite makes the output NaN.
   any_of = functools.partial(jnp.any, axis=-1, keepdims=True)
@@ -154,3 +159,18 @@ def exact_attention(
   out = jnp.einsum("bnts,bsnv->btnv", weights, v, precision="highest")
   out = jnp.where(not_finite | jnp.swapaxes(overflows, 1, 2), jnp.nan, out)
   return out.astype(arrays.value.dtype)
+
+
+def _log_kernel(kernel: str | MixingLaw, x: Array, y: Array) -> Array:
+  """Returns log K ``[B, N, T, S]``, but for a factor of each query alone."""
+  if isinstance(kernel, str) and kernel in KERNELS:
+    scores = jnp.einsum("btnh,bsnh->bnts", x, y, precision="highest")
+    if kernel == "gaussian":
+      # The query's own factor is the same for all its keys and cancels.
+      scores -= 0.5 * jnp.einsum("bsnh,bsnh->bns", y, y)[:, :, None, :]
+    return scores
+  # Not |x|^2 + |y|^2 - 2 x.y, which rounds small distances away.
+  x, y = (jnp.swapaxes(array, 1, 2) for array in (x, y))
+  difference = x[:, :, :, None, :] - y[:, :, None, :, :]
+  square = jnp.sum(jnp.square(difference), axis=-1)
+  return build_law(kernel).log_kernel(square)

@@ -21,10 +21,11 @@ LAYERS = {
   "_version": "",
   "checks": "typing",
   "meshes": "typing",
-  "kernels": "base",
   # Maps: a matrix knows no component, a component no attention.
   "weight_matrices": "base",
-  "components": "base kernels weight_matrices",
+  "mixing_laws": "base weight_matrices",
+  "kernels": "base mixing_laws",
+  "components": "base kernels mixing_laws weight_matrices",
   "feature_maps": "base components weight_matrices",
   "testing": "base components feature_maps weight_matrices",
   # Attention: the engine knows no feature map.

@@ -26,6 +26,7 @@ from spectraformer_jax.components.discrete_plus import GeomRFPlus, PoisRFPlus
 from spectraformer_jax.components.feature_networks import T2R, Hedgehog
 from spectraformer_jax.components.gerf import GERF
 from spectraformer_jax.components.hybrid import HRF
+from spectraformer_jax.components.isotropic import IsotropicTrig
 from spectraformer_jax.components.learnt import Learnt
 from spectraformer_jax.components.maclaurin import Maclaurin
 from spectraformer_jax.components.optimal import OPRF, OPRFHyperbolic
@@ -59,6 +60,7 @@ __all__ = [
   "DataDependent",
   "GeomRF",
   "GeomRFPlus",
+  "IsotropicTrig",
   "Hedgehog",
   "KernelComponent",
   "LearnedExp",

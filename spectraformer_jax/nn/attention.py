@@ -14,7 +14,7 @@ from spectraformer_jax.decoding import init_state
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
 from spectraformer_jax.hybrid_attention.state import HybridState
-from spectraformer_jax.kernels import KERNELS, exact_attention
+from spectraformer_jax.kernels import EXACT_KERNELS, exact_attention
 from spectraformer_jax.linear_attention.state import State
 from spectraformer_jax.nn import exact_keys
 from spectraformer_jax.nn.attention_base import MultiHeadAttention
@@ -31,7 +31,7 @@ class SpectralSelfAttention(MultiHeadAttention, ExactKeyFields):
     num_heads: number of query heads.
     head_dim: H, the width of one head.
     feature_map: for attention="spectral"; see `sf.feature_map`.
-    attention: "spectral", an exact kernel ("softmax" or "gaussian") or a
+    attention: "spectral", an exact kernel (a name of `kernels.EXACT_KERNELS`) or a
       baseline (a name of `baselines.BASELINES`).
     attention_kwargs: options of a baseline.
     max_len: longest sequence, for baselines with parameters for each position;
@@ -134,7 +134,7 @@ class SpectralSelfAttention(MultiHeadAttention, ExactKeyFields):
     if self.attention in BASELINES:
       return self._baseline(key)
     visibility = {"is_causal": self.is_causal, "segment_ids": segment_ids}
-    if self.attention in KERNELS:
+    if self.attention in EXACT_KERNELS:
       return functools.partial(
         exact_attention, kernel=self.attention, **visibility
       )

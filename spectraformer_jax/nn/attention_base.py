@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from spectraformer_jax.baselines import BASELINES
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.feature_maps.vmap_heads import queries_by_key_head
-from spectraformer_jax.kernels import KERNELS
+from spectraformer_jax.kernels import EXACT_KERNELS
 from spectraformer_jax.nn.config import ConfiguredModule
 from spectraformer_jax.nn.projections import projection
 from spectraformer_jax.registry import check_choice
 from spectraformer_jax.typing import Array, FeatureVariables, PyTree
 
-ATTENTIONS = ("spectral", *KERNELS, *BASELINES)
+ATTENTIONS = ("spectral", *EXACT_KERNELS, *BASELINES)
 
 # At each training step, running statistics move by 1 - _STATS_DECAY of the way
 # to those of the batch.

@@ -5,7 +5,7 @@ import flax.linen as nn
 from spectraformer_jax.attention import spectral_attention, statistics_of_keys
 from spectraformer_jax.decoding import attend_state
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
-from spectraformer_jax.kernels import KERNELS, exact_attention
+from spectraformer_jax.kernels import EXACT_KERNELS, exact_attention
 from spectraformer_jax.nn.attention_base import MultiHeadAttention
 from spectraformer_jax.nn.inputs import check_flags, check_rows, without_padding
 from spectraformer_jax.typing import Array, PyTree
@@ -20,7 +20,7 @@ class SpectralCrossAttention(MultiHeadAttention):
   batches. There is no window: positions of two sequences are unrelated.
 
   Attributes:
-    attention: "spectral" or an exact kernel ("softmax" or "gaussian").
+    attention: "spectral" or an exact kernel (a name of `kernels.EXACT_KERNELS`).
     num_heads, head_dim, feature_map, share_projection, num_key_value_heads,
       dtype, param_dtype: see `SpectralSelfAttention`.
 
@@ -142,7 +142,7 @@ class SpectralCrossAttention(MultiHeadAttention):
 
   def _check(self, x: Array, memory: Array | None, decode: bool) -> None:
     """Raises ValueError for arguments and options that exclude each other."""
-    if self.attention not in ("spectral", *KERNELS):
+    if self.attention not in ("spectral", *EXACT_KERNELS):
       raise ValueError(
         f"attention={self.attention!r} cannot attend to a memory; use "
         "'spectral', 'softmax' or 'gaussian'."

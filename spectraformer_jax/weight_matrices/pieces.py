@@ -161,7 +161,7 @@ def antithetic_rows(half: Array, num_rows: int) -> Array:
   return jnp.concatenate([half, -half])[:num_rows]
 
 
-def chi_ppf(u: Array, dim: int) -> Array:
+def chi_ppf(u: Array, dim: float) -> Array:
   """Inverts the cdf of the chi law, the law of the norm of N(0, I_dim).
 
   Solves ``gammainc(dim / 2, r^2 / 2) = u`` by six Newton steps in log(r^2 / 2),
