@@ -37,7 +37,7 @@ HALF_INTEGERS = (0.5, 1.5, 2.5)
 ALPHA_RANGE = (0.5, 1.8)
 
 # The quadrature of `capped_log_kernel` is accurate up to this cap.
-LARGEST_TAU = 1000.0
+LARGEST_TAU = 100.0
 
 LOG_2 = math.log(2.0)
 
@@ -397,7 +397,7 @@ def _capped_mixture(law: MixingLaw, tau: float) -> tuple[Any, Any]:
   Below tau it is the trapezoidal rule in y, with s = log tau - exp(y). The last
   node is tau itself and has the rest of the probability.
   """
-  step = 0.03
+  step = 0.02
   y = np.arange(-18.0, math.log(400.0), step)
   log_scale = math.log(tau) - np.exp(y)
   with jax.ensure_compile_time_eval():

@@ -1,11 +1,15 @@
 """exact_attention against a loop in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import spectraformer_jax as sf
+from spectraformer_jax.kernels import EXACT_KERNELS
+from spectraformer_jax.mixing_laws import ExpPower, Laplacian, build_law
 
 
 def loop_attention(query, key, value, kernel, visible):
@@ -19,9 +23,12 @@ def loop_attention(query, key, value, kernel, visible):
     for s in range(key.shape[1]):
       if visible[b, t, s]:
         y = key[b, s, n] * scale
-        weight = np.exp(
-          x @ y if kernel == "softmax" else -0.5 * np.sum((x - y) ** 2)
-        )
+        square = np.sum((x - y) ** 2)
+        if kernel in ("softmax", "gaussian"):
+          log_weight = x @ y if kernel == "softmax" else -0.5 * square
+        else:  # tests/test_mixing_laws.py compares these with scipy
+          log_weight = build_law(kernel).log_kernel(jnp.float32(square))
+        weight = np.exp(np.float64(log_weight))
         total += weight
         out[b, t, n] += weight * value[b, s, n]
     if total:
@@ -39,7 +46,7 @@ def draw_inputs(rng, batch=2, queries=5, keys=5, heads=2, dim=4, value_dim=3):
   )
 
 
-@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian", "laplacian"])
 @pytest.mark.parametrize("case", ["plain", "causal", "mask", "segments"])
 def test_equals_the_loop(rng, kernel, case):
   query, key, value = draw_inputs(rng)
@@ -84,6 +91,44 @@ def test_scale_and_dtype(rng):
   np.testing.assert_allclose(out, expected, atol=2e-6)
   low = sf.exact_attention(query, key, value.astype(jnp.bfloat16))
   assert low.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kernel", EXACT_KERNELS)
+@pytest.mark.quick_every(3)
+def test_every_kernel_is_exact_where_it_underflows(rng, kernel):
+  query, key, value = draw_inputs(rng, batch=1, queries=4, keys=4)
+  attend = functools.partial(sf.exact_attention, kernel=kernel)
+  out = attend(query, key, value, is_causal=True)
+  visible = np.tril(np.ones((1, 4, 4), bool))
+  expected = loop_attention(query, key, value, kernel, visible)
+  np.testing.assert_allclose(out, expected, atol=5e-6)  # float32 logarithms
+
+  def loss(query, key):
+    return jnp.sum(jnp.sin(attend(100.0 * query, 100.0 * key, value)))
+
+  # At length scale 0.01, and with a query that is equal to a key.
+  key = key.at[:, 1].set(query[:, 1])
+  grads = jax.grad(loss, (0, 1))(query, key)
+  assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
+  if kernel != "softmax":
+    np.testing.assert_allclose(
+      attend(100.0 * query, 100.0 * key, value)[:, 1],
+      value[:, 1],
+      # Power tails still see the other keys.
+      atol=1e-6 if kernel in ("gaussian", "laplacian", "exp_power") else 0.5,
+    )
+
+
+def test_a_law_with_options_is_a_kernel(rng):
+  inputs = draw_inputs(rng)
+  np.testing.assert_array_equal(
+    sf.exact_attention(*inputs, kernel=Laplacian()),
+    sf.exact_attention(*inputs, kernel="laplacian"),
+  )
+  smooth, rough = (
+    sf.exact_attention(*inputs, kernel=ExpPower(alpha)) for alpha in (1.8, 0.5)
+  )
+  assert float(jnp.max(jnp.abs(smooth - rough))) > 0.1
 
 
 def test_no_visible_key_has_zero_gradient(rng):

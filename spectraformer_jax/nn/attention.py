@@ -31,8 +31,8 @@ class SpectralSelfAttention(MultiHeadAttention, ExactKeyFields):
     num_heads: number of query heads.
     head_dim: H, the width of one head.
     feature_map: for attention="spectral"; see `sf.feature_map`.
-    attention: "spectral", an exact kernel (a name of `kernels.EXACT_KERNELS`) or a
-      baseline (a name of `baselines.BASELINES`).
+    attention: "spectral", an exact kernel (a name of `kernels.EXACT_KERNELS`,
+      "softmax" or another) or a baseline (a name of `baselines.BASELINES`).
     attention_kwargs: options of a baseline.
     max_len: longest sequence, for baselines with parameters for each position;
       None takes the length at initialisation.

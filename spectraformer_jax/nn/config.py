@@ -35,8 +35,8 @@ class EncoderConfig:
       alike; "rotary": queries and keys are rotated, see `rotate`; "none": the
       model is not told the order of its tokens.
     feature_map: for attention="spectral"; see `sf.feature_map`.
-    attention: "spectral", an exact kernel (a name of `kernels.EXACT_KERNELS`) or a
-      baseline (a name of `baselines.BASELINES`).
+    attention: "spectral", an exact kernel (a name of `kernels.EXACT_KERNELS`,
+      "softmax" or another) or a baseline (a name of `baselines.BASELINES`).
     attention_kwargs: options of a baseline.
     window, num_sinks, num_heavy: keys that are exact in self-attention, beside
       the features of all others; see `spectral_attention`. Heavy keys are for

@@ -20,7 +20,8 @@ class SpectralCrossAttention(MultiHeadAttention):
   batches. There is no window: positions of two sequences are unrelated.
 
   Attributes:
-    attention: "spectral" or an exact kernel (a name of `kernels.EXACT_KERNELS`).
+    attention: "spectral" or an exact kernel (a name of `kernels.EXACT_KERNELS`,
+      "softmax" or another).
     num_heads, head_dim, feature_map, share_projection, num_key_value_heads,
       dtype, param_dtype: see `SpectralSelfAttention`.
 
@@ -145,7 +146,7 @@ class SpectralCrossAttention(MultiHeadAttention):
     if self.attention not in ("spectral", *EXACT_KERNELS):
       raise ValueError(
         f"attention={self.attention!r} cannot attend to a memory; use "
-        "'spectral', 'softmax' or 'gaussian'."
+        "'spectral' or an exact kernel, such as 'softmax'."
       )
     self._check_fields()
     info = self.feature_map and self.feature_map.component.info

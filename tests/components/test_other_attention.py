@@ -37,6 +37,7 @@ CASES = {
   "elu1": ("elu1", "none", None, {}),
   "cosformer": ("cosformer", "none", None, {"max_length": 16}),
   "rfa": ("rfa", "orf", 16, {"learned": "per_dim"}),
+  "isotropic_trig": ("isotropic_trig", "orf", 16, {"learned": "per_dim"}),
   "maclaurin": ("maclaurin", "iid", 16, {}),
   "maclaurin_inverse": (
     "maclaurin",

@@ -26,6 +26,8 @@ def init_params(fm):
     ("rfa", "orf", {"learned": "none"}),
     ("prototypes", "none", {}),
     ("t2r", "none", {}),
+    ("isotropic_trig", "orf", {}),
+    ("isotropic_trig", "orf", {"learned": "none"}),
   ],
 )
 def test_has_params(component, matrix, options):

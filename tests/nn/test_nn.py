@@ -44,6 +44,7 @@ def make_classifier(pair=("oprf", "orf"), component_kwargs=None, **kwargs):
     {"pooling": "cls"},
     {"attention": "softmax", "feature_map": None},
     {"attention": "gaussian", "feature_map": None},
+    {"attention": "matern", "feature_map": None},
     *(
       {"attention": name, "feature_map": None, "attention_kwargs": options}
       for name, options in BASELINES.items()
