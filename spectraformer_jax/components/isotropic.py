@@ -128,10 +128,10 @@ class IsotropicTrig(base.Component):
       features="2M",
       variance="(1 + K(2r)) / 2K^2 - 1",
       cost="M cosines and M sines",
-      good_for="kernels with heavy tails on clustered queries and keys: "
-      "Laplacian, Matern, rational quadratic, ...",
-      avoid="attention with spread-out queries and keys: normalizers can be "
-      "negative",
+      good_for="one map for Laplacian, Matern, rational quadratic and other "
+      "kernels, with a length scale that is learnt",
+      avoid="heavy tails in attention: with spread-out queries and keys "
+      "normalizers can be negative",
       source="Rahimi and Recht 2007; 2411.02770",
       even=True,
     )
