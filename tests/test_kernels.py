@@ -26,7 +26,7 @@ def loop_attention(query, key, value, kernel, visible):
         square = np.sum((x - y) ** 2)
         if kernel in ("softmax", "gaussian"):
           log_weight = x @ y if kernel == "softmax" else -0.5 * square
-        else:  # tests/test_mixing_laws.py compares these with scipy
+        else:  # tests/mixing_laws/test_laws.py compares these with scipy
           log_weight = build_law(kernel).log_kernel(jnp.float32(square))
         weight = np.exp(np.float64(log_weight))
         total += weight

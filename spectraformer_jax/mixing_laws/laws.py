@@ -12,7 +12,6 @@ one class here, registered by name: components and `exact_attention` find it in
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -23,6 +22,15 @@ import numpy as np
 from jax.scipy.special import logsumexp, ndtri
 from typing_extensions import override
 
+from spectraformer_jax.mixing_laws.special import (
+  LOG_2,
+  log_beta,
+  log_gamma_draw,
+  log_kummer,
+  log_stable_density,
+  log_stable_draw,
+  power,
+)
 from spectraformer_jax.registry import Registry, check_choice
 from spectraformer_jax.typing import Array
 from spectraformer_jax.weight_matrices.pieces import chi_ppf
@@ -35,11 +43,6 @@ HALF_INTEGERS = (0.5, 1.5, 2.5)
 # Range of alpha: the quadratures below are accurate in it. At 2 the kernel is
 # the Gaussian one.
 ALPHA_RANGE = (0.5, 1.8)
-
-# The quadrature of `capped_log_kernel` is accurate up to this cap.
-LARGEST_TAU = 100.0
-
-LOG_2 = math.log(2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,159 +368,6 @@ def build_law(
       f"law={law!r} has its own options: give {', '.join(options)} to it."
     )
   return law
-
-
-def capped_log_kernel(law: MixingLaw, square: Array, tau: float) -> Array:
-  r"""Returns the log of :math:`E \exp(-\min(T, \tau) r^2 / 2)`.
-
-  At most :math:`P(T > \tau) e^{-\tau r^2 / 2}` above K.
-
-  Args:
-    law: of T; K itself for one that needs no cap.
-    square: r^2, ``[...]``.
-    tau: the cap, at most `LARGEST_TAU`.
-
-  Example:
-    >>> capped = capped_log_kernel(Laplacian(), jnp.float32(0.04), 4.0)
-    >>> round(float(jnp.exp(capped)), 4)
-    0.9551
-  """
-  if not law.needs_cap:
-    return law.log_kernel(square)
-  scales, log_weights = _capped_mixture(law, tau)
-  nodes = (None,) * square.ndim
-  exponent = -0.5 * square[..., None] * scales[nodes]
-  return logsumexp(exponent + log_weights[nodes], axis=-1)
-
-
-@functools.lru_cache
-def _capped_mixture(law: MixingLaw, tau: float) -> tuple[Any, Any]:
-  """Returns nodes of min(T, tau) and log weights: a quadrature, ``[Q]`` each.
-
-  Below tau it is the trapezoidal rule in y, with s = log tau - exp(y). The last
-  node is tau itself and has the rest of the probability.
-  """
-  step = 0.02
-  y = np.arange(-18.0, math.log(400.0), step)
-  log_scale = math.log(tau) - np.exp(y)
-  with jax.ensure_compile_time_eval():
-    density = law.log_density(jnp.asarray(log_scale, jnp.float32))
-  log_weight = np.asarray(density, np.float64) + y + math.log(step)
-  rest = max(1.0 - float(np.sum(np.exp(log_weight))), 1e-30)
-  scales = np.append(np.exp(log_scale), tau)
-  log_weights = np.append(log_weight, math.log(rest))
-  return scales.astype(np.float32), log_weights.astype(np.float32)
-
-
-def power(square: Array, exponent: float) -> Array:
-  """Returns square ** exponent; its gradient is zero at 0, where it has none.
-
-  Example:
-    >>> float(jax.grad(power)(0.0, 0.5))
-    0.0
-  """
-  is_zero = square == 0.0
-  return jnp.where(is_zero, 0.0, jnp.where(is_zero, 1.0, square) ** exponent)
-
-
-def log_gamma_draw(uniform: Array, shape: float) -> Array:
-  """Returns the log of a draw of Gamma(shape), of rate 1, from a uniform."""
-  return 2.0 * jnp.log(chi_ppf(uniform, 2.0 * shape)) - LOG_2
-
-
-def log_beta(a: float, b: float) -> float:
-  """Returns the log of the beta function."""
-  return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-
-
-def log_stable_draw(angle: Array, height: Array, index: float) -> Array:
-  r"""Returns the log of a positive stable draw S, by Kanter's formula.
-
-  .. math:: E e^{-\lambda S} = e^{-\lambda^{index}}
-
-  Args:
-    angle: uniforms in (0, 1), ``[...]``.
-    height: independent uniforms of the same shape.
-    index: in (0, 1).
-
-  Example:
-    >>> s = log_stable_draw(jnp.float32(0.3), jnp.float32(0.6), 0.75)
-    >>> round(float(s), 4)
-    -0.4101
-  """
-  log_exponential = jnp.log(-jnp.log(height))
-  shape = _log_kanter(angle, 1.0 - angle, index)
-  return (1.0 / index - 1.0) * (shape - log_exponential)
-
-
-def log_stable_density(log_scale: Array, index: float) -> Array:
-  """Returns the log density of log S for the S of `log_stable_draw`.
-
-  A mean over the angle of that formula, where the height has a closed form. An
-  even grid of 512 points in the logit of the angle; its error is below 1e-3.
-
-  Args:
-    log_scale: log S, ``[...]``.
-    index: in (0, 1).
-  """
-  logit = np.linspace(-24.0, 24.0, 512, dtype=np.float32)
-  log_weight = -np.logaddexp(0.0, logit) - np.logaddexp(0.0, -logit)
-  log_weight += math.log(48.0 / 511.0)
-  shape = _log_kanter(jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit), index)
-  grid = (None,) * jnp.ndim(log_scale)
-  # Log of the exponential variable that gives this S at each angle.
-  log_height = shape[grid] - index / (1.0 - index) * log_scale[..., None]
-  terms = log_weight[grid] + log_height - jnp.exp(log_height)
-  return math.log(index / (1.0 - index)) + logsumexp(terms, axis=-1)
-
-
-def _log_kanter(angle: Array, rest: Array, index: float) -> Array:
-  """Returns the part of Kanter's formula that depends on the angle.
-
-  Args:
-    angle: over pi.
-    rest: 1 - angle, with its own digits.
-    index: in (0, 1).
-  """
-  angle, rest = math.pi * angle, math.pi * rest
-  log_sin = jnp.log(jnp.sin(jnp.minimum(angle, rest)))
-  ratio = index * jnp.log(jnp.sin(index * angle)) - log_sin
-  return ratio / (1.0 - index) + jnp.log(jnp.sin((1.0 - index) * angle))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def log_kummer(a: float, b: float, z: Array) -> Array:
-  """Returns log 1F1(a; a+b; -z), the log of E exp(-z R) with R ~ Beta(a, b).
-
-  An even grid in the logit of R: 1e-6 for z up to 1e6.
-
-  Args:
-    a: positive.
-    b: positive.
-    z: at least 0, ``[...]``.
-  """
-  step = min(0.4, 0.9 / math.sqrt(a))
-  # Down to the mode at z = 1e6, and on both sides as far as the tails reach.
-  lowest = -14.0 - math.log1p(b / a) - 17.0 / a
-  highest = 5.0 + math.log1p(a / b) + 17.0 / b
-  logit = np.arange(lowest, highest, step)
-  log_weight = -b * logit - (a + b) * np.logaddexp(0.0, -logit)
-  log_weight += math.log(step) - log_beta(a, b)
-  ratio = np.exp(-np.logaddexp(0.0, -logit)).astype(np.float32)
-  grid = (None,) * jnp.ndim(z)
-  exponent = log_weight.astype(np.float32)[grid] - z[..., None] * ratio[grid]
-  return logsumexp(exponent, axis=-1)
-
-
-@log_kummer.defjvp
-def _log_kummer_jvp(
-  a: float, b: float, primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
-  """The derivative of 1F1 is another one, so the grid is not kept."""
-  (z,), (tangent,) = primals, tangents
-  value = log_kummer(a, b, z)
-  slope = -a / (a + b) * jnp.exp(log_kummer(a + 1.0, b, z) - value)
-  return value, slope * tangent
 
 
 def check_shape(name: str, value: float) -> None:
