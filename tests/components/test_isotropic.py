@@ -35,7 +35,7 @@ def test_every_law_is_tested():
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(6)
 def test_mean_and_square(law):
   # A length scale at which the three pairs are near, typical and far.
   fm = build("isotropic_trig", length_scale=0.4, **LAWS[law])
@@ -120,6 +120,7 @@ def test_matern_of_one_half_is_the_laplacian():
   np.testing.assert_allclose(phi, psi, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_many_powers_are_the_gaussian_kernel():
   x = jax.random.normal(jax.random.key(1), (5, 1, 4))
   variables = draw(build("isotropic_trig", "iid", 16), head_dim=4)

@@ -101,7 +101,7 @@ def test_density_gives_the_kernel(law):
 
 
 @pytest.mark.parametrize("law", SHAPES, ids=str)
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(6)
 def test_draws_give_the_kernel_with_the_cap_and_without(law):
   log_scale = np.asarray(
     jax.jit(law.log_scale)(jnp.asarray(midpoints(law))), np.float64
@@ -144,7 +144,7 @@ def test_a_large_cap_changes_nothing_far_away(law):
 
 
 @pytest.mark.parametrize("nu", [0.5, 1.5, 2.5])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(3)
 def test_matern_draws_are_quantiles(nu):
   bits = stored_uniforms.from_uniform(jnp.geomspace(1e-4, 0.5, 20))
   uniform = stored_uniforms.to_uniform(bits)
@@ -170,7 +170,7 @@ def test_rational_quadratic_draws_are_quantiles(b):
 
 
 @pytest.mark.parametrize("law", SHAPES, ids=str)
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(6)
 def test_the_most_extreme_uniforms_give_finite_draws(law):
   ends = stored_uniforms.to_uniform(jnp.array([0, 2**23 - 1]))
   grid = jnp.stack(
@@ -194,6 +194,7 @@ def test_limits_and_special_cases():
 @pytest.mark.parametrize(
   "shape", [(1.2, 0.8), (0.25, 5.0), (5.0, 0.25), (20, 20)]
 )
+@pytest.mark.quick_every(4)
 def test_kummer_is_scipys_function(shape):
   a, b = shape
   z = np.array([0.0, 0.1, 1.0, 4.0, 30.0, 100.0, 1e3, 1e5, 1e6])
