@@ -52,7 +52,7 @@ def recording_attention_fn(
 def _attend(
   layers: list[Inputs],
   has_triangle: bool,
-  query: Float[Array, "B T N H"],
+  query: Float[Array, "B T NG H"],
   key: Float[Array, "B S N H"],
   value: Float[Array, "B S N V"],
   bias: Array | None = None,
@@ -95,7 +95,12 @@ def _attend(
       "jax.jit, and with a loop in the place of nn.scan over layers."
     )
   key_mask, query_mask = _masks(name, mask, query, key, has_triangle)
-  layers.append(make_inputs(name, query, key, value, key_mask, query_mask))
+  layers.append(
+    make_inputs(name, query, key, value, key_mask, query_mask, may_group=True)
+  )
+  # Flax's function takes as many key heads as query heads.
+  groups = query.shape[2] // key.shape[2]
+  key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
   return linen.dot_product_attention(
     query,
     key,

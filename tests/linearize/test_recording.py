@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import spectraformer_jax as sf
 from spectraformer_jax import linearize, nn
 from spectraformer_jax.linearize.__main__ import main
 from spectraformer_jax.study.approximation.capture import capture
@@ -237,6 +238,17 @@ def test_dropout_of_a_model_is_seen(kind, inputs):
       nnx.MultiHeadAttention(
         in_features=WIDTH, decode=False, rngs=nnx.Rngs(0), **options
       )(x, deterministic=False)
+
+
+def test_grouped_queries_keep_their_key_heads():
+  rngs = jax.random.split(jax.random.key(0), 2)
+  query = jax.random.normal(rngs[0], (2, 4, 6, 4))
+  key, value = jax.random.normal(rngs[1], (2, 2, 4, 3, 4))
+  layers, fn = linearize.recording_attention_fn()
+  out = fn(query, key, value)
+  assert (layers[0].query.shape[2], layers[0].key.shape[2]) == (6, 3)
+  expected = sf.exact_attention(query, key, value, kernel="softmax")
+  np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_causal_models():

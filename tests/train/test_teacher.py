@@ -52,6 +52,7 @@ def taught(uninterrupted, tiny_config, tmp_path_factory):
   return folder, config, train_and_evaluate(config, folder)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_its_teacher_has_the_entropy_as_its_loss(
   taught, uninterrupted
 ):
@@ -68,6 +69,7 @@ def test_a_model_that_is_its_teacher_has_the_entropy_as_its_loss(
   assert result["test/accuracy"] == pytest.approx(accuracy, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_recorded_and_checked(taught, uninterrupted, tmp_path):
   source, config, _ = taught
   folder = shutil.copytree(source, tmp_path / "copy")

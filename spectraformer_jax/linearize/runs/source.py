@@ -129,7 +129,7 @@ def read_file(
   Raises:
     ValueError: the file is not one of such arrays, or has too few sequences.
   """
-  layers = read_npz(path)
+  layers = read_npz(path, may_group=True)
   counts = {len(layer.query) for layer in layers}
   if len(counts) > 1:
     raise ValueError(

@@ -22,7 +22,8 @@ class Inputs:
 
   Attributes:
     name: shown in tables, such as "random" or "layer_0".
-    query: ``[B, T, N, H]`` float32.
+    query: ``[B, T, N, H]`` float32; ``[B, T, N G, H]`` if G queries share a key
+      head.
     key: ``[B, S, N, H]`` float32.
     value: ``[B, S, N, V]`` float32.
     key_mask: ``[B, S]`` bool, True at visible keys.
@@ -87,11 +88,14 @@ def make_inputs(
   value: ArrayLike,
   key_mask: np.ndarray | None = None,
   query_mask: np.ndarray | None = None,
+  *,
+  may_group: bool = False,
 ) -> Inputs:
   """Makes `Inputs` from arrays of any float dtype.
 
   Without a key mask, all keys are visible. Without a query mask, the key mask
-  holds for the queries, too, if T == S; otherwise all queries count.
+  holds for the queries, too, if T == S; otherwise all queries count. Several
+  query heads may share a key head only with `may_group`.
 
   Raises:
     ValueError: shapes or masks do not agree, numbers are not finite, or a
@@ -106,7 +110,7 @@ def make_inputs(
     query, key, value = (np.asarray(x, np.float32) for x in (query, key, value))
     arrays = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     checks.check_attention_inputs(*arrays)
-    if query.shape[2] != key.shape[2]:
+    if query.shape[2] != key.shape[2] and not may_group:
       raise ValueError(
         f"{query.shape[2]} query heads for {key.shape[2]} key heads; repeat "
         "keys and values so that each query head has its own."
@@ -145,12 +149,12 @@ def random_inputs(
   return make_inputs("random", *np.random.default_rng(seed).normal(size=shape))
 
 
-def read_npz(path: Path) -> list[Inputs]:
+def read_npz(path: Path, *, may_group: bool = False) -> list[Inputs]:
   """Reads a file that `numpy.savez` wrote; unpickles nothing.
 
   A file of one layer holds the arrays query, key and value, or q, k and v, and
   perhaps key_mask and query_mask. In a file of several layers, each name starts
-  with its layer: "layer_0/query".
+  with its layer: "layer_0/query". For `may_group` see `make_inputs`.
 
   Raises:
     ValueError: the file is not an npz of such arrays.
@@ -180,7 +184,10 @@ def read_npz(path: Path) -> list[Inputs]:
   if not layers:
     raise ValueError(f"{str(path)!r} holds no arrays.")
   names = sorted(layers, key=_natural)
-  return [make_inputs(name or path.stem, **layers[name]) for name in names]
+  return [
+    make_inputs(name or path.stem, **layers[name], may_group=may_group)
+    for name in names
+  ]
 
 
 def _natural(name: str) -> list[int | str]:

@@ -169,8 +169,8 @@ def test_a_loss_that_is_never_finite(convert, tmp_path, monkeypatch, capsys):
   assert capsys.readouterr().err.startswith("error: layer 'layer_0'")
 
 
-def make_file(path):
-  """Writes five sequences of two layers."""
+def make_file(path, groups=1):
+  """Writes five sequences of two layers, with `groups` queries a key head."""
   sizes = {"batch": 5, "length": 6, "num_heads": 2, "head_dim": 4}
   layers = [
     dataclasses.replace(
@@ -178,12 +178,18 @@ def make_file(path):
     )
     for seed in range(2)
   ]
+  repeated = [np.repeat(layer.query, groups, axis=2) for layer in layers]
+  layers = [
+    dataclasses.replace(layer, query=query)
+    for layer, query in zip(layers, repeated, strict=True)
+  ]
   inputs.write_npz(path, layers)
 
 
 @pytest.mark.slow
-def test_a_file_gives_layers_and_no_model(tmp_path):
-  make_file(tmp_path / "x.npz")
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_file_gives_layers_and_no_model(groups, tmp_path):
+  make_file(tmp_path / "x.npz", groups)
   flags = ["--num_features=4", "--steps=2", "--causal"]
   out = tmp_path / "out"
   assert main([f"--inputs={tmp_path / 'x.npz'}", f"--out={out}", *flags]) == 0
@@ -197,6 +203,9 @@ def test_a_file_gives_layers_and_no_model(tmp_path):
   ]
   record = json.loads((out / "linearize.json").read_text())
   assert record["is_causal"] and record["source"] is None
+  with (out / "results.csv").open(newline="") as file:
+    heads = {row["head"] for row in csv.DictReader(file)}
+  assert len(heads) == 1 + 2 * groups
   text = (out / "report.md").read_text()
   assert "4 sequences of 6 positions to fit on, 1 others" in text
   assert "## The model" not in text
@@ -232,7 +241,7 @@ def test_a_gaussian_teacher_and_a_masked_objective(tmp_path_factory, run):
 
 
 @pytest.mark.slow
-def test_exact_keys_and_a_map_that_is_not_fitted(convert, tmp_path):
+def test_exact_keys(convert, tmp_path):
   out = tmp_path / "hybrid"
   assert convert(out, "--window=3", "--num_heavy=2", "--num_sinks=1") == 0
   model = nn.load_pretrained(out).model
@@ -240,6 +249,12 @@ def test_exact_keys_and_a_map_that_is_not_fitted(convert, tmp_path):
   assert (
     "window 3 and 3, 1 sinks, 2 heavy keys" in (out / "report.md").read_text()
   )
+
+
+@pytest.mark.slow
+def test_a_map_without_parameters_is_measured_as_it_is(convert, tmp_path):
   out = tmp_path / "as_it_is"
-  assert convert(out, "--pair=oprf-orf", "--steps=0", "--num_features=8") == 0
+  assert convert(out, "--pair=posrf-orf", "--steps=0", "--num_features=8") == 0
   assert not (out / "losses.png").exists()
+  record = json.loads((out / "linearize.json").read_text())
+  assert record["pair"] == "posrf-orf" and len(record["layers"]) == 2
