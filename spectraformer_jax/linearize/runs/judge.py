@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from spectraformer_jax.data import Dataset
+from spectraformer_jax.nn.from_config import Model
 from spectraformer_jax.nn.pretrained import Pretrained
 from spectraformer_jax.train.config import Config
 from spectraformer_jax.train.inputs import make_batches
@@ -38,6 +39,11 @@ class _State(NamedTuple):
   variables: PyTree
 
 
+_Batch = Mapping[str, Any]
+_Outputs = tuple[Array, Array, Array]  # logits, labels and weights
+_Program = Callable[[_State, _Batch], _Outputs]
+
+
 def judge(
   config: Config,
   teacher: Pretrained,
@@ -55,9 +61,20 @@ def judge(
   Returns:
     A verdict for each model, by name.
   """
-  outputs = {
-    name: _outputs(config, model) for name, model in models.items()
-  } | {"": _outputs(config, teacher)}
+  programs: list[tuple[Model, _Program]] = []
+
+  def outputs_of(pretrained: Pretrained) -> Callable[[_Batch], _Outputs]:
+    model, variables = pretrained
+    equal = (program for known, program in programs if known == model)
+    program = next(equal, None)
+    if program is None:
+      # Equal models, such as other draws of their maps, share a program.
+      program = _program(config, model)
+      programs.append((model, program))
+    return functools.partial(program, _State(variables))
+
+  outputs = {name: outputs_of(model) for name, model in models.items()}
+  outputs[""] = outputs_of(teacher)
   totals = {name: jnp.zeros(5) for name in models}
   for batch in make_batches(config, dataset, train=False):
     expected = outputs[""](batch)
@@ -70,15 +87,12 @@ def judge(
   return verdicts
 
 
-def _outputs(
-  config: Config, pretrained: Pretrained
-) -> Callable[[Mapping[str, Any]], tuple[Array, Array, Array]]:
-  """Returns a function of a batch: logits, labels and weights."""
-  model, variables = pretrained
+def _program(config: Config, model: Model) -> _Program:
+  """Returns a compiled function of state and batch."""
 
   def step(
-    state: _State, batch: Mapping[str, Array], *, axis_name: str | None = None
-  ) -> tuple[Array, Array, Array]:
+    state: _State, batch: _Batch, *, axis_name: str | None = None
+  ) -> _Outputs:
     del axis_name
     logits = model.apply(state.variables, *model_inputs(batch))
     return jnp.asarray(logits), batch["label"], batch["weight"]
@@ -88,13 +102,11 @@ def _outputs(
     objective=config.train.objective,
     mask_token=model.vocab_size - 1,
   )
-  return functools.partial(jax.jit(step), _State(variables))
+  return jax.jit(step)
 
 
 @jax.jit
-def _sums(
-  found: tuple[Array, Array, Array], expected: tuple[Array, Array, Array]
-) -> Array:
+def _sums(found: _Outputs, expected: _Outputs) -> Array:
   """Returns the weighted sums of a verdict's figures, and of the weights."""
   logits, label, weight = found
   teacher = expected[0]
