@@ -49,6 +49,7 @@ def other_value(path, value):
       "tokenizer": "full",
       "wandb": "x",
       "init_from": "x",
+      "teacher": "x",
     }
     return optional.get(path.split(".")[-1], 7)
   if isinstance(value, bool):
