@@ -115,7 +115,7 @@ SCALES = {"posrf": (1.0, 60.0), "trigrf": (20.0, 1.0)}
 )
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("component", ["posrf", "trigrf"])
-@pytest.mark.quick_every(7)
+@pytest.mark.quick_every(14)
 def test_segments_of_other_scales_do_not_push_each_other_out(
   implementation, is_causal, chunk_size, backwards, component
 ):
