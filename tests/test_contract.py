@@ -219,7 +219,7 @@ def test_every_pair_builds():
   "name",
   [name for name in ALL_COMPONENTS if COMPONENTS.build(name).needs_stats],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_causal_needs_statistics_of_the_past(name):
   feature_map = build(name, usual_matrix(name))
   variables = feature_map.init(jax.random.key(0), head_dim=HEAD_DIM)

@@ -97,7 +97,7 @@ def directions(head_dim):
   return np.stack([axis, np.full(head_dim, head_dim**-0.5), pair, generic])
 
 
-@pytest.mark.quick_every(8)
+@pytest.mark.quick_every(16)
 def test_rows_are_finite_with_mean_0_and_covariance_1(label, size):
   w = draw_rows(label, size)
   assert w.dtype == np.float32 and np.isfinite(w).all()
@@ -109,7 +109,7 @@ def test_rows_are_finite_with_mean_0_and_covariance_1(label, size):
   assert error < 11.3 / np.sqrt(len(rows))
 
 
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(8)
 def test_exact_marginals_are_exact(label, size):
   if label not in EXACT:
     pytest.skip("approximate marginals")
@@ -139,7 +139,7 @@ def kernel_estimates(w):
   return np.stack(trig, axis=1), np.stack(pos, axis=1)
 
 
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(8)
 def test_kernel_estimates_have_the_mean_they_should(label, size):
   w = draw_rows(label, size)
   if label in NEARLY_FIXED_NORMS + NEARLY_GAUSSIAN and size == "truncated":

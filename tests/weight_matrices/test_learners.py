@@ -45,7 +45,7 @@ def label(matrix):
 
 
 @pytest.mark.parametrize("matrix", AT_THE_START, ids=label)
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(8)
 def test_rows_start_as_gaussian(matrix):
   assert matrix.info.marginals == "exact"
   rows, weights = draw_initial_rows(matrix, NUM_ROWS, HEAD_DIM, NUM_DRAWS)
@@ -114,7 +114,7 @@ NO_IDLE_ENTRY = ("cov", "fastfood_learnable", "free", "gmm", "learned_orf")
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(8)
 def test_every_leaf_has_a_gradient(name):
   fm = sf.feature_map("posrf", name, num_features=13)
   variables = init_variables(fm)

@@ -76,7 +76,7 @@ def learnable(variables):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(8)
 def test_optimiser_moves_every_learnable_leaf(name):
   _, start, end = train_model(name)
   old, new = learnable(start), learnable(end)
@@ -109,7 +109,7 @@ def assert_restored(model, restored, saved):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(8)
 def test_a_saved_model_is_restored_exactly(name):
   model, start, end = train_model(name)
   # The model that reads has other parameters, permutations and signs.
