@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from spectraformer_jax.hybrid_attention.exact_keys import ExactKeys
 from spectraformer_jax.nn import from_config
-from spectraformer_jax.nn.pretrained import Pretrained
+from spectraformer_jax.nn.pretrained import Pretrained, variables_or_shapes
 from spectraformer_jax.study.approximation.pair_spec import (
   Pair,
   split_options,
@@ -100,8 +101,7 @@ def swap(
   """
   feature_map = from_config.make_feature_map(config)
   model = from_config.make_model(config, feature_map, facts)
-  keys = state.run_keys(config.train.seed)
-  initial = state.create(model, feature_map, optax.identity(), keys)
+  wanted = variables_or_shapes(model, feature_map)
   found = _by_path(teacher.variables)
   left = set(found)
 
@@ -119,16 +119,20 @@ def swap(
       )
     return np.asarray(source, leaf.dtype)
 
-  variables = dict(
-    jax.tree_util.tree_map_with_path(choose, dict(initial.variables))
-  )
+  variables = jax.tree_util.tree_map_with_path(choose, wanted)
   if left:
     raise ValueError(
       f"{'/'.join(min(left))} of the teacher has no place in the converted "
       "model."
     )
   params = variables.pop("params")
-  converted = initial._replace(params=params, collections=variables)
+  converted = state.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    collections=variables,
+    opt_state=optax.EmptyState(),
+    ema=None,
+  )
   return Conversion(config, converted, model)
 
 
