@@ -31,8 +31,6 @@ from spectraformer_jax.checks import check_positive_int
 from spectraformer_jax.feature_maps.feature_map import FeatureMap
 from spectraformer_jax.hybrid_attention.exact_keys import (
   ExactKeys,
-  check_heavy,
-  exact_keys_of,
   kernel_of,
 )
 from spectraformer_jax.linearize.layers import fit_layers
@@ -54,6 +52,10 @@ from spectraformer_jax.linearize.runs.source import Source
 from spectraformer_jax.registry import check_int
 from spectraformer_jax.seeds import check_seed, make_key
 from spectraformer_jax.study.approximation import pair_spec
+from spectraformer_jax.study.approximation.exact_flags import (
+  add_exact_flags,
+  exact_keys_from,
+)
 from spectraformer_jax.study.approximation.pair_spec import Pair
 from spectraformer_jax.typing import FeatureVariables
 
@@ -113,14 +115,7 @@ def make_parser() -> commands.Parser:
   fit_flag("--batch_size", type=int, default=1, help="sequences; default 1")
   fit_flag("--learning_rate", type=float, default=2e-2, help="default 0.02")
   fit_flag("--seed", type=int, default=0, help="of draws; default 0")
-  exact_flag = parser.add_argument_group("keys that are exact").add_argument
-  exact_flag(
-    "--window",
-    type=commands.parse_literal,
-    help="near keys: an int, or LEFT,RIGHT; default none",
-  )
-  exact_flag("--num_sinks", type=int, default=0, help="first keys; default 0")
-  exact_flag("--num_heavy", type=int, default=0, help="heavy keys; default 0")
+  add_exact_flags(parser)
   return parser
 
 
@@ -139,7 +134,9 @@ def main(argv: Sequence[str]) -> int:
   is_causal = args.causal
   if run is not None:
     is_causal = run.config.train.objective == "causal"
-  exact = _exact_keys(args, feature_map, is_causal)
+  exact = exact_keys_from(args, is_causal=is_causal)
+  if not exact.are_none:
+    kernel_of(feature_map.component)
   convert.check_folder(args.out)
   if run is None:
     given = source.read_file(
@@ -205,22 +202,6 @@ def _check(args: argparse.Namespace) -> None:
       f"--learning_rate must be positive, got {args.learning_rate!r}."
     )
   check_seed("--seed", args.seed)
-
-
-def _exact_keys(
-  args: argparse.Namespace, feature_map: FeatureMap, is_causal: bool
-) -> ExactKeys:
-  """Returns the chosen exact keys; ValueError if they are wrong."""
-  try:
-    exact = exact_keys_of(
-      args.window, args.num_sinks, args.num_heavy, is_causal=is_causal
-    )
-    check_heavy(exact, is_causal=is_causal)
-  except ValueError as error:
-    raise ValueError(f"--{error}") from error
-  if not exact.are_none:
-    kernel_of(feature_map.component)
-  return exact
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -27,12 +27,7 @@ from rich.progress import Progress
 
 from spectraformer_jax import commands
 from spectraformer_jax.checks import check_positive_int
-from spectraformer_jax.hybrid_attention.exact_keys import (
-  ExactKeys,
-  check_heavy,
-  exact_keys_of,
-  kernel_of,
-)
+from spectraformer_jax.hybrid_attention.exact_keys import kernel_of
 from spectraformer_jax.kernels import KERNELS
 from spectraformer_jax.seeds import check_seed
 from spectraformer_jax.study.approximation import (
@@ -41,6 +36,10 @@ from spectraformer_jax.study.approximation import (
   plots,
   report,
   results,
+)
+from spectraformer_jax.study.approximation.exact_flags import (
+  add_exact_flags,
+  exact_keys_from,
 )
 from spectraformer_jax.study.approximation.inputs import (
   Inputs,
@@ -116,14 +115,7 @@ def make_parser() -> commands.Parser:
     default="softmax",
     help="exact attention to compare with; default softmax",
   )
-  exact_flag = parser.add_argument_group("keys that are exact").add_argument
-  exact_flag(
-    "--window",
-    type=commands.parse_literal,
-    help="near keys: an int, or LEFT,RIGHT; default none",
-  )
-  exact_flag("--num_sinks", type=int, default=0, help="first keys; default 0")
-  exact_flag("--num_heavy", type=int, default=0, help="heavy keys; default 0")
+  add_exact_flags(parser)
   return parser
 
 
@@ -132,7 +124,11 @@ def main(argv: Sequence[str]) -> None:
   args = make_parser().parse_args(argv)
   _check(args)
   options = measure.Options(
-    args.causal, args.target, args.draws, args.seed, exact=_exact_keys(args)
+    args.causal,
+    args.target,
+    args.draws,
+    args.seed,
+    exact=exact_keys_from(args, is_causal=args.causal),
   )
   console = Console()
   cases, skipped = _plan(args, _pairs(args), _layers(args), options)
@@ -187,18 +183,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--{name} is for {kind} only.")
       if isinstance(default, int):
         check_positive_int(f"--{name}", getattr(args, name))
-
-
-def _exact_keys(args: argparse.Namespace) -> ExactKeys:
-  """Returns the chosen exact keys; ValueError if they are wrong."""
-  try:
-    exact = exact_keys_of(
-      args.window, args.num_sinks, args.num_heavy, is_causal=args.causal
-    )
-    check_heavy(exact, is_causal=args.causal)
-  except ValueError as error:
-    raise ValueError(f"--{error}") from error
-  return exact
 
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
